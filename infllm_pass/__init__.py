@@ -1,0 +1,32 @@
+"""infllm_pass: InfLLM-V2 dense/sparse switchable attention for dense models, as a pass for ``torch.compile``.
+
+    model = infllm_pass.sparsify(torch.compile(model))
+
+The path of one attention call: `sites` finds it in Dynamo's graph, `masks` proves what its mask lets through,
+`plan` decides, `guard` chooses the side of the length switch, `rewrite` replaces the call, `lowering` holds the
+operators that it becomes and `kernels` the arithmetic. `report` tells what was done at every site.
+"""
+
+from infllm_pass.api import dense, dense_mode, explain, report, sparsify
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.functional import switchable_attention
+from infllm_pass.plan import Reason
+from infllm_pass.report import GraphReport, Report, SiteReport
+from infllm_pass.sites import AttentionSite
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionSite",
+    "GraphReport",
+    "Reason",
+    "Report",
+    "SiteReport",
+    "SparseAttentionConfig",
+    "dense",
+    "dense_mode",
+    "explain",
+    "report",
+    "sparsify",
+    "switchable_attention",
+]

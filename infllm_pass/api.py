@@ -1,0 +1,276 @@
+"""The public entry points: make a model switchable, take it back, and ask what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from infllm_pass.backend import NAMED_BACKEND_LOG, SwitchableBackend, infllm
+from infllm_pass.compiled import CompileSettings, compile_with, settings_of
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import (
+    NoAttentionSiteError,
+    NoAttentionSiteWarning,
+    UncompiledGenerateWarning,
+    UnsupportedModelError,
+)
+from infllm_pass.log import CompileLog
+from infllm_pass.pipeline import Switch
+from infllm_pass.plan import SiteFilter
+from infllm_pass.report import Report
+
+ModelT = TypeVar("ModelT", bound=Callable[..., Any])
+ConfigLike = SparseAttentionConfig | Mapping[str, Any] | None
+
+_HANDLE = "_infllm_handle"
+
+
+class _Handle:
+    """What a sparsified model carries: its original, how it is compiled, and both sides of `dense_mode`."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        settings: CompileSettings,
+        config: SparseAttentionConfig,
+        strict: bool,
+        filter_fn: SiteFilter | None,
+    ) -> None:
+        self.original = original
+        self.settings = settings
+        self.config = config
+        self.strict = strict
+        self.log = CompileLog()
+        backend = SwitchableBackend(settings.compiler, config, filter_fn=filter_fn, log=self.log)
+        self.compiled = compile_with(original, backend, settings)
+        self._switchable = _entry(self.compiled)
+        self._dense: Callable[..., Any] | None = None
+        self._active = self._switchable
+        self._graphs_checked = 0
+        self._warned = False
+
+    def dense_entry(self) -> Callable[..., Any]:
+        """The dense side, compiled when first called."""
+        if self._dense is None:
+            self._dense = _entry(compile_dense(self))
+        return self._dense
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        before, self._active = self._active, self.dense_entry()
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._active(*args, **kwargs)
+        if self.log.next_number() != self._graphs_checked:
+            self._graphs_checked = self.log.next_number()
+            self._check_sites()
+        return result
+
+    def _check_sites(self) -> None:
+        found = self.log.report()
+        if found.switchable:
+            return
+        seen = sorted({f"{site.reason}: {site.explanation}" for site in found.sites})
+        why = (
+            "; ".join(seen)
+            if seen
+            else "the compiled graphs call no fused attention (torch.nn.functional.scaled_dot_product_attention)"
+        )
+        message = f"infllm_pass found nothing to make switchable, the model runs dense: {why}"
+        if self.strict:
+            raise NoAttentionSiteError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, NoAttentionSiteWarning, stacklevel=4)
+
+
+def _entry(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What to call to run a compiled module without going through ``nn.Module.__call__`` again."""
+    return compiled.forward if isinstance(compiled, nn.Module) else compiled
+
+
+def compile_dense(handle: _Handle) -> Callable[..., Any]:
+    """Compile a handle's original with masks elided and every site dense."""
+    backend = SwitchableBackend(handle.settings.compiler, handle.config, switch=Switch.ALWAYS_DENSE)
+    return compile_with(handle.original, backend, handle.settings)
+
+
+def sparsify(
+    model: ModelT,
+    config: ConfigLike = None,
+    *,
+    strict: bool = False,
+    filter_fn: SiteFilter | None = None,
+) -> ModelT:
+    """Make the attention of a dense model switchable: dense for short inputs, InfLLM-V2 sparse for long ones.
+
+    Every provably causal call of fused attention in the compiled graphs is rewritten (arXiv 2509.24663); a call
+    that stays dense is reported with its reason. The original model is not changed and shares its parameters.
+
+    Args:
+        model: a module or function, plain or compiled by ``torch.compile``, whose backend, mode, options,
+            ``dynamic`` and ``fullgraph`` are kept. A sparsified model is sparsified anew from its original.
+        config: a `SparseAttentionConfig`, a dict of its fields, a model configuration that carries
+            ``sparse_config`` (MiniCPM4), or None for the defaults.
+        strict: raise, instead of warning, when a call compiled graphs and no site became switchable.
+        filter_fn: called with each provable `AttentionSite`; return False to leave it dense.
+
+    Returns:
+        A compiled module (``torch._dynamo.OptimizedModule``) or function to call like the original.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+        UnsupportedModelError: `model` is no module or function, or was compiled in a way that cannot be kept.
+        NoAttentionSiteError: at call time, with ``strict=True``.
+    """
+    chosen = SparseAttentionConfig.coerce(config)
+    previous = getattr(model, "__dict__", {}).get(_HANDLE)
+    if isinstance(previous, _Handle):
+        original, settings = previous.original, previous.settings
+    else:
+        original, settings = settings_of(model)
+    handle = _Handle(original, settings, chosen, strict, filter_fn)
+    if isinstance(original, nn.Module):
+        compiled: Any = handle.compiled
+        compiled.forward = _calling(handle, original.forward)
+        object.__setattr__(compiled, _HANDLE, handle)
+        generate: Any = getattr(original, "generate", None)
+        if callable(generate):
+            object.__setattr__(compiled, "generate", _warn_uncompiled(generate))
+        return compiled  # type: ignore[no-any-return]
+    switchable = _calling(handle, original)
+    setattr(switchable, _HANDLE, handle)
+    return switchable  # type: ignore[return-value]
+
+
+def _calling(handle: _Handle, like: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the name, signature and docs of `like` that calls the handle."""
+
+    @functools.wraps(like)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return handle.call(*args, **kwargs)
+
+    return call
+
+
+def _warn_uncompiled(generate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(generate)
+    def warning_generate(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "generate() runs the original model, dense and uncompiled: call the sparsified model itself, "
+            "as examples/long_context.py does, to run sparse attention",
+            UncompiledGenerateWarning,
+            stacklevel=2,
+        )
+        return generate(*args, **kwargs)
+
+    return warning_generate
+
+
+def _handle_of(model: object) -> _Handle:
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
+    if not isinstance(handle, _Handle):
+        raise UnsupportedModelError(
+            f"{_name(model)} is not a sparsified model: pass what infllm_pass.sparsify(...) returned"
+        )
+    return handle
+
+
+def _name(model: object) -> str:
+    return getattr(model, "__name__", None) or f"an object of type {type(model).__name__}"
+
+
+def dense(model: ModelT) -> ModelT:
+    """The dense compiled model behind a sparsified one: same weights, compiler and options.
+
+    Provably causal masks are still elided, so that it runs without an N x N mask; nothing is sparse.
+
+    Args:
+        model: a model that `sparsify` returned.
+
+    Raises:
+        UnsupportedModelError: `model` was not returned by `sparsify`.
+    """
+    return compile_dense(_handle_of(model))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def dense_mode(model: Callable[..., Any]) -> Iterator[None]:
+    """Run a sparsified model dense inside the ``with`` block, for instance to evaluate it against itself.
+
+    The dense side is compiled when it is first called and kept for later blocks. The switch belongs to the
+    model, not to a thread.
+
+    Args:
+        model: a model that `sparsify` returned.
+
+    Raises:
+        UnsupportedModelError: `model` was not returned by `sparsify`.
+    """
+    with _handle_of(model).dense():
+        yield
+
+
+def report(model: Callable[..., Any] | None = None) -> Report:
+    """What the pass did in the graphs compiled so far.
+
+    Args:
+        model: a model that `sparsify` returned, or a module compiled with ``backend="infllm"``; None: every
+            graph that was compiled in this process through ``backend="infllm"``.
+
+    Raises:
+        UnsupportedModelError: the pass does not run in front of this model's compiler.
+    """
+    if model is None:
+        return NAMED_BACKEND_LOG.report()
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
+    if isinstance(handle, _Handle):
+        return handle.log.report()
+    original, settings = settings_of(model)
+    backend = getattr(settings.compiler, "compiler_fn", None)
+    if isinstance(backend, SwitchableBackend):
+        return backend.log.report()
+    if backend is infllm and isinstance(original, nn.Module):
+        return NAMED_BACKEND_LOG.report_for(original.parameters())
+    return _handle_of(model).log.report()
+
+
+def explain(
+    model: Callable[..., Any], *example_inputs: Any, config: ConfigLike = None, **example_kwargs: Any
+) -> Report:
+    """Run a model once on example inputs, rewritten but not compiled, and report every attention site.
+
+    Args:
+        model: a module or function, plain, compiled or sparsified (whose configuration is then used).
+        example_inputs: positional inputs; their lengths decide the side of the switch.
+        config: as for `sparsify`.
+        example_kwargs: keyword inputs.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+        UnsupportedModelError: `model` cannot be sparsified.
+    """
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
+    if isinstance(handle, _Handle):
+        original, settings = handle.original, handle.settings
+        chosen = handle.config if config is None else SparseAttentionConfig.coerce(config)
+    else:
+        chosen = SparseAttentionConfig.coerce(config)
+        original, settings = settings_of(model)
+    backend = SwitchableBackend(_run_uncompiled, chosen)
+    compile_with(original, backend, settings)(*example_inputs, **example_kwargs)
+    return backend.log.report()
+
+
+def _run_uncompiled(module: torch.fx.GraphModule, _example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    return module.forward

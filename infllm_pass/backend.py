@@ -1,0 +1,98 @@
+"""Dynamo backends: the pass in front of another compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from infllm_pass.compiled import bound_compiler
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import ConfigError
+from infllm_pass.log import CompileLog
+from infllm_pass.pipeline import Switch, run_pass
+from infllm_pass.plan import SiteFilter
+
+CompiledGraph = Callable[..., Any]
+Compiler = Callable[..., CompiledGraph]
+
+NAMED_BACKEND_LOG = CompileLog()
+"""Graphs compiled through ``backend="infllm"``, which Dynamo knows by name and of which there is one."""
+
+
+class SwitchableBackend:
+    """Runs the pass on each graph and hands the result to another backend.
+
+    Args:
+        compiler: the backend that compiles the rewritten graph.
+        config: what sparse attention selects, and from which length on.
+        switch: how the sides of the switch are chosen.
+        filter_fn: sites for which it returns False stay dense.
+        log: where the reports of compiled graphs go.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        config: SparseAttentionConfig,
+        *,
+        switch: Switch = Switch.BY_LENGTH,
+        filter_fn: SiteFilter | None = None,
+        log: CompileLog | None = None,
+    ) -> None:
+        self.compiler = compiler
+        self.config = config
+        self.switch = switch
+        self.filter_fn = filter_fn
+        self.log = CompileLog() if log is None else log
+        self.__name__ = "infllm"
+
+    def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
+        """Rewrite and compile one graph; the contract of a Dynamo backend."""
+        report = run_pass(
+            module,
+            self.config,
+            switch=self.switch,
+            filter_fn=self.filter_fn,
+            number=self.log.next_number(),
+        )
+        self.log.add(report, module)
+        return self.compiler(module, example_inputs)
+
+    def reset(self) -> None:
+        """Called by ``torch._dynamo.reset``: lets the compiler behind drop its state."""
+        reset = getattr(self.compiler, "reset", None)
+        if reset is not None:
+            reset()
+
+
+def infllm(
+    module: fx.GraphModule,
+    example_inputs: list[torch.Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledGraph:
+    """The backend behind ``torch.compile(model, backend="infllm", mode=..., options=...)``.
+
+    Args:
+        module: the graph.
+        example_inputs: its example inputs.
+        mode: an Inductor mode such as "reduce-overhead".
+        options: fields of `SparseAttentionConfig`; ``"backend"``: the name of the compiler behind (default
+            "inductor"); everything else is an option of that compiler.
+
+    Raises:
+        ConfigError: a field of the configuration is invalid, or the compiler behind is this backend.
+    """
+    rest = dict(options or {})
+    known = {field.name for field in fields(SparseAttentionConfig)}
+    config = SparseAttentionConfig.from_dict({key: rest.pop(key) for key in list(rest) if key in known})
+    name = rest.pop("backend", "inductor")
+    if name == "infllm":
+        raise ConfigError("backend", name, "the name of another Dynamo backend, such as 'inductor'")
+    compiler = bound_compiler(name, mode, rest or None)
+    return SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG)(module, example_inputs)

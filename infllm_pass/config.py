@@ -1,0 +1,174 @@
+"""The configuration of switchable attention, in the key names of MiniCPM4.1's ``sparse_config``."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from infllm_pass.errors import ConfigError
+from infllm_pass.kernels.geometry import BlockGeometry
+
+LSE_MODES = ("coarse", "exact")
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """What InfLLM-V2 attention selects, and from which length on (arXiv 2509.24663, section 3).
+
+    Lengths are in tokens. A query visits `selected_blocks` key blocks in all: the first `init_blocks`,
+    the ``window_size // block_size`` blocks before its own and its own, and the best scored of the rest.
+
+    Attributes:
+        kernel_size: tokens averaged into one compressed key.
+        kernel_stride: tokens between the starts of two compressed keys.
+        block_size: tokens in one key block.
+        init_blocks: blocks at the start of the sequence that every query visits.
+        window_size: tokens before a query's own block that it always visits.
+        topk: blocks visited beside ``window_size // block_size``; init blocks and the own block count.
+        dense_len: key length from which attention is sparse; shorter sequences stay dense. 0: always sparse.
+        use_nope: MiniCPM4.1's key for selecting with keys before RoPE; only False is supported.
+        lse: normaliser of block scores, "coarse" (the paper's approximation) or "exact".
+        query_block: adjacent queries that share one selection; 1 selects for every query.
+
+    Raises:
+        ConfigError: a field has the wrong type or an invalid value.
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    init_blocks: int = 1
+    window_size: int = 2048
+    topk: int = 64
+    dense_len: int = 8192
+    use_nope: bool = False
+    lse: Literal["coarse", "exact"] = "coarse"
+    query_block: int = 1
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            least = 0 if name == "dense_len" else 1
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+                raise ConfigError(name, value, f"an integer of at least {least}")
+            object.__setattr__(self, name, int(value))
+        for name, divisor in (
+            ("block_size", "kernel_stride"),
+            ("kernel_size", "kernel_stride"),
+            ("window_size", "block_size"),
+        ):
+            value, by = getattr(self, name), getattr(self, divisor)
+            if value % by:
+                raise ConfigError(name, value, f"a multiple of {divisor}={by}, such as {-(-value // by) * by}")
+        least_topk = self.init_blocks + 1
+        if self.topk < least_topk:
+            raise ConfigError(
+                "topk",
+                self.topk,
+                f"at least init_blocks + 1 = {least_topk}, so that the {self.init_blocks} initial blocks, "
+                f"the {self.local_blocks} local blocks and the query's own block fit into the budget",
+            )
+        if self.use_nope is not False:
+            raise ConfigError("use_nope", self.use_nope, "False: block selection reads the keys after RoPE")
+        if self.lse not in LSE_MODES:
+            raise ConfigError("lse", self.lse, "one of " + ", ".join(map(repr, LSE_MODES)))
+
+    @property
+    def local_blocks(self) -> int:
+        """Blocks before the query's own that are always visited."""
+        return self.window_size // self.block_size
+
+    @property
+    def selected_blocks(self) -> int:
+        """Blocks a query visits in all, forced ones included (the paper's ``|I|``)."""
+        return self.topk + self.local_blocks
+
+    @property
+    def visited_tokens(self) -> int:
+        """Tokens in a full budget of blocks: up to this length sparse and dense attention agree."""
+        return self.selected_blocks * self.block_size
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """The same sizes in the form that the kernels take."""
+        return BlockGeometry(
+            kernel_size=self.kernel_size,
+            kernel_stride=self.kernel_stride,
+            block_size=self.block_size,
+            init_blocks=self.init_blocks,
+            local_blocks=self.local_blocks,
+            selected_blocks=self.selected_blocks,
+            lse=self.lse,
+            query_block=self.query_block,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
+        """Build from a mapping such as a model's ``sparse_config``.
+
+        Raises:
+            ConfigError: a key is not a field (the message names the nearest one), or a value is invalid.
+        """
+        known = [field.name for field in fields(cls)]
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(str(key), value, f"{hint}known keys are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_model_config(cls, config: object) -> SparseAttentionConfig:
+        """Read ``config.sparse_config`` of a model configuration (MiniCPM4, MiniCPM4.1).
+
+        Raises:
+            ConfigError: the configuration has no ``sparse_config``, or it is invalid.
+        """
+        values = getattr(config, "sparse_config", None)
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                "sparse_config",
+                values,
+                f"a mapping on {type(config).__name__}, as MiniCPM4.1's config.json has",
+            )
+        return cls.from_dict(values)
+
+    @classmethod
+    def coerce(cls, value: object) -> SparseAttentionConfig:
+        """Accept a config, a mapping, a model configuration with ``sparse_config``, or None for the defaults.
+
+        Raises:
+            ConfigError: the value is none of these, or holds invalid fields.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if hasattr(value, "sparse_config"):
+            return cls.from_model_config(value)
+        raise ConfigError(
+            "config",
+            value,
+            "a SparseAttentionConfig, a dict of its fields, or a model config with sparse_config",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict that `from_dict` reads back."""
+        return asdict(self)
+
+
+_COUNTS = (
+    "kernel_size",
+    "kernel_stride",
+    "block_size",
+    "init_blocks",
+    "window_size",
+    "topk",
+    "dense_len",
+    "query_block",
+)

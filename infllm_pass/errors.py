@@ -1,0 +1,58 @@
+"""Every error this package raises on purpose. Each message says what was given and what to change."""
+
+from __future__ import annotations
+
+
+class InfLLMError(Exception):
+    """Base class of the package's errors."""
+
+
+class ConfigError(InfLLMError, ValueError):
+    """A field of `SparseAttentionConfig` has a value that the method does not allow."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"{field}={value!r} is not valid: expected {expected}")
+        self.field = field
+        self.value = value
+        self.expected = expected
+
+
+class ShapeError(InfLLMError, ValueError):
+    """Tensors handed to an attention operator do not fit each other."""
+
+
+class DtypeError(InfLLMError, TypeError):
+    """A tensor has a dtype the operator does not take, or tensors have different dtypes."""
+
+
+class DeviceError(InfLLMError, ValueError):
+    """Tensors of one call are on different devices."""
+
+
+class UnsupportedModelError(InfLLMError, TypeError):
+    """The object handed to `sparsify`, `dense`, `report` or `explain` is not one they can work on."""
+
+
+class NoAttentionSiteError(InfLLMError, RuntimeError):
+    """``strict=True`` and a compiled graph has no site that became switchable."""
+
+
+class MissingDependencyError(InfLLMError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'infllm-pass[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class CheckpointError(InfLLMError, RuntimeError):
+    """A model folder or checkpoint file is missing, damaged or not of a kind that can be loaded."""
+
+
+class NoAttentionSiteWarning(UserWarning):
+    """A sparsified model was compiled and nothing in it became switchable."""
+
+
+class UncompiledGenerateWarning(UserWarning):
+    """``generate`` of a compiled module runs the original, unchanged model."""

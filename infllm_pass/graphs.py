@@ -1,0 +1,83 @@
+"""The graphs of one compiled module: the root, and those nested in it by higher-order operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from infllm_pass.masks.values import GraphFacts, overwritten_storages
+
+_TRANSPARENT_CALLS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}
+"""Higher-order operators ``(body, *args)`` that compute just what their body computes."""
+
+
+@dataclass(frozen=True)
+class GraphView:
+    """One graph of a module tree.
+
+    Attributes:
+        module: the module that owns the graph.
+        facts: what is known of the graph.
+        rewritable: whether replacing a node by an equal computation is sound there. It is not in a body whose
+            meaning the surrounding operator fixes, such as the forward half of a custom autograd function.
+        caller: name of the operator that the graph is the body of; "" for the root.
+    """
+
+    module: fx.GraphModule
+    facts: GraphFacts
+    rewritable: bool
+    caller: str
+
+
+def all_graphs(root: fx.GraphModule) -> list[GraphView]:
+    """The root graph first, then nested ones, each with its placeholders bound to the caller's nodes."""
+    modules = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
+    overwritten = overwritten_storages(module.graph for module in modules)
+    return list(_walk(root, GraphFacts(root.graph, overwritten), True, "", overwritten))
+
+
+def _walk(
+    module: fx.GraphModule, facts: GraphFacts, rewritable: bool, caller: str, overwritten: frozenset[int]
+) -> Iterator[GraphView]:
+    yield GraphView(module, facts, rewritable, caller)
+    bodies = [(node, user) for node in module.graph.nodes if _body(module, node) is not None for user in node.users]
+    seen: set[int] = set()
+    for node, user in bodies:
+        body = _body(module, node)
+        if body is None or id(body) in seen:
+            continue
+        seen.add(id(body))
+        name = getattr(user.target, "__name__", str(user.target))
+        calls = [call for other, call in bodies if _body(module, other) is body]
+        bindings = {}
+        transparent = name in _TRANSPARENT_CALLS
+        placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        arguments = list(user.args[1:])
+        if transparent and len(calls) == 1 and len(placeholders) == len(arguments):
+            bindings = {
+                inner: (facts, outer)
+                for inner, outer in zip(placeholders, arguments, strict=True)
+                if isinstance(outer, fx.Node)
+            }
+        inner_facts = GraphFacts(body.graph, overwritten, bindings)
+        yield from _walk(body, inner_facts, rewritable and transparent, name, overwritten)
+
+
+def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    if node.op != "get_attr":
+        return None
+    try:
+        value: object = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+    except AttributeError:
+        return None
+    return value if isinstance(value, fx.GraphModule) else None
+
+
+def fake_mode_of(node: fx.Node) -> torch._subclasses.FakeTensorMode | None:
+    """The fake tensor mode that a node's example tensor belongs to."""
+    return getattr(node.meta.get("example_value"), "fake_mode", None)

@@ -1,0 +1,47 @@
+"""The length guard: which side of ``dense_len`` a graph is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+
+class Branch(Enum):
+    """The side of the switch that one compiled graph takes."""
+
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+@dataclass(frozen=True)
+class LengthGuard:
+    """The outcome of the length switch for one site.
+
+    Attributes:
+        branch: the side taken.
+        expression: what was decided, in Dynamo's size symbols; for a dynamic length it is also a guard of the
+            compiled graph, so that a length on the other side compiles, once, a graph of its own.
+        dynamic: whether the length is dynamic.
+    """
+
+    branch: Branch
+    expression: str
+    dynamic: bool
+
+
+def decide_length(key_length: int | torch.SymInt, dense_len: int) -> LengthGuard:
+    """Compare a key length with ``dense_len`` (arXiv 2509.24663, section 3: the dense/sparse switch).
+
+    Taking the truth of a comparison of a SymInt makes Dynamo guard on it.
+
+    Args:
+        key_length: tokens, after new keys are appended.
+        dense_len: length from which attention is sparse.
+    """
+    dynamic = isinstance(key_length, torch.SymInt)
+    symbol = str(key_length)
+    sparse = bool(key_length >= dense_len)
+    expression = f"{symbol} >= {dense_len}" if sparse else f"{symbol} < {dense_len}"
+    return LengthGuard(Branch.SPARSE if sparse else Branch.DENSE, expression, dynamic)

@@ -1,0 +1,156 @@
+"""From the symbolic value of a mask to a normal form that the operators can take in linear memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.masks.interpreter import Interpreter, Overwritten
+from infllm_pass.masks.values import GraphFacts, SymbolicTensor, axis, same
+
+BATCH, HEAD, QUERY, KEY = (axis(dim) for dim in range(4))
+
+
+@dataclass(frozen=True)
+class KeyCondition:
+    """A test that a key must pass, read off a graph tensor: ``relation(source[b, k], constant)``.
+
+    Attributes:
+        facts: the graph that `source` belongs to.
+        source: a node of shape ``[B, Lk]``, ``[1, Lk]`` or ``[Lk]``.
+        relation: "eq", "ne", "lt", "le", "gt" or "ge".
+        constant: what `source` is compared with.
+    """
+
+    facts: GraphFacts
+    source: fx.Node
+    relation: str
+    constant: int
+
+
+@dataclass(frozen=True)
+class MaskPredicate:
+    """What a mask lets a query see, proved for all sizes and inputs.
+
+    A query ``i`` sees key ``j`` iff ``j <= i + causal_offset`` (no such limit when it is None) and every key
+    condition holds for ``j``.
+    """
+
+    causal_offset: sympy.Expr | None
+    key_conditions: tuple[KeyCondition, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnprovenMask:
+    """Why a mask has no normal form, and the node at which the proof stopped."""
+
+    node: fx.Node
+    why: str
+
+
+@dataclass(frozen=True)
+class _CausalLimit:
+    offset: sympy.Expr
+
+
+def prove_mask(interpreter: Interpreter, mask: fx.Node) -> MaskPredicate | UnprovenMask:
+    """Prove what a boolean attention mask computes.
+
+    Args:
+        interpreter: the interpreter of the graph that the mask belongs to.
+        mask: a node of dtype bool that broadcasts to ``[B, H, Lq, Lk]``; True lets a query see a key.
+
+    Returns:
+        The normal form, or the reason why there is none.
+    """
+    example = interpreter.facts.example(mask)
+    if not isinstance(example, torch.Tensor) or example.dtype != torch.bool or example.dim() > 4:
+        return UnprovenMask(mask, "it is not a boolean tensor of at most four dimensions")
+    try:
+        value = interpreter.evaluate(mask)
+    except Overwritten as stop:
+        return UnprovenMask(stop.node, "the graph overwrites its memory, so its value depends on when it is read")
+    if value is None:
+        return UnprovenMask(mask, "it is not a tensor")
+    offset: sympy.Expr | None = None
+    conditions: list[KeyCondition] = []
+    for conjunct in sympy.And.make_args(_lift_to_four_dimensions(value)):
+        if conjunct == sympy.true:
+            continue
+        found = _causal_limit(conjunct) or _key_condition(interpreter, conjunct)
+        if isinstance(found, _CausalLimit):
+            if offset is not None and not same(offset, found.offset):
+                return UnprovenMask(mask, f"it has two causal limits, offsets {offset} and {found.offset}")
+            offset = found.offset
+        elif found is not None:
+            conditions.append(found)
+        else:
+            return UnprovenMask(_first_unknown(interpreter, conjunct) or mask, f"it tests {_readable(conjunct)}")
+    return MaskPredicate(offset, tuple(conditions))
+
+
+def _lift_to_four_dimensions(mask: SymbolicTensor) -> sympy.Basic:
+    """The mask's value over ``(batch, head, query, key)``; a dimension of size 1 does not matter."""
+    pad = 4 - len(mask.shape)
+    index = [sympy.Integer(0) if extent == 1 else axis(dim + pad) for dim, extent in enumerate(mask.shape)]
+    return mask.at(index)
+
+
+def _causal_limit(conjunct: sympy.Basic) -> _CausalLimit | None:
+    """Read ``key <= query + offset`` off an inequality between integers, whichever way it is written."""
+    if isinstance(conjunct, (sympy.Ge, sympy.Gt)):
+        small, large = conjunct.rhs, conjunct.lhs
+    elif isinstance(conjunct, (sympy.Le, sympy.Lt)):
+        small, large = conjunct.lhs, conjunct.rhs
+    else:
+        return None
+    slack = sympy.expand(large - small)  # the conjunct says slack >= 0, or > 0 when strict
+    if isinstance(conjunct, (sympy.Gt, sympy.Lt)):
+        slack = slack - 1
+    offset = sympy.expand(slack - QUERY + KEY)
+    if offset.free_symbols & {BATCH, HEAD, QUERY, KEY} or offset.atoms(sympy.core.function.AppliedUndef):
+        return None
+    return _CausalLimit(offset)
+
+
+_RELATIONS = {
+    sympy.Eq: "eq",
+    sympy.Ne: "ne",
+    sympy.StrictLessThan: "lt",
+    sympy.LessThan: "le",
+    sympy.StrictGreaterThan: "gt",
+    sympy.GreaterThan: "ge",
+}
+
+
+def _key_condition(interpreter: Interpreter, conjunct: sympy.Basic) -> KeyCondition | None:
+    """Read a test of one tensor element that depends on batch and key alone."""
+    relation = _RELATIONS.get(type(conjunct))
+    if relation is None:
+        return None
+    element, constant = conjunct.args
+    if isinstance(element, sympy.Integer):
+        return _key_condition(interpreter, conjunct.reversed)
+    if not isinstance(element, sympy.core.function.AppliedUndef) or not isinstance(constant, sympy.Integer):
+        return None
+    facts, source = interpreter.unknowns[element.func.__name__]
+    index = element.args
+    if index[-1] != KEY or (len(index) == 2 and index[0] not in (BATCH, sympy.Integer(0))) or len(index) > 2:
+        return None
+    return KeyCondition(facts, source, relation, int(constant))
+
+
+def _first_unknown(interpreter: Interpreter, conjunct: sympy.Basic) -> fx.Node | None:
+    """The earliest node that the interpreter could not follow among those a conjunct still depends on."""
+    names = {atom.func.__name__ for atom in conjunct.atoms(sympy.core.function.AppliedUndef)}
+    names |= {symbol.name for symbol in conjunct.free_symbols}
+    return next((node for name, (_, node) in interpreter.unknowns.items() if name in names), None)
+
+
+def _readable(conjunct: sympy.Basic) -> str:
+    """A conjunct in words a user can place: index symbols become batch, head, query and key."""
+    names = dict(zip((BATCH, HEAD, QUERY, KEY), sympy.symbols("batch head query key"), strict=True))
+    return str(conjunct.xreplace(names)).split("@")[0] if "@" in str(conjunct) else str(conjunct.xreplace(names))

@@ -1,0 +1,112 @@
+"""Symbolic tensors: a shape, and one sympy expression of the index symbols for every element at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.vocabulary import written_argument
+
+
+@cache
+def axis(dim: int) -> sympy.Symbol:
+    """The index along dimension `dim` of whatever tensor an expression belongs to."""
+    return sympy.Symbol(f"i{dim}", integer=True, nonnegative=True)
+
+
+def size(value: int | torch.SymInt) -> sympy.Expr:
+    """A tensor size as sympy sees it; sizes of one graph share Dynamo's own symbols."""
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    return sympy.Integer(int(value))
+
+
+def same(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two integer expressions are equal for all values of their symbols."""
+    return bool(a == b) or sympy.expand(a - b) == 0
+
+
+@dataclass(frozen=True)
+class SymbolicTensor:
+    """A tensor of which every element is known as an expression of its index.
+
+    Attributes:
+        shape: sizes, outermost first.
+        value: the element at ``(axis(0), axis(1), …)``: a sympy Boolean for dtype bool, an integer
+            expression for integer dtypes.
+        dtype: torch.bool, or a torch integer dtype.
+    """
+
+    shape: tuple[sympy.Expr, ...]
+    value: sympy.Basic
+    dtype: torch.dtype
+
+    def at(self, index: Sequence[sympy.Expr]) -> sympy.Basic:
+        """The element at the given index expressions, one for each dimension."""
+        return self.value.xreplace({axis(dim): expr for dim, expr in enumerate(index)})
+
+    def broadcast_to(self, shape: tuple[sympy.Expr, ...]) -> sympy.Basic:
+        """The element that stands at ``(axis(0), …)`` once this tensor is broadcast to `shape`."""
+        pad = len(shape) - len(self.shape)
+        index = [
+            sympy.Integer(0) if extent == 1 and shape[dim + pad] != 1 else axis(dim + pad)
+            for dim, extent in enumerate(self.shape)
+        ]
+        return self.at(index)
+
+
+def element(name: str, rank: int, dtype: torch.dtype) -> sympy.Basic:
+    """An element of a tensor that nothing is known of: a named function of the index.
+
+    Booleans are written as a non-zero test of an integer function, so that casts between the two cancel.
+    """
+    indices = [axis(dim) for dim in range(rank)]
+    known = sympy.Function(name, integer=True)(*indices) if rank else sympy.Symbol(name, integer=True)
+    return sympy.Ne(known, 0) if dtype == torch.bool else known
+
+
+class GraphFacts:
+    """What is known of one graph before any proof: example tensors, and which memory is overwritten.
+
+    Args:
+        graph: a graph whose nodes carry Dynamo's ``meta["example_value"]``.
+        overwritten: storages that this graph, or one that it is nested with, writes to.
+        bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        overwritten: frozenset[int],
+        bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.bindings = bindings or {}
+        self._overwritten = overwritten
+
+    def example(self, node: fx.Node) -> Any:
+        """The fake tensor, SymInt or constant that Dynamo recorded for a node; None if it recorded none."""
+        return node.meta.get("example_value")
+
+    def is_overwritten(self, node: fx.Node) -> bool:
+        """Whether anything writes to the memory this node's tensor lives in."""
+        return storage(node) in self._overwritten
+
+
+def storage(node: fx.Node) -> int | None:
+    """Identity of the memory a node's tensor lives in; None for a node that is no tensor."""
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:
+    """Memory that any node of the graphs writes to in place."""
+    targets = (written_argument(node) for graph in graphs for node in graph.nodes)
+    found = (storage(target) for target in targets if target is not None)
+    return frozenset(cell for cell in found if cell is not None)

@@ -1,0 +1,216 @@
+"""Deciding, site by site, what may be rewritten, and saying why when it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from infllm_pass.graphs import GraphView
+from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
+from infllm_pass.masks import MaskPredicate, UnprovenMask, prove_mask
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.values import same, size
+from infllm_pass.sites import AttentionSite, find_sites
+
+SiteFilter = Callable[[AttentionSite], bool]
+
+
+class Reason(Enum):
+    """Why a site is switchable, or why it stays dense. The value says what would change it."""
+
+    SWITCHABLE = "causal attention over its whole key length: dense below dense_len, sparse from there on"
+    EXCLUDED = "filter_fn turned this site down: let it return True to make the site switchable"
+    BIDIRECTIONAL = (
+        "every query sees every key, and only causal attention can be sparse: pass is_causal=True or a causal mask "
+        "if that is what the model means"
+    )
+    UNPROVEN_MASK = (
+        "what the mask computes could not be proved: build it in the graph from aranges, comparisons and a 2-D "
+        "padding mask"
+    )
+    ADDITIVE_BIAS = "the mask is a float tensor added to the scores: use a boolean mask if it only hides keys"
+    PARTIAL_KEYS = (
+        "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
+        "exactly the keys seen so far can be sparse"
+    )
+    DROPOUT = "attention dropout is active: call eval() or set the dropout probability to 0"
+    SCALE_IS_DATA = "the softmax scale is computed from data: use a number"
+    HEAD_DIM = f"the head dimension is outside 1 to {MAX_HEAD_DIM}"
+    HEAD_GROUPS = "the number of query heads is not a multiple of the number of key/value heads"
+    SHAPES = "query, key and value are not [B, H, L, D] tensors of one batch size and key length"
+    DTYPE = "the dtype is not one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    DEVICE = "the operators run on CPU and CUDA tensors of one device"
+    NESTED_GRAPH = "the call sits inside an operator that fixes what its body computes: move the attention out of it"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What was found out about a site and what is to be done with it.
+
+    Attributes:
+        site: the site.
+        reason: why it is switchable, or why not.
+        detail: what was seen at this site, for people; "" when the reason says it all.
+        mask: what the mask lets through, if that was proved causal.
+        scale: softmax scale as a number; None until it is known.
+    """
+
+    site: AttentionSite
+    reason: Reason
+    detail: str = ""
+    mask: MaskPredicate | None = None
+    scale: float | None = None
+
+    @property
+    def switchable(self) -> bool:
+        """Whether the site becomes dense/sparse switchable attention."""
+        return self.reason is Reason.SWITCHABLE
+
+    @property
+    def maskless(self) -> bool:
+        """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
+        square = same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
+        return self.mask is not None and square and not self.mask.key_conditions
+
+    @property
+    def mask_verdict(self) -> str:
+        """What the mask was found to be, in a few words."""
+        if self.mask is not None:
+            return "causal, padded keys" if self.mask.key_conditions else "causal"
+        if self.reason is Reason.BIDIRECTIONAL:
+            return "none" if self.site.mask is None else "not causal"
+        return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
+
+
+def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None) -> list[SitePlan]:
+    """A plan for every attention site of a graph, in order.
+
+    Args:
+        view: the graph.
+        filter_fn: sites for which it returns False stay dense.
+    """
+    interpreter = Interpreter(view.facts)
+    proofs: dict[fx.Node, MaskPredicate | UnprovenMask] = {}
+    plans = []
+    for site in find_sites(view.facts):
+        if not view.rewritable:
+            plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
+        else:
+            plans.append(_plan_site(site, interpreter, proofs, filter_fn))
+    return plans
+
+
+def _plan_site(
+    site: AttentionSite,
+    interpreter: Interpreter,
+    proofs: dict[fx.Node, MaskPredicate | UnprovenMask],
+    filter_fn: SiteFilter | None,
+) -> SitePlan:
+    refused = _check_tensors(site) or _check_dropout(site)
+    if refused is not None:
+        return refused
+    proof = _prove_causal(site, interpreter, proofs)
+    if isinstance(proof, SitePlan):
+        return proof
+    scale = _read_scale(site)
+    if scale is None:
+        return SitePlan(site, Reason.SCALE_IS_DATA)
+    proved = SitePlan(site, Reason.SWITCHABLE, mask=proof, scale=scale)
+    refused = _check_heads(proved)
+    if refused is not None:
+        return refused
+    if filter_fn is not None and not filter_fn(site):
+        return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
+    return proved
+
+
+def _check_tensors(site: AttentionSite) -> SitePlan | None:
+    examples = [node.meta["example_value"] for node in (site.query, site.key, site.value)]
+    shapes = [tuple(size(extent) for extent in example.shape) for example in examples]
+    described = ", ".join(str(list(shape)) for shape in shapes)
+    if any(len(shape) != 4 for shape in shapes):
+        return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
+    query, key, value = shapes
+    if not (same(query[0], key[0]) and all(same(a, b) for a, b in zip(key[:3], value[:3], strict=True))):
+        return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
+    result = site.node.meta["example_value"].dtype
+    if result not in DTYPES:
+        return SitePlan(site, Reason.DTYPE, f"the dtype is {result}")
+    devices = {example.device for example in examples}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        return SitePlan(site, Reason.DEVICE, "devices are " + ", ".join(sorted(map(str, devices))))
+    return None
+
+
+def _check_dropout(site: AttentionSite) -> SitePlan | None:
+    probability = _number(site.dropout_p)
+    if probability == 0.0:
+        return None
+    seen = "it is computed from data" if probability is None else f"dropout_p is {probability}"
+    return SitePlan(site, Reason.DROPOUT, seen)
+
+
+def _check_heads(plan: SitePlan) -> SitePlan | None:
+    """Check the sizes that kernels are built for; where Dynamo made them dynamic, reading them guards on them."""
+    site = plan.site
+    heads_q, heads_kv = int(site.query_heads), int(site.kv_heads)
+    for node in (site.query, site.value):
+        head_dim = int(site.shape(node)[3])
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
+            return SitePlan(site, Reason.HEAD_DIM, f"head_dim is {head_dim}", plan.mask, plan.scale)
+    if heads_kv < 1 or heads_q % heads_kv:
+        return SitePlan(site, Reason.HEAD_GROUPS, f"{heads_q} over {heads_kv} heads", plan.mask, plan.scale)
+    return None
+
+
+def _prove_causal(
+    site: AttentionSite, interpreter: Interpreter, proofs: dict[fx.Node, MaskPredicate | UnprovenMask]
+) -> MaskPredicate | SitePlan:
+    length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
+    if site.mask is None:
+        if site.is_causal is not True:
+            return SitePlan(site, Reason.BIDIRECTIONAL)
+        predicate = MaskPredicate(size(0))
+    elif not isinstance(site.mask, fx.Node):
+        return SitePlan(site, Reason.UNPROVEN_MASK, f"the mask is {site.mask!r}")
+    elif site.mask.meta["example_value"].dtype != torch.bool:
+        return SitePlan(site, Reason.ADDITIVE_BIAS, f"its dtype is {site.mask.meta['example_value'].dtype}")
+    else:
+        if site.mask not in proofs:
+            proofs[site.mask] = prove_mask(interpreter, site.mask)
+        proof = proofs[site.mask]
+        if isinstance(proof, UnprovenMask):
+            return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {proof.node.name}: {proof.why}")
+        predicate = proof
+    if predicate.causal_offset is None:
+        return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
+    if not same(predicate.causal_offset, length_k - length_q):
+        return SitePlan(
+            site,
+            Reason.PARTIAL_KEYS,
+            f"query i sees keys up to i + {predicate.causal_offset}, of {length_k} keys for {length_q} queries",
+        )
+    if any(condition.facts is not interpreter.facts for condition in predicate.key_conditions):
+        return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
+    return predicate
+
+
+def _read_scale(site: AttentionSite) -> float | None:
+    if site.scale is None:
+        head_dim = int(site.shape(site.query)[3])
+        return float(head_dim) ** -0.5 if head_dim > 0 else None
+    return _number(site.scale)
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a float that Dynamo made symbolic (reading it guards on its value); None for data."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
+        return float(value)
+    return None

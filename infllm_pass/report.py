@@ -1,0 +1,210 @@
+"""What the pass did, as data: one row for every attention site of every compiled graph."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from infllm_pass.guard import Branch, LengthGuard
+from infllm_pass.plan import Reason, SitePlan
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site of one compiled graph.
+
+    Attributes:
+        graph: number of the compiled graph, counted from 0.
+        site: number of the site in its graph.
+        module: dotted path of the module it was traced in, "" outside any.
+        source: ``file:line`` of the call, "" if unknown.
+        query_shape: ``[B, Hq, Lq, D]``; dynamic sizes as Dynamo's symbols.
+        key_shape: ``[B, Hkv, Lk, D]`` before heads were repeated.
+        dtype: the dtype that attention is computed in.
+        device: the device.
+        group: query heads for one key/value head; 0 where the heads do not divide.
+        mask: what the mask was found to be.
+        mask_elided: whether the compiled graph no longer reads a mask tensor here (or never had one).
+        decision: "switchable" or "dense".
+        branch: the side of the switch that this graph runs, "dense" or "sparse".
+        guard: the length test that chose the side; "" for a dense site.
+        guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
+        reason: name of the `Reason`.
+        explanation: why, and what would change it.
+    """
+
+    graph: int
+    site: int
+    module: str
+    source: str
+    query_shape: tuple[int | str, ...]
+    key_shape: tuple[int | str, ...]
+    dtype: str
+    device: str
+    group: int
+    mask: str
+    mask_elided: bool
+    decision: str
+    branch: str
+    guard: str
+    guard_dynamic: bool
+    reason: str
+    explanation: str
+
+    def with_mask_elided(self, elided: bool) -> SiteReport:
+        """The row once it is known whether the rewritten site still reads a mask tensor."""
+        return replace(self, mask_elided=self.mask_elided or elided)
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph: its number, the sides of the switch its sites run, and its sites."""
+
+    graph: int
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The distinct sides of the switch that the graph's switchable sites run."""
+        return tuple(sorted({site.branch for site in self.sites if site.decision == "switchable"}))
+
+
+@dataclass
+class Report:
+    """All graphs compiled so far for one model.
+
+    ``print(report)`` shows a table; `to_dict` and `to_json` give the same as data.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """The sites of all graphs, in order of compilation."""
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def switchable(self) -> int:
+        """How many sites, over all graphs, are switchable."""
+        return sum(site.decision == "switchable" for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "graphs": [
+                {
+                    "graph": graph.graph,
+                    "branches": list(graph.branches),
+                    "sites": [asdict(s) for s in graph.sites],
+                }
+                for graph in self.graphs
+            ]
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich__(self) -> Table:
+        table = Table(title=self._title(), title_justify="left")
+        for name in (
+            "graph",
+            "site",
+            "module",
+            "q [B,H,L,D]",
+            "kv heads",
+            "mask",
+            "decision",
+            "runs",
+            "guard",
+            "why",
+        ):
+            table.add_column(name, overflow="fold")
+        for rows in _runs_of_equal_sites(self.sites):
+            first = rows[0]
+            many = f"{first.site}" if len(rows) == 1 else f"{first.site}-{rows[-1].site}"
+            module = first.module if len(rows) == 1 else f"{first.module} … {rows[-1].module}"
+            table.add_row(
+                str(first.graph),
+                many,
+                module or first.source,
+                ", ".join(map(str, first.query_shape)),
+                f"{first.key_shape[1]} (group {first.group})" if first.group else str(first.key_shape[1:2]),
+                first.mask + (", elided" if first.mask_elided else ""),
+                first.decision,
+                first.branch,
+                first.guard + (" (dynamic)" if first.guard_dynamic else ""),
+                "" if first.decision == "switchable" else f"{first.reason}: {first.explanation}",
+            )
+        return table
+
+    def _title(self) -> str:
+        if not self.graphs:
+            return "no graph compiled yet: call the model first"
+        return f"{len(self.graphs)} graph(s), {len(self.sites)} attention site(s), {self.switchable} switchable"
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(self)
+        return console.export_text()
+
+
+def _runs_of_equal_sites(sites: list[SiteReport]) -> list[list[SiteReport]]:
+    """Neighbouring sites of a graph that differ in number, module and source line only, put together."""
+    runs: list[list[SiteReport]] = []
+    for site in sites:
+        if runs and _without_place(runs[-1][-1]) == _without_place(site):
+            runs[-1].append(site)
+        else:
+            runs.append([site])
+    return runs
+
+
+def _without_place(site: SiteReport) -> dict[str, Any]:
+    return {key: value for key, value in asdict(site).items() if key not in ("site", "module", "source")}
+
+
+def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | None) -> SiteReport:
+    """The report row of a planned site, before it is rewritten.
+
+    Args:
+        graph: number of the compiled graph.
+        number: number of the site in the graph.
+        plan: the site's plan.
+        guard: the outcome of the length switch; None for a site that has none.
+    """
+    site = plan.site
+    example = site.node.meta["example_value"]
+    shapes = [tuple(_readable_size(extent) for extent in site.shape(node)) for node in (site.query, site.key_heads)]
+    return SiteReport(
+        graph=graph,
+        site=number,
+        module=site.module_path,
+        source=site.source_line,
+        query_shape=shapes[0],
+        key_shape=shapes[1],
+        dtype=str(example.dtype).removeprefix("torch."),
+        device=str(example.device),
+        group=int(site.query_heads) // int(site.kv_heads) if plan.maskless or plan.switchable else 0,
+        mask=plan.mask_verdict,
+        mask_elided=site.mask is None,
+        decision="switchable" if plan.switchable else "dense",
+        branch=(guard.branch if guard is not None else Branch.DENSE).value,
+        guard=guard.expression if guard is not None else "",
+        guard_dynamic=guard is not None and guard.dynamic,
+        reason=plan.reason.name,
+        explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
+    )
+
+
+def _readable_size(extent: int | torch.SymInt) -> int | str:
+    return extent if isinstance(extent, int) else str(extent)
+
+
+__all__ = ["GraphReport", "Reason", "Report", "SiteReport", "describe_site"]

@@ -1,0 +1,1 @@
+"""The arithmetic: compression, block selection and block attention on tensors and plain numbers."""

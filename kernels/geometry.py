@@ -1,0 +1,50 @@
+"""Sizes that describe one block selection (InfLLM-V2, arXiv 2509.24663, sections 3.1 and 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LseMode = Literal["coarse", "exact"]
+
+COARSE_FACTOR = 4
+"""Coarse keys ``K2`` pool windows this many times longer, and further apart, than ``K1``."""
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """The numbers a kernel needs to select blocks; lengths in tokens, budgets in blocks.
+
+    Attributes:
+        kernel_size: tokens averaged into one compressed key ``K1`` (``l``).
+        kernel_stride: tokens between the starts of two compressed keys (``s``).
+        block_size: tokens in one key block.
+        init_blocks: blocks at the start of a sequence that every query visits.
+        local_blocks: blocks before the query's own block that it always visits.
+        selected_blocks: blocks visited in all, forced ones included.
+        lse: the normaliser of the block scores: over the coarse keys ``K2`` (the paper's
+            approximation) or over ``K1`` (exact).
+        query_block: adjacent queries, aligned in absolute position, that share one selection.
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    init_blocks: int = 1
+    local_blocks: int = 32
+    selected_blocks: int = 96
+    lse: LseMode = "coarse"
+    query_block: int = 1
+
+    def num_compressed(self, length: int) -> int:
+        """Complete ``K1`` windows in a sequence of ``length`` keys."""
+        return max(0, (length - self.kernel_size) // self.kernel_stride + 1)
+
+    def num_coarse(self, length: int) -> int:
+        """Complete ``K2`` windows in a sequence of ``length`` keys."""
+        size, stride = COARSE_FACTOR * self.kernel_size, COARSE_FACTOR * self.kernel_stride
+        return max(0, (length - size) // stride + 1)
+
+    def num_blocks(self, length: int) -> int:
+        """Key blocks, the last one possibly partial, in a sequence of ``length`` keys."""
+        return -(-length // self.block_size)

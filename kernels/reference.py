@@ -1,0 +1,226 @@
+"""The oracle: InfLLM-V2 selection and attention written as their formulas, in quadratic memory.
+
+Every function promotes its inputs to float64, works on any device, and is differentiable by autograd
+(selection returns booleans, through which nothing flows). Nothing here is tuned; the other kernels are
+tested against it. Formulas: arXiv 2509.24663, sections 3.1 (sparse attention) and 3.2 (block selection).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
+
+NEG_INF = float("-inf")
+
+
+def sequence_bounds(key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """First valid key and one past the last valid key of every row.
+
+    Args:
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+
+    Returns:
+        Two int64 tensors ``[B]``; both 0 for a row without a valid key.
+    """
+    length = key_mask.shape[1]
+    index = torch.arange(length, device=key_mask.device)
+    first = torch.where(key_mask, index, length).amin(1) if length else key_mask.new_zeros(key_mask.shape[0]).long()
+    end = torch.where(key_mask, index + 1, 0).amax(1) if length else torch.zeros_like(first)
+    return torch.minimum(first, end), end
+
+
+def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:
+    """Mean of every complete window, rounded to k's dtype: ``[..., Lk, D]`` -> float64 ``[..., n, D]``."""
+    if k.shape[-2] < size:
+        return k.double()[..., :0, :]
+    windows = k.double().unfold(-2, size, stride)  # [..., n, D, size]
+    return windows.mean(-1).to(k.dtype).double()
+
+
+def block_scores(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int) -> Tensor:
+    """Scores ``r[j]`` of every key block for every query of one unpadded sequence.
+
+    Args:
+        q: ``[Hq, Lq, D]``; query ``i`` stands at position ``offset + i``.
+        k: ``[Hkv, Lk, D]``.
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: position of the first query.
+
+    Returns:
+        float64 ``[Hkv, Lq, n_blocks]``; ``-inf`` where no compressed key of a block is visible.
+    """
+    g = geometry
+    heads_kv, length_k, _ = k.shape
+    heads_q, length_q, dim = q.shape
+    group = heads_q // heads_kv
+    size, stride = g.kernel_size, g.kernel_stride
+    queries = q.double().reshape(heads_kv, group, length_q, dim)
+    last = tile_position(torch.arange(length_q, device=q.device) + offset, g.query_block, length_k)  # [Lq]
+
+    k1 = pool_keys(k, size, stride)  # [Hkv, n1, D]
+    starts = stride * torch.arange(k1.shape[1], device=k.device)
+    visible = starts + size - 1 <= last[:, None]  # [Lq, n1]
+    logits = scale * queries @ k1[:, None].mT  # [Hkv, G, Lq, n1]
+    if g.lse == "exact":
+        norm = logits.masked_fill(~visible, NEG_INF).logsumexp(-1, keepdim=True)
+        normalised = visible.any(-1)  # [Lq]
+    else:
+        k2 = pool_keys(k, COARSE_FACTOR * size, COARSE_FACTOR * stride)  # [Hkv, n2, D]
+        starts2 = COARSE_FACTOR * stride * torch.arange(k2.shape[1], device=k.device)
+        visible2 = starts2 + COARSE_FACTOR * size - 1 <= last[:, None]
+        coarse = scale * queries @ k2[:, None].mT  # [Hkv, G, Lq, n2]
+        norm = coarse.masked_fill(~visible2, NEG_INF).logsumexp(-1, keepdim=True)
+        normalised = visible2.any(-1)
+    scores = torch.exp(logits - torch.where(normalised[:, None], norm, 0.0)).sum(1)  # [Hkv, Lq, n1]
+    scores = torch.where(normalised[:, None], scores, 0.0)
+    if g.query_block > 1:
+        tile = (torch.arange(length_q, device=q.device) + offset) // g.query_block
+        same = (tile[:, None] == tile[None, :]).double()  # [Lq, Lq]
+        scores = same @ scores
+    scores = scores.masked_fill(~visible, NEG_INF)
+
+    blocks = torch.arange(g.num_blocks(length_k), device=k.device)
+    begin, end = blocks * g.block_size, (blocks + 1) * g.block_size
+    overlaps = (starts < end[:, None]) & (starts + size > begin[:, None])  # [n_blocks, n1]
+    columns = [
+        scores[..., hit].amax(-1) if bool(hit.any()) else torch.full_like(scores[..., :1].sum(-1), NEG_INF)
+        for hit in overlaps
+    ]
+    return torch.stack(columns, -1) if columns else scores.new_empty(*scores.shape[:2], 0)
+
+
+def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
+    """Position of the last query, within the sequence, of the tile that each position belongs to."""
+    return (positions // query_block * query_block + query_block - 1).clamp(max=length - 1)
+
+
+def select_sequence(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int) -> Tensor:
+    """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`."""
+    g = geometry
+    length_q, length_k = q.shape[1], k.shape[1]
+    count = g.num_blocks(length_k)
+    scores = block_scores(q, k, geometry=g, scale=scale, offset=offset)
+    positions = torch.arange(length_q, device=q.device) + offset
+    own = tile_position(positions, g.query_block, length_k) // g.block_size  # [Lq]
+    blocks = torch.arange(count, device=q.device)
+    candidate = blocks <= own[:, None]  # [Lq, n_blocks]
+    forced = candidate & ((blocks < g.init_blocks) | (blocks >= own[:, None] - g.local_blocks))
+    rank = torch.where(forced, torch.inf, scores).masked_fill(~candidate, NEG_INF)
+    order = torch.sort(rank, dim=-1, descending=True, stable=True).indices  # stable: ties go to the lower block
+    chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order[..., : g.selected_blocks], True)
+    return chosen & candidate
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    dense_len: int = 0,
+) -> Tensor:
+    """Selected blocks of a batch, as a set.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i``.
+        k: ``[B, Hkv, Lk, D]``.
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: key index of the first query.
+        key_mask: bool ``[B, Lk]``; a row's sequence runs from its first to its last valid key.
+        dense_len: rows whose sequence is shorter select nothing.
+
+    Returns:
+        bool ``[B, Hkv, Lq, n_blocks]``; blocks are numbered from the row's own first key.
+    """
+    batch, _, length_q, _ = q.shape
+    _, heads_kv, length_k, _ = k.shape
+    chosen = q.new_zeros(batch, heads_kv, length_q, geometry.num_blocks(length_k), dtype=torch.bool)
+    for row, keys, queries in sequences(batch, length_q, length_k, offset, key_mask):
+        length = keys.stop - keys.start
+        if length < max(dense_len, 1) or queries.stop <= queries.start:
+            continue
+        part = select_sequence(
+            q[row, :, queries],
+            k[row, :, keys],
+            geometry=geometry,
+            scale=scale,
+            offset=offset + queries.start - keys.start,
+        )
+        chosen[row, :, queries, : part.shape[-1]] = part
+    return chosen
+
+
+def sequences(
+    batch: int, length_q: int, length_k: int, offset: int, key_mask: Tensor | None
+) -> list[tuple[int, slice, slice]]:
+    """Per row: its number, the slice of its keys, and the slice of the queries that stand on them."""
+    if key_mask is None:
+        bounds = [(0, length_k)] * batch
+    else:
+        first, end = sequence_bounds(key_mask)
+        bounds = list(zip(first.tolist(), end.tolist(), strict=True))
+    rows = []
+    for row, (start, stop) in enumerate(bounds):
+        low = min(max(start - offset, 0), length_q)
+        high = min(max(stop - offset, low), length_q)
+        rows.append((row, slice(start, stop), slice(low, high)))
+    return rows
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor | None,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    dense_len: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention over selected blocks, or over everything.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        selected: bool ``[B, Hkv, Lq, n_blocks]`` from `select_blocks`; None for dense attention.
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: key index of the first query.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        dense_len: rows whose sequence is shorter attend to every visible key.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, float64. A query without a visible key
+        gives 0 and ``-inf``; so do queries outside their row's sequence.
+    """
+    batch, heads_q, length_q, dim = q.shape
+    _, heads_kv, length_k, _ = k.shape
+    group = heads_q // heads_kv
+    allowed = torch.zeros(batch, heads_kv, length_q, length_k, dtype=torch.bool, device=q.device)
+    for row, keys, queries in sequences(batch, length_q, length_k, offset, key_mask):
+        positions = torch.arange(length_q, device=q.device)[queries] + offset
+        key_index = torch.arange(length_k, device=q.device)[keys]
+        see = key_index <= positions[:, None]  # [queries, keys]
+        if key_mask is not None:
+            see = see & key_mask[row, keys]
+        if selected is not None and keys.stop - keys.start >= dense_len:
+            block = (key_index - keys.start) // geometry.block_size
+            see = see & selected[row, :, queries][..., block]  # [Hkv, queries, keys]
+        allowed[row, :, queries, keys] = see
+    queries_ = q.double().reshape(batch, heads_kv, group, length_q, dim)
+    logits = scale * queries_ @ k.double()[:, :, None].mT  # [B, Hkv, G, Lq, Lk]
+    logits = logits.masked_fill(~allowed[:, :, None], NEG_INF)
+    empty = ~allowed.any(-1)[:, :, None]  # [B, Hkv, 1, Lq]
+    lse = logits.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, NEG_INF)
+    weights = torch.exp(logits - lse.masked_fill(empty, 0.0)[..., None])  # [B, Hkv, G, Lq, Lk]
+    out = weights @ v.double()[:, :, None]
+    return out.reshape(batch, heads_q, length_q, v.shape[-1]), lse.reshape(batch, heads_q, length_q)

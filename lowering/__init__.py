@@ -1,0 +1,1 @@
+"""PyTorch operators: schema, fake implementation and autograd for the arithmetic in ``kernels``."""

@@ -1,0 +1,78 @@
+"""Checks of operator arguments, run before anything is computed and when fake tensors are traced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infllm_pass.errors import DeviceError, DtypeError, ShapeError
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_queries_keys(q: Tensor, k: Tensor, key_mask: Tensor | None) -> None:
+    """Check queries ``[B, Hq, Lq, D]`` against keys ``[B, Hkv, Lk, D]`` and a key mask ``[B, Lk]``.
+
+    Raises:
+        ShapeError: a rank, head count, head dimension or batch size does not fit.
+        DtypeError: a dtype is not supported, or the tensors' dtypes differ.
+        DeviceError: the tensors are on different devices.
+    """
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dim() != 4:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected four dimensions [B, H, L, D]")
+    if q.dtype not in DTYPES:
+        raise DtypeError(f"q is {q.dtype}: expected one of {', '.join(map(str, DTYPES))}")
+    _check_match("q", q, "k", k)
+    if q.shape[3] != k.shape[3]:
+        raise ShapeError(f"q has head_dim {q.shape[3]} and k {k.shape[3]}: they must be equal")
+    if q.shape[3] > MAX_HEAD_DIM or q.shape[3] < 1:
+        raise ShapeError(f"head_dim {q.shape[3]} is not supported: expected 1 to {MAX_HEAD_DIM}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ShapeError(
+            f"q has {q.shape[1]} heads and k {k.shape[1]}: the number of query heads must be a multiple of "
+            "the number of key/value heads"
+        )
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise DtypeError(f"key_mask is {key_mask.dtype}: expected torch.bool, True where a key is valid")
+        if key_mask.dim() != 2 or key_mask.shape[0] != k.shape[0] or key_mask.shape[1] != k.shape[2]:
+            raise ShapeError(
+                f"key_mask has shape {tuple(key_mask.shape)}: expected [B, Lk] = [{k.shape[0]}, {k.shape[2]}]"
+            )
+        if key_mask.device != q.device:
+            raise DeviceError(f"key_mask is on {key_mask.device} and q on {q.device}: move them to one device")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, key_mask: Tensor | None) -> None:
+    """Check all tensors of an attention call; `blocks` is int32 ``[B, Hkv, Lq, S]`` or None.
+
+    Raises:
+        ShapeError: a shape does not fit.
+        DtypeError: a dtype is not supported, or dtypes differ.
+        DeviceError: the tensors are on different devices.
+    """
+    check_queries_keys(q, k, key_mask)
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ShapeError(
+            f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}: they must agree in all but the head dimension"
+        )
+    if v.shape[3] > MAX_HEAD_DIM or v.shape[3] < 1:
+        raise ShapeError(f"v has head_dim {v.shape[3]}: expected 1 to {MAX_HEAD_DIM}")
+    _check_match("q", q, "v", v)
+    if blocks is not None:
+        if blocks.dtype != torch.int32:
+            raise DtypeError(f"blocks is {blocks.dtype}: expected torch.int32 block numbers, -1 where unused")
+        expected = (q.shape[0], k.shape[1], q.shape[2])
+        if blocks.dim() != 4 or tuple(blocks.shape[:3]) != expected:
+            raise ShapeError(f"blocks has shape {tuple(blocks.shape)}: expected [B, Hkv, Lq, S] with {expected}")
+
+
+def _check_match(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise DtypeError(f"{name_a} is {a.dtype} and {name_b} is {b.dtype}: cast them to one dtype")
+    if a.device != b.device:
+        raise DeviceError(f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device")
+    if a.shape[0] != b.shape[0]:
+        raise ShapeError(f"{name_a} has batch size {a.shape[0]} and {name_b} {b.shape[0]}: they must be equal")

@@ -1,0 +1,270 @@
+"""The operators that rewritten graphs call: schema, fake implementation and autograd.
+
+``infllm::select_blocks``
+    which key blocks each query visits; nothing is differentiated through it.
+``infllm::block_attention``
+    causal attention over selected blocks, dense for rows shorter than ``dense_len`` or without a selection.
+``infllm::block_attention_backward``
+    its gradient with the selection held fixed.
+
+Semantics: arXiv 2509.24663, section 3. Geometry arguments are those of `kernels.geometry.BlockGeometry`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm_pass.kernels import cpu
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering.checks import check_attention, check_queries_keys
+
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""The row lengths of a padded batch are read on the host, which a CUDA graph cannot record."""
+
+
+def _offset(q: Tensor, k: Tensor, offset: int | None) -> int:
+    return k.shape[2] - q.shape[2] if offset is None else offset
+
+
+@torch.library.custom_op("infllm::select_blocks", mutates_args=(), tags=_TAGS)
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    offset: int | None,
+    scale: float,
+    dense_len: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    selected_blocks: int,
+    lse: str,
+    query_block: int,
+) -> Tensor:
+    """Blocks visited by every query: int32 ``[B, Hkv, Lq, selected_blocks]``, -1 where fewer are visited.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i``.
+        k: ``[B, Hkv, Lk, D]``.
+        key_mask: bool ``[B, Lk]`` or None; a row's sequence runs from its first to its last valid key, and its
+            blocks are numbered from its first key.
+        offset: key index of the first query; None: ``Lk - Lq``, the queries are the last of the keys.
+        scale: softmax scale.
+        dense_len: rows with a shorter sequence select nothing: they are dense.
+        kernel_size: see `BlockGeometry`, as for the arguments that follow.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is computed.
+    """
+    check_queries_keys(q, k, key_mask)
+    geometry = BlockGeometry(
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        block_size=block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        selected_blocks=selected_blocks,
+        lse=lse,  # type: ignore[arg-type]
+        query_block=query_block,
+    )
+    return cpu.select_blocks(
+        q,
+        k,
+        geometry=geometry,
+        scale=scale,
+        offset=_offset(q, k, offset),
+        key_mask=key_mask,
+        dense_len=dense_len,
+    )
+
+
+@select_blocks.register_fake
+def _select_blocks_fake(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    offset: int | None,
+    scale: float,
+    dense_len: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    selected_blocks: int,
+    lse: str,
+    query_block: int,
+) -> Tensor:
+    check_queries_keys(q, k, key_mask)
+    return q.new_empty(q.shape[0], k.shape[1], q.shape[2], selected_blocks, dtype=torch.int32)
+
+
+@torch.library.custom_op("infllm::block_attention", mutates_args=(), tags=_TAGS)
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    key_mask: Tensor | None,
+    offset: int | None,
+    scale: float,
+    dense_len: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention over the selected blocks of each query.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i`` and sees no later key.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        blocks: int32 ``[B, Hkv, Lq, S]`` from `select_blocks`; None: every row is dense.
+        key_mask: bool ``[B, Lk]``, True where a key is valid, or None.
+        offset: key index of the first query; None: ``Lk - Lq``, the queries are the last of the keys.
+        scale: softmax scale.
+        dense_len: rows with a shorter sequence are dense.
+        block_size: tokens in a block.
+        init_blocks: blocks at the start of a sequence that `blocks` always holds.
+        local_blocks: blocks before a query's own that `blocks` always holds.
+
+    Returns:
+        The output ``[B, Hq, Lq, Dv]`` in q's dtype, stored as ``[B, Lq, Hq, Dv]``, and the log-sum-exp of
+        each query's scores ``[B, Hq, Lq]`` in float32 (float64 for float64 inputs), which is not
+        differentiable. A query that sees no key gives 0 and ``-inf``.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is computed.
+    """
+    check_attention(q, k, v, blocks, key_mask)
+    return cpu.attention_forward(
+        q,
+        k,
+        v,
+        blocks,
+        geometry=BlockGeometry(block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks),
+        scale=scale,
+        offset=_offset(q, k, offset),
+        key_mask=key_mask,
+        dense_len=dense_len,
+    )
+
+
+@block_attention.register_fake
+def _block_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    key_mask: Tensor | None,
+    offset: int | None,
+    scale: float,
+    dense_len: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    check_attention(q, k, v, blocks, key_mask)
+    batch, heads, length, _ = q.shape
+    accumulated = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(batch, heads, length, dtype=accumulated)
+
+
+@torch.library.custom_op("infllm::block_attention_backward", mutates_args=(), tags=_TAGS)
+def block_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor | None,
+    key_mask: Tensor | None,
+    offset: int | None,
+    scale: float,
+    dense_len: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `block_attention` for q, k and v, with the selected blocks held fixed.
+
+    Args:
+        grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``.
+        q: as `block_attention`, like the arguments that follow.
+        out: the output that `block_attention` gave.
+        lse: the log-sum-exp that it gave.
+
+    Returns:
+        Gradients with the shapes and dtypes of q, k and v, contiguous.
+    """
+    dq, dk, dv = cpu.attention_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        blocks,
+        geometry=BlockGeometry(block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks),
+        scale=scale,
+        offset=_offset(q, k, offset),
+        key_mask=key_mask,
+        dense_len=dense_len,
+    )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@block_attention_backward.register_fake
+def _block_attention_backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor | None,
+    key_mask: Tensor | None,
+    offset: int | None,
+    scale: float,
+    dense_len: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, blocks, key_mask, *numbers = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, blocks, key_mask)
+    ctx.numbers = numbers
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, blocks, key_mask = ctx.saved_tensors
+    gradients = block_attention_backward(grad_out, q, k, v, out, lse, blocks, key_mask, *ctx.numbers)
+    return (*gradients, None, None, *(None for _ in ctx.numbers))
+
+
+block_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _no_gradient(ctx: Any, _grad_blocks: Tensor | None) -> tuple[None, ...]:
+    return (None,) * ctx.inputs
+
+
+def _count_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+    ctx.inputs = len(inputs)
+
+
+select_blocks.register_autograd(_no_gradient, setup_context=_count_inputs)
