@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
@@ -211,6 +212,6 @@ def _number(value: Any) -> float | None:
     """A number, or a float that Dynamo made symbolic (reading it guards on its value); None for data."""
     if isinstance(value, fx.Node):
         value = value.meta.get("example_value")
-    if isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
-        return float(value)
-    return None
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        return None
+    return None if free_unbacked_symbols(value) else float(value)

@@ -29,6 +29,16 @@ def _offset(q: Tensor, k: Tensor, offset: int | None) -> int:
     return k.shape[2] - q.shape[2] if offset is None else offset
 
 
+def _attention_geometry(
+    blocks: Tensor | None, block_size: int, init_blocks: int, local_blocks: int
+) -> BlockGeometry:
+    """What attention needs of the geometry; how blocks were scored does not matter to it."""
+    budget = init_blocks + local_blocks + 1 if blocks is None else blocks.shape[3]
+    return BlockGeometry(
+        block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks, selected_blocks=budget
+    )
+
+
 @torch.library.custom_op("infllm::select_blocks", mutates_args=(), tags=_TAGS)
 def select_blocks(
     q: Tensor,
@@ -147,7 +157,7 @@ def block_attention(
         k,
         v,
         blocks,
-        geometry=BlockGeometry(block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks),
+        geometry=_attention_geometry(blocks, block_size, init_blocks, local_blocks),
         scale=scale,
         offset=_offset(q, k, offset),
         key_mask=key_mask,
@@ -212,7 +222,7 @@ def block_attention_backward(
         out,
         lse,
         blocks,
-        geometry=BlockGeometry(block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks),
+        geometry=_attention_geometry(blocks, block_size, init_blocks, local_blocks),
         scale=scale,
         offset=_offset(q, k, offset),
         key_mask=key_mask,

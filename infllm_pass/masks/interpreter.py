@@ -221,9 +221,24 @@ _rule(Kind.FLOORDIV)(_arithmetic(lambda a, b: sympy.floor(a / b)))
 def _comparison(relation: Callable[[sympy.Expr, sympy.Expr], sympy.Basic]) -> Rule:
     def rule(run: Interpreter, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
         shape = _shape(example)
-        return relation(_integer_value(run.operand(input), shape), _integer_value(run.operand(other), shape))
+        operands = (_integer_value(run.operand(argument), shape) for argument in (input, other))
+        return _compare(relation, *operands)
 
     return rule
+
+
+def _compare(relation: Callable[[sympy.Expr, sympy.Expr], sympy.Basic], a: sympy.Expr, b: sympy.Expr) -> sympy.Basic:
+    """A comparison in which a value given by cases is compared case by case."""
+    if isinstance(b, sympy.Piecewise) and not isinstance(a, sympy.Piecewise):
+        return _compare(lambda x, y: relation(y, x), b, a)
+    if not isinstance(a, sympy.Piecewise):
+        return relation(a, b)
+    cases: list[sympy.Basic] = []
+    earlier: list[sympy.Basic] = []
+    for value, condition in a.args:
+        cases.append(sympy.And(*map(sympy.Not, earlier), condition, _compare(relation, value, b)))
+        earlier.append(condition)
+    return sympy.Or(*cases)
 
 
 _rule(Kind.EQ)(_comparison(sympy.Eq))
@@ -270,7 +285,7 @@ def _cast(
     if source.dtype == example.dtype:
         return source.value
     if example.dtype == torch.bool:
-        return sympy.Ne(_integer_value(source, source.shape), 0)
+        return _compare(sympy.Ne, _integer_value(source, source.shape), ZERO)
     if example.dtype not in _EXACT_INTEGERS:
         raise _NotFollowed
     return _integer_value(source, source.shape)

@@ -1,0 +1,54 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+OUT ?= out
+
+.PHONY: help install demo test test-gpu lint bench lock clean
+
+help:
+	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  the CPU benchmark, results in benchmarks/results/"
+	@echo "make lock   pin requirements.txt anew from requirements.in"
+	@echo "make clean  remove the environment and what was built"
+
+install: $(READY)
+
+$(READY): requirements.txt requirements-checkpoint.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-checkpoint.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $(READY)
+
+demo: install
+	$(BIN)/infllm-pass demo --out $(OUT)
+
+# One thread for each worker: two workers with a thread pool each would fight over the cores.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p infllm_pass
+
+bench: install
+	$(BIN)/infllm-pass bench cpu_prefill
+
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet -r requirements.in
+	$(VENV)-lock/bin/python -m pip freeze --all --exclude pip | sed 's/+cpu$$//' > requirements.txt
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
