@@ -6,16 +6,19 @@ they are doing through a `Tell` and return plain data.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -119,16 +122,17 @@ class LayerPicture:
 def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
     """Compile and run one side twice, and score the text with it."""
     tell("loading the checkpoint", 0, 0)
-    model = load_model(job.dtype).to(job.device)
+    model = _load(job)
     sparse = infllm_pass.sparsify(torch.compile(model.model), job.config)
-    run = sparse if side is Side.SPARSE else infllm_pass.dense(sparse)
+    run: Any = sparse if side is Side.SPARSE else infllm_pass.dense(sparse)
     ids = torch.tensor([job.ids], device=job.device)
-    with torch.inference_mode():
+    prefill = partial(run, input_ids=ids, use_cache=True)
+    with torch.no_grad():
         tell("compiling and running it once", 0, 0)
-        first_call_s = _timed(job.device, lambda: run(input_ids=ids, use_cache=True))[0]
+        first_call_s = _timed(job.device, prefill)[0]
         tell("running it again, timed", 0, 0)
         resident = _reset_peak_memory(job.device)
-        forward_s, out = _timed(job.device, lambda: run(input_ids=ids, use_cache=True))
+        forward_s, out = _timed(job.device, prefill)
         peak = _peak_memory(job.device)
         losses, top1 = _score(model.lm_head, out.last_hidden_state[0], ids[0], tell)
         generated = _continue(model, out.past_key_values, ids, top1, job.generate, tell) if side is Side.SPARSE else ()
@@ -143,6 +147,12 @@ def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
         report=infllm_pass.report(run) if side is Side.SPARSE else Report(),
         generated=generated,
     )
+
+
+def _load(job: Job) -> Any:
+    """The model on the job's device."""
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars and the caller's would mix
+        return load_model(job.dtype).to(job.device)
 
 
 def _score(head: torch.nn.Module, hidden: Tensor, ids: Tensor, tell: Tell) -> tuple[Tensor, Tensor]:
@@ -165,7 +175,7 @@ def _continue(model: Any, cache: Any, ids: Tensor, top1: Tensor, count: int, tel
     whose attention over them is dense.
     """
     start = ids.shape[1] - count
-    cache.crop(start)
+    cache.crop(-count)  # how many to remove
     token = top1[start - 1].reshape(1, 1)
     generated = [int(token)]
     while len(generated) < count:
@@ -179,7 +189,7 @@ def _continue(model: Any, cache: Any, ids: Tensor, top1: Tensor, count: int, tel
 def draw_layer(job: Job, tell: Tell) -> LayerPicture:
     """Run the model uncompiled as far as one layer, and draw what that layer visits."""
     tell("loading the checkpoint", 0, 0)
-    model = load_model(job.dtype).to(job.device)
+    model = _load(job)
     ids = torch.tensor([job.ids], device=job.device)
     tell(f"running it, uncompiled, as far as layer {job.layer}", 0, 0)
     site = attention_inputs(model.model, job.layer, input_ids=ids, use_cache=False, config=job.config)
@@ -199,11 +209,12 @@ def draw_layer(job: Job, tell: Tell) -> LayerPicture:
 
 def _timed(device: str, call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that a call takes, work it left on a GPU included, and its result."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     result = call()
-    synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin, result
 
 
@@ -261,54 +272,43 @@ def run_apart(function: Callable[..., Any], *args: Any, tell: Tell) -> Any:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="infllm-demo-") as cache, _environment("TORCHINDUCTOR_CACHE_DIR", cache):
-        process = context.Process(target=_apart, args=(function, args, sender))
+    with tempfile.TemporaryDirectory(prefix="infllm-demo-", ignore_cleanup_errors=True) as cache:
+        process = context.Process(target=_apart, args=(function, args, sender, cache))
         process.start()
         sender.close()
         try:
-            while True:
-                kind, value = receiver.recv()
-                if kind == "told":
-                    tell(*value)
-                elif kind == "raised":
-                    raise value
-                else:
-                    return value
+            return _receive(receiver, tell)
         except EOFError:
             process.join()
             raise MeasurementError(
                 f"the process that ran {function.__name__} ended with exit code {process.exitcode} before it "
                 "had measured anything (-9: the system ran out of memory)"
             ) from None
+        except BaseException:
+            process.terminate()
+            raise
         finally:
-            if process.is_alive() and sys.exc_info()[0] is not None:
-                process.terminate()
             process.join()
 
 
-def _apart(function: Callable[..., Any], args: tuple[Any, ...], sender: Connection) -> None:
-    """What the fresh process does."""
-    from transformers.utils import logging
+def _receive(receiver: Connection, tell: Tell) -> Any:
+    """The result that arrives after everything told; raises what the other process raised."""
+    while True:
+        kind, value = receiver.recv()
+        if kind == "returned":
+            return value
+        if kind == "raised":
+            raise value
+        tell(*value)
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+
+def _apart(function: Callable[..., Any], args: tuple[Any, ...], sender: Connection, cache: str) -> None:
+    """What the fresh process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller is interrupted too, and ends this process
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     try:
         result = function(*args, lambda *told: sender.send(("told", told)))
     except InfLLMError as error:
         sender.send(("raised", error))
     else:
         sender.send(("returned", result))
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for processes started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

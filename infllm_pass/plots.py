@@ -126,7 +126,7 @@ def selection_map(inputs: AttentionInputs, row: int, head: int) -> Tensor:
 def _column_means(values: Tensor, columns: int) -> Tensor:
     """Means over runs of neighbouring rows, so that at most `columns` are left: ``[L, ...] -> [columns, ...]``."""
     width = -(-values.shape[0] // columns)
-    return torch.stack([part.mean(0) for part in values.split(width)])
+    return torch.stack([part.mean(0) for part in torch.split(values, width)])
 
 
 def _draw_mass(axes: Any, inputs: AttentionInputs, selected: Tensor, recent: Tensor) -> None:
@@ -142,7 +142,7 @@ def _draw_mass(axes: Any, inputs: AttentionInputs, selected: Tensor, recent: Ten
     )
     lowest = 1.0
     for mass, colour, name in series:
-        parts = mass.mean(0).cpu().split(width)  # [L] cut into runs of queries
+        parts = torch.split(mass.mean(0).cpu(), width)  # [L] cut into runs of queries
         centres = [width * number + len(part) / 2 for number, part in enumerate(parts)]
         means = [float(part.mean()) for part in parts]
         low, high = ([float(part.quantile(q)) for part in parts] for q in (0.1, 0.9))

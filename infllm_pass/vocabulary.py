@@ -97,24 +97,28 @@ _spell(Kind.FULL, "like fill_value", [torch.full_like])
 _spell(Kind.FULL, "like size", ["new_ones"], fill_value=1)
 _spell(Kind.FULL, "like size", ["new_zeros"], fill_value=0)
 _spell(Kind.FULL, "like size fill_value", ["new_full"])
-_spell(Kind.NEG, "input", [operator.neg, torch.neg, "neg"])
+_spell(Kind.NEG, "input", [operator.neg, torch.neg, "neg", "__neg__"])
 _BINARY: dict[Kind, list[Callable[..., Any] | str]] = {
-    Kind.ADD: [operator.add, torch.add, "add"],
-    Kind.SUB: [operator.sub, torch.sub, "sub"],
-    Kind.MUL: [operator.mul, torch.mul, "mul"],
-    Kind.FLOORDIV: [operator.floordiv, torch.floor_divide, "floor_divide"],
-    Kind.EQ: [operator.eq, torch.eq, "eq"],
-    Kind.NE: [operator.ne, torch.ne, torch.not_equal, "ne"],
-    Kind.LT: [operator.lt, torch.lt, torch.less, "lt"],
-    Kind.LE: [operator.le, torch.le, torch.less_equal, "le"],
-    Kind.GT: [operator.gt, torch.gt, torch.greater, "gt"],
-    Kind.GE: [operator.ge, torch.ge, torch.greater_equal, "ge"],
-    Kind.AND: [operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and"],
-    Kind.OR: [operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or"],
+    Kind.ADD: [operator.add, torch.add, "add", "__add__"],
+    Kind.SUB: [operator.sub, torch.sub, "sub", "__sub__"],
+    Kind.MUL: [operator.mul, torch.mul, "mul", "__mul__"],
+    Kind.FLOORDIV: [operator.floordiv, torch.floor_divide, "floor_divide", "__floordiv__"],
+    Kind.EQ: [operator.eq, torch.eq, "eq", "__eq__"],
+    Kind.NE: [operator.ne, torch.ne, torch.not_equal, "ne", "__ne__"],
+    Kind.LT: [operator.lt, torch.lt, torch.less, "lt", "__lt__"],
+    Kind.LE: [operator.le, torch.le, torch.less_equal, "le", "__le__"],
+    Kind.GT: [operator.gt, torch.gt, torch.greater, "gt", "__gt__"],
+    Kind.GE: [operator.ge, torch.ge, torch.greater_equal, "ge", "__ge__"],
+    Kind.AND: [operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and", "__and__"],
+    Kind.OR: [operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or", "__or__"],
 }
 for _kind, _targets in _BINARY.items():
     _spell(_kind, "input other", _targets)
-_spell(Kind.NOT, "input", [operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not"])
+_spell(
+    Kind.NOT,
+    "input",
+    [operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", "__invert__"],
+)
 _spell(Kind.WHERE, "condition input other", [torch.where])
 _spell(Kind.CAST, "input *targets", ["to", "type"])
 for _name, _dtype in {
@@ -125,7 +129,7 @@ for _name, _dtype in {
 }.items():
     _spell(Kind.CAST, "input", [_name], dtype=_dtype)
 _spell(Kind.IDENTITY, "input", ["contiguous", "clone", "detach", "cpu", "cuda", torch.clone, torch.detach])
-_spell(Kind.GETITEM, "input index", [operator.getitem])
+_spell(Kind.GETITEM, "input index", [operator.getitem, "__getitem__"])
 _spell(Kind.UNSQUEEZE, "input dim", [torch.unsqueeze, "unsqueeze"])
 _spell(Kind.EXPAND, "input *sizes", ["expand"])
 _spell(Kind.EXPAND, "input size", [torch.broadcast_to, "broadcast_to"])
@@ -181,7 +185,7 @@ def written_argument(node: fx.Node) -> fx.Node | None:
             name = "assign_"
     else:
         return None
-    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _AUGMENTED_METHODS
     first = node.args[0] if node.args else node.kwargs.get("input")
     return first if in_place and isinstance(first, fx.Node) else None
 
@@ -202,3 +206,4 @@ _AUGMENTED_ASSIGNMENTS = {
     operator.irshift,
     operator.imatmul,
 }
+_AUGMENTED_METHODS = {f"__{function.__name__}__" for function in _AUGMENTED_ASSIGNMENTS}

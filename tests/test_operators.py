@@ -48,9 +48,7 @@ def test_opcheck_of_the_backward(sparse):
     blocks = operators.select_blocks(q, k, *selection_arguments()) if sparse else None
     out, lse = operators.block_attention(q, k, v, blocks, *attention_arguments())
     grad = torch.randn_like(out)
-    torch.library.opcheck(
-        operators.block_attention_backward, (grad, q, k, v, out, lse, blocks, *attention_arguments())
-    )
+    torch.library.opcheck(operators.block_attention_backward, (grad, q, k, v, out, lse, blocks, *attention_arguments()))
 
 
 def test_gradcheck_with_the_selection_held_fixed():

@@ -299,12 +299,13 @@ def test_generate_says_that_it_runs_the_original(tiny_llama):
 
 
 @torch.no_grad()
-def test_the_backend_is_known_to_dynamo_by_name(tiny_llama):
+def test_the_backend_is_known_to_dynamo_by_name():
+    plain = llama()
     assert "infllm" in torch._dynamo.list_backends()
     options = {**COVERING.to_dict(), "backend": "aot_eager"}
-    model = torch.compile(tiny_llama, backend="infllm", options=options)
+    model = torch.compile(plain, backend="infllm", options=options)
     ids = tokens(99)
-    assert relative_error(model(ids).logits, tiny_llama(ids).logits) < 1e-10
+    assert relative_error(model(ids).logits, plain(ids).logits) < 1e-10
     (graph,) = infllm_pass.report(model).graphs
     assert graph.branches == ("sparse",)
     assert infllm_pass.report(torch.compile(llama(), backend="infllm")).graphs == []
@@ -312,13 +313,15 @@ def test_the_backend_is_known_to_dynamo_by_name(tiny_llama):
 
 
 @torch.no_grad()
-def test_the_compile_config_of_transformers_finds_the_backend(tiny_llama):
+def test_the_compile_config_of_transformers_finds_the_backend():
     from transformers import CompileConfig
 
+    plain = llama()
+
     arguments = CompileConfig(backend="infllm", mode=None, options=COVERING.to_dict(), fullgraph=False).to_dict()
-    model = torch.compile(tiny_llama, **arguments)
+    model = torch.compile(plain, **arguments)
     ids = tokens(99)
-    assert relative_error(model(ids).logits, tiny_llama(ids).logits) < 1e-5
+    assert relative_error(model(ids).logits, plain(ids).logits) < 1e-5
     assert infllm_pass.report(model).switchable == 2
 
 

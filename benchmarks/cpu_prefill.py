@@ -1,0 +1,147 @@
+"""Prefill on the CPU: block selection and sparse attention against PyTorch's dense attention.
+
+Measures one attention layer of SmolLM2-135M (9 query heads, 3 KV heads, 64 numbers each, float32, batch 1)
+with the default geometry, in one process. ``random`` data picks far blocks evenly; in ``local`` data queries
+and keys change slowly along the sequence, so that neighbours pick the same blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from infllm_pass.kernels import cpu
+from infllm_pass.kernels.geometry import BlockGeometry
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_prefill.json"
+CORRELATION = 0.98
+"""Of neighbouring tokens in ``local`` data."""
+
+
+def make_data(kind: str, length: int, heads: int, heads_kv: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[1, heads, length, dim]`` of unit variance."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, length, dim, generator=generator) for h in (heads, heads_kv, heads_kv))
+    if kind == "local":
+        for x in (q, k):
+            x[:, :, 1:] *= math.sqrt(1 - CORRELATION**2)
+            for token in range(1, length):
+                x[:, :, token] += CORRELATION * x[:, :, token - 1]
+    return q, k, v
+
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
+    function()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, object]:
+    heads, heads_kv, dim = arguments.heads, arguments.heads_kv, arguments.dim
+    geometry = BlockGeometry()
+    q, k, v = make_data(kind, length, heads, heads_kv, dim)
+    keywords = {"geometry": geometry, "scale": dim**-0.5, "offset": 0}
+    blocks = cpu.select_blocks(q, k, **keywords)
+    dense = milliseconds(
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), arguments.repeats
+    )
+    select = milliseconds(lambda: cpu.select_blocks(q, k, **keywords), arguments.repeats)
+    attend = milliseconds(lambda: cpu.attention_forward(q, k, v, blocks, **keywords), arguments.repeats)
+    return {
+        "case": f"fwd/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}/{kind}",
+        "length": length,
+        "data": kind,
+        "ms": select + attend,
+        "dense_ms": dense,
+        "ratio": (select + attend) / dense,
+        "select_ms": select,
+        "attend_ms": attend,
+    }
+
+
+def break_even(rows: list[dict[str, object]]) -> str:
+    """The length at which sparse and dense take the same time, interpolated between logarithms."""
+    points = sorted((float(row["length"]), math.log(float(row["ratio"]))) for row in rows)  # type: ignore[arg-type]
+    for (left, high), (right, low) in zip(points, points[1:], strict=False):
+        if high > 0 >= low:
+            share = high / (high - low)
+            return str(round(math.exp(math.log(left) + share * math.log(right / left))))
+    return f"below {points[0][0]:.0f}" if points[0][1] <= 0 else f"above {points[-1][0]:.0f}"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return found.stdout.strip() or "none"
+
+
+def header() -> dict[str, object]:
+    return {
+        "device": cpu_model(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens in the prompt")
+    parser.add_argument("--data", nargs="+", choices=["random", "local"], default=["random", "local"])
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls; their median is reported")
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--heads-kv", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+
+    console = Console()
+    cases = [(kind, length) for kind in arguments.data for length in arguments.lengths]
+    rows = [measure(kind, length, arguments) for kind, length in track(cases, "measuring", console=console)]
+    table = Table("case", "select ms", "attend ms", "sparse ms", "dense ms", "ratio")
+    for row in rows:
+        numbers = (f"{row[name]:.1f}" for name in ("select_ms", "attend_ms", "ms", "dense_ms"))
+        table.add_row(str(row["case"]), *numbers, f"{row['ratio']:.3f}")
+    console.print(table)
+    even = {kind: break_even([row for row in rows if row["data"] == kind]) for kind in arguments.data}
+    for kind, length in even.items():
+        console.print(f"break-even length, {kind} data: {length}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({**header(), "break_even": even, "rows": rows}, indent=2) + "\n")
+    console.print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from infllm_pass.kernels import cpu, cpu_attention, reference
+from infllm_pass.kernels.cpu_selection import pool_keys, top_blocks
+from infllm_pass.kernels.geometry import BlockGeometry
+
+from .conftest import relative_error
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+LSE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
+# Relative gap of two scores below which the order of their blocks is a matter of rounding.
+SCORE_GAP = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+
+SMALL = BlockGeometry(4, 2, 8, init_blocks=1, local_blocks=1, selected_blocks=4)
+GEOMETRIES = [
+    SMALL,
+    BlockGeometry(4, 2, 8, init_blocks=1, local_blocks=2, selected_blocks=6),
+    BlockGeometry(8, 4, 8, init_blocks=2, local_blocks=1, selected_blocks=5),
+    BlockGeometry(16, 4, 8, init_blocks=1, local_blocks=1, selected_blocks=4),  # windows longer than blocks
+    BlockGeometry(32, 16, 64, init_blocks=1, local_blocks=1, selected_blocks=4),
+    BlockGeometry(2, 2, 16, init_blocks=0, local_blocks=3, selected_blocks=5),  # windows that do not overlap
+]
+PROPERTY = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+@dataclasses.dataclass
+class Case:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    keywords: dict
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        return self.keywords["geometry"]
+
+
+def strided(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in another memory layout."""
+    if layout == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "every other":
+        return torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[..., ::2]
+    return x
+
+
+@st.composite
+def cases(draw, dtypes=tuple(TOLERANCE), masks=True, long=False) -> Case:
+    group = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16]))
+    heads, batch = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    dim, dim_v = draw(st.sampled_from([(16, 16), (8, 24), (20, 12)]))
+    dtype = draw(st.sampled_from(dtypes))
+    length_k = draw(st.integers(200, 400) if long else st.one_of(st.integers(0, 3), st.integers(4, 350)))
+    kind = draw(st.sampled_from(["prefill", "chunk", "decode", "middle"]))
+    length_q = {"prefill": length_k, "decode": min(1, length_k)}.get(kind)
+    if length_q is None:
+        length_q = draw(st.integers(0, length_k))
+    offset = draw(st.integers(0, length_k - length_q)) if kind == "middle" else length_k - length_q
+    geometry = dataclasses.replace(
+        draw(st.sampled_from(GEOMETRIES)),
+        lse=draw(st.sampled_from(["coarse", "exact"])),
+        query_block=draw(st.sampled_from([1, 1, 2, 16, 12])),
+    )
+    layout = draw(st.sampled_from(["heads first", "tokens first", "every other"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def data(heads, length, dim):
+        x = torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64)
+        return strided(x.to(dtype), layout)
+
+    key_mask = None
+    padding = draw(st.sampled_from(["none", "left", "right", "both", "holes", "all"])) if masks else "none"
+    if padding != "none":
+        key_mask = torch.ones(batch, length_k, dtype=torch.bool)
+        if padding == "holes":
+            key_mask = torch.rand(batch, length_k, generator=generator) < draw(st.sampled_from([0.2, 0.9]))
+        for row in range(batch):
+            cut = draw(st.integers(0, length_k))
+            if padding in ("left", "both", "holes"):
+                key_mask[row, : cut // 2] = False
+            if padding in ("right", "both"):
+                key_mask[row, length_k - cut // 2 :] = False
+            if padding == "all" and row == 0:
+                key_mask[row] = False
+    keywords = {
+        "geometry": geometry,
+        "scale": draw(st.sampled_from([dim**-0.5, 1.0])),
+        "offset": offset,
+        "key_mask": key_mask,
+        "dense_len": draw(st.sampled_from([0, 0, 150])),
+    }
+    return Case(data(heads * group, length_q, dim), data(heads, length_k, dim), data(heads, length_k, dim_v), keywords)
+
+
+def as_set(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """int32 block numbers, -1 for none -> bool ``[B, Hkv, Lq, count]``; a block twice is an error."""
+    index = torch.where(blocks < 0, count, blocks).long()
+    times = torch.zeros(*blocks.shape[:3], count + 1, dtype=torch.int64)
+    times.scatter_add_(3, index, torch.ones_like(index))
+    assert (times[..., :count] <= 1).all()
+    return times[..., :count] > 0
+
+
+def as_numbers(chosen: torch.Tensor, slots: int) -> torch.Tensor:
+    """A set as int32 numbers in shuffled places among -1."""
+    count = chosen.shape[-1]
+    numbers = torch.where(chosen, torch.arange(count), -1)
+    numbers = F.pad(numbers, (0, max(0, slots - count)), value=-1).sort(-1, descending=True).values[..., :slots]
+    return numbers[..., torch.randperm(slots)].int()
+
+
+def undecided(case: Case) -> torch.Tensor:
+    """Queries ``[B, Hkv, Lq]`` whose scores at the cut-off differ by no more than rounding, but do differ."""
+    q, k, keywords = case.q, case.k, case.keywords
+    g = case.geometry
+    unsure = torch.zeros(q.shape[0], k.shape[1], q.shape[2], dtype=torch.bool)
+    for row, keys, queries in reference.sequences(
+        q.shape[0], q.shape[2], k.shape[2], keywords["offset"], keywords["key_mask"]
+    ):
+        if queries.stop <= queries.start:
+            continue
+        length, offset = keys.stop - keys.start, keywords["offset"] + queries.start - keys.start
+        scores = reference.block_scores(
+            q[row, :, queries], k[row, :, keys], geometry=g, scale=keywords["scale"], offset=offset
+        )
+        positions = torch.arange(queries.stop - queries.start) + offset
+        own = reference.tile_position(positions, g.query_block, length)[:, None] // g.block_size
+        blocks = torch.arange(scores.shape[-1])
+        free = (blocks >= g.init_blocks) & (blocks < own - g.local_blocks)
+        slots = g.selected_blocks - g.init_blocks - g.local_blocks - 1
+        ranked = scores.masked_fill(~free, -torch.inf).sort(-1, descending=True).values
+        if ranked.shape[-1] <= slots:
+            continue
+        last, next_ = ranked[..., slots - 1], ranked[..., slots]
+        close = (last - next_ <= SCORE_GAP[q.dtype] * last.abs() + 1e-35) & torch.isfinite(next_)
+        # Blocks that share their best compressed key tie exactly in any precision: no excuse.
+        unsure[row, :, queries] = close & (last != next_)
+    return unsure
+
+
+@PROPERTY
+@given(cases())
+def test_selects_the_reference_set(case):
+    expected = reference.select_blocks(case.q, case.k, **case.keywords)
+    blocks = cpu.select_blocks(case.q, case.k, **case.keywords)
+    assert blocks.dtype == torch.int32
+    assert blocks.shape == (*expected.shape[:3], case.geometry.selected_blocks)
+    wrong = (as_set(blocks, expected.shape[-1]) != expected).any(-1)
+    assert not (wrong & ~undecided(case)).any()
+
+
+@PROPERTY
+@given(cases(), st.sampled_from(["sparse", "sparse", "dense"]))
+def test_attends_to_the_reference_set(case, mode):
+    chosen = reference.select_blocks(case.q, case.k, **case.keywords) if mode == "sparse" else None
+    blocks = None if chosen is None else as_numbers(chosen, case.geometry.selected_blocks)
+    q, k, v = (x.double().requires_grad_() for x in (case.q, case.k, case.v))
+    expected, expected_lse = reference.attention(q, k, v, chosen, **case.keywords)
+    out, lse = cpu.attention_forward(case.q, case.k, case.v, blocks, **case.keywords)
+
+    dtype = case.q.dtype
+    assert out.dtype == dtype
+    assert out.shape == expected.shape
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if not out.numel():
+        return
+    blind = expected_lse.isinf()
+    assert torch.equal(lse.isinf(), blind)
+    assert (out[blind] == 0).all()
+    seen = ~blind
+    assert torch.isfinite(out).all()
+    if not seen.any():
+        return
+    assert relative_error(out, expected) <= TOLERANCE[dtype]
+    assert (lse[seen].double() - expected_lse[seen]).abs().max() <= LSE_TOLERANCE[dtype] * (1 + lse[seen].abs().max())
+
+    grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    expected.backward(grad.double())
+    grads = cpu.attention_backward(grad, case.q, case.k, case.v, out, lse, blocks, **case.keywords)
+    for actual, source in zip(grads, (q, k, v), strict=True):
+        assert actual.dtype == dtype
+        # A query that sees one key has no gradient but rounding: measure against what cancels in it.
+        cancelled = grad.double().norm() * case.v.double().norm()
+        size = source.grad.norm() + (1e-3 if dtype.itemsize > 2 else 1e-1) * cancelled
+        assert (actual.double() - source.grad).norm() <= TOLERANCE[dtype] * size
+
+
+@settings(PROPERTY, max_examples=25)
+@given(cases(dtypes=[torch.float32], masks=False), st.integers(0, 70), st.integers(0, 70))
+def test_padding_never_changes_a_sequence(case, left, right):
+    keywords = {**case.keywords, "offset": case.keywords["offset"] + left}
+    batch, length = case.q.shape[0], case.k.shape[2]
+    keywords["key_mask"] = torch.zeros(batch, left + length + right, dtype=torch.bool)
+    keywords["key_mask"][:, left : left + length] = True
+    k, v = (F.pad(x, (0, 0, left, right), value=torch.nan) for x in (case.k, case.v))
+
+    alone = cpu.select_blocks(case.q, case.k, **case.keywords)
+    padded = cpu.select_blocks(case.q, k, **keywords)
+    assert torch.equal(alone, padded)
+    for chosen in (alone, None):
+        one = cpu.attention_forward(case.q, case.k, case.v, chosen, **case.keywords)
+        two = cpu.attention_forward(case.q, k, v, chosen, **keywords)
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+        grad = torch.randn_like(one[0])
+        grads = cpu.attention_backward(grad, case.q, case.k, case.v, *one, chosen, **case.keywords)
+        padded_grads = cpu.attention_backward(grad, case.q, k, v, *two, chosen, **keywords)
+        assert torch.equal(grads[0], padded_grads[0])
+        for part, whole in zip(grads[1:], padded_grads[1:], strict=True):
+            assert torch.equal(part, whole[:, :, left : left + length])
+            assert not whole[:, :, :left].any()
+            assert not whole[:, :, left + length :].any()
+
+
+@settings(PROPERTY, max_examples=25)
+@given(cases(dtypes=[torch.float64], masks=False, long=True), st.lists(st.integers(1, 399), max_size=3))
+def test_a_prompt_may_come_in_chunks(case, cuts):
+    q, k, v = case.q, case.k, case.v
+    length = k.shape[2]
+    q = torch.randn(q.shape[0], q.shape[1], length, q.shape[3], dtype=q.dtype)
+    keywords = {**case.keywords, "offset": 0, "dense_len": 0}
+    m = case.geometry.query_block
+    edges = sorted({0, length, *(cut // m * m for cut in cuts if cut < length)})
+    blocks = cpu.select_blocks(q, k, **keywords)
+    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    for begin, end in itertools.pairwise(edges):
+        keywords["offset"] = begin
+        part = cpu.select_blocks(q[:, :, begin:end], k[:, :, :end], **keywords)
+        count = case.geometry.num_blocks(length)
+        assert torch.equal(as_set(part, count), as_set(blocks[:, :, begin:end], count))
+        part_out, part_lse = cpu.attention_forward(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], part, **keywords)
+        torch.testing.assert_close(part_out, out[:, :, begin:end])
+        torch.testing.assert_close(part_lse, lse[:, :, begin:end])
+
+
+@pytest.mark.parametrize("length", [700, 1500])
+@pytest.mark.parametrize("group", [1, 3])
+def test_large_products_and_several_chunks(monkeypatch, length, group):
+    """Products big enough for oneDNN, more visitors than fit a piece, more queries than fit a chunk."""
+    monkeypatch.setattr(cpu_attention, "CHUNK_TOKENS", 640)
+    geometry = BlockGeometry(selected_blocks=6, local_blocks=2)
+    q, k, v = (torch.randn(1, h, length, 64) for h in (2 * group, 2, 2))
+    keywords = {"geometry": geometry, "scale": 0.125, "offset": 0}
+    chosen = reference.select_blocks(q, k, **keywords)
+    blocks = as_numbers(chosen, geometry.selected_blocks)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = reference.attention(*leaves, chosen, **keywords)
+    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    assert relative_error(out, expected) <= 1e-6
+    assert relative_error(lse, expected_lse) <= 1e-6
+    grad = torch.randn_like(out)
+    expected.backward(grad.double())
+    grads = cpu.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    again = cpu.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    for actual, repeated, source in zip(grads, again, leaves, strict=True):
+        assert relative_error(actual, source.grad) <= 1e-5
+        assert torch.equal(actual, repeated)
+
+
+@pytest.mark.parametrize("sharpness", [30.0, 300.0])
+def test_far_logits_that_dwarf_the_band(sharpness):
+    """Weights of far blocks overflow relative to the band's maximum; the maximum has to follow."""
+    length, geometry = 300, SMALL
+    q, k, v = (torch.randn(1, h, length, 16) for h in (4, 2, 2))
+    k[:, :, 40:48] = sharpness
+    q = q.abs()
+    keywords = {"geometry": geometry, "scale": 0.25, "offset": 0}
+    chosen = torch.zeros(1, 2, length, geometry.num_blocks(length), dtype=torch.bool)
+    own = torch.arange(length) // 8
+    for distance in (0, 1):
+        chosen.scatter_(3, (own - distance).clamp(min=0)[None, None, :, None].expand(1, 2, -1, 1), True)
+    chosen |= torch.arange(chosen.shape[-1]) == 0
+    chosen |= torch.arange(chosen.shape[-1]) == 5
+    chosen |= own[:, None] < 4
+    chosen &= torch.arange(chosen.shape[-1]) <= own[:, None]
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = reference.attention(*leaves, chosen, **keywords)
+    blocks = as_numbers(chosen, 4)
+    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    assert relative_error(lse, expected_lse) <= 1e-6
+    assert relative_error(out, expected) <= 1e-4  # logits reach 5e3: their rounding is 3e-4
+    grad = torch.randn_like(out)
+    expected.backward(grad.double())
+    grads = cpu.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    assert all(torch.isfinite(x).all() for x in grads)
+    assert relative_error(grads[2], leaves[2].grad) <= 1e-3
+
+
+def test_half_precision_is_as_good_as_dense():
+    q, k, v = (torch.randn(1, h, 500, 32).bfloat16() for h in (6, 2, 2))
+    keywords = {"geometry": dataclasses.replace(SMALL, selected_blocks=100), "scale": 32**-0.5, "offset": 0}
+    expected, _ = reference.attention(q, k, v, None, **keywords)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    blocks = cpu.select_blocks(q, k, **keywords)
+    out, _ = cpu.attention_forward(q, k, v, blocks, **keywords)
+    assert relative_error(out, expected) <= 1.05 * relative_error(dense, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_go_to_the_lower_block(dtype):
+    scores = torch.randint(0, 4, (50, 37)).to(dtype)
+    scores[:, 30:] = -torch.inf
+    expected = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :12]
+    assert torch.equal(top_blocks(scores, 12).sort(1).values, expected.sort(1).values)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+def test_equal_keys_select_the_lowest_blocks(value, lse):
+    geometry = dataclasses.replace(SMALL, lse=lse)
+    q, k = torch.randn(1, 3, 200, 8), torch.full((1, 1, 200, 8), value)
+    keywords = {"geometry": geometry, "scale": 1.0, "offset": 0}
+    blocks = cpu.select_blocks(q, k, **keywords)
+    assert torch.equal(as_set(blocks, 25), reference.select_blocks(q, k, **keywords))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(4, 2), (16, 4), (2, 2), (6, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooled_keys(size, stride, dtype):
+    for length in (0, size - 1, size, size + stride - 1, size + stride, 101):
+        k = torch.randn(2, length, 8).to(dtype)
+        pooled = pool_keys(k, size, stride)
+        assert pooled.dtype == dtype
+        torch.testing.assert_close(pooled, reference.pool_keys(k, size, stride).to(dtype), rtol=1e-2, atol=1e-6)
+
+
+def test_inputs_are_left_alone():
+    q, k, v = (torch.randn(1, h, 200, 16) for h in (4, 2, 2))
+    copies = [x.clone() for x in (q, k, v)]
+    keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0}
+    blocks = cpu.select_blocks(q, k, **keywords)
+    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    grad = torch.randn_like(out)
+    kept = [x.clone() for x in (grad, out, lse, blocks)]
+    cpu.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    for x, copy in zip((q, k, v, grad, out, lse, blocks), (*copies, *kept), strict=True):
+        assert torch.equal(x, copy)
+
+
+def test_memory_is_linear_in_the_length():
+    """Scores of 16k tokens against all keys would take 3 GB, against compressed keys 200 MB a head."""
+    script = """
+import resource, torch
+from infllm_pass.kernels import cpu
+from infllm_pass.kernels.geometry import BlockGeometry
+q, k, v = (torch.randn(1, h, 16384, 16) for h in (3, 1, 1))
+keywords = dict(geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale=0.25, offset=0)
+cpu.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+blocks = cpu.select_blocks(q, k, **keywords)
+out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+cpu.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
+    assert used * unit < 150e6
