@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -82,7 +83,7 @@ def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, 
 def break_even(rows: list[dict[str, object]]) -> str:
     """The length at which sparse and dense take the same time, interpolated between logarithms."""
     points = sorted((float(row["length"]), math.log(float(row["ratio"]))) for row in rows)  # type: ignore[arg-type]
-    for (left, high), (right, low) in zip(points, points[1:], strict=False):
+    for (left, high), (right, low) in itertools.pairwise(points):
         if high > 0 >= low:
             share = high / (high - low)
             return str(round(math.exp(math.log(left) + share * math.log(right / left))))

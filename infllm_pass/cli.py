@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -245,7 +245,6 @@ def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> No
     for field in fields(SparseAttentionConfig):
         if field.name not in _FIELD_HELP:
             continue
-        assert field.default is not MISSING
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,

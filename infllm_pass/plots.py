@@ -58,9 +58,9 @@ def draw_selection(
     count = geometry.num_blocks(length)
     figure = Figure(figsize=(10, 6.6), dpi=160, layout="constrained")
     grid = figure.add_gridspec(2, panels, height_ratios=(1.35, 1))
-    share = 100 * min(1.0, geometry.selected_blocks / count)
+    visited = min(geometry.selected_blocks, count)
     figure.suptitle(
-        f"{title}: a query visits at most {geometry.selected_blocks} of {count} blocks ({share:.0f} %)",
+        f"{title}: a query visits at most {visited} of {count} blocks ({100 * visited / count:.0f} %)",
         fontsize=13,
     )
     first: Any = None

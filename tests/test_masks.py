@@ -126,7 +126,7 @@ PADDED = {
     "not equal zero": lambda m: (m != 0)[:, None, None, :],
     "equals one": lambda m: m.eq(1).unsqueeze(1).unsqueeze(1),
     "positive": lambda m: (m > 0)[:, None, None, :],
-    "zero is less": lambda m: (0 < m)[:, None, None, :],
+    "zero is less": lambda m: (m.new_zeros(()) < m)[:, None, None, :],
     "first row of the mask": lambda m: (m[:1] != 0)[:, None, None, :],
 }
 

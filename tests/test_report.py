@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_rows_say_where_and_why(model):
     report = infllm_pass.report(model)
     rows = report.sites
     assert [row.module for row in rows] == ["blocks.0", "blocks.1", "blocks.2"]
-    call = next(i for i, line in enumerate(open(__file__), 1) if "# the call" in line)
+    call = next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "# the call" in line)
     assert all(row.source == f"{__file__}:{call}" for row in rows)
     assert [row.decision for row in rows] == ["switchable", "switchable", "dense"]
     assert rows[2].reason == "BIDIRECTIONAL"

@@ -286,9 +286,8 @@ def test_a_bad_configuration_is_refused_before_the_model_is_looked_at():
 def test_what_was_not_sparsified_is_refused(function):
     with pytest.raises(UnsupportedModelError, match="not a sparsified model"):
         function(attend)
-    with pytest.raises(UnsupportedModelError, match="not a sparsified model"):
-        with infllm_pass.dense_mode(attend):
-            pass
+    with pytest.raises(UnsupportedModelError, match="not a sparsified model"), infllm_pass.dense_mode(attend):
+        pass
 
 
 def test_generate_says_that_it_runs_the_original(tiny_llama):
