@@ -6,12 +6,13 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from infllm_pass.backend import NAMED_BACKEND_LOG, SwitchableBackend, infllm
+from infllm_pass.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
 from infllm_pass.compiled import CompileSettings, compile_with, settings_of
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import (
@@ -139,6 +140,7 @@ def sparsify(
         original, settings = previous.original, previous.settings
     else:
         original, settings = settings_of(model)
+        settings = replace(settings, compiler=compiler_behind(settings.compiler))
     handle = _Handle(original, settings, chosen, strict, filter_fn)
     if isinstance(original, nn.Module):
         compiled: Any = handle.compiled

@@ -88,11 +88,28 @@ def infllm(
     Raises:
         ConfigError: a field of the configuration is invalid, or the compiler behind is this backend.
     """
+    config, compiler = _split_options(mode, options)
+    return SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG)(module, example_inputs)
+
+
+def _split_options(
+    mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[SparseAttentionConfig, Compiler]:
+    """The pass's configuration and the compiler behind it, from the arguments of ``torch.compile``."""
     rest = dict(options or {})
     known = {field.name for field in fields(SparseAttentionConfig)}
     config = SparseAttentionConfig.from_dict({key: rest.pop(key) for key in list(rest) if key in known})
     name = rest.pop("backend", "inductor")
     if name == "infllm":
         raise ConfigError("backend", name, "the name of another Dynamo backend, such as 'inductor'")
-    compiler = bound_compiler(name, mode, rest or None)
-    return SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG)(module, example_inputs)
+    return config, bound_compiler(name, mode, rest or None)
+
+
+def compiler_behind(compiler: Compiler) -> Compiler:
+    """The compiler behind the pass, if the pass already stands in front of it; else the compiler itself."""
+    backend = getattr(compiler, "compiler_fn", None)
+    if isinstance(backend, SwitchableBackend):
+        return backend.compiler
+    if backend is infllm:
+        return _split_options(**getattr(compiler, "kwargs", {}))[1]
+    return compiler

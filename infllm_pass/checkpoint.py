@@ -167,9 +167,7 @@ def load_local(path: str | Path, *, layers: int | None = None) -> nn.Module:
         raise CheckpointError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     transformers = _transformers("building a model from its config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            file.parent, local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
         if layers is not None:
             config = _with_layers(config, layers)
         kind = (

@@ -108,13 +108,16 @@ def find_sites(facts: GraphFacts) -> Iterator[AttentionSite]:
         query, key, value = (args.get(name) for name in ("query", "key", "value"))
         if not (_is_tensor(query) and _is_tensor(key) and _is_tensor(value)):
             continue
+        key_heads, value_heads = (look_through_repetition(facts, query, tensor) for tensor in (key, value))
+        if key_heads.meta["example_value"].shape[1:2] != value_heads.meta["example_value"].shape[1:2]:
+            key_heads, value_heads = key, value
         yield AttentionSite(
             node=node,
             query=query,
             key=key,
             value=value,
-            key_heads=look_through_repetition(facts, query, key),
-            value_heads=look_through_repetition(facts, query, value),
+            key_heads=key_heads,
+            value_heads=value_heads,
             mask=args.get("attn_mask"),
             is_causal=args.get("is_causal", False),
             dropout_p=args.get("dropout_p", 0.0),

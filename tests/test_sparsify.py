@@ -188,6 +188,18 @@ def test_sparsifying_twice_replaces_the_first_configuration():
     assert infllm_pass.report(second).switchable == infllm_pass.report(first).switchable == 1
 
 
+@pytest.mark.parametrize("first", ["dense model", "named backend"])
+def test_the_pass_never_stands_in_front_of_itself(first):
+    if first == "named backend":
+        model = torch.compile(attend, backend="infllm", options={**SMALL.to_dict(), "backend": "aot_eager"})
+    else:
+        model = infllm_pass.dense(infllm_pass.sparsify(torch.compile(attend, backend="aot_eager"), SMALL))
+    again = infllm_pass.sparsify(model, COVERING)
+    assert again._infllm_handle.settings.compiler.compiler_name == "aot_eager"
+    q, k, v = qkv()
+    assert relative_error(again(q, k, v), attend(q, k, v)) < 1e-10
+
+
 @torch.no_grad()
 def test_dense_gives_the_dense_model_back(tiny_llama):
     model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="aot_eager"), SMALL)
