@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 import torch
-from common import results_header, write_results
+from _common import results_header, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -113,7 +113,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="length of the text (8192)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    parser.add_argument("--layer", type=_natural, default=15, metavar="N", help="layer to draw, from 0 (15)")
+    parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
     _add_config(parser, {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"})
     parser.set_defaults(run=_demo)
 

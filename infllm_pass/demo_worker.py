@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,9 +84,8 @@ class SideResult:
         top1: the likeliest next token after every token of the text.
         first_call_s: seconds of the first call, which compiles.
         compile_s: seconds of it that Dynamo and the compiler took.
-        forward_s: seconds of the second call.
-        resident_bytes: memory in use before the second call: weights, libraries and compiled code.
-        peak_bytes: highest memory in use during the second call.
+        forward_s: seconds of a call without compilation.
+        peak_bytes: highest memory in use so far: that of the process, or what was allocated on the GPU.
         report: what the pass did.
         generated: token ids generated on the sparse side; empty on the dense one.
     """
@@ -97,7 +95,6 @@ class SideResult:
     first_call_s: float
     compile_s: float
     forward_s: float
-    resident_bytes: int
     peak_bytes: int
     report: Report
     generated: tuple[int, ...]
@@ -120,7 +117,7 @@ class LayerPicture:
 
 
 def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
-    """Compile and run one side twice, and score the text with it."""
+    """Compile and run one side, and score the text with it."""
     tell("loading the checkpoint", 0, 0)
     model = _load(job)
     sparse = infllm_pass.sparsify(torch.compile(model.model), job.config)
@@ -128,11 +125,13 @@ def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
     ids = torch.tensor([job.ids], device=job.device)
     prefill = partial(run, input_ids=ids, use_cache=True)
     with torch.no_grad():
-        tell("compiling and running it once", 0, 0)
-        first_call_s = _timed(job.device, prefill)[0]
-        tell("running it again, timed", 0, 0)
-        resident = _reset_peak_memory(job.device)
-        forward_s, out = _timed(job.device, prefill)
+        tell("compiling it, then reading the text", 0, 0)
+        first_call_s, out = _timed(job.device, prefill)
+        compile_s = _compile_seconds()
+        forward_s = first_call_s - compile_s
+        if job.device == "cuda":
+            # Loading and tuning kernels is part of a GPU's first call and of no compile time.
+            forward_s, out = _timed(job.device, prefill)
         peak = _peak_memory(job.device)
         losses, top1 = _score(model.lm_head, out.last_hidden_state[0], ids[0], tell)
         generated = _continue(model, out.past_key_values, ids, top1, job.generate, tell) if side is Side.SPARSE else ()
@@ -140,9 +139,8 @@ def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
         losses=tuple(losses.tolist()),
         top1=tuple(top1.tolist()),
         first_call_s=first_call_s,
-        compile_s=_compile_seconds(),
+        compile_s=compile_s,
         forward_s=forward_s,
-        resident_bytes=resident,
         peak_bytes=peak,
         report=infllm_pass.report(run) if side is Side.SPARSE else Report(),
         generated=generated,
@@ -225,34 +223,12 @@ def _compile_seconds() -> float:
     return calculate_time_spent().get("total_wall_time", 0.0)
 
 
-def _reset_peak_memory(device: str) -> int:
-    """Forget the peak memory so far where the system can; bytes in use now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # Linux: sets VmHWM back to VmRSS
-        return _status_bytes("VmRSS")
-    return _peak_memory(device)
-
-
 def _peak_memory(device: str) -> int:
-    """Highest memory of this process in bytes: since the last reset where the system can, else ever."""
+    """Highest memory so far in bytes: allocated on the GPU, or resident in this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    if Path("/proc/self/clear_refs").exists():
-        return _status_bytes("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status_bytes(key: str) -> int:
-    """A memory figure of this process on Linux, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise MeasurementError(f"/proc/self/status has no {key}")
 
 
 def run_apart(function: Callable[..., Any], *args: Any, tell: Tell) -> Any:

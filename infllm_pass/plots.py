@@ -166,4 +166,4 @@ def _draw_mass(axes: Any, inputs: AttentionInputs, selected: Tensor, recent: Ten
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.12), frameon=False, fontsize=9)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.12), framealpha=1, edgecolor="none", fontsize=9)

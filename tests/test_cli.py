@@ -148,7 +148,7 @@ def test_explain_says_why_a_model_stays_dense(run, tmp_path):
 
 
 def test_explain_refuses_a_model_that_takes_no_token_ids(run, tmp_path):
-    transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    transformers.CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     code, _, err = run("explain", tmp_path)
     assert code == 2
     assert "could not be traced on token ids" in err

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ GEOMETRIES = [
     BlockGeometry(2, 2, 16, init_blocks=0, local_blocks=3, selected_blocks=5),  # windows that do not overlap
 ]
 PROPERTY = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 
@@ -59,48 +60,46 @@ def strided(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 @st.composite
 def cases(draw, dtypes=tuple(TOLERANCE), masks=True, long=False) -> Case:
-    group = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16]))
-    heads, batch = draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    dim, dim_v = draw(st.sampled_from([(16, 16), (8, 24), (20, 12)]))
-    dtype = draw(st.sampled_from(dtypes))
-    length_k = draw(st.integers(200, 400) if long else st.one_of(st.integers(0, 3), st.integers(4, 350)))
-    kind = draw(st.sampled_from(["prefill", "chunk", "decode", "middle"]))
-    length_q = {"prefill": length_k, "decode": min(1, length_k)}.get(kind)
-    if length_q is None:
-        length_q = draw(st.integers(0, length_k))
-    offset = draw(st.integers(0, length_k - length_q)) if kind == "middle" else length_k - length_q
+    # One seed decides everything: drawn one by one, most sizes come out too small to leave a block out.
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    group = rng.choice([1, 2, 3, 4, 7, 8, 16])
+    heads, batch = rng.randint(1, 2), rng.randint(1, 2)
+    dim, dim_v = rng.choice([(16, 16), (8, 24), (20, 12)])
+    dtype = rng.choice(dtypes)
+    length_k = rng.randint(200, 350) if long or rng.random() < 0.6 else rng.choice([0, 1, 2, 3, rng.randint(4, 200)])
+    kind = rng.choice(["prefill", "chunk", "few", "decode", "middle"])
+    longest = {"prefill": length_k, "few": 40, "decode": 1}.get(kind, rng.randint(0, length_k))
+    length_q = min(longest, length_k)
+    offset = rng.randint(0, length_k - length_q) if kind == "middle" else length_k - length_q
     geometry = dataclasses.replace(
-        draw(st.sampled_from(GEOMETRIES)),
-        lse=draw(st.sampled_from(["coarse", "exact"])),
-        query_block=draw(st.sampled_from([1, 1, 2, 16, 12])),
+        rng.choice(GEOMETRIES), lse=rng.choice(["coarse", "exact"]), query_block=rng.choice([1, 1, 2, 16, 12])
     )
-    layout = draw(st.sampled_from(["heads first", "tokens first", "every other"]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layout = rng.choice(["heads first", "tokens first", "every other"])
 
     def data(heads, length, dim):
         x = torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64)
         return strided(x.to(dtype), layout)
 
     key_mask = None
-    padding = draw(st.sampled_from(["none", "left", "right", "both", "holes", "all"])) if masks else "none"
+    padding = rng.choice(["none", "none", "left", "right", "both", "holes", "all"]) if masks else "none"
     if padding != "none":
         key_mask = torch.ones(batch, length_k, dtype=torch.bool)
         if padding == "holes":
-            key_mask = torch.rand(batch, length_k, generator=generator) < draw(st.sampled_from([0.2, 0.9]))
+            key_mask = torch.rand(batch, length_k, generator=generator) < rng.choice([0.2, 0.9])
         for row in range(batch):
-            cut = draw(st.integers(0, length_k))
             if padding in ("left", "both", "holes"):
-                key_mask[row, : cut // 2] = False
+                key_mask[row, : rng.randint(0, length_k // 2)] = False
             if padding in ("right", "both"):
-                key_mask[row, length_k - cut // 2 :] = False
+                key_mask[row, length_k - rng.randint(0, length_k // 2) :] = False
             if padding == "all" and row == 0:
                 key_mask[row] = False
     keywords = {
         "geometry": geometry,
-        "scale": draw(st.sampled_from([dim**-0.5, 1.0])),
+        "scale": rng.choice([dim**-0.5, 1.0]),
         "offset": offset,
         "key_mask": key_mask,
-        "dense_len": draw(st.sampled_from([0, 0, 150])),
+        "dense_len": rng.choice([0, 0, 150]),
     }
     return Case(data(heads * group, length_q, dim), data(heads, length_k, dim), data(heads, length_k, dim_v), keywords)
 
@@ -274,30 +273,66 @@ def test_large_products_and_several_chunks(monkeypatch, length, group):
 @pytest.mark.parametrize("sharpness", [30.0, 300.0])
 def test_far_logits_that_dwarf_the_band(sharpness):
     """Weights of far blocks overflow relative to the band's maximum; the maximum has to follow."""
-    length, geometry = 300, SMALL
+    length = 300
+    geometry = dataclasses.replace(SMALL, selected_blocks=6)
     q, k, v = (torch.randn(1, h, length, 16) for h in (4, 2, 2))
-    k[:, :, 40:48] = sharpness
     q = q.abs()
+    k[:, :, 24:32] = sharpness
+    k[:, :, 41] = 1.01 * sharpness
     keywords = {"geometry": geometry, "scale": 0.25, "offset": 0}
-    chosen = torch.zeros(1, 2, length, geometry.num_blocks(length), dtype=torch.bool)
-    own = torch.arange(length) // 8
-    for distance in (0, 1):
-        chosen.scatter_(3, (own - distance).clamp(min=0)[None, None, :, None].expand(1, 2, -1, 1), True)
-    chosen |= torch.arange(chosen.shape[-1]) == 0
-    chosen |= torch.arange(chosen.shape[-1]) == 5
-    chosen |= own[:, None] < 4
-    chosen &= torch.arange(chosen.shape[-1]) <= own[:, None]
+    own = torch.arange(length)[:, None] // 8
+    blocks = torch.arange(geometry.num_blocks(length))
+    chosen = (own < 6) | (blocks == 0) | (blocks == 3) | (blocks == 4) | (blocks == 5) | (blocks >= own - 1)
+    chosen = (chosen & (blocks <= own)).expand(1, 2, -1, -1)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = reference.attention(*leaves, chosen, **keywords)
-    blocks = as_numbers(chosen, 4)
-    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    numbers = as_numbers(chosen, 6)
+    out, lse = cpu.attention_forward(q, k, v, numbers, **keywords)
     assert relative_error(lse, expected_lse) <= 1e-6
-    assert relative_error(out, expected) <= 1e-4  # logits reach 5e3: their rounding is 3e-4
+    assert relative_error(out, expected) <= 1e-4 * sharpness / 30  # the rounding of logits of 1e3 and more
+    grad = torch.randn_like(out)
+    expected.backward(grad.double())
+    grads = cpu.attention_backward(grad, q, k, v, out, lse, numbers, **keywords)
+    assert all(torch.isfinite(x).all() for x in grads)
+    assert relative_error(grads[2], leaves[2].grad) <= 1e-3
+
+
+@pytest.mark.parametrize("length", [20, 200])
+def test_queries_that_see_nothing(length):
+    q, k, v = (torch.randn(1, h, length, 16) for h in (4, 2, 2))
+    keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0}
+    chosen = reference.select_blocks(q, k, **keywords)
+    chosen[:, :, 5:100:7] = False
+    blocks = as_numbers(chosen, 4)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, _ = reference.attention(*leaves, chosen, **keywords)
+    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    assert (out[:, :, 5:100:7] == 0).all()
+    assert (lse[:, :, 5:100:7] == -torch.inf).all()
+    assert relative_error(out, expected) <= 1e-5
     grad = torch.randn_like(out)
     expected.backward(grad.double())
     grads = cpu.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
-    assert all(torch.isfinite(x).all() for x in grads)
-    assert relative_error(grads[2], leaves[2].grad) <= 1e-3
+    for actual, source in zip(grads, leaves, strict=True):
+        assert relative_error(actual, source.grad) <= 1e-5
+
+
+def test_rows_shorter_than_dense_len_are_dense():
+    q, k, v = (torch.randn(3, h, 100, 16) for h in (4, 2, 2))
+    key_mask = torch.ones(3, 100, dtype=torch.bool)
+    key_mask[0, :21] = False  # 79 keys
+    key_mask[1, :20] = False  # 80 keys
+    keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0, "key_mask": key_mask, "dense_len": 80}
+    blocks = cpu.select_blocks(q, k, **keywords)
+    assert (blocks[0] == -1).all()
+    assert (blocks[1, :, 20:] >= 0).any(-1).all()
+    assert (blocks[2] >= 0).any(-1).all()
+    out, _ = cpu.attention_forward(q, k, v, blocks, **keywords)
+    dense, _ = cpu.attention_forward(q, k, v, None, **keywords)
+    sparse, _ = cpu.attention_forward(q, k, v, blocks, **{**keywords, "dense_len": 0})
+    assert torch.equal(out[0], dense[0])
+    assert torch.equal(out[1:], sparse[1:])
+    assert not torch.equal(dense[1:], sparse[1:])
 
 
 def test_half_precision_is_as_good_as_dense():
