@@ -20,7 +20,7 @@ LENGTH = 200
 def model():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64,
+        hidden_size=96,
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=6,

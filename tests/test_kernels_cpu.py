@@ -317,6 +317,25 @@ def test_queries_that_see_nothing(length):
         assert relative_error(actual, source.grad) <= 1e-5
 
 
+@pytest.mark.parametrize("length_q", [1, 5, 60])
+def test_holes_among_the_selected_keys(length_q):
+    q, k, v = (torch.randn(1, h, n, 16) for h, n in ((4, length_q), (2, 200), (2, 200)))
+    key_mask = torch.ones(1, 200, dtype=torch.bool)
+    key_mask[:, 3:190:3] = False
+    keywords = {"geometry": SMALL, "scale": 0.25, "offset": 200 - length_q, "key_mask": key_mask}
+    chosen = reference.select_blocks(q, k, **keywords)
+    blocks = as_numbers(chosen, 4)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, _ = reference.attention(*leaves, chosen, **keywords)
+    out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
+    assert relative_error(out, expected) <= 1e-5
+    grad = torch.randn_like(out)
+    expected.backward(grad.double())
+    grads = cpu.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    for actual, source in zip(grads, leaves, strict=True):
+        assert relative_error(actual, source.grad) <= 1e-5
+
+
 def test_rows_shorter_than_dense_len_are_dense():
     q, k, v = (torch.randn(3, h, 100, 16) for h in (4, 2, 2))
     key_mask = torch.ones(3, 100, dtype=torch.bool)
