@@ -77,7 +77,8 @@ def main() -> None:
         process.join()
         if process.exitcode:
             raise SystemExit(f"{side} at {length} tokens ended with exit code {process.exitcode}")
-        rows.append({"case": f"memory/9x3x64/{length}/{side}", "length": length, "side": side, "peak_mb": results.get()})
+        case = f"memory/9x3x64/{length}/{side}"
+        rows.append({"case": case, "length": length, "side": side, "peak_mb": results.get()})
 
     table = Table("tokens", *SIDES, title="rise of resident memory during one forward call, MB", title_justify="left")
     for length in arguments.lengths:

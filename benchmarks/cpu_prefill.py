@@ -8,22 +8,19 @@ and keys change slowly along the sequence, so that neighbours pick the same bloc
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import math
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import results_header, write_results
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from infllm_pass.kernels import cpu
@@ -90,36 +87,11 @@ def break_even(rows: list[dict[str, object]]) -> str:
     return f"below {points[0][0]:.0f}" if points[0][1] <= 0 else f"above {points[-1][0]:.0f}"
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip() or "none"
-
-
-def header() -> dict[str, object]:
-    return {
-        "device": cpu_model(),
-        "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens in the prompt")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768], help="tokens in the prompt"
+    )
     parser.add_argument("--data", nargs="+", choices=["random", "local"], default=["random", "local"])
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; their median is reported")
     parser.add_argument("--heads", type=int, default=9)
@@ -131,7 +103,9 @@ def main() -> None:
     console = Console()
     cases = [(kind, length) for kind in arguments.data for length in arguments.lengths]
     rows = [measure(kind, length, arguments) for kind, length in track(cases, "measuring", console=console)]
-    table = Table("case", "select ms", "attend ms", "sparse ms", "dense ms", "ratio")
+    table = Table(
+        Column("case", no_wrap=True, min_width=30), "select ms", "attend ms", "sparse ms", "dense ms", "ratio"
+    )
     for row in rows:
         numbers = (f"{row[name]:.1f}" for name in ("select_ms", "attend_ms", "ms", "dense_ms"))
         table.add_row(str(row["case"]), *numbers, f"{row['ratio']:.3f}")
@@ -139,9 +113,7 @@ def main() -> None:
     even = {kind: break_even([row for row in rows if row["data"] == kind]) for kind in arguments.data}
     for kind, length in even.items():
         console.print(f"break-even length, {kind} data: {length}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({**header(), "break_even": even, "rows": rows}, indent=2) + "\n")
-    console.print(f"written to {arguments.output}")
+    write_results(arguments.output, {**results_header(), "break_even": even}, rows)
 
 
 if __name__ == "__main__":

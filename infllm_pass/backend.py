@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx
 
 from infllm_pass.compiled import bound_compiler
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import ConfigError
+from infllm_pass.errors import ConfigError, UntunedDeviceWarning
 from infllm_pass.log import CompileLog
 from infllm_pass.pipeline import Switch, run_pass
 from infllm_pass.plan import SiteFilter
@@ -60,6 +61,14 @@ class SwitchableBackend:
             number=self.log.next_number(),
         )
         self.log.add(report, module)
+        untuned = sorted({site.device for site in report.sites if site.branch == "sparse" and site.device != "cpu"})
+        if untuned:
+            warnings.warn(
+                f"sparse attention on {', '.join(untuned)} runs through operators tuned for the CPU: correct, but "
+                "slower than dense attention; raise dense_len above your lengths to keep the dense kernels",
+                UntunedDeviceWarning,
+                stacklevel=2,
+            )
         return self.compiler(module, example_inputs)
 
     def reset(self) -> None:

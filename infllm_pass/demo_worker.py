@@ -28,7 +28,7 @@ from torch import Tensor
 import infllm_pass
 from infllm_pass.checkpoint import SMOLLM2, load_model
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import InfLLMError
+from infllm_pass.errors import InfLLMError, MeasurementError
 from infllm_pass.inspection import attention_inputs, attention_mass, recent_blocks
 from infllm_pass.plots import draw_selection
 from infllm_pass.report import Report
@@ -38,10 +38,6 @@ HEAD_CHUNK = 512
 
 Tell = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and out of how much (0: not known)."""
-
-
-class MeasurementError(InfLLMError, RuntimeError):
-    """A process of the demo ended before it had measured anything."""
 
 
 class Side(Enum):

@@ -50,6 +50,14 @@ class CheckpointError(InfLLMError, RuntimeError):
     """A model folder or checkpoint file is missing, damaged or not of a kind that can be loaded."""
 
 
+class MeasurementError(InfLLMError, RuntimeError):
+    """A measuring process ended before it had measured anything."""
+
+
+class UntunedDeviceWarning(UserWarning):
+    """Sparse attention runs on a device that has no kernels of its own yet: correct, and slow."""
+
+
 class NoAttentionSiteWarning(UserWarning):
     """A sparsified model was compiled and nothing in it became switchable."""
 

@@ -112,6 +112,8 @@ def _plan_site(
     proofs: dict[fx.Node, MaskPredicate | UnprovenMask],
     filter_fn: SiteFilter | None,
 ) -> SitePlan:
+    if site.mask is None and site.is_causal is not True:
+        return SitePlan(site, Reason.BIDIRECTIONAL)
     refused = _check_tensors(site) or _check_dropout(site)
     if refused is not None:
         return refused
@@ -131,13 +133,18 @@ def _plan_site(
 
 
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
+    """Check what the operators ask of the tensors.
+
+    Sizes are compared as they are: dynamic ones that the call forces to be equal, but that Dynamo gave symbols of
+    their own, as it does for the layers of a cache, become one symbol by it.
+    """
     examples = [node.meta["example_value"] for node in (site.query, site.key, site.value)]
     shapes = [tuple(size(extent) for extent in example.shape) for example in examples]
     described = ", ".join(str(list(shape)) for shape in shapes)
     if any(len(shape) != 4 for shape in shapes):
         return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
-    query, key, value = shapes
-    if not (same(query[0], key[0]) and all(same(a, b) for a, b in zip(key[:3], value[:3], strict=True))):
+    query, key, value = (example.shape for example in examples)
+    if query[0] != key[0] or any(a != b for a, b in zip(key[:3], value[:3], strict=True)):
         return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
     result = site.node.meta["example_value"].dtype
     if result not in DTYPES:
@@ -174,8 +181,6 @@ def _prove_causal(
 ) -> MaskPredicate | SitePlan:
     length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
     if site.mask is None:
-        if site.is_causal is not True:
-            return SitePlan(site, Reason.BIDIRECTIONAL)
         predicate = MaskPredicate(size(0))
     elif not isinstance(site.mask, fx.Node):
         return SitePlan(site, Reason.UNPROVEN_MASK, f"the mask is {site.mask!r}")
@@ -188,6 +193,9 @@ def _prove_causal(
         if isinstance(proof, UnprovenMask):
             return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {proof.node.name}: {proof.why}")
         predicate = proof
+        if site.shape(site.mask)[-1] not in (1, site.shape(site.key)[2]):
+            return SitePlan(site, Reason.SHAPES, f"the mask has shape {list(site.shape(site.mask))}")
+        length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
     if not same(predicate.causal_offset, length_k - length_q):

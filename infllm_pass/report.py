@@ -113,35 +113,12 @@ class Report:
 
     def __rich__(self) -> Table:
         table = Table(title=self._title(), title_justify="left")
-        for name in (
-            "graph",
-            "site",
-            "module",
-            "q [B,H,L,D]",
-            "kv heads",
-            "mask",
-            "decision",
-            "runs",
-            "guard",
-            "why",
-        ):
+        lines = [_cells(rows) for rows in _runs_of_equal_sites(self.sites)]
+        shown = [name for name in _COLUMNS if any(line[name] for line in lines)]
+        for name in shown:
             table.add_column(name, overflow="fold")
-        for rows in _runs_of_equal_sites(self.sites):
-            first = rows[0]
-            many = f"{first.site}" if len(rows) == 1 else f"{first.site}-{rows[-1].site}"
-            module = first.module if len(rows) == 1 else f"{first.module} … {rows[-1].module}"
-            table.add_row(
-                str(first.graph),
-                many,
-                module or first.source,
-                ", ".join(map(str, first.query_shape)),
-                f"{first.key_shape[1]} (group {first.group})" if first.group else str(first.key_shape[1:2]),
-                first.mask + (", elided" if first.mask_elided else ""),
-                first.decision,
-                first.branch,
-                first.guard + (" (dynamic)" if first.guard_dynamic else ""),
-                "" if first.decision == "switchable" else f"{first.reason}: {first.explanation}",
-            )
+        for line in lines:
+            table.add_row(*(line[name] for name in shown))
         return table
 
     def _title(self) -> str:
@@ -155,8 +132,30 @@ class Report:
         return console.export_text()
 
 
+_PLACE = ("site", "module")
+_COLUMNS = ("graph", *_PLACE, "q [B,H,L,D]", "kv heads", "mask", "decision", "runs", "guard", "why")
+
+
+def _cells(rows: list[SiteReport]) -> dict[str, str]:
+    """The table's line for neighbouring sites that show the same but for their place."""
+    first, last = rows[0], rows[-1]
+    places = [site.module or site.source for site in (first, last)]
+    return {
+        "graph": str(first.graph),
+        "site": str(first.site) if first is last else f"{first.site}-{last.site}",
+        "module": places[0] if first is last else f"{places[0]} … {places[1]}",
+        "q [B,H,L,D]": ", ".join(map(str, first.query_shape)),
+        "kv heads": f"{first.key_shape[1]} (group {first.group})" if first.group else "",
+        "mask": first.mask + (", elided" if first.mask_elided else ""),
+        "decision": first.decision,
+        "runs": first.branch,
+        "guard": first.guard + (" (dynamic)" if first.guard_dynamic else ""),
+        "why": "" if first.decision == "switchable" else f"{first.reason}: {first.explanation}",
+    }
+
+
 def _runs_of_equal_sites(sites: list[SiteReport]) -> list[list[SiteReport]]:
-    """Neighbouring sites of a graph that differ in number, module and source line only, put together."""
+    """Neighbouring sites whose lines in the table differ in their place only, put together."""
     runs: list[list[SiteReport]] = []
     for site in sites:
         if runs and _without_place(runs[-1][-1]) == _without_place(site):
@@ -166,8 +165,8 @@ def _runs_of_equal_sites(sites: list[SiteReport]) -> list[list[SiteReport]]:
     return runs
 
 
-def _without_place(site: SiteReport) -> dict[str, Any]:
-    return {key: value for key, value in asdict(site).items() if key not in ("site", "module", "source")}
+def _without_place(site: SiteReport) -> dict[str, str]:
+    return {name: text for name, text in _cells([site]).items() if name not in _PLACE}
 
 
 def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | None) -> SiteReport:

@@ -29,9 +29,7 @@ def _offset(q: Tensor, k: Tensor, offset: int | None) -> int:
     return k.shape[2] - q.shape[2] if offset is None else offset
 
 
-def _attention_geometry(
-    blocks: Tensor | None, block_size: int, init_blocks: int, local_blocks: int
-) -> BlockGeometry:
+def _attention_geometry(blocks: Tensor | None, block_size: int, init_blocks: int, local_blocks: int) -> BlockGeometry:
     """What attention needs of the geometry; how blocks were scored does not matter to it."""
     budget = init_blocks + local_blocks + 1 if blocks is None else blocks.shape[3]
     return BlockGeometry(
