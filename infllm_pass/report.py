@@ -111,7 +111,9 @@ class Report:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Table | str:
+        if not self.sites:
+            return self._title()
         table = Table(title=self._title(), title_justify="left")
         lines = [_cells(rows) for rows in _runs_of_equal_sites(self.sites)]
         shown = [name for name in _COLUMNS if any(line[name] for line in lines)]

@@ -79,6 +79,37 @@ def test_padded_batches_equal_the_oracle(length, tiny_llama):
     assert {site.mask for site in infllm_pass.report(model).sites} == {"causal, padded keys"}
 
 
+@pytest.mark.parametrize("split", [40, 97])
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_a_prompt_continued_on_its_cache_equals_one_call(split, dynamic, tiny_llama):
+    """The second call's queries are the last of the keys: its mask is proved with the cache's length as offset."""
+    config = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "dense_len": 0})
+    model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="eager", dynamic=dynamic), config, strict=True)
+    ids = tokens(131)
+    whole = model(ids).logits
+    first = model(ids[:, :split])
+    second = model(ids[:, split:], past_key_values=first.past_key_values)
+    assert relative_error(torch.cat([first.logits, second.logits], 1), whole) < 1e-8
+    assert {site.reason for site in infllm_pass.report(model).sites} == {"SWITCHABLE"}
+    assert infllm_pass.report(model).sites[-1].mask_elided
+
+
+@torch.no_grad()
+def test_decoding_steps_stay_dense_and_say_so(tiny_llama):
+    model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="eager"), COVERING, strict=True)
+    ids = tokens(90)
+    cache = model(ids[:, :80]).past_key_values
+    steps = []
+    for position in range(80, 90):
+        out = model(ids[:, position : position + 1], past_key_values=cache)
+        steps.append(out.logits)
+        cache = out.past_key_values
+    assert relative_error(torch.cat(steps, 1), tiny_llama(ids).logits[:, 80:]) < 1e-10
+    dense = [site for site in infllm_pass.report(model).sites if site.decision == "dense"]
+    assert {site.reason for site in dense} == {"BIDIRECTIONAL"}
+
+
 @pytest.mark.parametrize(
     ("checkpointing", "mask"),
     [(False, False), (False, True), (True, False)],
