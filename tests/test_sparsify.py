@@ -106,8 +106,11 @@ def test_decoding_steps_stay_dense_and_say_so(tiny_llama):
         steps.append(out.logits)
         cache = out.past_key_values
     assert relative_error(torch.cat(steps, 1), tiny_llama(ids).logits[:, 80:]) < 1e-10
-    dense = [site for site in infllm_pass.report(model).sites if site.decision == "dense"]
-    assert {site.reason for site in dense} == {"BIDIRECTIONAL"}
+    # Transformers gives a single query no mask, or, with older torch, one without a query dimension.
+    decoding = [site for site in infllm_pass.report(model).sites if site.query_shape[2] == 1]
+    assert decoding
+    assert {(site.decision, site.branch) for site in decoding} == {("dense", "dense")}
+    assert {site.reason for site in decoding} <= {"BIDIRECTIONAL", "UNPROVEN_MASK"}
 
 
 @pytest.mark.parametrize(
