@@ -44,7 +44,7 @@ examples:
   infllm-pass explain ~/models/Llama-3.1-8B      which attention sites become switchable, and why not
   infllm-pass explain ./model --length 32768 --dense-len 16384 --json
   infllm-pass bench                              list the benchmarks of a checkout
-  infllm-pass bench prefill --help
+  infllm-pass bench cpu_prefill --help
 """
 
 
