@@ -46,7 +46,7 @@ class Program:
         """Positions along one of four dimensions, perhaps shifted, scaled or turned around."""
         value = self.emit(torch.arange, LENGTH)
         for _ in range(self.random.choice((0, 0, 0, 1, 1, 2))):
-            step = self.random.randrange(7)
+            step = self.random.randrange(8)
             if step == 0:
                 value = self.emit(operator.add, value, self.random.randint(-2, 2))
             elif step == 1:
@@ -59,6 +59,8 @@ class Program:
                 value = self.emit(operator.neg, value)
             elif step == 5:
                 value = self.emit(torch.diff, value, prepend=self.emit(operator.sub, self.first(value), 1))
+            elif step == 6:  # a negative index counts from the end
+                value = self.emit(operator.getitem, self.emit(torch.arange, LENGTH), (value,))
             else:
                 value = self.emit("cumsum", self.emit(operator.ne, value, self.random.randint(-1, 9)), 0)
         for place in range(4):

@@ -74,6 +74,7 @@ NOT_CAUSAL = {
     "cumulative sum of ones": lambda q, k: k[None, :] < torch.ones_like(q).cumsum(0)[:, None] * 2,
     "int8 overflows": lambda q, k: k.to(torch.int8)[None, :] <= q.to(torch.int8)[:, None],
     "float positions": lambda q, k: k.float()[None, :] <= q.float()[:, None],
+    "an index counted from the end": lambda q, k: k[(k - 1,)][None, :] <= (q - 1)[:, None],
     "constant": lambda q, k: torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool),
 }
 
