@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from infllm_pass.demo import write_atomically
 
 
 def results_header() -> dict[str, Any]:
@@ -30,9 +31,7 @@ def results_header() -> dict[str, Any]:
 def write_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write header and rows as JSON; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"header": header, "rows": rows}, indent=2) + "\n")
-    os.replace(scratch, path)
+    write_atomically(path, (json.dumps({"header": header, "rows": rows}, indent=2) + "\n").encode())
     print(f"written to {path}")
 
 

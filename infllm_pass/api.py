@@ -135,8 +135,8 @@ def sparsify(
         NoAttentionSiteError: at call time, with ``strict=True``.
     """
     chosen = SparseAttentionConfig.coerce(config)
-    previous = getattr(model, "__dict__", {}).get(_HANDLE)
-    if isinstance(previous, _Handle):
+    previous = _find_handle(model)
+    if previous is not None:
         original, settings = previous.original, previous.settings
     else:
         original, settings = settings_of(model)
@@ -179,9 +179,15 @@ def _warn_uncompiled(generate: Callable[..., Any]) -> Callable[..., Any]:
     return warning_generate
 
 
-def _handle_of(model: object) -> _Handle:
+def _find_handle(model: object) -> _Handle | None:
+    """The handle of a sparsified model; an OptimizedModule would ask its original for a missing attribute."""
     handle = getattr(model, "__dict__", {}).get(_HANDLE)
-    if not isinstance(handle, _Handle):
+    return handle if isinstance(handle, _Handle) else None
+
+
+def _handle_of(model: object) -> _Handle:
+    handle = _find_handle(model)
+    if handle is None:
         raise UnsupportedModelError(
             f"{_name(model)} is not a sparsified model: pass what infllm_pass.sparsify(...) returned"
         )
@@ -235,8 +241,8 @@ def report(model: Callable[..., Any] | None = None) -> Report:
     """
     if model is None:
         return NAMED_BACKEND_LOG.report()
-    handle = getattr(model, "__dict__", {}).get(_HANDLE)
-    if isinstance(handle, _Handle):
+    handle = _find_handle(model)
+    if handle is not None:
         return handle.log.report()
     original, settings = settings_of(model)
     backend = getattr(settings.compiler, "compiler_fn", None)
@@ -262,8 +268,8 @@ def explain(
         ConfigError: the configuration is invalid.
         UnsupportedModelError: `model` cannot be sparsified.
     """
-    handle = getattr(model, "__dict__", {}).get(_HANDLE)
-    if isinstance(handle, _Handle):
+    handle = _find_handle(model)
+    if handle is not None:
         original, settings = handle.original, handle.settings
         chosen = handle.config if config is None else SparseAttentionConfig.coerce(config)
     else:

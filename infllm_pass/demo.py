@@ -22,8 +22,9 @@ from rich.table import Table
 import infllm_pass
 from infllm_pass.checkpoint import SMOLLM2, corpus, find_checkpoint, load_tokenizer
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.demo_worker import Job, LayerPicture, Side, SideResult, Tell, draw_layer, measure_side, run_apart
+from infllm_pass.demo_worker import Job, LayerPicture, SideResult, Tell, draw_layer, measure_side, run_apart
 from infllm_pass.errors import ConfigError, DeviceError
+from infllm_pass.guard import Branch
 
 LAYERS = 30
 POSITIONS = 8192
@@ -111,23 +112,23 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
         ids = corpus(tokenizer, options.tokens)
     job = Job(tuple(ids[0].tolist()), config, options.resolved_device, options.generate, options.layer)
     _print_plan(console, job)
-    sides: dict[Side, SideResult] = {}
-    for side in (Side.SPARSE, Side.DENSE):
+    sides: dict[Branch, SideResult] = {}
+    for side in (Branch.SPARSE, Branch.DENSE):
         with _stage(console, side.value) as tell:
             sides[side] = run_apart(measure_side, job, side, tell=tell)
-        if side is Side.SPARSE:
+        if side is Branch.SPARSE:
             console.print(sides[side].report)
     with _stage(console, "picture") as tell:
         picture: LayerPicture = run_apart(draw_layer, job, tell=tell)
 
-    figures = _figures(options, job, sides[Side.DENSE], sides[Side.SPARSE], picture)
+    figures = _figures(options, job, sides[Branch.DENSE], sides[Branch.SPARSE], picture)
     figures["wall_s"] = time.perf_counter() - begin
     options.out.mkdir(parents=True, exist_ok=True)
     image = options.out / f"selection-layer-{options.layer}.png"
     write_atomically(image, picture.png)
     write_atomically(options.out / "demo.json", (json.dumps(figures, indent=2) + "\n").encode())
     console.print(_comparison(figures))
-    _print_generation(console, tokenizer, job, sides[Side.SPARSE])
+    _print_generation(console, tokenizer, job, sides[Branch.SPARSE])
     console.print(
         f"layer {options.layer}: the visited blocks hold {100 * picture.selected_mass:.1f} % of dense attention, "
         f"as many initial and most recent blocks {100 * picture.recent_mass:.1f} %\n"

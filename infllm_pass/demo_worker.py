@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,6 +28,7 @@ import infllm_pass
 from infllm_pass.checkpoint import SMOLLM2, load_model
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import InfLLMError, MeasurementError
+from infllm_pass.guard import Branch
 from infllm_pass.inspection import attention_inputs, attention_mass, recent_blocks
 from infllm_pass.plots import draw_selection
 from infllm_pass.report import Report
@@ -38,13 +38,6 @@ HEAD_CHUNK = 512
 
 Tell = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and out of how much (0: not known)."""
-
-
-class Side(Enum):
-    """What a measurement runs."""
-
-    DENSE = "dense"
-    SPARSE = "sparse"
 
 
 @dataclass(frozen=True)
@@ -112,12 +105,12 @@ class LayerPicture:
     recent_mass: float
 
 
-def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
+def measure_side(job: Job, side: Branch, tell: Tell) -> SideResult:
     """Compile and run one side, and score the text with it."""
     tell("loading the checkpoint", 0, 0)
     model = _load(job)
     sparse = infllm_pass.sparsify(torch.compile(model.model), job.config)
-    run: Any = sparse if side is Side.SPARSE else infllm_pass.dense(sparse)
+    run: Any = sparse if side is Branch.SPARSE else infllm_pass.dense(sparse)
     ids = torch.tensor([job.ids], device=job.device)
     prefill = partial(run, input_ids=ids, use_cache=True)
     with torch.no_grad():
@@ -130,7 +123,9 @@ def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
             forward_s, out = _timed(job.device, prefill)
         peak = _peak_memory(job.device)
         losses, top1 = _score(model.lm_head, out.last_hidden_state[0], ids[0], tell)
-        generated = _continue(model, out.past_key_values, ids, top1, job.generate, tell) if side is Side.SPARSE else ()
+        generated = (
+            _continue(model, out.past_key_values, ids, top1, job.generate, tell) if side is Branch.SPARSE else ()
+        )
     return SideResult(
         losses=tuple(losses.tolist()),
         top1=tuple(top1.tolist()),
@@ -138,7 +133,7 @@ def measure_side(job: Job, side: Side, tell: Tell) -> SideResult:
         compile_s=compile_s,
         forward_s=forward_s,
         peak_bytes=peak,
-        report=infllm_pass.report(run) if side is Side.SPARSE else Report(),
+        report=infllm_pass.report(run) if side is Branch.SPARSE else Report(),
         generated=generated,
     )
 

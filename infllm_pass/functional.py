@@ -56,14 +56,7 @@ def switchable_attention(
             offset,
             factor,
             chosen.dense_len,
-            chosen.kernel_size,
-            chosen.kernel_stride,
-            chosen.block_size,
-            chosen.init_blocks,
-            chosen.local_blocks,
-            chosen.selected_blocks,
-            chosen.lse,
-            chosen.query_block,
+            *operators.selection_arguments(chosen.geometry),
         )
     out: Tensor = operators.block_attention(
         q,
@@ -74,8 +67,6 @@ def switchable_attention(
         offset,
         factor,
         chosen.dense_len,
-        chosen.block_size,
-        chosen.init_blocks,
-        chosen.local_blocks,
+        *operators.attention_arguments(chosen.geometry),
     )[0]
     return out

@@ -75,8 +75,9 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        square = same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
-        return self.mask is not None and square and not self.mask.key_conditions
+        if self.mask is None or self.mask.key_conditions:
+            return False
+        return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
 
     @property
     def mask_verdict(self) -> str:
@@ -139,12 +140,9 @@ def _check_tensors(site: AttentionSite) -> SitePlan | None:
     their own, as it does for the layers of a cache, become one symbol by it.
     """
     examples = [node.meta["example_value"] for node in (site.query, site.key, site.value)]
-    shapes = [tuple(size(extent) for extent in example.shape) for example in examples]
-    described = ", ".join(str(list(shape)) for shape in shapes)
-    if any(len(shape) != 4 for shape in shapes):
-        return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
-    query, key, value = (example.shape for example in examples)
-    if query[0] != key[0] or any(a != b for a, b in zip(key[:3], value[:3], strict=True)):
+    query, key, value = shapes = [example.shape for example in examples]
+    if any(len(shape) != 4 for shape in shapes) or query[0] != key[0] or key[:3] != value[:3]:
+        described = ", ".join(str(list(shape)) for shape in shapes)
         return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
     result = site.node.meta["example_value"].dtype
     if result not in DTYPES:
@@ -179,7 +177,6 @@ def _check_heads(plan: SitePlan) -> SitePlan | None:
 def _prove_causal(
     site: AttentionSite, interpreter: Interpreter, proofs: dict[fx.Node, MaskPredicate | UnprovenMask]
 ) -> MaskPredicate | SitePlan:
-    length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
     if site.mask is None:
         predicate = MaskPredicate(size(0))
     elif not isinstance(site.mask, fx.Node):
@@ -195,9 +192,9 @@ def _prove_causal(
         predicate = proof
         if site.shape(site.mask)[-1] not in (1, site.shape(site.key)[2]):
             return SitePlan(site, Reason.SHAPES, f"the mask has shape {list(site.shape(site.mask))}")
-        length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
+    length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
     if not same(predicate.causal_offset, length_k - length_q):
         return SitePlan(
             site,

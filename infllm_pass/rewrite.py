@@ -19,6 +19,7 @@ from torch import fx
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graphs import fake_mode_of
 from infllm_pass.guard import Branch
+from infllm_pass.lowering.operators import attention_arguments, selection_arguments
 from infllm_pass.masks import KeyCondition
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite
@@ -78,14 +79,7 @@ class Rewriter:
             None,
             plan.scale,
             config.dense_len,
-            config.kernel_size,
-            config.kernel_stride,
-            config.block_size,
-            config.init_blocks,
-            config.local_blocks,
-            config.selected_blocks,
-            config.lse,
-            config.query_block,
+            *selection_arguments(config.geometry),
         )
         return self._block_attention(plan, q, k, v, blocks, key_mask)
 
@@ -133,9 +127,7 @@ class Rewriter:
             None,
             plan.scale,
             config.dense_len,
-            config.block_size,
-            config.init_blocks,
-            config.local_blocks,
+            *attention_arguments(config.geometry),
         )
         return self._emit(plan.site, operator.getitem, both, 0)
 

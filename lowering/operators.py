@@ -29,6 +29,20 @@ def _offset(q: Tensor, k: Tensor, offset: int | None) -> int:
     return k.shape[2] - q.shape[2] if offset is None else offset
 
 
+def selection_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
+    """The last arguments of `select_blocks`, from ``kernel_size`` on."""
+    g = geometry
+    return (
+        *(g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks, g.local_blocks),
+        *(g.selected_blocks, g.lse, g.query_block),
+    )
+
+
+def attention_arguments(geometry: BlockGeometry) -> tuple[int, int, int]:
+    """The last arguments of `block_attention` and its backward, from ``block_size`` on."""
+    return geometry.block_size, geometry.init_blocks, geometry.local_blocks
+
+
 def _attention_geometry(blocks: Tensor | None, block_size: int, init_blocks: int, local_blocks: int) -> BlockGeometry:
     """What attention needs of the geometry; how blocks were scored does not matter to it."""
     budget = init_blocks + local_blocks + 1 if blocks is None else blocks.shape[3]

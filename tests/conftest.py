@@ -49,6 +49,20 @@ def llama(**overrides):
     return model
 
 
+def tiny_config():
+    """The configuration of a Llama for tests of model folders."""
+    import transformers
+
+    return transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     return llama()

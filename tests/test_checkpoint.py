@@ -22,6 +22,8 @@ from infllm_pass.checkpoint import (
 from infllm_pass.errors import CheckpointError, MissingDependencyError
 from infllm_pass.kernels import reference
 
+from .conftest import tiny_config
+
 transformers = pytest.importorskip("transformers")
 
 SMALL_BLOCKS = infllm_pass.SparseAttentionConfig(
@@ -107,17 +109,6 @@ def test_corpus_is_the_start_of_the_text():
 def test_corpus_of_an_impossible_length_is_refused(tokens):
     with pytest.raises(CheckpointError, match=rf"{tokens} were asked for"):
         corpus(WordTokenizer(), tokens)
-
-
-def tiny_config():
-    return transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
 
 
 def test_load_local_builds_the_architecture_without_weights(tmp_path):

@@ -14,6 +14,8 @@ from infllm_pass.cli import main
 from infllm_pass.demo import DemoOptions, write_atomically
 from infllm_pass.errors import CheckpointError, ConfigError
 
+from .conftest import tiny_config
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -31,14 +33,7 @@ def run(capfd):
 @pytest.fixture
 def folder(tmp_path):
     """A model folder without weights."""
-    transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    ).save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     return tmp_path
 
 

@@ -29,8 +29,7 @@ def test_operators_match_the_oracle(dtype, padded):
     out = infllm_pass.switchable_attention(q, k, v, SMALL, key_mask=key_mask)
     grad = torch.randn_like(out)
     g = SMALL.geometry
-    arguments = (g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks, g.local_blocks, g.selected_blocks)
-    blocks = operators.select_blocks(q, k, key_mask, None, 32**-0.5, SMALL.dense_len, *arguments, "coarse", 1)
+    blocks = operators.select_blocks(q, k, key_mask, None, 32**-0.5, SMALL.dense_len, *operators.selection_arguments(g))
     chosen = (blocks[..., None] == torch.arange(g.num_blocks(301), device="cuda")).any(-2)
     wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     common = {"geometry": g, "scale": 32**-0.5, "offset": 0, "key_mask": key_mask, "dense_len": SMALL.dense_len}

@@ -21,15 +21,11 @@ def qkv(batch=1, heads=6, heads_kv=2, length=77, dim=16, dtype=torch.float32, di
 
 
 def selection_arguments(config=SMALL, dense_len=0):
-    g = config.geometry
-    return (
-        *(None, None, 0.25, dense_len, g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks),
-        *(g.local_blocks, g.selected_blocks, g.lse, g.query_block),
-    )
+    return (None, None, 0.25, dense_len, *operators.selection_arguments(config.geometry))
 
 
 def attention_arguments(config=SMALL, dense_len=0):
-    return (None, None, 0.25, dense_len, config.block_size, config.init_blocks, config.local_blocks)
+    return (None, None, 0.25, dense_len, *operators.attention_arguments(config.geometry))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -137,6 +137,7 @@ REFUSED = {
     "flag with fewer queries": (lambda q, k, v: sdpa(q[:, :, :20], k, v, is_causal=True), Reason.PARTIAL_KEYS),
     "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5, is_causal=True), Reason.DROPOUT),
     "three dimensions": (lambda q, k, v: sdpa(q[0], k[0], v[0], is_causal=True), Reason.SHAPES),
+    "two dimensions": (lambda q, k, v: sdpa(q[0, 0], k[0, 0], v[0, 0], is_causal=True), Reason.SHAPES),
     "key padding only": (lambda q, k, v: sdpa(q, k, v, (k[:, 0, :, 0] > 0)[:, None, None]), Reason.BIDIRECTIONAL),
 }
 
