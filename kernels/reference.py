@@ -97,7 +97,9 @@ def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
     return (positions // query_block * query_block + query_block - 1).clamp(max=length - 1)
 
 
-def select_sequence(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int) -> Tensor:
+def select_sequence(
+    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None = None
+) -> Tensor:
     """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`."""
     g = geometry
     length_q, length_k = q.shape[1], k.shape[1]
@@ -107,6 +109,9 @@ def select_sequence(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: flo
     own = tile_position(positions, g.query_block, length_k) // g.block_size  # [Lq]
     blocks = torch.arange(count, device=q.device)
     candidate = blocks <= own[:, None]  # [Lq, n_blocks]
+    if window is not None:
+        last = tile_position(positions, g.query_block, length_k)
+        candidate &= (blocks + 1) * g.block_size - 1 > last[:, None] - window
     forced = candidate & ((blocks < g.init_blocks) | (blocks >= own[:, None] - g.local_blocks))
     rank = torch.where(forced, torch.inf, scores).masked_fill(~candidate, NEG_INF)
     order = torch.sort(rank, dim=-1, descending=True, stable=True).indices  # stable: ties go to the lower block
@@ -123,6 +128,7 @@ def select_blocks(
     offset: int,
     key_mask: Tensor | None = None,
     dense_len: int = 0,
+    window: int | None = None,
 ) -> Tensor:
     """Selected blocks of a batch, as a set.
 
@@ -134,6 +140,7 @@ def select_blocks(
         offset: key index of the first query.
         key_mask: bool ``[B, Lk]``; a row's sequence runs from its first to its last valid key.
         dense_len: rows whose sequence is shorter select nothing.
+        window: sliding window, in keys; a block wholly before it is no candidate.
 
     Returns:
         bool ``[B, Hkv, Lq, n_blocks]``; blocks are numbered from the row's own first key.
@@ -151,6 +158,7 @@ def select_blocks(
             geometry=geometry,
             scale=scale,
             offset=offset + queries.start - keys.start,
+            window=window,
         )
         chosen[row, :, queries, : part.shape[-1]] = part
     return chosen
@@ -184,6 +192,7 @@ def attention(
     offset: int,
     key_mask: Tensor | None = None,
     dense_len: int = 0,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over selected blocks, or over everything.
 
@@ -197,6 +206,7 @@ def attention(
         offset: key index of the first query.
         key_mask: bool ``[B, Lk]``, True where a key is valid.
         dense_len: rows whose sequence is shorter attend to every visible key.
+        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, float64. A query without a visible key
@@ -212,6 +222,8 @@ def attention(
         see = key_index <= positions[:, None]  # [queries, keys]
         if key_mask is not None:
             see = see & key_mask[row, keys]
+        if window is not None:
+            see = see & (key_index > positions[:, None] - window)
         if selected is not None and keys.stop - keys.start >= dense_len:
             block = (key_index - keys.start) // geometry.block_size
             see = see & selected[row, :, queries][..., block]  # [Hkv, queries, keys]
