@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
@@ -57,7 +57,13 @@ _POINTERS = {
 
 
 def compile_ahead(
-    kernel: triton.JITFunction, arguments: dict[str, object], *, capability: int, num_warps: int, num_stages: int, **options
+    kernel: triton.JITFunction,
+    arguments: dict[str, object],
+    *,
+    capability: int,
+    num_warps: int,
+    num_stages: int,
+    **options,
 ) -> dict[str, int]:
     """Compile a kernel without a GPU; registers, spilled bytes and shared memory as the assembler reports them.
 
@@ -88,12 +94,12 @@ def compile_ahead(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, **options},
     )
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptxas = get_ptxas(capability).path
     architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
-        command = [str(ptxas), "-v", "--gpu-name", architecture, file.name, "-o", "/dev/null"]
+        command = [ptxas, "-v", "--gpu-name", architecture, file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = [int(number) for number in re.findall(r"(\d+) bytes spill stores", report)]
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
