@@ -190,7 +190,9 @@ def plan_tiles(
         HAS_OFFSETS=offsets is not None,
         CHUNK=_CHUNK,
     )
-    return _with_panels(shape, sequences, batch * ((length_q + shape.panel_tokens - 1) // shape.panel_tokens + 1))
+    return _with_panels(
+        shape, sequences, batch * ((length_q + shape.panel_tokens - 1) // shape.panel_tokens + 1), packed=False
+    )
 
 
 def plan_packed_tiles(
@@ -238,12 +240,12 @@ def plan_packed_tiles(
         HAS_OFFSETS=False,
         CHUNK=_CHUNK,
     )
-    return _with_panels(shape, sequences, batch * length_q // shape.panel_tokens + 2 * count)
+    return _with_panels(shape, sequences, batch * length_q // shape.panel_tokens + 2 * count, packed=True)
 
 
-def _with_panels(shape: TileShape, sequences: Tensor, bound: int) -> TilePlan:
+def _with_panels(shape: TileShape, sequences: Tensor, bound: int, *, packed: bool) -> TilePlan:
     panels = torch.empty(bound, TABLE_WIDTH, dtype=torch.int32, device=sequences.device)
     traced(_panels_kernel)[(triton.cdiv(bound, _CHUNK),)](
         panels, sequences, sequences.shape[0], bound, PANEL_TOKENS=shape.panel_tokens, CHUNK=_CHUNK
     )
-    return TilePlan(shape, sequences, panels)
+    return TilePlan(shape, sequences, panels, packed)
