@@ -19,18 +19,15 @@ class Launch:
     Attributes:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
-        maxnreg: registers of a thread at most; None: the compiler's choice.
     """
 
     num_warps: int = 4
     num_stages: int = 2
-    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
-        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return chosen if self.maxnreg is None else {**chosen, "maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 MEASURED: dict[tuple[str, int, int, int], Launch] = {}
