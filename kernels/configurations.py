@@ -33,7 +33,9 @@ class Launch:
 MEASURED: dict[tuple[str, int, int, int], Launch] = {}
 """Configurations by kernel, compute capability (90 for sm_90), bytes of an element, padded head_dim."""
 
-GENERIC: dict[str, Launch] = {}
+GENERIC: dict[str, Launch] = {
+    "compress": Launch(num_stages=3),
+}
 """Configurations by kernel where nothing was measured."""
 
 
@@ -45,3 +47,40 @@ def launch_for(kernel: str, tensor: Tensor, head_dim: int) -> Launch:
         if row is not None:
             return row
     return GENERIC.get(kernel, Launch())
+
+
+@dataclass(frozen=True)
+class SelectionLaunch(Launch):
+    """Sizes of the selection kernel's products.
+
+    Attributes:
+        columns: tokens x heads of one product, at most.
+        windows: compressed keys of one step of scoring.
+        coarse: coarse keys of one step of the normaliser.
+        programs: persistent programs for each multiprocessor.
+    """
+
+    columns: int = 128
+    windows: int = 128
+    coarse: int = 64
+    programs: int = 2
+
+
+MEASURED_SELECTION: dict[tuple[int, int, int], SelectionLaunch] = {
+    (90, 2, 128): SelectionLaunch(num_warps=8, num_stages=2),
+}
+"""By compute capability, bytes of an element, padded head_dim."""
+
+
+def selection_launch(tensor: Tensor, head_dim: int) -> SelectionLaunch:
+    """The configuration of block selection on the tensor's device."""
+    if tensor.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        row = MEASURED_SELECTION.get((10 * major + minor, tensor.element_size(), head_dim))
+        if row is not None:
+            return row
+    if tensor.element_size() == 4:
+        return SelectionLaunch(num_warps=8, num_stages=1, columns=64, windows=32, coarse=32)
+    if head_dim > 128:
+        return SelectionLaunch(num_warps=8, num_stages=1, columns=64, windows=64, coarse=32)
+    return SelectionLaunch(num_warps=8, num_stages=2, windows=64)
