@@ -19,15 +19,21 @@ class Launch:
     Attributes:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
+        max_keys: most keys, a power of two, that one step of a loop over key blocks takes.
     """
 
     num_warps: int = 4
     num_stages: int = 2
+    max_keys: int = 64
 
     @property
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def step_keys(self, block_size: int) -> int:
+        """Keys of one step: the largest power of two that divides the block, `max_keys` at most."""
+        return min(block_size & -block_size, self.max_keys)
 
 
 MEASURED: dict[tuple[str, int, int, int], Launch] = {}
@@ -46,7 +52,8 @@ def launch_for(kernel: str, tensor: Tensor, head_dim: int) -> Launch:
         row = MEASURED.get((kernel, 10 * major + minor, tensor.element_size(), head_dim))
         if row is not None:
             return row
-    return GENERIC.get(kernel, Launch())
+    covering = next(size for size in (64, 128, 256) if head_dim <= size)
+    return GENERIC.get((kernel, tensor.element_size(), covering), Launch())
 
 
 @dataclass(frozen=True)
