@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton import JITFunction
 from triton.runtime import Autotuner
 
@@ -12,3 +13,13 @@ from triton.runtime import Autotuner
 def traced(kernel: Any) -> Any:
     """The kernel in the form that `torch.library.triton_op` records; a kernel under the interpreter as it is."""
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction | Autotuner) else kernel
+
+
+def precision(tensor: Tensor) -> str:
+    """``input_precision`` of matrix products: tf32 for float32 only where PyTorch's own switch allows it."""
+    return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 2 under the interpreter, so that programs loop there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,511 @@
+"""Block selection in one Triton kernel: normaliser, scores, pooling to blocks, top-k, lists (section 3.2).
+
+A persistent program takes one panel of queries of one key/value head at a time and keeps the panel's block
+scores in a slice of scratch memory of its own, which stays in the L2 cache: scratch grows with the number of
+key blocks, not with the number of queries times key blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infllm_pass.kernels.configurations import selection_launch
+from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
+from infllm_pass.kernels.launch import multiprocessors, precision, traced
+from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
+
+SCAN_WIDTH = tl.constexpr(128)
+"""Blocks that a warp scans at once, four to a lane."""
+
+LIST_WIDTH = 256
+"""Blocks of one step of list writing."""
+
+
+@triton.jit
+def _select_panel_normaliser(
+    q_tile,
+    keys,
+    stride_n,
+    visible,  # [C] leading keys that a column sees
+    scale_log2,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Base-2 log-sum-exp of a column's visible keys; +inf where none is visible, which makes its scores 0."""
+    dims = tl.arange(0, DP)
+    most = tl.max(visible, 0)
+    least = tl.min(visible, 0)
+    peak = tl.full([C], float("-inf"), tl.float32)
+    total = tl.zeros([C], tl.float32)
+    for start in range(0, most, BN):
+        index = start + tl.arange(0, BN)
+        there = index < most
+        pointers = keys + index[None, :].to(tl.int64) * stride_n + dims[:, None]
+        if DP == D:
+            tile = tl.load(pointers, mask=there[None, :], other=0.0)  # [DP, BN]
+        else:
+            tile = tl.load(pointers, mask=there[None, :] & (dims < D)[:, None], other=0.0)
+        scores = tl.dot(q_tile, tile, input_precision=PRECISION) * scale_log2  # [C, BN]
+        if start + BN > least:
+            scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        peak = higher
+    return tl.where(visible > 0, peak + tl.log2(total), float("inf"))
+
+
+@triton.jit
+def _select_count(buffer, row_stride, begin, end, start, stop, least, R: tl.constexpr):
+    """Per row: how many keys of columns ``[begin, end)`` are at least ``least``; columns lie in [start, stop)."""
+    rows = tl.arange(0, R)
+    count = tl.zeros([R], tl.int32)
+    for column in range(start, stop, SCAN_WIDTH):
+        index = column + tl.arange(0, SCAN_WIDTH)
+        inside = (index[None, :] >= begin[:, None]) & (index[None, :] < end[:, None])
+        keys = tl.load(buffer + rows[:, None] * row_stride + index[None, :], mask=inside, other=-1)
+        count += tl.sum((keys >= least[:, None]).to(tl.int32), 1)
+    return count
+
+
+@triton.jit(do_not_specialize=["num_panels", "num_blocks", "capacity", "dense_len", "window"])
+def _select_kernel(
+    q,
+    k1,
+    k2,
+    panels,
+    scratch,
+    list_blocks,
+    list_tokens,
+    list_counts,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_1b,
+    stride_1h,
+    stride_1n,
+    stride_2b,
+    stride_2h,
+    stride_2n,
+    scale_log2,
+    num_panels,
+    heads_kv,
+    num_blocks,  # columns of a row of keys in scratch, a multiple of LIST_WIDTH
+    capacity,
+    dense_len,
+    window,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    T: tl.constexpr,
+    PANEL: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BUDGET: tl.constexpr,
+    EXACT: tl.constexpr,
+    COARSE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    FUSED_POOL: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BN: tl.constexpr,
+    WIDE: tl.constexpr,
+    LISTED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    R: tl.constexpr = PANEL // QUERY_BLOCK  # rows: queries, or groups of QUERY_BLOCK queries, with one selection each
+    CHUNKS: tl.constexpr = PANEL * GP // C  # products that cover the panel's columns
+    PIECES: tl.constexpr = CHUNKS if R > 1 else 1  # of these, so many hold rows of their own
+    PARTS: tl.constexpr = CHUNKS // PIECES  # and so many add up to one row
+    PR: tl.constexpr = R // PIECES
+    TILES: tl.constexpr = PANEL // T
+    ROWS: tl.constexpr = T // QUERY_BLOCK if T > QUERY_BLOCK else 1  # rows of one tile
+    RATIO: tl.constexpr = BLOCK // STRIDE
+    OVERLAP: tl.constexpr = KERNEL // STRIDE - 1  # windows of earlier blocks that reach into a block
+    RAW: tl.constexpr = 0 if FUSED_POOL else RATIO
+    CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
+    MASK: tl.constexpr = list_tokens.dtype.element_ty
+
+    # Scratch of one program: keys [R, num_blocks], candidates [R, 128], normalisers [columns], thresholds [R],
+    # equals [R], and, where pooling is a pass of its own, raw scores [R, num_blocks * RATIO].
+    span = num_blocks.to(tl.int64) * (R * (1 + RAW)) + (R * (SCAN_WIDTH + 2) + CHUNKS * C)
+    keys_at = scratch + tl.program_id(0) * span
+    candidates_at = keys_at + num_blocks.to(tl.int64) * R
+    norms_at = (candidates_at + R * SCAN_WIDTH).to(tl.pointer_type(tl.float32))
+    thresholds_at = candidates_at + (R * SCAN_WIDTH + CHUNKS * C)
+    equals_at = thresholds_at + R
+    raw_at = (equals_at + R).to(tl.pointer_type(tl.float32))
+    raw_stride = num_blocks * RATIO
+
+    rows = tl.arange(0, R)
+    columns = tl.arange(0, C)
+    dims = tl.arange(0, DP)
+    for item in range(tl.program_id(0), num_panels * heads_kv, PROGRAMS):
+        panel = num_panels - 1 - item // heads_kv  # late panels have most to do: they go first
+        head = item % heads_kv
+        batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, panel)
+        if (end == 0) | (length < dense_len):
+            for tile in range(TILES):
+                tl.store(list_counts + (panel * TILES + tile) * heads_kv + head, 0)
+        else:
+            last = tl.minimum(position + rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)  # [R]
+            there = (rows * QUERY_BLOCK < end) & ((rows + 1) * QUERY_BLOCK > begin)
+            reach = tl.zeros([R], tl.int32)  # the first block that the sliding window touches
+            if HAS_WINDOW:
+                reach = tl.maximum(last - window + 1, 0) // BLOCK
+            far_begin = tl.maximum(reach, INIT)
+            far_end = tl.where(there, last // BLOCK - LOCAL, 0)
+            budget = BUDGET - tl.maximum(INIT - reach, 0)
+            far = tl.maximum(far_end - far_begin, 0)
+            wanted = tl.minimum(far, budget)
+            scored = tl.max(far - budget, 0) > 0
+            low = tl.min(tl.where(there, far_begin, 2147483647), 0)
+            high = tl.max(far_end, 0)
+
+            if scored:
+                head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
+                keys1 = k1 + batch * stride_1b + head.to(tl.int64) * stride_1h
+                keys1 += (key_begin // STRIDE).to(tl.int64) * stride_1n
+                for chunk in tl.static_range(CHUNKS):
+                    token = (chunk * C + columns) // GP
+                    member = (chunk * C + columns) % GP
+                    real = (token >= begin) & (token < end) & (member < G)
+                    at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
+                    q_tile = tl.load(
+                        at[:, None] + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0
+                    )  # [C, DP]
+                    sees = tl.minimum(position + token // QUERY_BLOCK * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+                    if EXACT:
+                        visible = tl.where(sees + 1 >= KERNEL, (sees + 1 - KERNEL) // STRIDE + 1, 0)
+                        norm = _select_panel_normaliser(
+                            q_tile, keys1, stride_1n, visible, scale_log2, D, DP, C, BN, PRECISION
+                        )
+                    else:
+                        keys2 = k2 + batch * stride_2b + head.to(tl.int64) * stride_2h
+                        keys2 += (key_begin // (COARSE * STRIDE)).to(tl.int64) * stride_2n
+                        visible = tl.where(
+                            sees + 1 >= COARSE * KERNEL, (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1, 0
+                        )
+                        norm = _select_panel_normaliser(
+                            q_tile, keys2, stride_2n, visible, scale_log2, D, DP, C, BN, PRECISION
+                        )
+                    tl.store(norms_at + chunk * C + columns, tl.where(real, norm, float("inf")))
+                tl.debug_barrier()
+
+                # Transposed scores, windows x columns, so that a head-sum stays within a row of the product.
+                first = tl.maximum(low - 1, 0) * RATIO  # the block before: its last windows reach into block `low`
+                for piece in range(PIECES):
+                    piece_rows = piece * PR + tl.arange(0, PR)
+                    sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+                    carry = tl.full([PR], -1.0, tl.float32)
+                    if PARTS == 1:
+                        column = piece * C + columns
+                        token = column // GP
+                        member = column % GP
+                        real = (token >= begin) & (token < end) & (member < G)
+                        at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
+                        q_turned = tl.load(
+                            at[None, :] + dims[:, None], mask=real[None, :] & (dims < D)[:, None], other=0.0
+                        )  # [DP, C]
+                        norm = tl.load(norms_at + column)
+                    for start in range(first, high * RATIO, BC):
+                        index = start + tl.arange(0, BC)
+                        pointers = keys1 + index[:, None].to(tl.int64) * stride_1n + dims[None, :]
+                        near = index < high * RATIO
+                        if DP == D:
+                            windows = tl.load(pointers, mask=near[:, None], other=0.0)  # [BC, DP]
+                        else:
+                            windows = tl.load(pointers, mask=near[:, None] & (dims < D)[None, :], other=0.0)
+                        if PARTS == 1:
+                            product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
+                            weights = tl.exp2(product * scale_log2 - norm[None, :])
+                            score = tl.sum(tl.reshape(weights, [BC, PR, C // PR]), 2)  # [BC, PR]
+                        else:
+                            score = tl.zeros([BC, 1], tl.float32)
+                            for part in range(PARTS):
+                                column = part * C + columns
+                                token = column // GP
+                                member = column % GP
+                                real = (token >= begin) & (token < end) & (member < G)
+                                at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
+                                q_turned = tl.load(
+                                    at[None, :] + dims[:, None], mask=real[None, :] & (dims < D)[:, None], other=0.0
+                                )
+                                norm = tl.load(norms_at + column)
+                                product = tl.dot(windows, q_turned, input_precision=PRECISION)
+                                score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
+                        if CHECKED:
+                            ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
+                            score = tl.where(ahead, -1.0, score)
+                        if FUSED_POOL:
+                            POOLED: tl.constexpr = BC // RATIO
+                            grouped = tl.reshape(score, [POOLED, RATIO, PR])
+                            pooled = tl.max(grouped, 1)  # [POOLED, PR]
+                            group = tl.arange(0, POOLED)
+                            if OVERLAP == 1:
+                                place = tl.arange(0, RATIO)[None, :, None]
+                                tail = tl.max(tl.where(place == RATIO - 1, grouped, -1.0), 1)
+                                source = tl.maximum(group - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
+                                before = tl.where((group == 0)[:, None], carry[None, :], tl.gather(tail, source, 0))
+                                carry = tl.max(tl.where((group == POOLED - 1)[:, None], tail, -1.0), 0)
+                                pooled = tl.maximum(pooled, before)
+                            key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+                            block = start // RATIO + group
+                            tl.store(
+                                keys_at + piece_rows[None, :] * num_blocks + block[:, None],
+                                key,
+                                mask=(block < high)[:, None],
+                            )
+                        else:
+                            tl.store(
+                                raw_at + piece_rows[None, :] * raw_stride + index[:, None], score, mask=near[:, None]
+                            )
+                tl.debug_barrier()
+                scan = low // SCAN_WIDTH * SCAN_WIDTH
+                if not FUSED_POOL:
+                    for column in range(scan, high, SCAN_WIDTH):
+                        block = column + tl.arange(0, SCAN_WIDTH)
+                        inside = (block >= low) & (block < high)
+                        pooled = tl.full([R, SCAN_WIDTH], -1.0, tl.float32)
+                        for part in tl.static_range(RATIO + OVERLAP):
+                            index = block * RATIO + (part - OVERLAP)
+                            ok = inside & (index >= first)
+                            value = tl.load(
+                                raw_at + rows[:, None] * raw_stride + index[None, :], mask=ok[None, :], other=-1.0
+                            )
+                            pooled = tl.maximum(pooled, value)
+                        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+                        tl.store(keys_at + rows[:, None] * num_blocks + block[None, :], key, mask=inside[None, :])
+                    tl.debug_barrier()
+
+                # The `wanted`-th largest key. Column maxima bound it from below, since each is a key of its own;
+                # the few keys above the bound are gathered and searched exactly.
+                peaks = tl.full([R, SCAN_WIDTH], -1, tl.int32)
+                peaks_odd = tl.full([R, SCAN_WIDTH], -1, tl.int32)
+                for column in range(scan, high, WIDE * SCAN_WIDTH):
+                    for part in tl.static_range(WIDE):
+                        index = column + part * SCAN_WIDTH + tl.arange(0, SCAN_WIDTH)
+                        inside = (index[None, :] >= far_begin[:, None]) & (index[None, :] < far_end[:, None])
+                        keys = tl.load(keys_at + rows[:, None] * num_blocks + index[None, :], mask=inside, other=-1)
+                        if part == 0:
+                            peaks = tl.maximum(peaks, keys)
+                        else:
+                            peaks_odd = tl.maximum(peaks_odd, keys)
+                top = tl.maximum(tl.max(peaks, 1), tl.max(peaks_odd, 1)) + 1  # no key reaches it
+                least = tl.zeros([R], tl.int32)
+                most = top
+                for _ in range(16):
+                    middle = least + (most - least) // 2
+                    count = tl.sum((peaks >= middle[:, None]).to(tl.int32), 1)
+                    if WIDE > 1:
+                        count += tl.sum((peaks_odd >= middle[:, None]).to(tl.int32), 1)
+                    least = tl.where(count >= wanted, middle, least)
+                    most = tl.where(count >= wanted, most, middle)
+                least = tl.maximum(least, 0)
+                gathered = tl.zeros([R], tl.int32)
+                for column in range(scan, high, SCAN_WIDTH):
+                    index = column + tl.arange(0, SCAN_WIDTH)
+                    inside = (index[None, :] >= far_begin[:, None]) & (index[None, :] < far_end[:, None])
+                    keys = tl.load(keys_at + rows[:, None] * num_blocks + index[None, :], mask=inside, other=-1)
+                    chosen = keys >= least[:, None]
+                    place = gathered[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+                    fits = chosen & (place < SCAN_WIDTH)
+                    tl.store(candidates_at + rows[:, None] * SCAN_WIDTH + place, keys, mask=fits)
+                    gathered += tl.sum(chosen.to(tl.int32), 1)
+                tl.debug_barrier()
+                compact = tl.max(gathered, 0) <= SCAN_WIDTH
+                source = keys_at
+                source_stride = num_blocks
+                source_begin = far_begin
+                source_end = far_end
+                source_start = scan
+                source_stop = high
+                if compact:
+                    source = candidates_at
+                    source_stride = num_blocks * 0 + SCAN_WIDTH
+                    source_begin = far_begin * 0
+                    source_end = gathered
+                    source_start = scan * 0
+                    source_stop = high * 0 + SCAN_WIDTH
+                most = tl.maximum(top, 1)
+                while tl.max(most - least, 0) > 1:
+                    middle = least + (most - least) // 2
+                    count = _select_count(
+                        source, source_stride, source_begin, source_end, source_start, source_stop, middle, R
+                    )
+                    least = tl.where(count >= wanted, middle, least)
+                    most = tl.where(count >= wanted, most, middle)
+                above = _select_count(
+                    source, source_stride, source_begin, source_end, source_start, source_stop, least + 1, R
+                )
+                tl.store(thresholds_at + rows, least)
+                tl.store(equals_at + rows, wanted - above)  # of the keys equal to the threshold, the first so many
+                tl.debug_barrier()
+
+            for tile in range(TILES):
+                row = tile * T // QUERY_BLOCK + tl.arange(0, ROWS)
+                last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+                # Bits of the row's tokens within this tile.
+                member = tl.arange(0, T)
+                token = tile * T + member
+                mine = (token // QUERY_BLOCK)[None, :] == row[:, None]
+                mine = mine & ((token >= begin) & (token < end))[None, :]  # [ROWS, T]
+                bit = tl.full([T], 1, MASK) << member.to(MASK)
+                bits = tl.sum(tl.where(mine, bit[None, :], 0), 1).to(MASK)
+                alive = bits != 0
+                ranked = alive & (tl.max(far - budget, 0) + tl.zeros([ROWS], tl.int32) > 0)
+                own = last_row // BLOCK
+                reach_row = tl.zeros([ROWS], tl.int32)
+                if HAS_WINDOW:
+                    reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
+                row_begin = tl.maximum(reach_row, INIT)
+                row_end = own - LOCAL
+                threshold = tl.load(thresholds_at + row, mask=ranked, other=-1)
+                equals = tl.load(equals_at + row, mask=ranked, other=0)
+                first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0) // LISTED * LISTED
+                final_block = tl.max(tl.where(alive, own, -1), 0)
+                slot = ((panel * TILES + tile) * heads_kv + head).to(tl.int64)
+                written = 0
+                seen = tl.zeros([ROWS], tl.int32)
+                for start in range(first_block, final_block + 1, LISTED):
+                    block = start + tl.arange(0, LISTED)
+                    candidate = (block[None, :] >= reach_row[:, None]) & (block[None, :] <= own[:, None])
+                    distant = (block[None, :] >= row_begin[:, None]) & (block[None, :] < row_end[:, None])
+                    distant = distant & ranked[:, None]
+                    keys = tl.load(keys_at + row[:, None] * num_blocks + block[None, :], mask=distant, other=-1)
+                    equal = (keys == threshold[:, None]) & distant
+                    rank = seen[:, None] + tl.cumsum(equal.to(tl.int32), 1)
+                    seen += tl.sum(equal.to(tl.int32), 1)
+                    best = (keys > threshold[:, None]) | (equal & (rank <= equals[:, None]))
+                    chosen = candidate & alive[:, None] & (best | (distant == 0))
+                    mask = tl.sum(tl.where(chosen, bits[:, None], 0).to(MASK), 0).to(MASK)  # [LISTED]
+                    used = mask != 0
+                    place = written + tl.cumsum(used.to(tl.int32), 0) - 1
+                    tl.store(list_blocks + slot * capacity + place, block.to(tl.int16), mask=used)
+                    tl.store(list_tokens + slot * capacity + place, mask, mask=used)
+                    written += tl.sum(used.to(tl.int32), 0)
+                tl.store(list_counts + slot, written)
+            tl.debug_barrier()
+
+
+def list_capacity(plan: TilePlan, geometry: BlockGeometry, length_k: int) -> int:
+    """Entries that the list of one tile can need: blocks that its tokens visit, or all that exist."""
+    far = plan.shape.tokens * (geometry.selected_blocks - geometry.local_blocks - 1)
+    spread = (plan.shape.tokens + geometry.query_block - 2) // geometry.block_size + 1  # blocks that tokens stand in
+    blocks = torch.sym_min(far + geometry.local_blocks + 1 + spread, geometry.num_blocks(length_k))
+    return torch.sym_max(blocks, 1)
+
+
+def select_tiles(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    length_k: int,
+    window: int | None = None,
+) -> TileLists:
+    """Blocks that every tile visits (section 3.2).
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, float16, bfloat16 or float32, unit last stride.
+        k1: compressed keys from `compress_keys`, ``[B, Hkv, Lk // kernel_stride, D]``.
+        k2: coarse keys, ``[B, Hkv, Lk // (4 kernel_stride), D]``.
+        plan: the call's tables, made for the shape ``TileShape.choose(Hq // Hkv, geometry.query_block)``.
+        geometry: the block geometry.
+        scale: softmax scale.
+        dense_len: sequences with fewer keys select nothing.
+        length_k: ``Lk``.
+        window: sliding window in keys; blocks wholly before it are no candidates.
+
+    Returns:
+        The lists, with the capacity that the geometry and the length bound.
+    """
+    shape, g = plan.shape, geometry
+    heads_kv, dim = k1.shape[1], q.shape[3]
+    capacity = list_capacity(plan, g, length_k)
+    lists = TileLists(
+        torch.empty(plan.num_tiles, heads_kv, capacity, dtype=torch.int16, device=q.device),
+        torch.empty(plan.num_tiles, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device),
+        torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device),
+    )
+    padded = max(16, triton.next_power_of_2(dim))
+    ratio, overlap = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
+    launch = selection_launch(q, padded)
+    columns = min(launch.columns, shape.panel_tokens * shape.padded_group)
+    fused = overlap <= 1 and ratio <= launch.windows and ratio & (ratio - 1) == 0
+    rows = shape.panel_tokens // g.query_block
+    programs = multiprocessors(q.device) * (launch.programs if rows <= 32 else 1)
+    blocks = (g.num_blocks(length_k) + LIST_WIDTH - 1) // LIST_WIDTH * LIST_WIDTH
+    span = blocks * rows * (1 if fused else 1 + ratio)
+    span = span + rows * (SCAN_WIDTH.value + 2) + shape.panel_tokens * shape.padded_group
+    scratch = torch.empty(programs * span, dtype=torch.int32, device=q.device)
+    traced(_select_kernel)[(programs,)](
+        q,
+        k1,
+        k2,
+        plan.panels,
+        scratch,
+        lists.blocks,
+        lists.tokens,
+        lists.counts,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        k1.stride(0),
+        k1.stride(1),
+        k1.stride(2),
+        k2.stride(0),
+        k2.stride(1),
+        k2.stride(2),
+        scale / math.log(2),
+        plan.panels.shape[0],
+        heads_kv,
+        blocks,
+        capacity,
+        dense_len,
+        0 if window is None else window,
+        G=shape.group,
+        GP=shape.padded_group,
+        T=shape.tokens,
+        PANEL=shape.panel_tokens,
+        QUERY_BLOCK=g.query_block,
+        D=dim,
+        DP=padded,
+        KERNEL=g.kernel_size,
+        STRIDE=g.kernel_stride,
+        BLOCK=g.block_size,
+        INIT=g.init_blocks,
+        LOCAL=g.local_blocks,
+        BUDGET=g.selected_blocks - g.local_blocks - 1,
+        EXACT=g.lse == "exact",
+        COARSE=COARSE_FACTOR,
+        HAS_WINDOW=window is not None,
+        FUSED_POOL=fused,
+        C=columns,
+        BC=launch.windows,
+        BN=launch.coarse,
+        WIDE=2 if rows <= 32 else 1,
+        LISTED=LIST_WIDTH,
+        PROGRAMS=programs,
+        PRECISION=precision(q),
+        **launch.options,
+    )
+    return lists
