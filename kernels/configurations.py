@@ -64,12 +64,14 @@ class SelectionLaunch(Launch):
         columns: tokens x heads of one product, at most.
         windows: compressed keys of one step of scoring.
         coarse: coarse keys of one step of the normaliser.
+        rows: queries whose blocks are ranked at once.
         programs: persistent programs for each multiprocessor.
     """
 
     columns: int = 128
     windows: int = 128
     coarse: int = 64
+    rows: int = 16
     programs: int = 2
 
 

@@ -22,8 +22,8 @@ from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
 SCAN_WIDTH = tl.constexpr(128)
 """Blocks that a warp scans at once, four to a lane."""
 
-LIST_WIDTH = 256
-"""Blocks of one step of list writing."""
+LIST_WIDTH = 128
+"""Blocks of one step of list writing, and the unit of scratch rows."""
 
 
 @triton.jit
@@ -64,16 +64,106 @@ def _select_panel_normaliser(
 
 
 @triton.jit
-def _select_count(buffer, row_stride, begin, end, start, stop, least, R: tl.constexpr):
+def _select_count(rows_at, begin, end, start, stop, least, R: tl.constexpr):
     """Per row: how many keys of columns ``[begin, end)`` are at least ``least``; columns lie in [start, stop)."""
-    rows = tl.arange(0, R)
     count = tl.zeros([R], tl.int32)
     for column in range(start, stop, SCAN_WIDTH):
-        index = column + tl.arange(0, SCAN_WIDTH)
-        inside = (index[None, :] >= begin[:, None]) & (index[None, :] < end[:, None])
-        keys = tl.load(buffer + rows[:, None] * row_stride + index[None, :], mask=inside, other=-1)
+        index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
+        inside = (index >= begin[:, None]) & (index < end[:, None])
+        keys = tl.load(rows_at[:, None] + index, mask=inside, other=-1)
         count += tl.sum((keys >= least[:, None]).to(tl.int32), 1)
     return count
+
+
+@triton.jit
+def _select_pool(raw_at, keys_at, low, high, first, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
+    """Keys of blocks ``[low, high)`` from the scores of single windows, where scoring could not pool them."""
+    for column in range(low // SCAN_WIDTH * SCAN_WIDTH, high, SCAN_WIDTH):
+        block = column + tl.arange(0, SCAN_WIDTH)
+        inside = (block >= low) & (block < high)
+        pooled = tl.full([R, SCAN_WIDTH], -1.0, tl.float32)
+        for part in tl.static_range(RATIO + OVERLAP):
+            index = block * RATIO + (part - OVERLAP)
+            known = inside & (index >= first)
+            value = tl.load(raw_at[:, None] + index[None, :], mask=known[None, :], other=-1.0)
+            pooled = tl.maximum(pooled, value)
+        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+        tl.store(keys_at[:, None] + block[None, :], key, mask=inside[None, :])
+    tl.debug_barrier()
+
+
+@triton.jit
+def _select_threshold(
+    keys_at,
+    raw_at,
+    candidates_at,
+    begin,
+    end,
+    wanted,
+    low,
+    high,
+    first,
+    num_blocks,
+    R: tl.constexpr,
+    RATIO: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    FUSED_POOL: tl.constexpr,
+):
+    """Per row the ``wanted``-th largest key of blocks ``[begin, end)``, and how many of its equals are wanted.
+
+    Column maxima bound the key from below, since each is a key of its own; the few keys above the bound are
+    gathered and searched exactly.
+    """
+    if not FUSED_POOL:
+        _select_pool(raw_at, keys_at, low, high, first, R, RATIO, OVERLAP)
+    scan = low // SCAN_WIDTH * SCAN_WIDTH
+    peaks = tl.full([R, SCAN_WIDTH], -1, tl.int32)
+    peaks_odd = tl.full([R, SCAN_WIDTH], -1, tl.int32)
+    for column in range(scan, high, 2 * SCAN_WIDTH):
+        index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
+        inside = (index >= begin[:, None]) & (index < end[:, None])
+        peaks = tl.maximum(peaks, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
+        index += SCAN_WIDTH
+        inside = (index >= begin[:, None]) & (index < end[:, None])
+        peaks_odd = tl.maximum(peaks_odd, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
+    top = tl.maximum(tl.max(tl.maximum(peaks, peaks_odd), 1) + 1, 1)  # no key reaches it
+    least = tl.zeros([R], tl.int32)
+    most = top
+    for _ in range(16):  # to within a 2**-9 part: what the bound lets through in excess is gathered with the rest
+        middle = least + (most - least) // 2
+        reached = (peaks >= middle[:, None]).to(tl.int32) + (peaks_odd >= middle[:, None]).to(tl.int32)
+        enough = tl.sum(reached, 1) >= wanted
+        least = tl.where(enough, middle, least)
+        most = tl.where(enough, most, middle)
+    gathered = tl.zeros([R], tl.int32)
+    for column in range(scan, high, SCAN_WIDTH):
+        index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
+        inside = (index >= begin[:, None]) & (index < end[:, None])
+        keys = tl.load(keys_at[:, None] + index, mask=inside, other=-1)
+        chosen = (keys >= least[:, None]).to(tl.int32)
+        place = gathered[:, None] + tl.cumsum(chosen, 1) - 1
+        tl.store(candidates_at[:, None] + place, keys, mask=(chosen > 0) & (place < SCAN_WIDTH))
+        gathered += tl.sum(chosen, 1)
+    tl.debug_barrier()
+    most = top
+    above = tl.zeros([R], tl.int32)
+    if tl.max(gathered, 0) <= SCAN_WIDTH:
+        index = tl.arange(0, SCAN_WIDTH)[None, :]
+        keys = tl.load(candidates_at[:, None] + index, mask=index < gathered[:, None], other=-1)
+        while tl.max(most - least, 0) > 1:
+            middle = least + (most - least) // 2
+            enough = tl.sum((keys >= middle[:, None]).to(tl.int32), 1) >= wanted
+            least = tl.where(enough, middle, least)
+            most = tl.where(enough, most, middle)
+        above = tl.sum((keys > least[:, None]).to(tl.int32), 1)
+    else:
+        while tl.max(most - least, 0) > 1:
+            middle = least + (most - least) // 2
+            enough = _select_count(keys_at, begin, end, scan, high, middle, R) >= wanted
+            least = tl.where(enough, middle, least)
+            most = tl.where(enough, most, middle)
+        above = _select_count(keys_at, begin, end, scan, high, least + 1, R)
+    return least, wanted - above
 
 
 @triton.jit(do_not_specialize=["num_panels", "num_blocks", "capacity", "dense_len", "window"])
@@ -122,7 +212,7 @@ def _select_kernel(
     C: tl.constexpr,
     BC: tl.constexpr,
     BN: tl.constexpr,
-    WIDE: tl.constexpr,
+    RG: tl.constexpr,
     LISTED: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -149,7 +239,7 @@ def _select_kernel(
     thresholds_at = candidates_at + (R * SCAN_WIDTH + CHUNKS * C)
     equals_at = thresholds_at + R
     raw_at = (equals_at + R).to(tl.pointer_type(tl.float32))
-    raw_stride = num_blocks * RATIO
+    raw_stride = num_blocks * RAW
 
     rows = tl.arange(0, R)
     columns = tl.arange(0, C)
@@ -171,7 +261,6 @@ def _select_kernel(
             far_end = tl.where(there, last // BLOCK - LOCAL, 0)
             budget = BUDGET - tl.maximum(INIT - reach, 0)
             far = tl.maximum(far_end - far_begin, 0)
-            wanted = tl.minimum(far, budget)
             scored = tl.max(far - budget, 0) > 0
             low = tl.min(tl.where(there, far_begin, 2147483647), 0)
             high = tl.max(far_end, 0)
@@ -275,85 +364,34 @@ def _select_kernel(
                                 raw_at + piece_rows[None, :] * raw_stride + index[:, None], score, mask=near[:, None]
                             )
                 tl.debug_barrier()
-                scan = low // SCAN_WIDTH * SCAN_WIDTH
-                if not FUSED_POOL:
-                    for column in range(scan, high, SCAN_WIDTH):
-                        block = column + tl.arange(0, SCAN_WIDTH)
-                        inside = (block >= low) & (block < high)
-                        pooled = tl.full([R, SCAN_WIDTH], -1.0, tl.float32)
-                        for part in tl.static_range(RATIO + OVERLAP):
-                            index = block * RATIO + (part - OVERLAP)
-                            ok = inside & (index >= first)
-                            value = tl.load(
-                                raw_at + rows[:, None] * raw_stride + index[None, :], mask=ok[None, :], other=-1.0
-                            )
-                            pooled = tl.maximum(pooled, value)
-                        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
-                        tl.store(keys_at + rows[:, None] * num_blocks + block[None, :], key, mask=inside[None, :])
-                    tl.debug_barrier()
-
-                # The `wanted`-th largest key. Column maxima bound it from below, since each is a key of its own;
-                # the few keys above the bound are gathered and searched exactly.
-                peaks = tl.full([R, SCAN_WIDTH], -1, tl.int32)
-                peaks_odd = tl.full([R, SCAN_WIDTH], -1, tl.int32)
-                for column in range(scan, high, WIDE * SCAN_WIDTH):
-                    for part in tl.static_range(WIDE):
-                        index = column + part * SCAN_WIDTH + tl.arange(0, SCAN_WIDTH)
-                        inside = (index[None, :] >= far_begin[:, None]) & (index[None, :] < far_end[:, None])
-                        keys = tl.load(keys_at + rows[:, None] * num_blocks + index[None, :], mask=inside, other=-1)
-                        if part == 0:
-                            peaks = tl.maximum(peaks, keys)
-                        else:
-                            peaks_odd = tl.maximum(peaks_odd, keys)
-                top = tl.maximum(tl.max(peaks, 1), tl.max(peaks_odd, 1)) + 1  # no key reaches it
-                least = tl.zeros([R], tl.int32)
-                most = top
-                for _ in range(16):
-                    middle = least + (most - least) // 2
-                    count = tl.sum((peaks >= middle[:, None]).to(tl.int32), 1)
-                    if WIDE > 1:
-                        count += tl.sum((peaks_odd >= middle[:, None]).to(tl.int32), 1)
-                    least = tl.where(count >= wanted, middle, least)
-                    most = tl.where(count >= wanted, most, middle)
-                least = tl.maximum(least, 0)
-                gathered = tl.zeros([R], tl.int32)
-                for column in range(scan, high, SCAN_WIDTH):
-                    index = column + tl.arange(0, SCAN_WIDTH)
-                    inside = (index[None, :] >= far_begin[:, None]) & (index[None, :] < far_end[:, None])
-                    keys = tl.load(keys_at + rows[:, None] * num_blocks + index[None, :], mask=inside, other=-1)
-                    chosen = keys >= least[:, None]
-                    place = gathered[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
-                    fits = chosen & (place < SCAN_WIDTH)
-                    tl.store(candidates_at + rows[:, None] * SCAN_WIDTH + place, keys, mask=fits)
-                    gathered += tl.sum(chosen.to(tl.int32), 1)
-                tl.debug_barrier()
-                compact = tl.max(gathered, 0) <= SCAN_WIDTH
-                source = keys_at
-                source_stride = num_blocks
-                source_begin = far_begin
-                source_end = far_end
-                source_start = scan
-                source_stop = high
-                if compact:
-                    source = candidates_at
-                    source_stride = num_blocks * 0 + SCAN_WIDTH
-                    source_begin = far_begin * 0
-                    source_end = gathered
-                    source_start = scan * 0
-                    source_stop = high * 0 + SCAN_WIDTH
-                most = tl.maximum(top, 1)
-                while tl.max(most - least, 0) > 1:
-                    middle = least + (most - least) // 2
-                    count = _select_count(
-                        source, source_stride, source_begin, source_end, source_start, source_stop, middle, R
+                for group in range(R // RG):
+                    row = group * RG + tl.arange(0, RG)
+                    last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+                    alive = (row * QUERY_BLOCK < end) & ((row + 1) * QUERY_BLOCK > begin)
+                    reach_row = tl.zeros([RG], tl.int32)
+                    if HAS_WINDOW:
+                        reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
+                    row_begin = tl.maximum(reach_row, INIT)
+                    row_end = tl.where(alive, last_row // BLOCK - LOCAL, 0)
+                    wanted = tl.minimum(tl.maximum(row_end - row_begin, 0), BUDGET - tl.maximum(INIT - reach_row, 0))
+                    threshold, equals = _select_threshold(
+                        keys_at + row * num_blocks,
+                        raw_at + row * raw_stride,
+                        candidates_at + row * SCAN_WIDTH,
+                        row_begin,
+                        row_end,
+                        wanted,
+                        low,
+                        high,
+                        first,
+                        num_blocks,
+                        RG,
+                        RATIO,
+                        OVERLAP,
+                        FUSED_POOL,
                     )
-                    least = tl.where(count >= wanted, middle, least)
-                    most = tl.where(count >= wanted, most, middle)
-                above = _select_count(
-                    source, source_stride, source_begin, source_end, source_start, source_stop, least + 1, R
-                )
-                tl.store(thresholds_at + rows, least)
-                tl.store(equals_at + rows, wanted - above)  # of the keys equal to the threshold, the first so many
+                    tl.store(thresholds_at + row, threshold)
+                    tl.store(equals_at + row, equals)
                 tl.debug_barrier()
 
             for tile in range(TILES):
@@ -502,7 +540,7 @@ def select_tiles(
         C=columns,
         BC=launch.windows,
         BN=launch.coarse,
-        WIDE=2 if rows <= 32 else 1,
+        RG=min(rows, launch.rows),
         LISTED=LIST_WIDTH,
         PROGRAMS=programs,
         PRECISION=precision(q),
