@@ -81,6 +81,32 @@ def mask_scores(
     return scores
 
 
+@triton.jit
+def row_addresses(tensor, batch, batch_stride, head, head_stride, query, token_stride, SIZE: tl.constexpr):
+    """Addresses of one vector a row, ``[BM, SIZE]``: heads and queries are `[BM]`, in 64 bits."""
+    vectors = tensor + batch * batch_stride + head * head_stride + query * token_stride
+    return vectors[:, None] + tl.arange(0, SIZE)[None, :]
+
+
+@triton.jit
+def row_mask(exists, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """Which elements of one vector a row there are, ``[BM, SIZE]`` or ``[BM, 1]``."""
+    mask = exists[:, None]
+    if DIM != SIZE:
+        mask = mask & (tl.arange(0, SIZE) < DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def load_keys(addresses, dims, DIM: tl.constexpr):
+    """Vectors of keys or values; `dims`, a row or a column, numbers their elements and may pass their end."""
+    if dims.shape[0] * dims.shape[1] == DIM:
+        vectors = tl.load(addresses)
+    else:
+        vectors = tl.load(addresses, mask=dims < DIM, other=0.0)
+    return vectors
+
+
 @triton.jit(do_not_specialize=["lse_head_stride", "key_mask_batch_stride", "capacity", "dense_len", "window"])
 def _attention_forward_kernel(
     q,  # [B, Hq, Lq, D]
@@ -145,22 +171,19 @@ def _attention_forward_kernel(
     exists = (token >= begin) & (token < end) & (group_head < GROUP)
     row_head = head.to(tl.int64) * GROUP + group_head
     row_query = query.to(tl.int64) + token
-    dims = tl.arange(0, BLOCK_D)
-    value_dims = tl.arange(0, BLOCK_DV)
+    dims = tl.arange(0, BLOCK_D)[:, None]
+    value_dims = tl.arange(0, BLOCK_DV)[None, :]
     keys = tl.arange(0, BLOCK_N)
 
-    q_rows = q + batch * q_batch_stride + row_head * q_head_stride + row_query * q_token_stride
-    q_mask = exists[:, None]
-    if HEAD_DIM != BLOCK_D:
-        q_mask = q_mask & (dims < HEAD_DIM)[None, :]
-    queries = tl.load(q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)  # [BM, D]
+    q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, BLOCK_D)
+    queries = tl.load(q_rows, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)  # [BM, D]
     k += batch * k_batch_stride + head.to(tl.int64) * k_head_stride
     v += batch * v_batch_stride + head.to(tl.int64) * v_head_stride
     # Steps at a sequence's end move back until they end with it; in one shorter than a step, rows repeat the last key.
     last_start = tl.maximum(length - BLOCK_N, 0)
     offsets = tl.minimum(keys, length - 1)  # [BN]
-    k_offsets = offsets[None, :] * k_token_stride + dims[:, None]  # [D, BN]
-    v_offsets = offsets[:, None] * v_token_stride + value_dims[None, :]  # [BN, Dv]
+    k_offsets = offsets[None, :] * k_token_stride + dims  # [D, BN]
+    v_offsets = offsets[:, None] * v_token_stride + value_dims  # [BN, Dv]
     key_mask += batch * key_mask_batch_stride + offsets * key_mask_token_stride  # [BN]
 
     highest = tl.full([TOKENS * ROW_HEADS], LOWEST_SCORE, tl.float32)
@@ -172,10 +195,7 @@ def _attention_forward_kernel(
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
         moved = tl.minimum(start, last_start)
         key = (key_begin + moved).to(tl.int64)
-        if HEAD_DIM == BLOCK_D:
-            k_step = tl.load(k + key * k_token_stride + k_offsets)  # [D, BN]
-        else:
-            k_step = tl.load(k + key * k_token_stride + k_offsets, mask=dims[:, None] < HEAD_DIM, other=0.0)
+        k_step = load_keys(k + key * k_token_stride + k_offsets, dims, HEAD_DIM)  # [D, BN]
         scores = tl.dot(queries, k_step, input_precision=PRECISION)  # [BM, BN]
         scores = mask_scores(
             scores,
@@ -200,20 +220,16 @@ def _attention_forward_kernel(
         highest = raised
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
-        if VALUE_DIM == BLOCK_DV:
-            v_step = tl.load(v + key * v_token_stride + v_offsets)  # [BN, Dv]
-        else:
-            v_step = tl.load(v + key * v_token_stride + v_offsets, mask=value_dims[None, :] < VALUE_DIM, other=0.0)
+        v_step = load_keys(v + key * v_token_stride + v_offsets, value_dims, VALUE_DIM)  # [BN, Dv]
         acc = tl.dot(weights.to(v_step.dtype), v_step, acc, input_precision=PRECISION)
 
-    out_rows = out + batch * out_batch_stride + row_head * out_head_stride + row_query * out_token_stride
-    out_mask = exists[:, None]
-    if VALUE_DIM != BLOCK_DV:
-        out_mask = out_mask & (value_dims < VALUE_DIM)[None, :]
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    acc = acc / total[:, None]
-    tl.store(out_rows[:, None] + value_dims[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
+    acc = (acc / total[:, None]).to(out.dtype.element_ty)
+    out_rows = row_addresses(
+        out, batch, out_batch_stride, row_head, out_head_stride, row_query, out_token_stride, BLOCK_DV
+    )
+    tl.store(out_rows, acc, mask=row_mask(exists, VALUE_DIM, BLOCK_DV))
     log_total = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * LN_2)
     tl.store(lse + batch * lse_batch_stride + row_head * lse_head_stride + row_query, log_total, mask=exists)
 
