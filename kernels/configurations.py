@@ -20,11 +20,13 @@ class Launch:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
         max_keys: most keys, a power of two, that one step of a loop over key blocks takes.
+        rows: rows (queries x heads), a power of two, that one step of a loop over queries takes.
     """
 
     num_warps: int = 4
     num_stages: int = 2
     max_keys: int = 64
+    rows: int = 64
 
     @property
     def options(self) -> dict[str, int]:

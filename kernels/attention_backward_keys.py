@@ -1,0 +1,487 @@
+"""Gradients of keys and values: one program a key block, over the queries that visit it.
+
+A block's queries (`KeyLists`) are taken 64 rows a step, tokens x heads of one key/value head, whether adjacent or
+listed. Some blocks have far more queries than others, the initial ones all of them, so their queries are cut into
+*pieces* whose fp32 sums go to slots of a bounded pool and are then added in order: every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infllm_pass.kernels.configurations import launch_for
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.launch import precision, traced
+from infllm_pass.kernels.tiles import TABLE_COLUMNS, TileLists, TilePlan
+from infllm_pass.kernels.transposition import (
+    BLOCK_BATCH,
+    BLOCK_KEY,
+    BLOCK_KEYS,
+    BLOCK_QUERY,
+    BLOCK_RUN,
+    BLOCK_SHIFT,
+    transpose_lists,
+)
+
+POOL_BYTES = 1 << 26
+"""Memory for the sums of pieces."""
+
+PIECE_STEPS = 256
+"""Steps of the smallest piece: half a millisecond of an H100 multiprocessor, far above what adding up costs."""
+
+_UNITS = 512
+"""Units that one step of the schedule looks at."""
+
+_REDUCED_KEYS = 16
+"""Keys whose pieces one program adds."""
+
+
+@triton.jit(do_not_specialize=["num_units", "limit"])
+def _schedule_kernel(
+    slots,  # int32 [num_units + 1]: the unit's first slot; a unit without slots is not cut. The last: slots in use
+    piece,  # int32 [1]: queries of a piece
+    table,
+    counts,
+    num_units,
+    limit,
+    heads,
+    num_blocks,
+    SMALLEST: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    sizes = tl.full([16], SMALLEST, tl.int32) << tl.arange(0, 16)
+    demand = tl.zeros([16], tl.int32)
+    for start in range(0, num_units, UNITS):
+        queries = _unit_queries(table, counts, start, num_units, heads, num_blocks, HAS_LISTS, UNITS)
+        pieces = (queries[:, None] + sizes[None, :] - 1) // sizes[None, :]
+        demand += tl.sum(tl.where(pieces > 1, pieces, 0), 0)
+    size = tl.min(tl.where(demand <= limit, sizes, 1 << 30), 0)
+    tl.store(piece, size)
+    base = 0
+    for start in range(0, num_units, UNITS):
+        queries = _unit_queries(table, counts, start, num_units, heads, num_blocks, HAS_LISTS, UNITS)
+        pieces = (queries + size - 1) // size
+        pieces = tl.where(pieces > 1, pieces, 0)
+        unit = start + tl.arange(0, UNITS)
+        tl.store(slots + unit, base + tl.cumsum(pieces, 0) - pieces, mask=unit < num_units)
+        base += tl.sum(pieces, 0)
+    tl.store(slots + num_units, base)
+
+
+@triton.jit
+def _unit_queries(table, counts, start, num_units, heads, num_blocks, HAS_LISTS: tl.constexpr, UNITS: tl.constexpr):
+    """Queries of adjacent units; unit ``u`` is block ``u // heads`` of key/value head ``u % heads``."""
+    unit = start + tl.arange(0, UNITS)
+    ok = unit < num_units
+    queries = tl.load(table + unit // heads * TABLE_COLUMNS + BLOCK_RUN, mask=ok, other=0)
+    if HAS_LISTS:
+        queries += tl.load(counts + unit % heads * num_blocks + unit // heads, mask=ok, other=0)
+    return queries
+
+
+@triton.jit
+def _slot_unit(slots, num_units, slot):
+    """The unit that owns a slot."""
+    low = 0
+    high = num_units
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(slots + middle) <= slot:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _listed_ahead(queries, begin, step, token, run, end, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+    """Listed queries of a step's rows, whose tokens in the step are `token`; read a step before their rows are."""
+    index = tl.minimum(begin + step // HEAD_CHUNKS * TOKENS + token, end - 1)
+    return tl.load(queries + index, mask=index >= run, other=0)
+
+
+@triton.jit(do_not_specialize=["num_units", "num_blocks", "bound", "limit", "window"])
+def _key_gradients_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    grad_k,
+    grad_v,
+    pool,
+    key_mask,
+    table,
+    starts,
+    counts,
+    queries,
+    slots,
+    piece,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mn,
+    heads,
+    length_q,
+    length_k,
+    num_units,
+    num_blocks,
+    bound,
+    limit,
+    window,
+    scale,
+    GROUP: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    HEAD_CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Pieces first: they are the longest.
+    task = tl.program_id(0) // (BLOCK_SIZE // KEYS)
+    part = tl.program_id(0) % (BLOCK_SIZE // KEYS)
+    in_pool = task < limit
+    unit = task - limit
+    number = 0
+    if in_pool:
+        if task >= tl.load(slots + num_units):
+            return
+        unit = _slot_unit(slots, num_units, task)
+        number = task - tl.load(slots + unit)
+    elif tl.load(slots + unit + 1) > tl.load(slots + unit):
+        return
+    block = unit // heads
+    head = unit % heads
+    row = table + block * TABLE_COLUMNS
+    if tl.load(row + BLOCK_KEYS) <= part * KEYS:
+        return
+    batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
+    key = tl.load(row + BLOCK_KEY) + part * KEYS
+    last_key = tl.load(row + BLOCK_KEYS) - part * KEYS - 1
+    first = tl.load(row + BLOCK_QUERY)
+    run = tl.load(row + BLOCK_RUN)
+    shift = tl.load(row + BLOCK_SHIFT)
+    end = run
+    if HAS_LISTS:
+        end += tl.load(counts + head * num_blocks + block)
+        queries += head.to(tl.int64) * bound + tl.load(starts + head * num_blocks + block) - run
+    size = tl.load(piece)
+    begin = number * size
+    end = tl.minimum(end, begin + size)
+    early = key + KEYS - 1 - shift - first  # queries before this one, in the block's order, may not see every key
+
+    keys = tl.arange(0, KEYS)
+    dims = tl.arange(0, PADDED)
+    dims_v = tl.arange(0, PADDED_V)
+    key_rows = (key + tl.minimum(keys, last_key)).to(tl.int64)  # the last key again where the block ends early
+    k_at = k + batch * stride_kb + head.to(tl.int64) * stride_kh + key_rows[:, None] * stride_kn + dims[None, :]
+    v_at = v + batch * stride_vb + head.to(tl.int64) * stride_vh + key_rows[:, None] * stride_vn + dims_v[None, :]
+    k_tile = tl.load(k_at) if DIM == PADDED else tl.load(k_at, mask=dims[None, :] < DIM, other=0.0)
+    v_tile = tl.load(v_at) if DIM_V == PADDED_V else tl.load(v_at, mask=dims_v[None, :] < DIM_V, other=0.0)
+
+    LOG2E: tl.constexpr = 1.4426950408889634
+    ROWS: tl.constexpr = TOKENS * TILE_HEADS
+    scale_log2 = scale * LOG2E
+    heads_q = heads * GROUP
+    q += batch * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
+    grad_out += batch * stride_gb + (head * GROUP).to(tl.int64) * stride_gh
+    statistics = (batch * heads_q + head * GROUP) * length_q
+    row_token = tl.arange(0, ROWS) // TILE_HEADS
+    row_head = tl.arange(0, ROWS) % TILE_HEADS
+    # One load fetches a step's lse and delta, each thread one number.
+    lane = tl.arange(0, 2 * ROWS)
+    lane_base = tl.where(lane < ROWS, lse + statistics, delta + statistics)
+    lane_token = lane % ROWS // TILE_HEADS
+    lane_head = lane % TILE_HEADS
+    if HAS_LISTS:
+        row_listed = _listed_ahead(queries, begin, 0, row_token, run, end, TOKENS, HEAD_CHUNKS)
+        lane_listed = _listed_ahead(queries, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+
+    sum_k = tl.zeros([KEYS, PADDED], tl.float32)
+    sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
+    for step in range(tl.cdiv(end - begin, TOKENS) * HEAD_CHUNKS):
+        start = begin + step // HEAD_CHUNKS * TOKENS
+        first_head = step % HEAD_CHUNKS * TILE_HEADS
+        # Rows past the last query or head repeat the last; they get weight 0 below.
+        row_query = first + tl.minimum(start + row_token, end - 1)
+        lane_query = first + tl.minimum(start + lane_token, end - 1)
+        if HAS_LISTS:
+            row_query = tl.where(row_query < first + run, row_query, row_listed)
+            lane_query = tl.where(lane_query < first + run, lane_query, lane_listed)
+            row_listed = _listed_ahead(queries, begin, step + 1, row_token, run, end, TOKENS, HEAD_CHUNKS)
+            lane_listed = _listed_ahead(queries, begin, step + 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+        head_q = tl.minimum(first_head + row_head, GROUP - 1).to(tl.int64)
+        q_at = q + (head_q * stride_qh + row_query.to(tl.int64) * stride_qn)[:, None] + dims[None, :]
+        g_at = grad_out + (head_q * stride_gh + row_query.to(tl.int64) * stride_gn)[:, None] + dims_v[None, :]
+        q_tile = tl.load(q_at) if DIM == PADDED else tl.load(q_at, mask=dims[None, :] < DIM, other=0.0)
+        g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
+        pair = tl.load(lane_base + (tl.minimum(first_head + lane_head, GROUP - 1) * length_q + lane_query))
+        row_lse, row_delta = tl.split(tl.trans(tl.reshape(pair, [2, ROWS])))
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)  # no visible key: weight 0
+        if GROUP < TILE_HEADS * HEAD_CHUNKS:
+            row_lse = tl.where(first_head + row_head < GROUP, row_lse, float("inf"))
+
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [KEYS, ROWS]
+        if (start < early) | (start + TOKENS > end):
+            index = start + row_token
+            own = first + index + shift  # number of the query's own key
+            if QUERY_BLOCK > 1 and HAS_LISTS:
+                listed = tl.load(queries + index, mask=(index >= run) & (index < end), other=0)
+                own = tl.where(index < run, own, listed + shift)
+                seen = key + keys[:, None] <= own[None, :]
+            else:
+                seen = (key + keys[:, None] <= own[None, :]) | (index >= run)[None, :]
+            scores = tl.where(seen & (index < end)[None, :], scores, float("-inf"))
+        if HAS_WINDOW:
+            scores = tl.where(key + keys[:, None] > (row_query + shift - window)[None, :], scores, float("-inf"))
+        weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        sum_v = tl.dot(weights.to(g_tile.dtype), g_tile, sum_v, input_precision=PRECISION)
+        less = tl.zeros([KEYS, ROWS], tl.float32) - row_delta[None, :]
+        grad_weights = tl.dot(v_tile, tl.trans(g_tile), less, input_precision=PRECISION)
+        sum_k = tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)
+    sum_k *= scale
+
+    if in_pool:
+        slot = pool + task.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
+        inside = (part * KEYS + keys)[:, None]
+        tl.store(slot + inside * DIM + dims[None, :], sum_k, mask=dims[None, :] < DIM)
+        slot += BLOCK_SIZE * DIM
+        tl.store(slot + inside * DIM_V + dims_v[None, :], sum_v, mask=dims_v[None, :] < DIM_V)
+    else:
+        valid = keys <= last_key
+        if HAS_MASK:
+            valid &= tl.load(key_mask + batch * stride_mb + key_rows * stride_mn) != 0
+        at_rows = ((batch * heads + head) * length_k + key + keys)[:, None]
+        out = grad_k + at_rows * DIM + dims[None, :]
+        tl.store(out, sum_k.to(grad_k.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < DIM))
+        out = grad_v + at_rows * DIM_V + dims_v[None, :]
+        tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (dims_v[None, :] < DIM_V))
+
+
+@triton.jit(do_not_specialize=["num_units"])
+def _add_pieces_kernel(
+    grad_k,
+    grad_v,
+    pool,
+    key_mask,
+    table,
+    slots,
+    stride_mb,
+    stride_mn,
+    heads,
+    length_k,
+    num_units,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """One program a slot and KEYS keys; the first slot of a unit adds them all."""
+    slot = tl.program_id(0)
+    if slot >= tl.load(slots + num_units):
+        return
+    unit = _slot_unit(slots, num_units, slot)
+    if tl.load(slots + unit) != slot:
+        return
+    row = table + unit // heads * TABLE_COLUMNS
+    keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    valid = keys < tl.load(row + BLOCK_KEYS)
+    dims = tl.arange(0, PADDED)[None, :]
+    dims_v = tl.arange(0, PADDED_V)[None, :]
+    ok_k = valid[:, None] & (dims < DIM)
+    ok_v = valid[:, None] & (dims_v < DIM_V)
+    sum_k = tl.zeros([KEYS, PADDED], tl.float32)
+    sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
+    for number in range(slot, tl.load(slots + unit + 1)):
+        part = pool + number.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
+        sum_k += tl.load(part + keys[:, None] * DIM + dims, mask=ok_k, other=0.0)
+        sum_v += tl.load(part + BLOCK_SIZE * DIM + keys[:, None] * DIM_V + dims_v, mask=ok_v, other=0.0)
+    batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
+    key_rows = (tl.load(row + BLOCK_KEY) + keys).to(tl.int64)
+    if HAS_MASK:
+        seen = tl.load(key_mask + batch * stride_mb + key_rows * stride_mn, mask=valid, other=0) != 0
+        ok_k &= seen[:, None]
+        ok_v &= seen[:, None]
+    at_rows = ((batch * heads + unit % heads) * length_k + key_rows)[:, None]
+    tl.store(grad_k + at_rows * DIM + dims, sum_k.to(grad_k.dtype.element_ty), mask=ok_k)
+    tl.store(grad_v + at_rows * DIM_V + dims_v, sum_v.to(grad_v.dtype.element_ty), mask=ok_v)
+
+
+def key_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    lists: TileLists | None,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    piece_steps: int = PIECE_STEPS,
+    pool_bytes: int = POOL_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the keys and the values of block-sparse attention.
+
+    Args:
+        grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``; unit stride in the last dimension, as in all below.
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        lse: natural log-sum-exp of the forward, float32 ``[B, Hq, Lq]``, contiguous.
+        delta: row sums of ``grad_out * out``, float32 ``[B, Hq, Lq]``, contiguous.
+        lists: the selection of the forward (see `transpose_lists`); None: every sequence is dense.
+        plan: the tiles of the forward.
+        geometry: the block geometry of the selection.
+        scale: softmax scale.
+        dense_len: sequences with fewer keys are dense.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        window: the site's sliding window in keys.
+        piece_steps: steps of the smallest piece into which a block's queries are cut, a power of two.
+        pool_bytes: memory for the sums of pieces, which bounds how small the pieces become.
+
+    Returns:
+        Contiguous gradients in the dtypes of `k` and `v`; 0 for keys that no query sees.
+    """
+    batch, heads, length_k, dim = k.shape
+    dim_v = v.shape[-1]
+    length_q = q.shape[2]
+    shape = plan.shape
+    block_size = geometry.block_size
+    grad_k = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
+    grad_v = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    key_lists = transpose_lists(
+        lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
+    )
+    table = key_lists.table
+    num_blocks = table.shape[0]
+    num_units = num_blocks * heads
+
+    smallest = piece_steps * shape.tokens
+    slot_size = block_size * (dim + dim_v)
+    cuts = (length_q + smallest - 1) // smallest - 1  # of a unit that all queries of a row visit
+    limit = torch.sym_max(0, torch.sym_min(max(1, pool_bytes // (4 * slot_size)), 2 * num_units * cuts))
+    slots = torch.empty(num_units + 1, dtype=torch.int32, device=k.device)
+    piece = torch.empty(1, dtype=torch.int32, device=k.device)
+    pool = torch.empty(torch.sym_max(1, limit * slot_size), dtype=torch.float32, device=k.device)
+    counts = table if key_lists.counts is None else key_lists.counts
+    traced(_schedule_kernel)[(1,)](
+        slots,
+        piece,
+        table,
+        counts,
+        num_units,
+        limit,
+        heads,
+        num_blocks,
+        SMALLEST=smallest,
+        HAS_LISTS=lists is not None,
+        UNITS=_UNITS,
+        num_warps=8,
+    )
+
+    padded = max(16, triton.next_power_of_2(dim))
+    padded_v = max(16, triton.next_power_of_2(dim_v))
+    launch = launch_for("attention_backward_keys", k, max(padded, padded_v))
+    tile_heads = min(shape.padded_group, launch.rows)
+    keys = launch.step_keys(block_size)
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    traced(_key_gradients_kernel)[((limit + num_units) * (block_size // keys),)](
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        pool,
+        table if key_mask is None else key_mask,
+        table,
+        table if key_lists.starts is None else key_lists.starts,
+        counts,
+        table if key_lists.queries is None else key_lists.queries,
+        slots,
+        piece,
+        *grad_out.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *mask_strides,
+        heads,
+        length_q,
+        length_k,
+        num_units,
+        num_blocks,
+        0 if key_lists.queries is None else key_lists.queries.shape[1],
+        limit,
+        0 if window is None else window,
+        scale,
+        GROUP=shape.group,
+        TILE_HEADS=tile_heads,
+        HEAD_CHUNKS=shape.padded_group // tile_heads,
+        TOKENS=launch.rows // tile_heads,
+        DIM=dim,
+        DIM_V=dim_v,
+        PADDED=padded,
+        PADDED_V=padded_v,
+        BLOCK_SIZE=block_size,
+        KEYS=keys,
+        QUERY_BLOCK=geometry.query_block,
+        HAS_LISTS=lists is not None,
+        HAS_MASK=key_mask is not None,
+        HAS_WINDOW=window is not None,
+        PRECISION=precision(k),
+        **launch.options,
+    )
+    traced(_add_pieces_kernel)[(limit, block_size // _REDUCED_KEYS)](
+        grad_k,
+        grad_v,
+        pool,
+        table if key_mask is None else key_mask,
+        table,
+        slots,
+        *mask_strides,
+        heads,
+        length_k,
+        num_units,
+        DIM=dim,
+        DIM_V=dim_v,
+        PADDED=padded,
+        PADDED_V=padded_v,
+        BLOCK_SIZE=block_size,
+        KEYS=_REDUCED_KEYS,
+        HAS_MASK=key_mask is not None,
+    )
+    return grad_k, grad_v
