@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help install demo test test-gpu lint bench lock clean
+.PHONY: help install demo test test-gpu lint bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, results in benchmarks/results/"
+	@echo "make bench-gpu  the benchmarks that need a CUDA device"
 	@echo "make lock   pin requirements.txt anew from requirements.in"
 	@echo "make clean  remove the environment and what was built"
 
@@ -42,6 +43,9 @@ lint: install
 
 bench: install
 	$(BIN)/infllm-pass bench cpu_prefill
+
+bench-gpu: install
+	$(BIN)/infllm-pass bench prefill backward memory breakeven model
 
 lock:
 	rm -rf $(VENV)-lock

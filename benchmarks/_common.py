@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -43,8 +46,27 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def break_even(rows: list[dict[str, Any]]) -> str:
+    """The length at which sparse and dense take the same time, interpolated between logarithms.
+
+    Args:
+        rows: each with a ``length`` and a ``ratio`` of sparse to dense time.
+    """
+    points = sorted((float(row["length"]), math.log(float(row["ratio"]))) for row in rows)
+    for (left, high), (right, low) in itertools.pairwise(points):
+        if high > 0 >= low:
+            share = high / (high - low)
+            return str(round(math.exp(math.log(left) + share * math.log(right / left))))
+    return f"below {points[0][0]:.0f}" if points[0][1] <= 0 else f"above {points[-1][0]:.0f}"
+
+
 def git_commit() -> str:
-    """The checked-out commit, marked if files differ from it; "none" outside a checkout."""
+    """The checked-out commit, marked if files differ from it; "none" outside a checkout.
+
+    A copy of the files without their history names its commit in the environment variable BENCH_COMMIT.
+    """
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return found.stdout.strip() or "none"

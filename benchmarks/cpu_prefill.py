@@ -8,7 +8,6 @@ and keys change slowly along the sequence, so that neighbours pick the same bloc
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import statistics
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import results_header, write_results
+from _common import break_even, results_header, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
@@ -75,16 +74,6 @@ def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, 
         "select_ms": select,
         "attend_ms": attend,
     }
-
-
-def break_even(rows: list[dict[str, object]]) -> str:
-    """The length at which sparse and dense take the same time, interpolated between logarithms."""
-    points = sorted((float(row["length"]), math.log(float(row["ratio"]))) for row in rows)  # type: ignore[arg-type]
-    for (left, high), (right, low) in itertools.pairwise(points):
-        if high > 0 >= low:
-            share = high / (high - low)
-            return str(round(math.exp(math.log(left) + share * math.log(right / left))))
-    return f"below {points[0][0]:.0f}" if points[0][1] <= 0 else f"above {points[-1][0]:.0f}"
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ examples:
   infllm-pass explain ./model --length 32768 --dense-len 16384 --json
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
+  infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
 """
 
 

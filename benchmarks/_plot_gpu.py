@@ -1,0 +1,188 @@
+"""Draws plots of the GPU benchmarks from their results into docs/images; what has no results is left out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+IMAGES = ROOT / "docs" / "images"
+
+Row = dict[str, Any]
+COLOURS = {64: "#d9531e", 96: "#6a8caf"}
+BASELINES = {
+    "flash_ms": "flash (SDPA)",
+    "flex_ms": "FlexAttention, causal",
+    "flex_blocks_ms": "FlexAttention, same 64 blocks",
+}
+STAGES = {"select": "selection", "attend": "attention", "bwd": "backward"}
+
+
+def draw_prefill(results: dict[str, Any]) -> Any:
+    """Speed-up over cuDNN's dense attention against the length, a panel for each main geometry."""
+    rows = [row for row in results["rows"] if row["kind"] == "fwd" and row["data"] in ("local", "random")]
+    lengths = sorted({row["length"] for row in rows})
+    shapes = [heads for heads in dict.fromkeys(row["heads"] for row in rows) if _lengths(rows, heads) == lengths]
+    figure, panels = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 4.4), squeeze=False, layout="constrained")
+    for axes, heads in zip(panels[0], shapes, strict=True):
+        mine = [row for row in rows if row["heads"] == heads]
+        for blocks in sorted({row["blocks"] for row in mine}):
+            for data, line in (("local", "-"), ("random", "--")):
+                points = sorted(
+                    (r["length"], 1 / r["ratio"]) for r in mine if (r["blocks"], r["data"]) == (blocks, data)
+                )
+                if points:
+                    label = f"{blocks} blocks, {data} data"
+                    axes.plot(*zip(*points, strict=True), "o" + line, color=COLOURS.get(blocks, "black"), label=label)
+        for (name, label), marker in zip(BASELINES.items(), "xv^", strict=True):
+            known = [row for row in mine if row.get(name) is not None and row["data"] == "local"]
+            points = sorted({row["length"]: row["dense_ms"] / row[name] for row in known}.items())
+            if points:
+                axes.plot(*zip(*points, strict=True), marker + ":", color="grey", label=label)
+        axes.axhline(1.0, color="black", linewidth=1, label="dense (cuDNN)")
+        axes.set(title=f"{heads}: query x KV heads x size", ylabel="times as fast as dense", ylim=(0, None))
+        _finish(axes, lengths)
+    return _titled(figure, "prefill attention of one layer, selection included", results["header"])
+
+
+def draw_roofline(prefill: dict[str, Any], backward: dict[str, Any] | None = None) -> Any:
+    """Matrix rate of each stage, counting only products that cannot be avoided, below the measured ceiling."""
+    rows = prefill["rows"] + (backward["rows"] if backward else [])
+    rows = [row for row in rows if row["kind"] in STAGES and row["data"] == "local" and row["blocks"] == 64]
+    longest = max(row["length"] for row in rows)
+    rows = [row for row in rows if row["length"] == longest]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    names = [f"{STAGES[row['kind']]}, {row['heads']}" for row in rows]
+    bars = axes.barh(names, [row["tflops"] for row in rows], color="#6a8caf")
+    axes.bar_label(bars, [f"{row['ms']:.1f} ms, floor {row['floor_ms']:.1f}" for row in rows], padding=4)
+    peak = prefill["header"]["matmul_tflops"]
+    axes.axvline(peak, color="black", linewidth=1)
+    axes.annotate(
+        f"matrix product, measured: {peak:.0f}",
+        (peak, 0.98),
+        (-4, 0),
+        ha="right",
+        va="top",
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+    )
+    axes.set(xlabel=f"TFLOP/s at {longest // 1024}k tokens, 64 blocks, local data", xlim=(0, 1.05 * peak))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return _titled(figure, "what the kernels reach of the matrix units", prefill["header"])
+
+
+def draw_backward(results: dict[str, Any]) -> Any:
+    """Time of the backward pass against the length."""
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    rows = results["rows"]
+    for heads, colour in zip(
+        dict.fromkeys(row["heads"] for row in rows), ("#d9531e", "#6a8caf", "#5a8a4a"), strict=False
+    ):
+        mine = sorted((row for row in rows if row["heads"] == heads), key=lambda row: row["length"])
+        for name, line, label in (("ms", "-", "sparse, 64 blocks"), ("dense_ms", "--", "dense")):
+            points = [(row["length"], row[name]) for row in mine if row[name] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o" + line, color=colour, label=f"{heads}, {label}")
+    axes.set(yscale="log", ylabel="ms", title="gradients of q, k and v")
+    _finish(axes, sorted({row["length"] for row in rows}))
+    return _titled(figure, "backward of one layer's attention", results["header"])
+
+
+def draw_breakeven(results: dict[str, Any]) -> Any:
+    """Ratio to dense attention against the length."""
+    rows, header = sorted(results["rows"], key=lambda row: row["length"]), results["header"]
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    axes.plot([row["length"] for row in rows], [row["ratio"] for row in rows], "o-", color=COLOURS[96])
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(ylim=(0, None), ylabel="sparse / dense time", title=f"break-even: {header['break_even']} tokens")
+    _finish(axes, [row["length"] for row in rows])
+    return _titled(figure, f"{rows[0]['heads']}, {rows[0]['blocks']} blocks, {rows[0]['data']} data", header)
+
+
+def draw_model(results: dict[str, Any]) -> Any:
+    """Time and peak memory of a whole model's prefill against the length."""
+    rows = results["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["length"])
+        style = {"color": "#d9531e", "linewidth": 2} if variant == "sparsified" else {"linestyle": "--"}
+        for axes, name in ((left, "ms"), (right, "peak_gb")):
+            points = [(row["length"], row[name]) for row in mine if row[name] is not None]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), "o", **{"linestyle": "-"} | style, label=variant.replace("_", " ")
+                )
+    left.set(yscale="log", ylabel="ms", title="time")
+    right.set(ylim=(0, None), ylabel="GB", title="peak of allocated memory")
+    for axes in (left, right):
+        _finish(axes, sorted({row["length"] for row in rows}))
+    return _titled(figure, f"prefill of {rows[0]['layers']} layers of Llama-3-8B's sizes", results["header"])
+
+
+def _lengths(rows: list[Row], heads: str) -> list[int]:
+    return sorted({row["length"] for row in rows if row["heads"] == heads})
+
+
+def _finish(axes: Any, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length / 1024:g}k" for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _titled(figure: Any, title: str, header: dict[str, Any]) -> Any:
+    figure.suptitle(f"{title}, bfloat16: {header['device']}, torch {header['torch']}", fontsize=10)
+    return figure
+
+
+DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    "gpu_prefill": (("prefill",), draw_prefill),
+    "gpu_roofline": (("prefill", "backward"), draw_roofline),
+    "gpu_backward": (("backward",), draw_backward),
+    "gpu_breakeven": (("breakeven",), draw_breakeven),
+    "gpu_model": (("model",), draw_model),
+}
+"""Images, and the results that each is drawn from; the first is needed."""
+
+
+def draw_all(folder: Path, images: Path) -> list[Path]:
+    """Draw what a device's folder of results allows; the pictures' paths."""
+    found = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    written = []
+    for name, (sources, draw) in DRAWINGS.items():
+        if sources[0] not in found:
+            continue
+        figure = draw(*(found[source] for source in sources if source in found))
+        images.mkdir(parents=True, exist_ok=True)
+        figure.savefig(images / f"{name}.png", dpi=120)
+        plt.close(figure)
+        written.append(images / f"{name}.png")
+    return written
+
+
+def main() -> None:
+    folders = (
+        [Path(sys.argv[1])] if len(sys.argv) > 1 else [path.parent for path in sorted(RESULTS.glob("*/prefill.json"))]
+    )
+    if not folders:
+        raise SystemExit(f"{RESULTS} has no results of prefill.py: name a folder of results")
+    for path in draw_all(folders[0], IMAGES):
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

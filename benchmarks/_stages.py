@@ -1,0 +1,104 @@
+"""The stages of sparse attention on the GPU, one call each, for rows of one unpadded sequence.
+
+Everything the benchmarks know about the kernels is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from infllm_pass import SparseAttentionConfig
+from infllm_pass.kernels.attention import attention_forward
+from infllm_pass.kernels.compression import compress_keys
+from infllm_pass.kernels.planning import plan_tiles
+from infllm_pass.kernels.selection import select_tiles
+from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The blocks that each tile of queries visits, and which tile holds which queries."""
+
+    lists: TileLists
+    plan: TilePlan
+
+
+def plan(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> TilePlan:
+    """The tiles of a call: queries ``[B, Hq, Lq, D]`` are the last of the keys ``[B, Hkv, Lk, D]``."""
+    return plan_tiles(
+        TileShape.choose(q.shape[1] // k.shape[1], config.query_block),
+        batch=q.shape[0],
+        length_q=q.shape[2],
+        length_k=k.shape[2],
+        block_size=config.block_size,
+        device=q.device,
+        offset=k.shape[2] - q.shape[2],
+    )
+
+
+def select(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> Selection:
+    """Compress the keys, score the blocks and choose; the tiles' tables included."""
+    tiles = plan(q, k, config)
+    fine, coarse = compress_keys(k, tiles, geometry=config.geometry)
+    lists = select_tiles(
+        q,
+        fine,
+        coarse,
+        tiles,
+        geometry=config.geometry,
+        scale=q.shape[3] ** -0.5,
+        dense_len=config.dense_len,
+        length_k=k.shape[2],
+    )
+    return Selection(lists, tiles)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, config: SparseAttentionConfig
+) -> tuple[Tensor, Tensor]:
+    """Attention over the selected blocks: output ``[B, Hq, Lq, Dv]`` and log-sum-exp ``[B, Hq, Lq]``."""
+    return attention_forward(
+        q,
+        k,
+        v,
+        selection.lists,
+        selection.plan,
+        geometry=config.geometry,
+        scale=q.shape[3] ** -0.5,
+        dense_len=config.dense_len,
+        every_query=True,
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, config: SparseAttentionConfig) -> Tensor:
+    """Selection and attention."""
+    return attend(q, k, v, select(q, k, config), config)[0]
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: Selection,
+    config: SparseAttentionConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from what the forward pass left."""
+    from infllm_pass.kernels.attention_backward import output_delta, query_gradient
+    from infllm_pass.kernels.attention_backward_keys import key_gradients
+
+    sizes = {"geometry": config.geometry, "scale": q.shape[3] ** -0.5, "dense_len": config.dense_len}
+    delta = output_delta(grad, out)
+    saved = (grad, q, k, v, lse, delta, selection.lists, selection.plan)
+    dq = query_gradient(*saved, **sizes, every_query=True)
+    dk, dv = key_gradients(*saved, **sizes)
+    return dq, dk, dv
+
+
+def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
+    """Compressed keys alone, which `select` computes first."""
+    return compress_keys(k, tiles, geometry=config.geometry)

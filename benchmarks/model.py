@@ -1,0 +1,193 @@
+"""A whole model on the GPU: a Llama of Llama-3-8B's sizes with random weights, dense and with the pass, bfloat16.
+
+Prefill of one sequence through the base model (no language model head, no cache): Transformers' eager ``sdpa``, the
+same compiled (compiling builds the N x N mask), compiled ``flex_attention``, and
+``infllm_pass.sparsify(torch.compile(model))`` with 96 visited blocks. With ``--train`` one training step instead:
+forward and backward with gradient checkpointing. Times are medians by CUDA events; the peak is of allocated memory,
+weights included. What cannot run is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _gpu import (
+    BASELINE_ERRORS,
+    Row,
+    blocks_option,
+    config_for,
+    gpu_header,
+    gpu_parser,
+    milliseconds,
+    positive_option,
+    reason,
+    require_gpu,
+    save,
+    show,
+)
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+import infllm_pass
+from infllm_pass import SparseAttentionConfig
+
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+}
+LENGTHS = (8192, 32768, 65536, 131072)
+TRAIN_LENGTHS = (65536,)
+COLUMNS = {"ms": "ms", "ratio": "of best dense", "peak_gb": "peak GB", "first_s": "first call s", "note": "note"}
+FORMATS = {"ratio": ".3f", "first_s": ".1f"}
+
+Variant = Callable[[nn.Module, SparseAttentionConfig], Any]
+
+VARIANTS: dict[str, tuple[str, Variant]] = {
+    "eager_sdpa": ("sdpa", lambda model, config: model),
+    "compiled_sdpa": ("sdpa", lambda model, config: torch.compile(model)),
+    "compiled_flex": ("flex_attention", lambda model, config: torch.compile(model)),
+    "sparsified": ("sdpa", lambda model, config: infllm_pass.sparsify(torch.compile(model), config, strict=True)),
+}
+"""Transformers' name of the attention, and what is done with the model."""
+
+
+def build(layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A base Llama with random weights."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=1 << 20)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model: nn.Module = LlamaModel(config)
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval()
+
+
+def prefill_call(model: Any, ids: Tensor) -> Callable[[], object]:
+    """One forward pass without gradients."""
+
+    @torch.no_grad()
+    def call() -> object:
+        return model(ids, use_cache=False).last_hidden_state
+
+    return call
+
+
+def train_call(model: Any, plain: nn.Module, ids: Tensor) -> Callable[[], object]:
+    """One forward and one backward pass for a fixed gradient of the last hidden states."""
+
+    def call() -> object:
+        plain.zero_grad(set_to_none=True)
+        states = model(ids, use_cache=False).last_hidden_state
+        states.backward(torch.ones_like(states))
+        return None
+
+    return call
+
+
+def measure(
+    variant: str, plain: nn.Module, lengths: list[int], config: SparseAttentionConfig, *, train: bool
+) -> list[Row]:
+    """The rows of one variant, one a length."""
+    device = next(plain.parameters()).device
+    attention, transform = VARIANTS[variant]
+    sizes: Any = plain.config
+    plain.set_attn_implementation(attention)  # type: ignore[operator]
+    torch._dynamo.reset()
+    model = transform(plain, config)
+    rows = []
+    for length in sorted(lengths):
+        row: Row = {"case": f"{'train' if train else 'model'}/{variant}/{sizes.num_hidden_layers}/{length}"}
+        row |= {"variant": variant, "layers": sizes.num_hidden_layers, "length": length, "ms": None, "peak_gb": None}
+        ids = torch.randint(0, sizes.vocab_size, (1, length), device=device)
+        call = train_call(model, plain, ids) if train else prefill_call(model, ids)
+        try:
+            begin = time.perf_counter()
+            call()
+            synchronize(device)
+            row["first_s"] = time.perf_counter() - begin
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            row["ms"] = milliseconds(call, device)
+            if device.type == "cuda":
+                row["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        except BASELINE_ERRORS as error:
+            if variant == "sparsified":
+                raise
+            row["note"] = reason(error)
+        rows.append(row)
+        plain.zero_grad(set_to_none=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Put the time over that of the fastest dense variant at the same length into each row."""
+    for row in rows:
+        dense = [
+            other["ms"]
+            for other in rows
+            if other["length"] == row["length"] and other["variant"] != "sparsified" and other["ms"] is not None
+        ]
+        row["ratio"] = row["ms"] / min(dense) if dense and row["ms"] is not None else None
+
+
+def parser() -> argparse.ArgumentParser:
+    options = gpu_parser(__doc__)
+    options.add_argument(
+        "--layers", type=positive_option, default=4, metavar="L", help="decoder layers (4; the model has 32)"
+    )
+    options.add_argument(
+        "--lengths", type=positive_option, nargs="+", metavar="N", help="tokens (8k to 128k; --train: 64k)"
+    )
+    options.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    options.add_argument("--blocks", type=blocks_option, default=96, metavar="N", help="visited blocks (96)")
+    options.add_argument("--train", action="store_true", help="a training step in place of prefill")
+    return options
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    device = require_gpu()
+    lengths = arguments.lengths or list(TRAIN_LENGTHS if arguments.train else LENGTHS)
+    config = config_for(arguments.blocks, SparseAttentionConfig().dense_len)
+    plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
+    if arguments.train:
+        plain.train()
+        plain.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    rows: list[Row] = []
+    for variant in track(arguments.variants, "measuring", console=Console(stderr=True)):
+        rows += measure(variant, plain, lengths, config, train=arguments.train)
+    add_ratios(rows)
+    rows.sort(key=lambda row: (row["length"], list(VARIANTS).index(row["variant"])))
+    show(Console(), rows, COLUMNS, FORMATS)
+    import transformers
+
+    header = gpu_header(device) | {"transformers": transformers.__version__, "sizes": LLAMA_3_8B}
+    name = "train" if arguments.train else "model"
+    save(name if arguments.layers == 4 else f"{name}_{arguments.layers}_layers", arguments.results, header, rows)
+
+
+if __name__ == "__main__":
+    main()
