@@ -20,13 +20,13 @@ class Launch:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
         max_keys: most keys, a power of two, that one step of a loop over key blocks takes.
-        rows: rows (queries x heads), a power of two, that one step of a loop over queries takes.
+        max_rows: rows (queries x heads), a power of two, that one step of a loop over queries takes.
     """
 
     num_warps: int = 4
     num_stages: int = 2
     max_keys: int = 64
-    rows: int = 64
+    max_rows: int = 64
 
     @property
     def options(self) -> dict[str, int]:
@@ -38,24 +38,44 @@ class Launch:
         return min(block_size & -block_size, self.max_keys)
 
 
-MEASURED: dict[tuple[str, int, int, int], Launch] = {}
+MEASURED: dict[tuple[str, int, int, int], Launch] = {
+    ("attention_forward", 90, 2, 64): Launch(num_stages=3),
+    ("attention_forward", 90, 2, 128): Launch(num_stages=3),
+    ("query_gradient", 90, 2, 64): Launch(num_stages=3),
+    ("query_gradient", 90, 2, 128): Launch(num_stages=2),
+}
 """Configurations by kernel, compute capability (90 for sm_90), bytes of an element, padded head_dim."""
 
-GENERIC: dict[str, Launch] = {
+GENERIC: dict[str | tuple[str, int, int], Launch] = {
     "compress": Launch(num_stages=3),
+    ("attention_forward", 2, 256): Launch(num_warps=8, max_keys=32),
+    ("attention_forward", 4, 64): Launch(max_keys=32),
+    ("attention_forward", 4, 128): Launch(num_warps=8, max_keys=32),
+    ("attention_forward", 4, 256): Launch(num_warps=8, max_keys=16, rows=32),
+    ("query_gradient", 2, 256): Launch(max_keys=16),
+    ("query_gradient", 4, 64): Launch(max_keys=16),
+    ("query_gradient", 4, 128): Launch(num_warps=8, max_keys=16),
+    ("query_gradient", 4, 256): Launch(num_warps=8, num_stages=1, max_keys=16, rows=32),
 }
-"""Configurations by kernel where nothing was measured."""
+"""Configurations where nothing was measured, by kernel, or by kernel, bytes of an element and the largest padded
+head_dim that the row covers (64, 128 or 256). They need at most 99 KB of shared memory, what sm_86 and sm_89 have."""
 
 
 def launch_for(kernel: str, tensor: Tensor, head_dim: int) -> Launch:
     """The configuration of a kernel on the tensor's device, for its dtype and the padded head dimension."""
     if tensor.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(tensor.device)
-        row = MEASURED.get((kernel, 10 * major + minor, tensor.element_size(), head_dim))
-        if row is not None:
-            return row
+        return launch_on(kernel, 10 * major + minor, tensor.element_size(), head_dim)
+    return launch_on(kernel, 0, tensor.element_size(), head_dim)
+
+
+def launch_on(kernel: str, capability: int, element_size: int, head_dim: int) -> Launch:
+    """The configuration of a kernel where the device is known by its capability alone."""
+    measured = MEASURED.get((kernel, capability, element_size, head_dim))
+    if measured is not None:
+        return measured
     covering = next(size for size in (64, 128, 256) if head_dim <= size)
-    return GENERIC.get((kernel, tensor.element_size(), covering), Launch())
+    return GENERIC.get((kernel, element_size, covering), GENERIC.get(kernel, Launch()))
 
 
 @dataclass(frozen=True)
