@@ -414,7 +414,7 @@ def key_gradients(
     padded = max(16, triton.next_power_of_2(dim))
     padded_v = max(16, triton.next_power_of_2(dim_v))
     launch = launch_for("attention_backward_keys", k, max(padded, padded_v))
-    tile_heads = min(shape.padded_group, launch.max_rows)
+    tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     traced(_key_gradients_kernel)[((limit + num_units) * (block_size // keys),)](
@@ -451,7 +451,7 @@ def key_gradients(
         GROUP=shape.group,
         TILE_HEADS=tile_heads,
         HEAD_CHUNKS=shape.padded_group // tile_heads,
-        TOKENS=launch.max_rows // tile_heads,
+        TOKENS=launch.rows // tile_heads,
         DIM=dim,
         DIM_V=dim_v,
         PADDED=padded,

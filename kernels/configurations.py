@@ -20,13 +20,13 @@ class Launch:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
         max_keys: most keys, a power of two, that one step of a loop over key blocks takes.
-        max_rows: rows (queries x heads), a power of two, that one step of a loop over queries takes.
+        rows: rows (queries x heads), a power of two, that a program or one step of a loop over queries takes.
     """
 
     num_warps: int = 4
     num_stages: int = 2
     max_keys: int = 64
-    max_rows: int = 64
+    rows: int = 64
 
     @property
     def options(self) -> dict[str, int]:
@@ -43,6 +43,8 @@ MEASURED: dict[tuple[str, int, int, int], Launch] = {
     ("attention_forward", 90, 2, 128): Launch(num_stages=3),
     ("query_gradient", 90, 2, 64): Launch(num_stages=3),
     ("query_gradient", 90, 2, 128): Launch(num_stages=2),
+    ("attention_backward_keys", 90, 2, 64): Launch(),
+    ("attention_backward_keys", 90, 2, 128): Launch(),
 }
 """Configurations by kernel, compute capability (90 for sm_90), bytes of an element, padded head_dim."""
 
@@ -56,6 +58,12 @@ GENERIC: dict[str | tuple[str, int, int], Launch] = {
     ("query_gradient", 4, 64): Launch(max_keys=16),
     ("query_gradient", 4, 128): Launch(num_warps=8, max_keys=16),
     ("query_gradient", 4, 256): Launch(num_warps=8, num_stages=1, max_keys=16, rows=32),
+    ("attention_backward_keys", 2, 64): Launch(rows=32),
+    ("attention_backward_keys", 2, 128): Launch(rows=32),
+    ("attention_backward_keys", 2, 256): Launch(num_warps=8, max_keys=32, rows=32),
+    ("attention_backward_keys", 4, 64): Launch(num_warps=8, max_keys=32, rows=32),
+    ("attention_backward_keys", 4, 128): Launch(num_warps=8, num_stages=1, max_keys=32, rows=32),
+    ("attention_backward_keys", 4, 256): Launch(num_warps=8, num_stages=1, max_keys=16, rows=16),
 }
 """Configurations where nothing was measured, by kernel, or by kernel, bytes of an element and the largest padded
 head_dim that the row covers (64, 128 or 256). They need at most 99 KB of shared memory, what sm_86 and sm_89 have."""
