@@ -145,7 +145,7 @@ def _finish(axes: Any, lengths: list[int]) -> None:
 
 
 def _titled(figure: Any, title: str, header: dict[str, Any]) -> Any:
-    figure.suptitle(f"{title}, bfloat16: {header['device']}, torch {header['torch']}", fontsize=10)
+    figure.suptitle(f"{title}\nbfloat16, {header['device']}, torch {header['torch']}", fontsize=10)
     return figure
 
 

@@ -113,6 +113,11 @@ def _compress_kernel(
     )
 
 
+def chunk_keys(padded_dim: int) -> int:
+    """Keys that one step of a program reads."""
+    return 64 if padded_dim <= 128 else 32
+
+
 def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
     """Means of all complete windows of keys.
 
@@ -154,7 +159,7 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tupl
         STRIDE=stride,
         HEAD_DIM=dim,
         PADDED_DIM=padded,
-        CHUNK=64 if padded <= 128 else 32,
+        CHUNK=chunk_keys(padded),
         PACKED=plan.packed,
         **launch.options,
     )
