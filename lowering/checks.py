@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
+from infllm_pass.kernels.geometry import BlockGeometry
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -76,3 +77,87 @@ def _check_match(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise DeviceError(f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device")
     if a.shape[0] != b.shape[0]:
         raise ShapeError(f"{name_a} has batch size {a.shape[0]} and {name_b} {b.shape[0]}: they must be equal")
+
+
+TILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_BLOCK_NUMBER = 1 << 16
+"""Block numbers are stored in 16 bits."""
+
+
+def refused_by_tiled(q: Tensor, v: Tensor, geometry: BlockGeometry) -> str | None:
+    """Why the Triton kernels do not take a call, in words that say what to change; None if they take it.
+
+    Args:
+        q: the queries, real or fake: device, dtype and head dimension count.
+        v: the values: the head dimension counts.
+        geometry: the block geometry.
+    """
+    if q.device.type != "cuda":
+        return f"q is on {q.device}: the Triton kernels run on CUDA devices"
+    if q.dtype not in TILED_DTYPES:
+        return f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
+    for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
+        if size > MAX_HEAD_DIM:
+            return f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
+    if geometry.block_size % 16 or not 16 <= geometry.block_size <= 128:
+        return f"block_size={geometry.block_size}: the Triton kernels take multiples of 16 from 16 to 128"
+    block = geometry.query_block
+    if block & (block - 1) or block > 128:
+        return f"query_block={block}: the Triton kernels take powers of two up to 128"
+    return None
+
+
+def check_tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    geometry: BlockGeometry,
+) -> None:
+    """Check all arguments of a call of the Triton kernels.
+
+    Raises:
+        ShapeError: a shape, a stride or a number does not fit.
+        DtypeError: a dtype is not supported.
+        DeviceError: a tensor is not on the CUDA device of q.
+    """
+    check_attention(q, k, v, None, key_mask)
+    refusal = refused_by_tiled(q, v, geometry)
+    if refusal is not None:
+        kind = DeviceError if q.device.type != "cuda" else DtypeError if q.dtype not in TILED_DTYPES else ShapeError
+        raise kind(refusal)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(3) != 1:
+            raise ShapeError(
+                f"{name} has strides {tuple(tensor.stride())}: the last must be 1; call {name}.contiguous() first"
+            )
+    if k.shape[2] > MAX_BLOCK_NUMBER * geometry.block_size:
+        raise ShapeError(
+            f"k has {k.shape[2]} keys: with block_size={geometry.block_size} at most "
+            f"{MAX_BLOCK_NUMBER * geometry.block_size} are supported; raise block_size"
+        )
+    if window is not None and window < 1:
+        raise ShapeError(f"window={window}: expected at least 1 key")
+    for name, tensor in (("offsets", offsets), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.int32, torch.int64) or (name != "offsets" and tensor.dtype != torch.int32):
+            raise DtypeError(f"{name} is {tensor.dtype}: expected torch.int32")
+        if tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
+        if tensor.dim() != 1:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected one dimension")
+    if offsets is not None and offsets.shape[0] not in (1, q.shape[0]):
+        raise ShapeError(f"offsets has {offsets.shape[0]} numbers: expected 1 or one a row, {q.shape[0]}")
+    if cu_seqlens_q is not None:
+        if cu_seqlens_k is None:
+            raise ShapeError("cu_seqlens_q is given without cu_seqlens_k: packed sequences need both")
+        if q.shape[0] != 1 or cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+            raise ShapeError(
+                f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, cu_seqlens_k {cu_seqlens_k.shape[0]}, and q batch "
+                f"size {q.shape[0]}: expected equally many numbers and batch size 1"
+            )
