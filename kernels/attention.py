@@ -15,7 +15,15 @@ from torch import Tensor
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import traced
-from infllm_pass.kernels.tiles import TILE_ROWS, TileLists, TilePlan, load_panel
+from infllm_pass.kernels.tiles import (
+    PANEL_BEGIN,
+    PANEL_END,
+    PANEL_QUERY,
+    TABLE_COLUMNS,
+    TileLists,
+    TilePlan,
+    load_panel,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -33,6 +41,20 @@ def load_attention_tile(panels, tile, TOKENS: tl.constexpr, TILES: tl.constexpr)
     batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, tile // TILES)
     skip = (tile % TILES) * TOKENS
     return batch, query + skip, begin - skip, tl.minimum(end - skip, TOKENS), position + skip, key_begin, length
+
+
+@triton.jit
+def reload_rows(panels, tile, token, TOKENS: tl.constexpr, TILES: tl.constexpr):
+    """Query number of every row, in 64 bits, and whether its token exists, read again at the end of a program.
+
+    The compiler cannot know them equal to what was read at its start, so no register holds them through the loop.
+    """
+    panel = panels + tile // TILES * TABLE_COLUMNS
+    token += (tile % TILES) * TOKENS
+    query = tl.load(panel + PANEL_QUERY, volatile=True).to(tl.int64) + token
+    begin = tl.load(panel + PANEL_BEGIN, volatile=True)
+    end = tl.load(panel + PANEL_END, volatile=True)
+    return query, (token >= begin) & (token < end)
 
 
 @triton.jit
@@ -140,10 +162,10 @@ def _attention_forward_kernel(
     window,
     scale_log2,  # softmax scale times log2(e)
     GROUP: tl.constexpr,
-    ROW_HEADS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -156,17 +178,18 @@ def _attention_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    head = tl.program_id(1) // CHUNKS
+    parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
+    head = tl.program_id(1) // parts
     batch, query, begin, end, position, key_begin, length = load_attention_tile(panels, tile, TOKENS, TILES)
     dense = length < dense_len
-    row = tile.to(tl.int64) * (tl.num_programs(1) // CHUNKS) + head
+    row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
     visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
     blocks += row * capacity
     tokens += row * capacity
 
-    rows = tl.arange(0, TOKENS * ROW_HEADS)
-    token = rows // ROW_HEADS  # [BM]
-    group_head = tl.program_id(1) % CHUNKS * ROW_HEADS + rows % ROW_HEADS
+    rows = tl.program_id(1) % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // PADDED_GROUP  # [BM]
+    group_head = rows % PADDED_GROUP
     positions = position + token
     exists = (token >= begin) & (token < end) & (group_head < GROUP)
     row_head = head.to(tl.int64) * GROUP + group_head
@@ -186,9 +209,9 @@ def _attention_forward_kernel(
     v_offsets = offsets[:, None] * v_token_stride + value_dims  # [BN, Dv]
     key_mask += batch * key_mask_batch_stride + offsets * key_mask_token_stride  # [BN]
 
-    highest = tl.full([TOKENS * ROW_HEADS], LOWEST_SCORE, tl.float32)
-    total = tl.zeros([TOKENS * ROW_HEADS], tl.float32)
-    acc = tl.zeros([TOKENS * ROW_HEADS, BLOCK_DV], tl.float32)
+    highest = tl.full([BLOCK_M], LOWEST_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
         block, bits = load_visit(blocks, tokens, entry, first, dense, HAS_LISTS)
@@ -223,6 +246,8 @@ def _attention_forward_kernel(
         v_step = load_keys(v + key * v_token_stride + v_offsets, value_dims, VALUE_DIM)  # [BN, Dv]
         acc = tl.dot(weights.to(v_step.dtype), v_step, acc, input_precision=PRECISION)
 
+    row_query, exists = reload_rows(panels, tile, token, TOKENS, TILES)
+    exists = exists & (group_head < GROUP)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -284,7 +309,8 @@ def attention_forward(
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = launch_for("attention_forward", q, max(block_d, block_dv))
-    traced(_attention_forward_kernel)[(plan.num_tiles, heads_kv * shape.head_chunks)](
+    parts = shape.tokens * shape.padded_group // launch.rows
+    traced(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,
         v,
@@ -308,10 +334,10 @@ def attention_forward(
         UNBOUNDED if window is None else window,
         scale * LOG2_E,
         GROUP=shape.group,
-        ROW_HEADS=min(shape.padded_group, TILE_ROWS),
-        CHUNKS=shape.head_chunks,
+        PADDED_GROUP=shape.padded_group,
         TOKENS=shape.tokens,
         TILES=shape.tiles,
+        BLOCK_M=launch.rows,
         BLOCK_SIZE=geometry.block_size,
         BLOCK_N=launch.step_keys(geometry.block_size),
         HEAD_DIM=dim,

@@ -20,13 +20,14 @@ from infllm_pass.kernels.attention import (
     load_keys,
     load_visit,
     mask_scores,
+    reload_rows,
     row_addresses,
     row_mask,
 )
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import traced
-from infllm_pass.kernels.tiles import TILE_ROWS, TileLists, TilePlan
+from infllm_pass.kernels.tiles import TileLists, TilePlan
 
 _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
@@ -133,10 +134,10 @@ def _query_gradient_kernel(
     scale_log2,  # softmax scale times log2(e)
     log2_e,
     GROUP: tl.constexpr,
-    ROW_HEADS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -149,17 +150,18 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    head = tl.program_id(1) // CHUNKS
+    parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
+    head = tl.program_id(1) // parts
     batch, query, begin, end, position, key_begin, length = load_attention_tile(panels, tile, TOKENS, TILES)
     dense = length < dense_len
-    row = tile.to(tl.int64) * (tl.num_programs(1) // CHUNKS) + head
+    row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
     visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
     blocks += row * capacity
     tokens += row * capacity
 
-    rows = tl.arange(0, TOKENS * ROW_HEADS)
-    token = rows // ROW_HEADS  # [BM]
-    group_head = tl.program_id(1) % CHUNKS * ROW_HEADS + rows % ROW_HEADS
+    rows = tl.program_id(1) % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // PADDED_GROUP  # [BM]
+    group_head = rows % PADDED_GROUP
     positions = position + token
     exists = (token >= begin) & (token < end) & (group_head < GROUP)
     row_head = head.to(tl.int64) * GROUP + group_head
@@ -186,7 +188,7 @@ def _query_gradient_kernel(
     v_offsets = offsets[None, :] * v_token_stride + value_dims  # [Dv, BN]
     key_mask += batch * key_mask_batch_stride + offsets * key_mask_token_stride  # [BN]
 
-    acc = tl.zeros([TOKENS * ROW_HEADS, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
         block, bits = load_visit(blocks, tokens, entry, first, dense, HAS_LISTS)
@@ -216,6 +218,8 @@ def _query_gradient_kernel(
         grad_scores = weights * (grad_weights - row_delta[:, None])
         acc = tl.dot(grad_scores.to(k_step.dtype), k_step, acc, input_precision=PRECISION)
 
+    row_query, exists = reload_rows(panels, tile, token, TOKENS, TILES)
+    exists = exists & (group_head < GROUP)
     grad_q_rows = row_addresses(
         grad_q, batch, grad_q_batch_stride, row_head, grad_q_head_stride, row_query, grad_q_token_stride, BLOCK_D
     )
@@ -266,7 +270,8 @@ def query_gradient(
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = launch_for("query_gradient", q, max(block_d, block_dv))
-    traced(_query_gradient_kernel)[(plan.num_tiles, heads_kv * shape.head_chunks)](
+    parts = shape.tokens * shape.padded_group // launch.rows
+    traced(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
         grad_out,
         q,
         k,
@@ -294,10 +299,10 @@ def query_gradient(
         scale * LOG2_E,
         LOG2_E,
         GROUP=shape.group,
-        ROW_HEADS=min(shape.padded_group, TILE_ROWS),
-        CHUNKS=shape.head_chunks,
+        PADDED_GROUP=shape.padded_group,
         TOKENS=shape.tokens,
         TILES=shape.tiles,
+        BLOCK_M=launch.rows,
         BLOCK_SIZE=geometry.block_size,
         BLOCK_N=launch.step_keys(geometry.block_size),
         HEAD_DIM=dim,

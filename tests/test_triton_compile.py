@@ -1,0 +1,173 @@
+"""Every Triton kernel compiles for every architecture, fits its shared memory, and does not spill where it is hot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+
+from infllm_pass.kernels.attention import _attention_forward_kernel
+from infllm_pass.kernels.attention_backward import _output_delta_kernel, _query_gradient_kernel
+from infllm_pass.kernels.compression import _compress_kernel, chunk_keys
+from infllm_pass.kernels.configurations import Launch, launch_on
+from infllm_pass.kernels.tiles import TileShape
+
+from .triton_device import INTERPRETED
+from .triton_support import compile_ahead
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes that one program may use, by compute capability."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sizes and options for which a kernel is compiled.
+
+    Attributes:
+        hot: a configuration that was tuned, in which no register may spill on sm_90.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 128
+    value_dim: int = 128
+    group: int = 16
+    block_size: int = 64
+    lists: bool = True
+    window: bool = False
+    key_mask: bool = False
+    hot: bool = False
+
+    @property
+    def name(self) -> str:
+        options = [name for name in ("lists", "window", "key_mask", "hot") if getattr(self, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([dtype, f"dim{self.dim}", f"group{self.group}", f"block{self.block_size}", *options])
+
+    @property
+    def padded(self) -> int:
+        return max(16, triton.next_power_of_2(max(self.dim, self.value_dim)))
+
+
+HOT = [
+    Variant(hot=True),
+    Variant(group=4, hot=True),
+    Variant(dim=64, value_dim=64, hot=True),
+    Variant(dim=64, value_dim=64, group=4, hot=True),
+    Variant(lists=False, hot=True),
+]
+ATTENTION = [
+    *HOT,
+    Variant(window=True, key_mask=True),
+    Variant(dim=256, value_dim=256, group=2),
+    Variant(dim=72, value_dim=40, group=7, block_size=48),
+    Variant(group=1, block_size=16),
+    Variant(group=96, block_size=32),
+    *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
+    Variant(torch.float16, block_size=128),
+]
+COMPRESSION = [
+    Variant(hot=True),
+    Variant(dim=64, value_dim=64, hot=True),
+    Variant(dim=80, value_dim=80),
+    Variant(dim=256, value_dim=256),
+    *(Variant(torch.float32, dim, dim) for dim in (64, 128, 256)),
+]
+
+
+def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+    """Arguments of the kernels that compute a tile of queries, whichever of them a kernel has."""
+    shape = TileShape.choose(variant.group)
+    return {
+        **dict.fromkeys(("q", "k", "v", "out", "grad_out", "grad_q"), variant.dtype),
+        **dict.fromkeys(("lse", "delta"), torch.float32),
+        **dict.fromkeys(("panels", "counts"), torch.int32),
+        **dict.fromkeys(("capacity", "dense_len", "window", "length_q"), "i32"),
+        **dict.fromkeys(("scale", "scale_log2", "log2_e"), "fp32"),
+        "blocks": torch.int16,
+        "tokens": shape.mask_dtype,
+        "key_mask": torch.bool,
+        "key_mask_token_stride": 1,
+        **dict.fromkeys(("lse_head_stride", "key_mask_batch_stride", "delta_head_stride"), "i32"),
+        "GROUP": variant.group,
+        "PADDED_GROUP": shape.padded_group,
+        "TOKENS": shape.tokens,
+        "TILES": shape.tiles,
+        "BLOCK_M": launch.rows,
+        "BLOCK_SIZE": variant.block_size,
+        "BLOCK_N": launch.step_keys(variant.block_size),
+        "HEAD_DIM": variant.dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(variant.dim)),
+        "VALUE_DIM": variant.value_dim,
+        "BLOCK_DV": max(16, triton.next_power_of_2(variant.value_dim)),
+        "HAS_LISTS": variant.lists,
+        "HAS_WINDOW": variant.window,
+        "HAS_KEY_MASK": variant.key_mask,
+        "PRECISION": "ieee",
+        "ROWS": 32,
+    }
+
+
+def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+    """Arguments of the kernel that averages keys, for sequences that fill a row each."""
+    return {
+        **dict.fromkeys(("k", "fine", "coarse"), variant.dtype),
+        "sequences": torch.int32,
+        **dict.fromkeys(("count", "length_k", "fine_slots", "coarse_slots", "heads"), "i32"),
+        "SIZE": 32,
+        "STRIDE": 16,
+        "HEAD_DIM": variant.dim,
+        "PADDED_DIM": variant.padded,
+        "CHUNK": chunk_keys(variant.padded),
+        "PACKED": False,
+    }
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, the variants to compile it for, and the arguments of a variant.
+
+    A parameter whose name has ``stride`` in it and that `arguments` leaves out is a multiple of 16.
+    """
+
+    kernel: triton.JITFunction
+    name: str
+    variants: list[Variant]
+    arguments: Callable[[Variant, Launch], dict[str, object]] = tile_arguments
+
+
+KERNELS = [
+    Kernel(_attention_forward_kernel, "attention_forward", ATTENTION),
+    Kernel(_query_gradient_kernel, "query_gradient", ATTENTION),
+    Kernel(_output_delta_kernel, "output_delta", [Variant()]),
+    Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
+]
+
+CASES = [
+    pytest.param(kernel, variant, capability, id=f"{kernel.name}-{variant.name}-sm{capability}")
+    for kernel in KERNELS
+    for variant in kernel.variants
+    for capability in (SHARED_MEMORY if variant is kernel.variants[0] else (86, 90))
+]
+
+
+@pytest.mark.parametrize(("kernel", "variant", "capability"), CASES)
+def test_compiles(kernel, variant, capability, record_property):
+    launch = launch_on(kernel.name, capability, variant.dtype.itemsize, variant.padded)
+    known = kernel.arguments(variant, launch)
+    arguments = {name: known.get(name, "i32:16") for name in kernel.kernel.arg_names}
+    missing = [name for name in arguments if name not in known and "stride" not in name]
+    assert not missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        used = compile_ahead(kernel.kernel, arguments, capability=capability, **launch.options)
+    for figure, number in used.items():
+        record_property(figure, number)
+    assert used["shared"] <= SHARED_MEMORY[capability]
+    if variant.hot and capability == 90:
+        assert used["spilled"] == 0
