@@ -319,10 +319,11 @@ def _add_pieces_kernel(
     ok_v = valid[:, None] & (dims_v < DIM_V)
     sum_k = tl.zeros([KEYS, PADDED], tl.float32)
     sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
-    for number in range(slot, tl.load(slots + unit + 1)):
-        part = pool + number.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
+    part = pool + slot.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
+    for _ in range(slot, tl.load(slots + unit + 1)):
         sum_k += tl.load(part + keys[:, None] * DIM + dims, mask=ok_k, other=0.0)
         sum_v += tl.load(part + BLOCK_SIZE * DIM + keys[:, None] * DIM_V + dims_v, mask=ok_v, other=0.0)
+        part += BLOCK_SIZE * (DIM + DIM_V)
     batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
     key_rows = (tl.load(row + BLOCK_KEY) + keys).to(tl.int64)
     if HAS_MASK:
