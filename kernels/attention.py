@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import traced
+from infllm_pass.kernels.launch import precision, traced
 from infllm_pass.kernels.tiles import (
     PANEL_BEGIN,
     PANEL_END,
@@ -259,11 +259,6 @@ def _attention_forward_kernel(
     tl.store(lse + batch * lse_batch_stride + row_head * lse_head_stride + row_query, log_total, mask=exists)
 
 
-def dot_precision(tensor: Tensor) -> str:
-    """How products of float32 are computed: exactly, unless PyTorch may use TF32 for its own."""
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -297,8 +292,8 @@ def attention_forward(
         ``[B, Hq, Lq, Dv]`` in q's dtype, which lies in memory as ``[B, Lq, Hq, Dv]``, and the log-sum-exp, float32
         ``[B, Hq, Lq]``. A query without a visible key gives 0 and -inf.
     """
-    batch, heads_q, length_q, dim = q.shape
-    heads_kv, value_dim = v.shape[1], v.shape[3]
+    batch, heads_q, length_q = q.shape[:3]
+    heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
     out_shape, lse_shape = (batch, length_q, heads_q, value_dim), (batch, heads_q, length_q)
     if every_query:
         out = q.new_empty(out_shape).transpose(1, 2)
@@ -347,7 +342,7 @@ def attention_forward(
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        PRECISION=dot_precision(q),
+        PRECISION=precision(q),
         **launch.options,
     )
     return out, lse

@@ -15,7 +15,6 @@ from infllm_pass.kernels.attention import (
     LOG2_E,
     UNBOUNDED,
     count_visits,
-    dot_precision,
     load_attention_tile,
     load_keys,
     load_visit,
@@ -26,7 +25,7 @@ from infllm_pass.kernels.attention import (
 )
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import traced
+from infllm_pass.kernels.launch import precision, traced
 from infllm_pass.kernels.tiles import TileLists, TilePlan
 
 _DELTA_ROWS = 32
@@ -77,7 +76,8 @@ def output_delta(grad_out: Tensor, out: Tensor) -> Tensor:
     Returns:
         float32 ``[B, Hq, Lq]``.
     """
-    batch, heads, length_q, value_dim = out.shape
+    batch, heads, length_q = out.shape[:3]
+    value_dim = int(out.shape[3])
     delta = out.new_empty((batch, heads, length_q), dtype=torch.float32)
     traced(_output_delta_kernel)[((length_q + _DELTA_ROWS - 1) // _DELTA_ROWS, heads, batch)](
         grad_out,
@@ -264,8 +264,8 @@ def query_gradient(
     Returns:
         ``[B, Hq, Lq, D]`` in q's dtype, contiguous.
     """
-    batch, heads_q, length_q, dim = q.shape
-    heads_kv, value_dim = v.shape[1], v.shape[3]
+    batch, heads_q, length_q = q.shape[:3]
+    heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
     grad_q = (q.new_empty if every_query else q.new_zeros)((batch, heads_q, length_q, dim))
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
@@ -312,7 +312,7 @@ def query_gradient(
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        PRECISION=dot_precision(q),
+        PRECISION=precision(q),
         **launch.options,
     )
     return grad_q

@@ -203,6 +203,8 @@ def case(name: str, **sizes):
         case("group 96", group=96, length_q=9),
         case("dims 24 and 40", dim=24, value_dim=40),
         case("dims 64 and 16", dim=64, value_dim=16),
+        case("dims 144 and 16, tiles in parts", dim=144, group=16, length_q=23),
+        case("dims 136 and 16, group 96 in parts", dim=136, group=96, length_q=3),
         case("blocks of 48", block_size=48, length_q=201, length_k=301),
         case("blocks of 128", block_size=128, length_q=5, length_k=1030),
         case("shared by 16 queries", query_block=16, length_q=100),
