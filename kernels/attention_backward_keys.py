@@ -392,10 +392,10 @@ def key_gradients(
     smallest = piece_steps * shape.tokens
     slot_size = block_size * (dim + dim_v)
     cuts = (length_q + smallest - 1) // smallest - 1  # of a unit that all queries of a row visit
-    limit = torch.sym_max(0, torch.sym_min(max(1, pool_bytes // (4 * slot_size)), 2 * num_units * cuts))
+    limit = torch.sym_max(1, torch.sym_min(pool_bytes // (4 * slot_size), 2 * num_units * cuts))
     slots = torch.empty(num_units + 1, dtype=torch.int32, device=k.device)
     piece = torch.empty(1, dtype=torch.int32, device=k.device)
-    pool = torch.empty(torch.sym_max(1, limit * slot_size), dtype=torch.float32, device=k.device)
+    pool = torch.empty(limit * slot_size, dtype=torch.float32, device=k.device)
     counts = table if key_lists.counts is None else key_lists.counts
     traced(_schedule_kernel)[(1,)](
         slots,

@@ -254,10 +254,9 @@ def transpose_lists(
 
     listed = torch.zeros(heads, walks, num_blocks, dtype=torch.int32, device=device)
     launch(listed, fill=False)
-    upto = listed.cumsum(1, dtype=torch.int32)
-    counts = upto[:, -1].contiguous()
+    counts = listed.sum(1, dtype=torch.int32)
     starts = counts.cumsum(1, dtype=torch.int32) - counts
-    launch(upto - listed + starts[:, None], fill=True)
+    launch(listed.cumsum(1, dtype=torch.int32) - listed + starts[:, None], fill=True)
     # A selection of more blocks than promised, from queries that are not numbers, must not lead reads astray.
     starts = starts.clamp(max=bound)
     return KeyLists(table, starts, torch.minimum(counts, bound - starts), queries)
