@@ -129,7 +129,16 @@ def load_keys(addresses, dims, DIM: tl.constexpr):
     return vectors
 
 
-@triton.jit(do_not_specialize=["lse_head_stride", "key_mask_batch_stride", "capacity", "dense_len", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "lse_batch_stride",
+        "lse_head_stride",
+        "key_mask_batch_stride",
+        "capacity",
+        "dense_len",
+        "window",
+    ]
+)
 def _attention_forward_kernel(
     q,  # [B, Hq, Lq, D]
     k,  # [B, Hkv, Lk, D]

@@ -32,7 +32,7 @@ _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
 
 
-@triton.jit(do_not_specialize=["delta_head_stride", "length_q"])
+@triton.jit(do_not_specialize=["delta_batch_stride", "delta_head_stride", "length_q"])
 def _output_delta_kernel(
     grad_out,  # [B, Hq, Lq, Dv]
     out,  # [B, Hq, Lq, Dv]
@@ -94,7 +94,16 @@ def output_delta(grad_out: Tensor, out: Tensor) -> Tensor:
     return delta
 
 
-@triton.jit(do_not_specialize=["lse_head_stride", "key_mask_batch_stride", "capacity", "dense_len", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "lse_batch_stride",
+        "lse_head_stride",
+        "key_mask_batch_stride",
+        "capacity",
+        "dense_len",
+        "window",
+    ]
+)
 def _query_gradient_kernel(
     grad_out,  # [B, Hq, Lq, Dv]
     q,  # [B, Hq, Lq, D]
