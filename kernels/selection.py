@@ -22,8 +22,16 @@ from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
 SCAN_WIDTH = tl.constexpr(128)
 """Blocks that a warp scans at once, four to a lane."""
 
-LIST_WIDTH = 128
-"""Blocks of one step of list writing, and the unit of scratch rows."""
+LIST_WIDTH = 512
+"""Blocks of one step of list writing at most; rows of keys in scratch are a multiple of it."""
+
+
+@triton.jit
+def _select_column(column, PANEL: tl.constexpr, GP: tl.constexpr, PIECES: tl.constexpr):
+    """Token and head of a column. Tokens run fastest: then one thread holds all heads of its tokens and sums them."""
+    tokens: tl.constexpr = PANEL // PIECES
+    rest = column // tokens
+    return rest // GP * tokens + column % tokens, rest % GP
 
 
 @triton.jit
@@ -53,12 +61,12 @@ def _select_panel_normaliser(
             tile = tl.load(pointers, mask=there[None, :], other=0.0)  # [DP, BN]
         else:
             tile = tl.load(pointers, mask=there[None, :] & (dims < D)[:, None], other=0.0)
-        scores = tl.dot(q_tile, tile, input_precision=PRECISION) * scale_log2  # [C, BN]
+        scores = tl.dot(q_tile, tile, input_precision=PRECISION)  # [C, BN]
         if start + BN > least:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
+        higher = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores * scale_log2 - base[:, None]), 1)
         peak = higher
     return tl.where(visible > 0, peak + tl.log2(total), float("inf"))
 
@@ -84,7 +92,7 @@ def _select_pool(raw_at, keys_at, low, high, first, R: tl.constexpr, RATIO: tl.c
         pooled = tl.full([R, SCAN_WIDTH], -1.0, tl.float32)
         for part in tl.static_range(RATIO + OVERLAP):
             index = block * RATIO + (part - OVERLAP)
-            known = inside & (index >= first)
+            known = inside & (index >= first * RATIO)
             value = tl.load(raw_at[:, None] + index[None, :], mask=known[None, :], other=-1.0)
             pooled = tl.maximum(pooled, value)
         key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
@@ -109,7 +117,7 @@ def _select_threshold(
     OVERLAP: tl.constexpr,
     FUSED_POOL: tl.constexpr,
 ):
-    """Per row the ``wanted``-th largest key of blocks ``[begin, end)``, and how many of its equals are wanted.
+    """Per row the ``wanted``-th largest key of blocks ``[begin, end)``, and how many of its equals are wanted if not all.
 
     Column maxima bound the key from below, since each is a key of its own; the few keys above the bound are
     gathered and searched exactly.
@@ -147,6 +155,7 @@ def _select_threshold(
     tl.debug_barrier()
     most = top
     above = tl.zeros([R], tl.int32)
+    reached = tl.zeros([R], tl.int32)
     if tl.max(gathered, 0) <= SCAN_WIDTH:
         index = tl.arange(0, SCAN_WIDTH)[None, :]
         keys = tl.load(candidates_at[:, None] + index, mask=index < gathered[:, None], other=-1)
@@ -156,6 +165,7 @@ def _select_threshold(
             least = tl.where(enough, middle, least)
             most = tl.where(enough, most, middle)
         above = tl.sum((keys > least[:, None]).to(tl.int32), 1)
+        reached = tl.sum((keys >= least[:, None]).to(tl.int32), 1)
     else:
         while tl.max(most - least, 0) > 1:
             middle = least + (most - least) // 2
@@ -163,7 +173,8 @@ def _select_threshold(
             least = tl.where(enough, middle, least)
             most = tl.where(enough, most, middle)
         above = _select_count(keys_at, begin, end, scan, high, least + 1, R)
-    return least, wanted - above
+        reached = _select_count(keys_at, begin, end, scan, high, least, R)
+    return least, tl.where(reached > wanted, wanted - above, 2147483647)
 
 
 @triton.jit(do_not_specialize=["num_panels", "num_blocks", "capacity", "dense_len", "window"])
@@ -227,6 +238,7 @@ def _select_kernel(
     RATIO: tl.constexpr = BLOCK // STRIDE
     OVERLAP: tl.constexpr = KERNEL // STRIDE - 1  # windows of earlier blocks that reach into a block
     RAW: tl.constexpr = 0 if FUSED_POOL else RATIO
+    EARLY: tl.constexpr = 1 if OVERLAP > 0 else 0
     CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
     MASK: tl.constexpr = list_tokens.dtype.element_ty
 
@@ -270,8 +282,7 @@ def _select_kernel(
                 keys1 = k1 + batch * stride_1b + head.to(tl.int64) * stride_1h
                 keys1 += (key_begin // STRIDE).to(tl.int64) * stride_1n
                 for chunk in tl.static_range(CHUNKS):
-                    token = (chunk * C + columns) // GP
-                    member = (chunk * C + columns) % GP
+                    token, member = _select_column(chunk * C + columns, PANEL, GP, PIECES)
                     real = (token >= begin) & (token < end) & (member < G)
                     at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
                     q_tile = tl.load(
@@ -296,25 +307,29 @@ def _select_kernel(
                 tl.debug_barrier()
 
                 # Transposed scores, windows x columns, so that a head-sum stays within a row of the product.
-                first = tl.maximum(low - 1, 0) * RATIO  # the block before: its last windows reach into block `low`
+                # Rows of a product start one block early where windows of that block reach into the next.
+                first = low - EARLY
                 for piece in range(PIECES):
                     piece_rows = piece * PR + tl.arange(0, PR)
                     sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-                    carry = tl.full([PR], -1.0, tl.float32)
                     if PARTS == 1:
                         column = piece * C + columns
-                        token = column // GP
-                        member = column % GP
+                        token, member = _select_column(column, PANEL, GP, PIECES)
                         real = (token >= begin) & (token < end) & (member < G)
                         at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
                         q_turned = tl.load(
                             at[None, :] + dims[:, None], mask=real[None, :] & (dims < D)[:, None], other=0.0
                         )  # [DP, C]
                         norm = tl.load(norms_at + column)
-                    for start in range(first, high * RATIO, BC):
-                        index = start + tl.arange(0, BC)
+                    # A step takes one window of each of BC blocks, so that pooling a block is an elementwise maximum.
+                    pooled = tl.full([BC, PR], -1.0, tl.float32)
+                    tail = tl.full([BC, PR], -1.0, tl.float32)  # of the windows that reach into the next block
+                    for step in range(tl.cdiv(high - low, BC - EARLY) * RATIO):
+                        block = first + step // RATIO * (BC - EARLY) + tl.arange(0, BC)
+                        place = step % RATIO
+                        index = block * RATIO + place
                         pointers = keys1 + index[:, None].to(tl.int64) * stride_1n + dims[None, :]
-                        near = index < high * RATIO
+                        near = block < high
                         if DP == D:
                             windows = tl.load(pointers, mask=near[:, None], other=0.0)  # [BC, DP]
                         else:
@@ -322,13 +337,16 @@ def _select_kernel(
                         if PARTS == 1:
                             product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
                             weights = tl.exp2(product * scale_log2 - norm[None, :])
-                            score = tl.sum(tl.reshape(weights, [BC, PR, C // PR]), 2)  # [BC, PR]
+                            heads = tl.sum(tl.reshape(weights, [BC, GP, C // GP]), 1)  # [BC, tokens of the piece]
+                            if QUERY_BLOCK == 1:
+                                score = heads
+                            else:
+                                score = tl.sum(tl.reshape(heads, [BC, PR, QUERY_BLOCK]), 2)  # [BC, PR]
                         else:
                             score = tl.zeros([BC, 1], tl.float32)
                             for part in range(PARTS):
                                 column = part * C + columns
-                                token = column // GP
-                                member = column % GP
+                                token, member = _select_column(column, PANEL, GP, PIECES)
                                 real = (token >= begin) & (token < end) & (member < G)
                                 at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
                                 q_turned = tl.load(
@@ -341,28 +359,22 @@ def _select_kernel(
                             ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
                             score = tl.where(ahead, -1.0, score)
                         if FUSED_POOL:
-                            POOLED: tl.constexpr = BC // RATIO
-                            grouped = tl.reshape(score, [POOLED, RATIO, PR])
-                            pooled = tl.max(grouped, 1)  # [POOLED, PR]
-                            group = tl.arange(0, POOLED)
-                            if OVERLAP == 1:
-                                place = tl.arange(0, RATIO)[None, :, None]
-                                tail = tl.max(tl.where(place == RATIO - 1, grouped, -1.0), 1)
-                                source = tl.maximum(group - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
-                                before = tl.where((group == 0)[:, None], carry[None, :], tl.gather(tail, source, 0))
-                                carry = tl.max(tl.where((group == POOLED - 1)[:, None], tail, -1.0), 0)
-                                pooled = tl.maximum(pooled, before)
-                            key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
-                            block = start // RATIO + group
-                            tl.store(
-                                keys_at + piece_rows[None, :] * num_blocks + block[:, None],
-                                key,
-                                mask=(block < high)[:, None],
-                            )
+                            pooled = tl.maximum(pooled, score)
+                            if OVERLAP > 0:
+                                tail = tl.where(place >= RATIO - OVERLAP, tl.maximum(tail, score), tail)
+                            if place == RATIO - 1:
+                                if OVERLAP > 0:
+                                    source = tl.maximum(tl.arange(0, BC) - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
+                                    pooled = tl.maximum(pooled, tl.gather(tail, source, 0))
+                                key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+                                row_keys = keys_at + piece_rows[None, :] * num_blocks
+                                mine = near & (block >= first + EARLY + step // RATIO * (BC - EARLY))
+                                tl.store(row_keys + block[:, None], key, mask=mine[:, None])
+                                pooled = tl.full([BC, PR], -1.0, tl.float32)
+                                tail = tl.full([BC, PR], -1.0, tl.float32)
                         else:
-                            tl.store(
-                                raw_at + piece_rows[None, :] * raw_stride + index[:, None], score, mask=near[:, None]
-                            )
+                            row_scores = raw_at + piece_rows[None, :] * raw_stride
+                            tl.store(row_scores + index[:, None], score, mask=near[:, None])
                 tl.debug_barrier()
                 for group in range(R // RG):
                     row = group * RG + tl.arange(0, RG)
@@ -413,7 +425,8 @@ def _select_kernel(
                 row_begin = tl.maximum(reach_row, INIT)
                 row_end = own - LOCAL
                 threshold = tl.load(thresholds_at + row, mask=ranked, other=-1)
-                equals = tl.load(equals_at + row, mask=ranked, other=0)
+                equals = tl.load(equals_at + row, mask=ranked, other=2147483647)
+                tied = tl.min(equals, 0) < 2147483647
                 first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0) // LISTED * LISTED
                 final_block = tl.max(tl.where(alive, own, -1), 0)
                 slot = ((panel * TILES + tile) * heads_kv + head).to(tl.int64)
@@ -425,11 +438,12 @@ def _select_kernel(
                     distant = (block[None, :] >= row_begin[:, None]) & (block[None, :] < row_end[:, None])
                     distant = distant & ranked[:, None]
                     keys = tl.load(keys_at + row[:, None] * num_blocks + block[None, :], mask=distant, other=-1)
-                    equal = (keys == threshold[:, None]) & distant
-                    rank = seen[:, None] + tl.cumsum(equal.to(tl.int32), 1)
-                    seen += tl.sum(equal.to(tl.int32), 1)
-                    best = (keys > threshold[:, None]) | (equal & (rank <= equals[:, None]))
-                    chosen = candidate & alive[:, None] & (best | (distant == 0))
+                    chosen = candidate & alive[:, None] & ((keys >= threshold[:, None]) | (distant == 0))
+                    if tied:
+                        equal = ((keys == threshold[:, None]) & distant).to(tl.int32)
+                        rank = seen[:, None] + tl.cumsum(equal, 1)
+                        chosen = chosen & ((equal == 0) | (rank <= equals[:, None]))
+                        seen += tl.sum(equal, 1)
                     mask = tl.sum(tl.where(chosen, bits[:, None], 0).to(MASK), 0).to(MASK)  # [LISTED]
                     used = mask != 0
                     place = written + tl.cumsum(used.to(tl.int32), 0) - 1
@@ -488,7 +502,7 @@ def select_tiles(
     ratio, overlap = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
     launch = selection_launch(q, padded)
     columns = min(launch.columns, shape.panel_tokens * shape.padded_group)
-    fused = overlap <= 1 and ratio <= launch.windows and ratio & (ratio - 1) == 0
+    fused = overlap <= ratio
     rows = shape.panel_tokens // g.query_block
     programs = multiprocessors(q.device) * (launch.programs if rows <= 32 else 1)
     blocks = (g.num_blocks(length_k) + LIST_WIDTH - 1) // LIST_WIDTH * LIST_WIDTH
@@ -541,7 +555,7 @@ def select_tiles(
         BC=launch.windows,
         BN=launch.coarse,
         RG=min(rows, launch.rows),
-        LISTED=LIST_WIDTH,
+        LISTED=max(128, min(LIST_WIDTH, 4096 // max(1, shape.tokens // g.query_block))),
         PROGRAMS=programs,
         PRECISION=precision(q),
         **launch.options,
