@@ -59,7 +59,7 @@ def _plan(
     offset: int | None,
     geometry: BlockGeometry,
 ) -> TilePlan:
-    shape = TileShape.choose(q.shape[1] // k.shape[1], geometry.query_block)
+    shape = TileShape.choose(int(q.shape[1] // k.shape[1]), geometry.query_block)
     start = 0 if offsets is not None else k.shape[2] - q.shape[2]
     sizes = {
         "batch": q.shape[0],
@@ -72,6 +72,19 @@ def _plan(
         return plan_packed_tiles(shape, cu_seqlens_k, cu_seqlens_q, **sizes)
     bounds = None if key_mask is None else key_bounds(key_mask)
     return plan_tiles(shape, **sizes, device=q.device, offsets=offsets, key_bounds=bounds)
+
+
+def _covers_every_query(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    offset: int | None,
+) -> bool:
+    """Whether every query is known to stand at a key; if not, the others' results are filled in beforehand."""
+    plain = key_mask is None and offsets is None and cu_seqlens_k is None and offset is None
+    return plain and bool(q.shape[2] <= k.shape[2])
 
 
 @torch.library.triton_op("infllm::tiled_attention", mutates_args={})
@@ -134,7 +147,7 @@ def tiled_attention(
         lists = select_tiles(
             q, k1, k2, plan, geometry=geometry, scale=scale, dense_len=dense_len, length_k=k.shape[2], window=window
         )
-    whole = key_mask is None and offsets is None and cu_seqlens_k is None and offset is None
+    whole = _covers_every_query(q, k, key_mask, offsets, cu_seqlens_k, offset)
     out, log_sum = attention_forward(
         q,
         k,
@@ -199,7 +212,7 @@ def tiled_attention_backward(
         grad_out = grad_out.contiguous()
     plan = _plan(q, k, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, geometry)
     lists = TileLists(blocks, tokens, counts) if select else None
-    whole = key_mask is None and offsets is None and cu_seqlens_k is None and offset is None
+    whole = _covers_every_query(q, k, key_mask, offsets, cu_seqlens_k, offset)
     delta = output_delta(grad_out, out)
     common: dict[str, Any] = {
         "geometry": geometry,
