@@ -39,7 +39,7 @@ _REDUCED_KEYS = 16
 """Keys whose pieces one program adds."""
 
 
-@triton.jit(do_not_specialize=["num_units", "limit"])
+@triton.jit(do_not_specialize=["num_units", "limit", "num_blocks"])
 def _schedule_kernel(
     slots,  # int32 [num_units + 1]: the unit's first slot; a unit without slots is not cut. The last: slots in use
     piece,  # int32 [1]: queries of a piece
@@ -104,7 +104,9 @@ def _listed_ahead(queries, begin, step, token, run, end, TOKENS: tl.constexpr, H
     return tl.load(queries + index, mask=index >= run, other=0)
 
 
-@triton.jit(do_not_specialize=["num_units", "num_blocks", "bound", "limit", "window"])
+@triton.jit(
+    do_not_specialize=["stride_mb", "length_q", "length_k", "num_units", "num_blocks", "bound", "limit", "window"]
+)
 def _key_gradients_kernel(
     grad_out,
     q,
@@ -206,6 +208,7 @@ def _key_gradients_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
     ROWS: tl.constexpr = TOKENS * TILE_HEADS
     scale_log2 = scale * LOG2E
+    inverse_scale = 1.0 / scale
     heads_q = heads * GROUP
     q += batch * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
     grad_out += batch * stride_gb + (head * GROUP).to(tl.int64) * stride_gh
@@ -241,11 +244,16 @@ def _key_gradients_kernel(
         g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
         pair = tl.load(lane_base + (tl.minimum(first_head + lane_head, GROUP - 1) * length_q + lane_query))
         row_lse, row_delta = tl.split(tl.trans(tl.reshape(pair, [2, ROWS])))
-        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)  # no visible key: weight 0
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # no visible key: weight 0
         if GROUP < TILE_HEADS * HEAD_CHUNKS:
             row_lse = tl.where(first_head + row_head < GROUP, row_lse, float("inf"))
 
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [KEYS, ROWS]
+        # Products start from what would be subtracted from them, so that lse and delta free their registers early.
+        zeros = tl.zeros([KEYS, ROWS], tl.float32)
+        grad_weights = zeros - row_delta[None, :]
+        grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [KEYS, ROWS]
+        scores = zeros - (row_lse * inverse_scale)[None, :]
+        scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [KEYS, ROWS]
         if (start < early) | (start + TOKENS > end):
             index = start + row_token
             own = first + index + shift  # number of the query's own key
@@ -258,10 +266,8 @@ def _key_gradients_kernel(
             scores = tl.where(seen & (index < end)[None, :], scores, float("-inf"))
         if HAS_WINDOW:
             scores = tl.where(key + keys[:, None] > (row_query + shift - window)[None, :], scores, float("-inf"))
-        weights = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        weights = tl.exp2(scores * scale_log2)
         sum_v = tl.dot(weights.to(g_tile.dtype), g_tile, sum_v, input_precision=PRECISION)
-        less = tl.zeros([KEYS, ROWS], tl.float32) - row_delta[None, :]
-        grad_weights = tl.dot(v_tile, tl.trans(g_tile), less, input_precision=PRECISION)
         sum_k = tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)
     sum_k *= scale
 
@@ -282,7 +288,7 @@ def _key_gradients_kernel(
         tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (dims_v[None, :] < DIM_V))
 
 
-@triton.jit(do_not_specialize=["num_units"])
+@triton.jit(do_not_specialize=["stride_mb", "length_k", "num_units"])
 def _add_pieces_kernel(
     grad_k,
     grad_v,
@@ -365,7 +371,7 @@ def key_gradients(
         lists: the selection of the forward (see `transpose_lists`); None: every sequence is dense.
         plan: the tiles of the forward.
         geometry: the block geometry of the selection.
-        scale: softmax scale.
+        scale: softmax scale, positive.
         dense_len: sequences with fewer keys are dense.
         key_mask: bool ``[B, Lk]``, True where a key is valid.
         window: the site's sliding window in keys.
@@ -375,8 +381,8 @@ def key_gradients(
     Returns:
         Contiguous gradients in the dtypes of `k` and `v`; 0 for keys that no query sees.
     """
-    batch, heads, length_k, dim = k.shape
-    dim_v = v.shape[-1]
+    batch, heads, length_k = k.shape[:3]
+    dim, dim_v = int(k.shape[3]), int(v.shape[3])
     length_q = q.shape[2]
     shape = plan.shape
     block_size = geometry.block_size
