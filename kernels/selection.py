@@ -22,6 +22,12 @@ from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
 SCAN_WIDTH = tl.constexpr(128)
 """Blocks that a warp scans at once, four to a lane."""
 
+BOUND_OCTAVES = tl.constexpr(24)
+"""The bound of a row's keys is first sought within this factor of two of its largest score."""
+
+BOUND_STEPS = tl.constexpr(12)
+"""Halvings of that range: they leave a bound good to 0.6 %, so that few keys above it are not wanted."""
+
 LIST_WIDTH = 512
 """Blocks of one step of list writing at most; rows of keys in scratch are a multiple of it."""
 
@@ -72,18 +78,6 @@ def _select_panel_normaliser(
 
 
 @triton.jit
-def _select_count(rows_at, begin, end, start, stop, least, R: tl.constexpr):
-    """Per row: how many keys of columns ``[begin, end)`` are at least ``least``; columns lie in [start, stop)."""
-    count = tl.zeros([R], tl.int32)
-    for column in range(start, stop, SCAN_WIDTH):
-        index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
-        inside = (index >= begin[:, None]) & (index < end[:, None])
-        keys = tl.load(rows_at[:, None] + index, mask=inside, other=-1)
-        count += tl.sum((keys >= least[:, None]).to(tl.int32), 1)
-    return count
-
-
-@triton.jit
 def _select_pool(raw_at, keys_at, low, high, first, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
     """Keys of blocks ``[low, high)`` from the scores of single windows, where scoring could not pool them."""
     for column in range(low // SCAN_WIDTH * SCAN_WIDTH, high, SCAN_WIDTH):
@@ -101,80 +95,147 @@ def _select_pool(raw_at, keys_at, low, high, first, R: tl.constexpr, RATIO: tl.c
 
 
 @triton.jit
-def _select_threshold(
-    keys_at,
-    raw_at,
-    candidates_at,
-    begin,
-    end,
-    wanted,
-    low,
-    high,
-    first,
-    num_blocks,
-    R: tl.constexpr,
-    RATIO: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    FUSED_POOL: tl.constexpr,
-):
-    """Per row the ``wanted``-th largest key of blocks ``[begin, end)``, and how many of its equals are wanted if not all.
+def _select_bound(keys_at, begin, end, wanted, low, high, R: tl.constexpr):
+    """Per row a bound that at least ``wanted`` keys of blocks ``[begin, end)`` reach, and few more, and a strict
+    upper bound of all keys.
 
-    Column maxima bound the key from below, since each is a key of its own; the few keys above the bound are
-    gathered and searched exactly.
+    Column maxima give it, each being a key of its own.
     """
-    if not FUSED_POOL:
-        _select_pool(raw_at, keys_at, low, high, first, R, RATIO, OVERLAP)
-    scan = low // SCAN_WIDTH * SCAN_WIDTH
     peaks = tl.full([R, SCAN_WIDTH], -1, tl.int32)
     peaks_odd = tl.full([R, SCAN_WIDTH], -1, tl.int32)
-    for column in range(scan, high, 2 * SCAN_WIDTH):
+    for column in range(low, high, 2 * SCAN_WIDTH):
         index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
         inside = (index >= begin[:, None]) & (index < end[:, None])
         peaks = tl.maximum(peaks, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
         index += SCAN_WIDTH
         inside = (index >= begin[:, None]) & (index < end[:, None])
         peaks_odd = tl.maximum(peaks_odd, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
-    top = tl.maximum(tl.max(tl.maximum(peaks, peaks_odd), 1) + 1, 1)  # no key reaches it
-    least = tl.zeros([R], tl.int32)
+    top = tl.maximum(tl.max(tl.maximum(peaks, peaks_odd), 1) + 1, 1)
     most = top
-    for _ in range(16):  # to within a 2**-9 part: what the bound lets through in excess is gathered with the rest
+    least = tl.maximum(top - (BOUND_OCTAVES << 23), 0)
+    reached = (peaks >= least[:, None]).to(tl.int32) + (peaks_odd >= least[:, None]).to(tl.int32)
+    least = tl.where(tl.sum(reached, 1) >= wanted, least, 0)
+    for _ in range(BOUND_STEPS):
         middle = least + (most - least) // 2
         reached = (peaks >= middle[:, None]).to(tl.int32) + (peaks_odd >= middle[:, None]).to(tl.int32)
         enough = tl.sum(reached, 1) >= wanted
         least = tl.where(enough, middle, least)
         most = tl.where(enough, most, middle)
-    gathered = tl.zeros([R], tl.int32)
-    for column in range(scan, high, SCAN_WIDTH):
-        index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
-        inside = (index >= begin[:, None]) & (index < end[:, None])
-        keys = tl.load(keys_at[:, None] + index, mask=inside, other=-1)
-        chosen = (keys >= least[:, None]).to(tl.int32)
-        place = gathered[:, None] + tl.cumsum(chosen, 1) - 1
-        tl.store(candidates_at[:, None] + place, keys, mask=(chosen > 0) & (place < SCAN_WIDTH))
-        gathered += tl.sum(chosen, 1)
-    tl.debug_barrier()
+    return least, top
+
+
+@triton.jit
+def _select_range(
+    row,
+    position,
+    begin,
+    end,
+    length,
+    window,
+    QUERY_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BUDGET: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Per row of a panel: its far blocks, which compete by score, as a range, and how many of them it visits."""
+    last = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+    reach = row * 0  # the first block that the sliding window touches
+    if HAS_WINDOW:
+        reach = tl.maximum(last - window + 1, 0) // BLOCK
+    far_begin = tl.maximum(reach, INIT)
+    there = (row * QUERY_BLOCK < end) & ((row + 1) * QUERY_BLOCK > begin)
+    far_end = tl.where(there, last // BLOCK - LOCAL, 0)
+    wanted = tl.minimum(tl.maximum(far_end - far_begin, 0), BUDGET - tl.maximum(INIT - reach, 0))
+    return far_begin, far_end, wanted
+
+
+@triton.jit
+def _select_kept(keys_at, columns_at, kept, start, begin, end):
+    """Keys of 128 kept columns from ``start`` on; -1 past the last and outside a row's range ``[begin, end)``."""
+    place = start + tl.arange(0, SCAN_WIDTH)
+    index = tl.load(columns_at + place, mask=place < kept, other=-1)[None, :]
+    inside = (index >= begin[:, None]) & (index < end[:, None])
+    return tl.load(keys_at[:, None] + index, mask=inside, other=-1)
+
+
+@triton.jit
+def _select_threshold(keys_at, columns_at, kept, begin, end, wanted, least, top, R: tl.constexpr):
+    """Per row a key that exactly ``wanted`` of the kept columns reach; where equal keys forbid that, the smallest
+    key wanted, and how many of its equals are.
+    """
     most = top
-    above = tl.zeros([R], tl.int32)
-    reached = tl.zeros([R], tl.int32)
-    if tl.max(gathered, 0) <= SCAN_WIDTH:
-        index = tl.arange(0, SCAN_WIDTH)[None, :]
-        keys = tl.load(candidates_at[:, None] + index, mask=index < gathered[:, None], other=-1)
-        while tl.max(most - least, 0) > 1:
+    spare = tl.full([R], 2147483647, tl.int32)  # columns that reach `least` beyond those wanted
+    if kept <= 2 * SCAN_WIDTH:
+        keys = _select_kept(keys_at, columns_at, kept, 0, begin, end)
+        keys_odd = _select_kept(keys_at, columns_at, kept, SCAN_WIDTH, begin, end)
+        while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
             middle = least + (most - least) // 2
-            enough = tl.sum((keys >= middle[:, None]).to(tl.int32), 1) >= wanted
-            least = tl.where(enough, middle, least)
-            most = tl.where(enough, most, middle)
-        above = tl.sum((keys > least[:, None]).to(tl.int32), 1)
-        reached = tl.sum((keys >= least[:, None]).to(tl.int32), 1)
+            reached = (keys >= middle[:, None]).to(tl.int32) + (keys_odd >= middle[:, None]).to(tl.int32)
+            excess = tl.sum(reached, 1) - wanted
+            least = tl.where(excess >= 0, middle, least)
+            spare = tl.where(excess >= 0, excess, spare)
+            most = tl.where(excess >= 0, most, middle)
+        reached = (keys >= least[:, None]).to(tl.int32) + (keys_odd >= least[:, None]).to(tl.int32)
+        spare = tl.sum(reached, 1) - wanted
+        reached = (keys > least[:, None]).to(tl.int32) + (keys_odd > least[:, None]).to(tl.int32)
+        above = tl.sum(reached, 1)
     else:
-        while tl.max(most - least, 0) > 1:
+        while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
             middle = least + (most - least) // 2
-            enough = _select_count(keys_at, begin, end, scan, high, middle, R) >= wanted
-            least = tl.where(enough, middle, least)
-            most = tl.where(enough, most, middle)
-        above = _select_count(keys_at, begin, end, scan, high, least + 1, R)
-        reached = _select_count(keys_at, begin, end, scan, high, least, R)
-    return least, tl.where(reached > wanted, wanted - above, 2147483647)
+            excess = -wanted
+            for start in range(0, kept, SCAN_WIDTH):
+                keys = _select_kept(keys_at, columns_at, kept, start, begin, end)
+                excess += tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
+            least = tl.where(excess >= 0, middle, least)
+            spare = tl.where(excess >= 0, excess, spare)
+            most = tl.where(excess >= 0, most, middle)
+        spare = -wanted
+        above = tl.zeros([R], tl.int32)
+        for start in range(0, kept, SCAN_WIDTH):
+            keys = _select_kept(keys_at, columns_at, kept, start, begin, end)
+            spare += tl.sum((keys >= least[:, None]).to(tl.int32), 1)
+            above += tl.sum((keys > least[:, None]).to(tl.int32), 1)
+    return least, tl.where(spare > 0, wanted - above, 2147483647)
+
+
+@triton.jit
+def _select_write(
+    blocks_at,
+    tokens_at,
+    written,
+    seen,
+    block,  # [W] ascending
+    there,  # [W] whether `block` is to be looked at
+    keys_at,  # [ROWS]
+    bits,
+    reach,
+    row_begin,
+    row_end,
+    own,
+    threshold,
+    equals,
+    ranked,
+    tied,
+):
+    """Append to a tile's list those of some blocks that a row of the tile visits."""
+    block_ = block[None, :]
+    candidate = (bits != 0)[:, None] & there[None, :] & (block_ >= reach[:, None]) & (block_ <= own[:, None])
+    distant = candidate & ranked[:, None] & (block_ >= row_begin[:, None]) & (block_ < row_end[:, None])
+    keys = tl.load(keys_at[:, None] + block_, mask=distant, other=2147483647)
+    chosen = candidate & (keys >= threshold[:, None])
+    if tied:
+        equal = (distant & (keys == threshold[:, None])).to(tl.int32)
+        rank = seen[:, None] + tl.cumsum(equal, 1)
+        chosen = chosen & ((equal == 0) | (rank <= equals[:, None]))
+        seen += tl.sum(equal, 1)
+    mask = tl.sum(tl.where(chosen, bits[:, None], 0).to(bits.dtype), 0).to(bits.dtype)  # [W]
+    used = (mask != 0).to(tl.int32)
+    place = written + tl.cumsum(used, 0) - 1
+    tl.store(blocks_at + place, block.to(tl.int16), mask=used != 0)
+    tl.store(tokens_at + place, mask, mask=used != 0)
+    return written + tl.sum(used, 0), seen
 
 
 @triton.jit(do_not_specialize=["num_panels", "num_blocks", "capacity", "dense_len", "window"])
@@ -224,6 +285,7 @@ def _select_kernel(
     BC: tl.constexpr,
     BN: tl.constexpr,
     RG: tl.constexpr,
+    INIT_WIDTH: tl.constexpr,
     LISTED: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -242,13 +304,13 @@ def _select_kernel(
     CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
     MASK: tl.constexpr = list_tokens.dtype.element_ty
 
-    # Scratch of one program: keys [R, num_blocks], candidates [R, 128], normalisers [columns], thresholds [R],
+    # Scratch of one program: keys [R, num_blocks], columns [num_blocks], normalisers [CHUNKS * C], thresholds [R],
     # equals [R], and, where pooling is a pass of its own, raw scores [R, num_blocks * RATIO].
-    span = num_blocks.to(tl.int64) * (R * (1 + RAW)) + (R * (SCAN_WIDTH + 2) + CHUNKS * C)
+    span = num_blocks.to(tl.int64) * (R * (1 + RAW) + 1) + (R * 2 + CHUNKS * C)
     keys_at = scratch + tl.program_id(0) * span
-    candidates_at = keys_at + num_blocks.to(tl.int64) * R
-    norms_at = (candidates_at + R * SCAN_WIDTH).to(tl.pointer_type(tl.float32))
-    thresholds_at = candidates_at + (R * SCAN_WIDTH + CHUNKS * C)
+    columns_at = keys_at + num_blocks.to(tl.int64) * R
+    norms_at = (columns_at + num_blocks).to(tl.pointer_type(tl.float32))
+    thresholds_at = columns_at + num_blocks + CHUNKS * C
     equals_at = thresholds_at + R
     raw_at = (equals_at + R).to(tl.pointer_type(tl.float32))
     raw_stride = num_blocks * RAW
@@ -264,16 +326,11 @@ def _select_kernel(
             for tile in range(TILES):
                 tl.store(list_counts + (panel * TILES + tile) * heads_kv + head, 0)
         else:
-            last = tl.minimum(position + rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)  # [R]
             there = (rows * QUERY_BLOCK < end) & ((rows + 1) * QUERY_BLOCK > begin)
-            reach = tl.zeros([R], tl.int32)  # the first block that the sliding window touches
-            if HAS_WINDOW:
-                reach = tl.maximum(last - window + 1, 0) // BLOCK
-            far_begin = tl.maximum(reach, INIT)
-            far_end = tl.where(there, last // BLOCK - LOCAL, 0)
-            budget = BUDGET - tl.maximum(INIT - reach, 0)
-            far = tl.maximum(far_end - far_begin, 0)
-            scored = tl.max(far - budget, 0) > 0
+            far_begin, far_end, wanted = _select_range(
+                rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
+            )
+            scored = tl.max(far_end - far_begin - wanted, 0) > 0  # some query leaves blocks out
             low = tl.min(tl.where(there, far_begin, 2147483647), 0)
             high = tl.max(far_end, 0)
 
@@ -376,82 +433,111 @@ def _select_kernel(
                             row_scores = raw_at + piece_rows[None, :] * raw_stride
                             tl.store(row_scores + index[:, None], score, mask=near[:, None])
                 tl.debug_barrier()
-                for group in range(R // RG):
-                    row = group * RG + tl.arange(0, RG)
-                    last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-                    alive = (row * QUERY_BLOCK < end) & ((row + 1) * QUERY_BLOCK > begin)
-                    reach_row = tl.zeros([RG], tl.int32)
-                    if HAS_WINDOW:
-                        reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
-                    row_begin = tl.maximum(reach_row, INIT)
-                    row_end = tl.where(alive, last_row // BLOCK - LOCAL, 0)
-                    wanted = tl.minimum(tl.maximum(row_end - row_begin, 0), BUDGET - tl.maximum(INIT - reach_row, 0))
-                    threshold, equals = _select_threshold(
-                        keys_at + row * num_blocks,
-                        raw_at + row * raw_stride,
-                        candidates_at + row * SCAN_WIDTH,
-                        row_begin,
-                        row_end,
-                        wanted,
-                        low,
-                        high,
-                        first,
-                        num_blocks,
-                        RG,
-                        RATIO,
-                        OVERLAP,
-                        FUSED_POOL,
-                    )
-                    tl.store(thresholds_at + row, threshold)
-                    tl.store(equals_at + row, equals)
-                tl.debug_barrier()
+                if not FUSED_POOL:
+                    for group in range(R // RG):
+                        row = group * RG + tl.arange(0, RG)
+                        _select_pool(
+                            raw_at + row * raw_stride, keys_at + row * num_blocks, low, high, first, RG, RATIO, OVERLAP
+                        )
 
             for tile in range(TILES):
                 row = tile * T // QUERY_BLOCK + tl.arange(0, ROWS)
                 last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-                # Bits of the row's tokens within this tile.
                 member = tl.arange(0, T)
                 token = tile * T + member
                 mine = (token // QUERY_BLOCK)[None, :] == row[:, None]
                 mine = mine & ((token >= begin) & (token < end))[None, :]  # [ROWS, T]
                 bit = tl.full([T], 1, MASK) << member.to(MASK)
-                bits = tl.sum(tl.where(mine, bit[None, :], 0), 1).to(MASK)
+                bits = tl.sum(tl.where(mine, bit[None, :], 0), 1).to(MASK)  # tokens of the row within the tile
                 alive = bits != 0
-                ranked = alive & (tl.max(far - budget, 0) + tl.zeros([ROWS], tl.int32) > 0)
+                ranked = alive & (tl.max(far_end - far_begin - wanted, 0) + tl.zeros([ROWS], tl.int32) > 0)
                 own = last_row // BLOCK
                 reach_row = tl.zeros([ROWS], tl.int32)
                 if HAS_WINDOW:
                     reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
                 row_begin = tl.maximum(reach_row, INIT)
-                row_end = own - LOCAL
-                threshold = tl.load(thresholds_at + row, mask=ranked, other=-1)
-                equals = tl.load(equals_at + row, mask=ranked, other=2147483647)
-                tied = tl.min(equals, 0) < 2147483647
-                first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0) // LISTED * LISTED
+                row_end = tl.where(alive, own - LOCAL, 0)
+                first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0)
                 final_block = tl.max(tl.where(alive, own, -1), 0)
                 slot = ((panel * TILES + tile) * heads_kv + head).to(tl.int64)
+                blocks_at = list_blocks + slot * capacity
+                tokens_at = list_tokens + slot * capacity
+                rows_at = keys_at + row * num_blocks
                 written = 0
                 seen = tl.zeros([ROWS], tl.int32)
-                for start in range(first_block, final_block + 1, LISTED):
-                    block = start + tl.arange(0, LISTED)
-                    candidate = (block[None, :] >= reach_row[:, None]) & (block[None, :] <= own[:, None])
-                    distant = (block[None, :] >= row_begin[:, None]) & (block[None, :] < row_end[:, None])
-                    distant = distant & ranked[:, None]
-                    keys = tl.load(keys_at + row[:, None] * num_blocks + block[None, :], mask=distant, other=-1)
-                    chosen = candidate & alive[:, None] & ((keys >= threshold[:, None]) | (distant == 0))
-                    if tied:
-                        equal = ((keys == threshold[:, None]) & distant).to(tl.int32)
-                        rank = seen[:, None] + tl.cumsum(equal, 1)
-                        chosen = chosen & ((equal == 0) | (rank <= equals[:, None]))
-                        seen += tl.sum(equal, 1)
-                    mask = tl.sum(tl.where(chosen, bits[:, None], 0).to(MASK), 0).to(MASK)  # [LISTED]
-                    used = mask != 0
-                    place = written + tl.cumsum(used.to(tl.int32), 0) - 1
-                    tl.store(list_blocks + slot * capacity + place, block.to(tl.int16), mask=used)
-                    tl.store(list_tokens + slot * capacity + place, mask, mask=used)
-                    written += tl.sum(used.to(tl.int32), 0)
+                threshold = tl.full([ROWS], -1, tl.int32)
+                equals = tl.full([ROWS], 2147483647, tl.int32)
+                tied = False
+                window_begin = first_block  # from here on blocks are looked at one by one
+                if scored & (tl.max(row_end - row_begin, 0) > 0):
+                    tile_low = tl.min(tl.where(alive, row_begin, 2147483647), 0)
+                    tile_high = tl.max(row_end, 0)
+                    for group in range(ROWS // RG):
+                        line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
+                        line_begin, line_end, line_wanted = _select_range(
+                            line, position, begin, end, length, window,
+                            QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
+                        )  # fmt: skip
+                        least, top = _select_bound(
+                            keys_at + line * num_blocks, line_begin, line_end, line_wanted, tile_low, tile_high, RG
+                        )
+                        tl.store(thresholds_at + line, least)
+                        tl.store(equals_at + line, top)
+                    tl.debug_barrier()
+                    bound = tl.load(thresholds_at + row, mask=alive, other=2147483647)
+                    kept = 0
+                    for start in range(tile_low, tile_high, LISTED):
+                        block = start + tl.arange(0, LISTED)
+                        inside = (block[None, :] >= row_begin[:, None]) & (block[None, :] < row_end[:, None])
+                        keys = tl.load(rows_at[:, None] + block[None, :], mask=inside, other=-1)
+                        keep = tl.max((keys >= bound[:, None]).to(tl.int32), 0)
+                        tl.store(columns_at + kept + tl.cumsum(keep, 0) - 1, block, mask=keep != 0)
+                        kept += tl.sum(keep, 0)
+                    tl.debug_barrier()
+                    for group in range(ROWS // RG):
+                        line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
+                        line_begin, line_end, line_wanted = _select_range(
+                            line, position, begin, end, length, window,
+                            QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
+                        )  # fmt: skip
+                        cut, spared = _select_threshold(
+                            keys_at + line * num_blocks,
+                            columns_at,
+                            kept,
+                            line_begin,
+                            line_end,
+                            line_wanted,
+                            tl.load(thresholds_at + line),
+                            tl.load(equals_at + line),
+                            RG,
+                        )
+                        tl.store(thresholds_at + line, cut)
+                        tl.store(equals_at + line, spared)
+                    tl.debug_barrier()
+                    threshold = tl.load(thresholds_at + row, mask=alive, other=-1)
+                    equals = tl.load(equals_at + row, mask=alive, other=2147483647)
+                    tied = tl.min(equals, 0) < 2147483647
+                    window_begin = tl.maximum(tl.min(tl.where(alive, own - LOCAL, 2147483647), 0), tile_low)
+                    block = first_block + tl.arange(0, INIT_WIDTH)
+                    written, seen = _select_write(
+                        blocks_at, tokens_at, written, seen, block, block < tl.minimum(INIT, tile_low), rows_at,
+                        bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+                    )  # fmt: skip
+                    for start in range(0, kept, LISTED):
+                        place = start + tl.arange(0, LISTED)
+                        block = tl.load(columns_at + place, mask=place < kept, other=2147483647)
+                        written, seen = _select_write(
+                            blocks_at, tokens_at, written, seen, block, block < window_begin, rows_at,
+                            bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+                        )  # fmt: skip
+                for start in range(window_begin, final_block + 1, SCAN_WIDTH):
+                    block = start + tl.arange(0, SCAN_WIDTH)
+                    written, seen = _select_write(
+                        blocks_at, tokens_at, written, seen, block, block >= 0, rows_at,
+                        bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+                    )  # fmt: skip
                 tl.store(list_counts + slot, written)
-            tl.debug_barrier()
+                tl.debug_barrier()
 
 
 def list_capacity(plan: TilePlan, geometry: BlockGeometry, length_k: int) -> int:
@@ -506,8 +592,7 @@ def select_tiles(
     rows = shape.panel_tokens // g.query_block
     programs = multiprocessors(q.device) * (launch.programs if rows <= 32 else 1)
     blocks = (g.num_blocks(length_k) + LIST_WIDTH - 1) // LIST_WIDTH * LIST_WIDTH
-    span = blocks * rows * (1 if fused else 1 + ratio)
-    span = span + rows * (SCAN_WIDTH.value + 2) + shape.panel_tokens * shape.padded_group
+    span = blocks * (rows * (1 if fused else 1 + ratio) + 1) + rows * 2 + shape.panel_tokens * shape.padded_group
     scratch = torch.empty(programs * span, dtype=torch.int32, device=q.device)
     traced(_select_kernel)[(programs,)](
         q,
@@ -554,7 +639,8 @@ def select_tiles(
         C=columns,
         BC=launch.windows,
         BN=launch.coarse,
-        RG=min(rows, launch.rows),
+        RG=min(max(1, shape.tokens // g.query_block), launch.rows),
+        INIT_WIDTH=max(16, triton.next_power_of_2(g.init_blocks)),
         LISTED=max(128, min(LIST_WIDTH, 4096 // max(1, shape.tokens // g.query_block))),
         PROGRAMS=programs,
         PRECISION=precision(q),
