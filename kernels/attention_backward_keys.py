@@ -98,10 +98,17 @@ def _slot_unit(slots, num_units, slot):
 
 
 @triton.jit
-def _listed_ahead(queries, begin, step, token, run, end, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
-    """Listed queries of a step's rows, whose tokens in the step are `token`; read a step before their rows are."""
+def _listed_queries(queries, begin, step, token, run, end, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+    """Listed queries of a step's rows, whose tokens in the step are `token`; read before the step, which waits less."""
     index = tl.minimum(begin + step // HEAD_CHUNKS * TOKENS + token, end - 1)
     return tl.load(queries + index, mask=index >= run, other=0)
+
+
+@triton.jit
+def _step_queries(first, listed, begin, step, token, run, end, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+    """Queries of a step's rows, of the run or listed; rows past the last query repeat it."""
+    index = tl.minimum(begin + step // HEAD_CHUNKS * TOKENS + token, end - 1)
+    return tl.where(index < run, first + index, listed)
 
 
 @triton.jit(
@@ -215,35 +222,40 @@ def _key_gradients_kernel(
     statistics = (batch * heads_q + head * GROUP) * length_q
     row_token = tl.arange(0, ROWS) // TILE_HEADS
     row_head = tl.arange(0, ROWS) % TILE_HEADS
-    # One load fetches a step's lse and delta, each thread one number.
+    # One load fetches a step's lse and delta, each thread one number, a step ahead.
     lane = tl.arange(0, 2 * ROWS)
     lane_base = tl.where(lane < ROWS, lse + statistics, delta + statistics)
     lane_token = lane % ROWS // TILE_HEADS
     lane_head = lane % TILE_HEADS
+    row_listed = row_token
+    lane_listed = lane_token
     if HAS_LISTS:
-        row_listed = _listed_ahead(queries, begin, 0, row_token, run, end, TOKENS, HEAD_CHUNKS)
-        lane_listed = _listed_ahead(queries, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+        row_listed = _listed_queries(queries, begin, 0, row_token, run, end, TOKENS, HEAD_CHUNKS)
+        lane_listed = _listed_queries(queries, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+    lane_query = _step_queries(first, lane_listed, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+    lane_next = tl.load(lane_base + tl.minimum(lane_head, GROUP - 1) * length_q + lane_query, mask=begin < end)
+    if HAS_LISTS:
+        lane_listed = _listed_queries(queries, begin, 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
 
     sum_k = tl.zeros([KEYS, PADDED], tl.float32)
     sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
     for step in range(tl.cdiv(end - begin, TOKENS) * HEAD_CHUNKS):
         start = begin + step // HEAD_CHUNKS * TOKENS
         first_head = step % HEAD_CHUNKS * TILE_HEADS
-        # Rows past the last query or head repeat the last; they get weight 0 below.
-        row_query = first + tl.minimum(start + row_token, end - 1)
-        lane_query = first + tl.minimum(start + lane_token, end - 1)
+        row_query = _step_queries(first, row_listed, begin, step, row_token, run, end, TOKENS, HEAD_CHUNKS)
         if HAS_LISTS:
-            row_query = tl.where(row_query < first + run, row_query, row_listed)
-            lane_query = tl.where(lane_query < first + run, lane_query, lane_listed)
-            row_listed = _listed_ahead(queries, begin, step + 1, row_token, run, end, TOKENS, HEAD_CHUNKS)
-            lane_listed = _listed_ahead(queries, begin, step + 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+            row_listed = _listed_queries(queries, begin, step + 1, row_token, run, end, TOKENS, HEAD_CHUNKS)
         head_q = tl.minimum(first_head + row_head, GROUP - 1).to(tl.int64)
         q_at = q + (head_q * stride_qh + row_query.to(tl.int64) * stride_qn)[:, None] + dims[None, :]
         g_at = grad_out + (head_q * stride_gh + row_query.to(tl.int64) * stride_gn)[:, None] + dims_v[None, :]
         q_tile = tl.load(q_at) if DIM == PADDED else tl.load(q_at, mask=dims[None, :] < DIM, other=0.0)
         g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
-        pair = tl.load(lane_base + (tl.minimum(first_head + lane_head, GROUP - 1) * length_q + lane_query))
-        row_lse, row_delta = tl.split(tl.trans(tl.reshape(pair, [2, ROWS])))
+        row_lse, row_delta = tl.split(tl.trans(tl.reshape(lane_next, [2, ROWS])))
+        next_head = tl.minimum((step + 1) % HEAD_CHUNKS * TILE_HEADS + lane_head, GROUP - 1)
+        lane_query = _step_queries(first, lane_listed, begin, step + 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+        lane_next = tl.load(lane_base + next_head * length_q + lane_query)
+        if HAS_LISTS:
+            lane_listed = _listed_queries(queries, begin, step + 2, lane_token, run, end, TOKENS, HEAD_CHUNKS)
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # no visible key: weight 0
         if GROUP < TILE_HEADS * HEAD_CHUNKS:
             row_lse = tl.where(first_head + row_head < GROUP, row_lse, float("inf"))
