@@ -233,7 +233,8 @@ def _key_gradients_kernel(
         row_listed = _listed_queries(queries, begin, 0, row_token, run, end, TOKENS, HEAD_CHUNKS)
         lane_listed = _listed_queries(queries, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
     lane_query = _step_queries(first, lane_listed, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
-    lane_next = tl.load(lane_base + tl.minimum(lane_head, GROUP - 1) * length_q + lane_query, mask=begin < end)
+    lane_at = tl.minimum(lane_head, GROUP - 1) * length_q + lane_query
+    lane_next = tl.load(lane_base + lane_at, mask=begin + lane_token < end, other=0.0)
     if HAS_LISTS:
         lane_listed = _listed_queries(queries, begin, 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
 
