@@ -16,6 +16,7 @@ from infllm_pass.errors import ConfigError, UntunedDeviceWarning
 from infllm_pass.log import CompileLog
 from infllm_pass.pipeline import Switch, run_pass
 from infllm_pass.plan import SiteFilter
+from infllm_pass.report import GraphReport
 
 CompiledGraph = Callable[..., Any]
 Compiler = Callable[..., CompiledGraph]
@@ -61,14 +62,7 @@ class SwitchableBackend:
             number=self.log.next_number(),
         )
         self.log.add(report, module)
-        untuned = sorted({site.device for site in report.sites if site.branch == "sparse" and site.device != "cpu"})
-        if untuned:
-            warnings.warn(
-                f"sparse attention on {', '.join(untuned)} runs through operators tuned for the CPU: correct, but "
-                "slower than dense attention; raise dense_len above your lengths to keep the dense kernels",
-                UntunedDeviceWarning,
-                stacklevel=2,
-            )
+        _warn_untuned(report)
         return self.compiler(module, example_inputs)
 
     def reset(self) -> None:
@@ -76,6 +70,18 @@ class SwitchableBackend:
         reset = getattr(self.compiler, "reset", None)
         if reset is not None:
             reset()
+
+
+def _warn_untuned(report: GraphReport) -> None:
+    """Warn of a graph's sparse sites on a GPU that the Triton kernels do not take."""
+    refused = {(site.device, site.refusal) for site in report.sites if site.branch == "sparse" and site.refusal}
+    for device, refusal in sorted(refused):
+        warnings.warn(
+            f"sparse attention on {device} runs through torch operators tuned for the CPU, correct but slower than "
+            f"dense attention: {refusal}; change that, or raise dense_len above your lengths",
+            UntunedDeviceWarning,
+            stacklevel=3,
+        )
 
 
 def infllm(

@@ -26,7 +26,7 @@ class DtypeError(InfLLMError, TypeError):
 
 
 class DeviceError(InfLLMError, ValueError):
-    """Tensors of one call are on different devices."""
+    """Tensors of one call are on different devices, or on one that cannot do what the call asks for."""
 
 
 class UnsupportedModelError(InfLLMError, TypeError):
@@ -55,7 +55,7 @@ class MeasurementError(InfLLMError, RuntimeError):
 
 
 class UntunedDeviceWarning(UserWarning):
-    """Sparse attention runs on a device that has no kernels of its own yet: correct, and slow."""
+    """Sparse attention on a GPU is left to operators tuned for the CPU: correct, and slow."""
 
 
 class NoAttentionSiteWarning(UserWarning):

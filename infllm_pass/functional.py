@@ -13,7 +13,7 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.guard import Branch, decide_length
 from infllm_pass.lowering import operators
-from infllm_pass.lowering.checks import check_attention, refused_by_tiled
+from infllm_pass.lowering.checks import check_attention, check_tiled, refused_by_tiled
 
 
 def switchable_attention(
@@ -124,13 +124,14 @@ def switchable_attention_varlen(
     Raises:
         ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
     """
-    from infllm_pass.lowering import tiled
-
     chosen = SparseAttentionConfig.coerce(config)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected three dimensions [total, H, D]")
     rows = [_unit_stride(x.transpose(0, 1)[None]) for x in (q, k, v)]  # [1, H, total, D]
+    check_tiled(*rows, None, None, cu_seqlens_q, cu_seqlens_k, window, chosen.geometry)
+    from infllm_pass.lowering import tiled
+
     factor = float(q.shape[2]) ** -0.5 if scale is None else scale
     sparse = decide_length(k.shape[0], chosen.dense_len).branch is Branch.SPARSE
     numbers = (None, window, factor, chosen.dense_len, sparse, *tiled.tiled_arguments(chosen.geometry))

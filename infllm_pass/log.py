@@ -29,12 +29,13 @@ class CompileLog:
         self._entries.append((report, [weakref.ref(tensor) for tensor in _parameters(module)]))
         for site in report.sites:
             logger.info(
-                "graph %d, site %d %s: %s, runs %s %s (%s)",
+                "graph %d, site %d %s: %s, runs %s through %s %s (%s)",
                 site.graph,
                 site.site,
                 site.module or site.source,
                 site.decision,
                 site.branch,
+                site.kernels,
                 site.guard,
                 site.explanation,
             )

@@ -49,8 +49,8 @@ def run_pass(
             if plan.switchable and switch is Switch.BY_LENGTH:
                 guard = decide_length(plan.site.shape(plan.site.key)[2], config.dense_len)
             row = describe_site(number, len(rows), plan, guard)
-            elided = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
-            rows.append(row.with_mask_elided(elided))
+            outcome = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
+            rows.append(row.with_outcome(outcome))
         if rows:
             view.module.graph.lint()
             view.module.recompile()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from infllm_pass.guard import Branch, LengthGuard
 from infllm_pass.plan import Reason, SitePlan
+from infllm_pass.rewrite import Kernels, Outcome
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class SiteReport:
         mask_elided: whether the compiled graph no longer reads a mask tensor here (or never had one).
         decision: "switchable" or "dense".
         branch: the side of the switch that this graph runs, "dense" or "sparse".
+        kernels: what computes the site on this side: "triton", "torch operators" or "SDPA".
+        refusal: why the Triton kernels do not take a site on a GPU that "torch operators" compute; else "".
         guard: the length test that chose the side; "" for a dense site.
         guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
         reason: name of the `Reason`.
@@ -52,14 +55,17 @@ class SiteReport:
     mask_elided: bool
     decision: str
     branch: str
+    kernels: str
+    refusal: str
     guard: str
     guard_dynamic: bool
     reason: str
     explanation: str
 
-    def with_mask_elided(self, elided: bool) -> SiteReport:
-        """The row once it is known whether the rewritten site still reads a mask tensor."""
-        return replace(self, mask_elided=self.mask_elided or elided)
+    def with_outcome(self, outcome: Outcome) -> SiteReport:
+        """The row once the site is rewritten."""
+        elided = self.mask_elided or outcome.mask_elided
+        return replace(self, mask_elided=elided, kernels=outcome.kernels.value, refusal=outcome.refusal)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class Report:
 
 
 _PLACE = ("site", "module")
-_COLUMNS = ("graph", *_PLACE, "q [B,H,L,D]", "kv heads", "mask", "decision", "runs", "guard", "why")
+_COLUMNS = ("graph", *_PLACE, "q [B,H,L,D]", "kv heads", "mask", "decision", "runs", "kernels", "guard", "why")
 
 
 def _cells(rows: list[SiteReport]) -> dict[str, str]:
@@ -151,9 +157,17 @@ def _cells(rows: list[SiteReport]) -> dict[str, str]:
         "mask": first.mask + (", elided" if first.mask_elided else ""),
         "decision": first.decision,
         "runs": first.branch,
+        "kernels": first.kernels,
         "guard": first.guard + (" (dynamic)" if first.guard_dynamic else ""),
-        "why": "" if first.decision == "switchable" else f"{first.reason}: {first.explanation}",
+        "why": _why(first),
     }
+
+
+def _why(site: SiteReport) -> str:
+    """Why a site stays dense, or why a site on a GPU does without the Triton kernels."""
+    if site.decision != "switchable":
+        return f"{site.reason}: {site.explanation}"
+    return f"not triton: {site.refusal}" if site.refusal else ""
 
 
 def _runs_of_equal_sites(sites: list[SiteReport]) -> list[list[SiteReport]]:
@@ -197,6 +211,8 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         mask_elided=site.mask is None,
         decision="switchable" if plan.switchable else "dense",
         branch=(guard.branch if guard is not None else Branch.DENSE).value,
+        kernels=Kernels.SDPA.value,
+        refusal="",
         guard=guard.expression if guard is not None else "",
         guard_dynamic=guard is not None and guard.dynamic,
         reason=plan.reason.name,

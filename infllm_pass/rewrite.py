@@ -1,5 +1,8 @@
 """Rewriting planned sites in place: to sparse operators, or to attention without a mask tensor.
 
+A site on a CUDA device becomes the operator of the Triton kernels where these take it; every other site becomes the
+torch operators, which run everywhere.
+
 Invariants: the graph computes what it did (up to the method's own approximation on the sparse side); every
 emitted node carries ``example_value`` and the source location of the site it replaces; a node is erased only
 if the vocabulary knows it to be pure and nothing uses it any more.
@@ -10,6 +13,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from torch import fx
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graphs import fake_mode_of
 from infllm_pass.guard import Branch
+from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
 from infllm_pass.masks import KeyCondition
 from infllm_pass.plan import SitePlan
@@ -27,6 +33,29 @@ from infllm_pass.vocabulary import read
 
 _GQA_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """On CUDA only the half-precision flash kernels take grouped heads; float32 would fall back to N x N scores."""
+
+
+class Kernels(Enum):
+    """What computes a site. The value is what the report calls it."""
+
+    TRITON = "triton"
+    TORCH = "torch operators"
+    SDPA = "SDPA"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a site.
+
+    Attributes:
+        mask_elided: whether its mask tensor, if it had one, is no longer read.
+        kernels: what computes it.
+        refusal: why the Triton kernels do not take a site on a GPU that is left to the torch operators; else "".
+    """
+
+    mask_elided: bool = False
+    kernels: Kernels = Kernels.SDPA
+    refusal: str = ""
 
 
 class Rewriter:
@@ -42,7 +71,7 @@ class Rewriter:
         self.config = config
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
 
-    def rewrite(self, plan: SitePlan, branch: Branch) -> bool:
+    def rewrite(self, plan: SitePlan, branch: Branch) -> Outcome:
         """Rewrite one site for one side of the length switch.
 
         Args:
@@ -50,38 +79,29 @@ class Rewriter:
             branch: the side that this graph is compiled for.
 
         Returns:
-            Whether the site's mask tensor, if it had one, is no longer read.
+            What became of it.
         """
         site = plan.site
         if not plan.switchable and not plan.maskless:
-            return False
+            return Outcome()
+        outcome = Outcome(mask_elided=True)
         with self.graph.inserting_before(site.node):
-            if plan.switchable and branch is Branch.SPARSE:
-                result = self._sparse(plan)
-            elif plan.maskless:
+            if plan.maskless and not (plan.switchable and branch is Branch.SPARSE):
                 result = self._causal(plan)
             else:
-                result = self._causal_padded(plan)
+                q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
+                examples = [node.meta["example_value"] for node in (q, v)]
+                refusal = refused_by_tiled(*examples, self.config.geometry)
+                if refusal is None:
+                    outcome = Outcome(True, Kernels.TRITON)
+                    attend = self._tiled_attention
+                else:
+                    outcome = Outcome(True, Kernels.TORCH, refusal if examples[0].device.type != "cpu" else "")
+                    attend = self._block_attention
+                result = attend(plan, q, k, v, select=branch is Branch.SPARSE)
         site.node.replace_all_uses_with(result)
         _erase_unused(self.graph, site.node)
-        return True
-
-    def _sparse(self, plan: SitePlan) -> fx.Node:
-        site, config = plan.site, self.config
-        q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
-        key_mask = self._key_mask(plan)
-        blocks = self._emit(
-            site,
-            torch.ops.infllm.select_blocks.default,
-            q,
-            k,
-            key_mask,
-            None,
-            plan.scale,
-            config.dense_len,
-            *selection_arguments(config.geometry),
-        )
-        return self._block_attention(plan, q, k, v, blocks, key_mask)
+        return outcome
 
     def _causal(self, plan: SitePlan) -> fx.Node:
         site = plan.site
@@ -101,35 +121,41 @@ class Rewriter:
             enable_gqa=heads[0] != heads[1] or heads[0] != heads[2],
         )
 
-    def _causal_padded(self, plan: SitePlan) -> fx.Node:
-        site = plan.site
-        q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
-        return self._block_attention(plan, q, k, v, None, self._key_mask(plan))
+    def _tiled_attention(self, plan: SitePlan, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool) -> fx.Node:
+        """Selection and attention in one operator of Triton kernels; without `select` every row is dense."""
+        from infllm_pass.lowering.tiled import tiled_arguments  # needs Triton, which CPU installations lack
 
-    def _block_attention(
-        self,
-        plan: SitePlan,
-        q: fx.Node,
-        k: fx.Node,
-        v: fx.Node,
-        blocks: fx.Node | None,
-        key_mask: fx.Node | None,
-    ) -> fx.Node:
-        config = self.config
-        both = self._emit(
-            plan.site,
-            torch.ops.infllm.block_attention.default,
-            q,
-            k,
-            v,
-            blocks,
-            key_mask,
-            None,
+        site, config = plan.site, self.config
+        operands = [self._unit_stride(site, node) for node in (q, k, v)]
+        results = self._emit(
+            site,
+            torch.ops.infllm.tiled_attention.default,
+            *operands,
+            self._key_mask(plan),
+            *(None for _ in ("offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")),
             plan.scale,
             config.dense_len,
-            *attention_arguments(config.geometry),
+            select,
+            *tiled_arguments(config.geometry),
         )
-        return self._emit(plan.site, operator.getitem, both, 0)
+        return self._emit(site, operator.getitem, results, 0)
+
+    def _block_attention(self, plan: SitePlan, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool) -> fx.Node:
+        """Selection, if asked for, and attention as torch operators."""
+        site, config = plan.site, self.config
+        key_mask = self._key_mask(plan)
+        call = (key_mask, None, plan.scale, config.dense_len)
+        blocks = None
+        if select:
+            select_blocks = torch.ops.infllm.select_blocks.default
+            blocks = self._emit(site, select_blocks, q, k, *call, *selection_arguments(config.geometry))
+        block_attention = torch.ops.infllm.block_attention.default
+        results = self._emit(site, block_attention, q, k, v, blocks, *call, *attention_arguments(config.geometry))
+        return self._emit(site, operator.getitem, results, 0)
+
+    def _unit_stride(self, site: AttentionSite, node: fx.Node) -> fx.Node:
+        """The tensor with its head dimension adjacent in memory, as the Triton kernels read it."""
+        return node if node.meta["example_value"].stride(-1) == 1 else self._emit(site, "contiguous", node)
 
     def _operands(self, site: AttentionSite, *nodes: fx.Node) -> list[fx.Node]:
         """The site's tensors in the dtype it computes in, which autocast may have made another than theirs."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
-from infllm_pass.errors import DeviceError, DtypeError, ShapeError
+from infllm_pass.errors import DeviceError, DtypeError, InfLLMError, ShapeError
 from infllm_pass.kernels.geometry import BlockGeometry
 
 MAX_HEAD_DIM = 256
@@ -79,6 +81,7 @@ def _check_match(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ShapeError(f"{name_a} has batch size {a.shape[0]} and {name_b} {b.shape[0]}: they must be equal")
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BLOCK_NUMBER = 1 << 16
 """Block numbers are stored in 16 bits."""
@@ -92,18 +95,27 @@ def refused_by_tiled(q: Tensor, v: Tensor, geometry: BlockGeometry) -> str | Non
         v: the values: the head dimension counts.
         geometry: the block geometry.
     """
+    refusal = _refusal(q, v, geometry)
+    return None if refusal is None else refusal[1]
+
+
+def _refusal(q: Tensor, v: Tensor, geometry: BlockGeometry) -> tuple[type[InfLLMError], str] | None:
     if q.device.type != "cuda":
-        return f"q is on {q.device}: the Triton kernels run on CUDA devices"
+        return DeviceError, f"q is on {q.device}: the Triton kernels run on CUDA devices"
+    if not HAS_TRITON:
+        return DeviceError, "triton is not installed: pip install triton"
+    if torch.version.hip is not None:
+        return DeviceError, "this torch is built for ROCm: the Triton kernels are made for NVIDIA devices"
     if q.dtype not in TILED_DTYPES:
-        return f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
+        return DtypeError, f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
         if size > MAX_HEAD_DIM:
-            return f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
+            return ShapeError, f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
     if geometry.block_size % 16 or not 16 <= geometry.block_size <= 128:
-        return f"block_size={geometry.block_size}: the Triton kernels take multiples of 16 from 16 to 128"
+        return ShapeError, f"block_size={geometry.block_size}: the Triton kernels take multiples of 16 from 16 to 128"
     block = geometry.query_block
     if block & (block - 1) or block > 128:
-        return f"query_block={block}: the Triton kernels take powers of two up to 128"
+        return ShapeError, f"query_block={block}: the Triton kernels take powers of two up to 128"
     return None
 
 
@@ -123,13 +135,13 @@ def check_tiled(
     Raises:
         ShapeError: a shape, a stride or a number does not fit.
         DtypeError: a dtype is not supported.
-        DeviceError: a tensor is not on the CUDA device of q.
+        DeviceError: a tensor is not on the CUDA device of q, or Triton is not installed.
     """
     check_attention(q, k, v, None, key_mask)
-    refusal = refused_by_tiled(q, v, geometry)
+    refusal = _refusal(q, v, geometry)
     if refusal is not None:
-        kind = DeviceError if q.device.type != "cuda" else DtypeError if q.dtype not in TILED_DTYPES else ShapeError
-        raise kind(refusal)
+        kind, message = refusal
+        raise kind(message)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(3) != 1:
             raise ShapeError(
