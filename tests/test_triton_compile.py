@@ -12,9 +12,11 @@ import triton
 
 from infllm_pass.kernels.attention import _attention_forward_kernel
 from infllm_pass.kernels.attention_backward import _output_delta_kernel, _query_gradient_kernel
+from infllm_pass.kernels.attention_backward_keys import _add_pieces_kernel, _key_gradients_kernel, _schedule_kernel
 from infllm_pass.kernels.compression import _compress_kernel, chunk_keys
 from infllm_pass.kernels.configurations import Launch, launch_on
 from infllm_pass.kernels.tiles import TileShape
+from infllm_pass.kernels.transposition import _block_table_kernel, _transpose_kernel
 
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead
@@ -129,6 +131,64 @@ def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]
     }
 
 
+def key_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+    """Arguments of the kernels of the key gradients and of the transposed selection, whichever of them a kernel has."""
+    shape = TileShape.choose(variant.group)
+    tile_heads = min(shape.padded_group, launch.rows)
+    tables = ["table", "starts", "counts", "queries", "slots", "piece", "sequences", "panels", "cursors"]
+    numbers = [
+        "count",
+        "heads",
+        "length_q",
+        "length_k",
+        "num_units",
+        "num_blocks",
+        "num_tiles",
+        "tiles_per_walk",
+        "capacity",
+        "bound",
+        "limit",
+        "window",
+        "dense_len",
+        "stride_mb",
+        "stride_mn",
+    ]
+    return {
+        **dict.fromkeys(("grad_out", "q", "k", "v", "grad_k", "grad_v"), variant.dtype),
+        **dict.fromkeys(("lse", "delta", "pool"), torch.float32),
+        **dict.fromkeys(tables, torch.int32),
+        **dict.fromkeys(numbers, "i32"),
+        "scale": "fp32",
+        "key_mask": torch.bool,
+        "blocks": torch.int16,
+        "tokens": shape.mask_dtype,
+        "GROUP": variant.group,
+        "TILE_HEADS": tile_heads,
+        "HEAD_CHUNKS": shape.padded_group // tile_heads,
+        "TOKENS": launch.rows // tile_heads,
+        "DIM": variant.dim,
+        "DIM_V": variant.value_dim,
+        "PADDED": max(16, triton.next_power_of_2(variant.dim)),
+        "PADDED_V": max(16, triton.next_power_of_2(variant.value_dim)),
+        "BLOCK_SIZE": variant.block_size,
+        "KEYS": launch.step_keys(variant.block_size),
+        "QUERY_BLOCK": 1,
+        "HAS_LISTS": variant.lists,
+        "HAS_MASK": variant.key_mask,
+        "HAS_WINDOW": variant.window,
+        "PRECISION": "ieee",
+        "INIT_BLOCKS": 1,
+        "LOCAL_BLOCKS": 32,
+        "DENSE": not variant.lists,
+        "ROWS": 256,
+        "TILES": shape.tiles,
+        "WIDTH": max(32, min(128, 2048 // shape.tokens)),
+        "FILL": True,
+        "SMALLEST": 4096,
+        "UNITS": 512,
+    }
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel, the variants to compile it for, and the arguments of a variant.
@@ -146,6 +206,11 @@ KERNELS = [
     Kernel(_attention_forward_kernel, "attention_forward", ATTENTION),
     Kernel(_query_gradient_kernel, "query_gradient", ATTENTION),
     Kernel(_output_delta_kernel, "output_delta", [Variant()]),
+    Kernel(_block_table_kernel, "block_table", [Variant(window=True)], key_arguments),
+    Kernel(_transpose_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
+    Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
+    Kernel(_key_gradients_kernel, "attention_backward_keys", ATTENTION, key_arguments),
+    Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True)], key_arguments),
     Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
 ]
 
