@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import precision, traced
+from infllm_pass.kernels.launch import precision, wrap_triton
 from infllm_pass.kernels.tiles import (
     PANEL_BEGIN,
     PANEL_END,
@@ -314,7 +314,7 @@ def attention_forward(
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = launch_for("attention_forward", q, max(block_d, block_dv))
     parts = shape.tokens * shape.padded_group // launch.rows
-    traced(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
+    wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,
         v,

@@ -25,7 +25,7 @@ from infllm_pass.kernels.attention import (
 )
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import precision, traced
+from infllm_pass.kernels.launch import precision, wrap_triton
 from infllm_pass.kernels.tiles import TileLists, TilePlan
 
 _DELTA_ROWS = 32
@@ -79,7 +79,7 @@ def output_delta(grad_out: Tensor, out: Tensor) -> Tensor:
     batch, heads, length_q = out.shape[:3]
     value_dim = int(out.shape[3])
     delta = out.new_empty((batch, heads, length_q), dtype=torch.float32)
-    traced(_output_delta_kernel)[((length_q + _DELTA_ROWS - 1) // _DELTA_ROWS, heads, batch)](
+    wrap_triton(_output_delta_kernel)[((length_q + _DELTA_ROWS - 1) // _DELTA_ROWS, heads, batch)](
         grad_out,
         out,
         delta,
@@ -280,7 +280,7 @@ def query_gradient(
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = launch_for("query_gradient", q, max(block_d, block_dv))
     parts = shape.tokens * shape.padded_group // launch.rows
-    traced(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
+    wrap_triton(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
         grad_out,
         q,
         k,

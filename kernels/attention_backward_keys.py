@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import precision, traced
+from infllm_pass.kernels.launch import precision, wrap_triton
 from infllm_pass.kernels.tiles import TABLE_COLUMNS, TileLists, TilePlan
 from infllm_pass.kernels.transposition import (
     BLOCK_BATCH,
@@ -416,7 +416,7 @@ def key_gradients(
     piece = torch.empty(1, dtype=torch.int32, device=k.device)
     pool = torch.empty(limit * slot_size, dtype=torch.float32, device=k.device)
     counts = table if key_lists.counts is None else key_lists.counts
-    traced(_schedule_kernel)[(1,)](
+    wrap_triton(_schedule_kernel)[(1,)](
         slots,
         piece,
         table,
@@ -437,7 +437,7 @@ def key_gradients(
     tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
-    traced(_key_gradients_kernel)[((limit + num_units) * (block_size // keys),)](
+    wrap_triton(_key_gradients_kernel)[((limit + num_units) * (block_size // keys),)](
         grad_out,
         q,
         k,
@@ -485,7 +485,7 @@ def key_gradients(
         PRECISION=precision(k),
         **launch.options,
     )
-    traced(_add_pieces_kernel)[(limit, block_size // _REDUCED_KEYS)](
+    wrap_triton(_add_pieces_kernel)[(limit, block_size // _REDUCED_KEYS)](
         grad_k,
         grad_v,
         pool,

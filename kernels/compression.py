@@ -9,12 +9,15 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
-from infllm_pass.kernels.launch import traced
+from infllm_pass.kernels.launch import wrap_triton
 from infllm_pass.kernels.tiles import SEQ_BATCH, SEQ_KEY_BEGIN, SEQ_KEY_END, TABLE_COLUMNS, TilePlan
 
 _FINE_ROWS = 48
 """``K1`` windows of one program. With a quarter as many ``K2`` windows they fill the 64 rows of one matrix
 instruction: each key then is read once for both, and a product with a 0/1 matrix costs less than that read."""
+
+SLACK_SLOTS = 8192
+"""Slots of memory behind the last one, so that block selection may read whole steps without asking where they end."""
 
 COMPRESS_FINE = tl.constexpr(_FINE_ROWS)
 COMPRESS_COARSE = tl.constexpr(_FINE_ROWS // COARSE_FACTOR)
@@ -118,6 +121,10 @@ def chunk_keys(padded_dim: int) -> int:
     return 64 if padded_dim <= 128 else 32
 
 
+def _with_slack(k: Tensor, size: int) -> Tensor:
+    return k.new_empty(size + SLACK_SLOTS * k.shape[3])[:size]
+
+
 def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
     """Means of all complete windows of keys.
 
@@ -132,17 +139,17 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tupl
 
     Returns:
         ``K1`` ``[B, Hkv, max(Lk // s, 1), D]`` and ``K2`` ``[B, Hkv, max(Lk // (4 s), 1), D]`` in k's dtype, means
-        taken in float32.
+        taken in float32; contiguous, with memory of `SLACK_SLOTS` slots behind them.
     """
     batch, heads, length, dim = k.shape
     stride = geometry.kernel_stride
     fine_slots = torch.sym_max(length // stride, 1)
     coarse_slots = torch.sym_max(length // (COARSE_FACTOR * stride), 1)
-    fine = k.new_empty(batch, heads, fine_slots, dim)
-    coarse = k.new_empty(batch, heads, coarse_slots, dim)
+    fine = _with_slack(k, batch * heads * fine_slots * dim).view(batch, heads, fine_slots, dim)
+    coarse = _with_slack(k, batch * heads * coarse_slots * dim).view(batch, heads, coarse_slots, dim)
     padded = max(16, triton.next_power_of_2(dim))
     launch = launch_for("compress", k, padded)
-    traced(_compress_kernel)[(triton.cdiv(fine_slots, _FINE_ROWS), batch * heads)](
+    wrap_triton(_compress_kernel)[(triton.cdiv(fine_slots, _FINE_ROWS), batch * heads)](
         k,
         fine,
         coarse,

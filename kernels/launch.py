@@ -10,8 +10,12 @@ from triton import JITFunction
 from triton.runtime import Autotuner
 
 
-def traced(kernel: Any) -> Any:
-    """The kernel in the form that `torch.library.triton_op` records; a kernel under the interpreter as it is."""
+def wrap_triton(kernel: Any) -> Any:
+    """The kernel in the form that `torch.library.triton_op` records; a kernel under the interpreter as it is.
+
+    The name matters: PyTorch reads the source of an operator for calls of this name, to learn which kernels its compile
+    caches have to depend on.
+    """
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction | Autotuner) else kernel
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_pass.kernels.launch import traced
+from infllm_pass.kernels.launch import wrap_triton
 from infllm_pass.kernels.tiles import (
     PANEL_BATCH,
     PANEL_BEGIN,
@@ -172,7 +172,7 @@ def plan_tiles(
         key_bounds: int32 ``[B, 2]``: number of a row's first valid key, and one past its last; None: all keys.
     """
     sequences = torch.empty(batch, TABLE_WIDTH, dtype=torch.int32, device=device)
-    traced(_sequences_kernel)[(1,)](
+    wrap_triton(_sequences_kernel)[(1,)](
         sequences,
         sequences if key_bounds is None else key_bounds,
         sequences,
@@ -222,7 +222,7 @@ def plan_packed_tiles(
     """
     count = cu_seqlens_k.shape[0] - 1
     sequences = torch.empty(count, TABLE_WIDTH, dtype=torch.int32, device=cu_seqlens_k.device)
-    traced(_sequences_kernel)[(1,)](
+    wrap_triton(_sequences_kernel)[(1,)](
         sequences,
         cu_seqlens_k,
         cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q,
@@ -245,7 +245,7 @@ def plan_packed_tiles(
 
 def _with_panels(shape: TileShape, sequences: Tensor, bound: int, *, packed: bool) -> TilePlan:
     panels = torch.empty(bound, TABLE_WIDTH, dtype=torch.int32, device=sequences.device)
-    traced(_panels_kernel)[(triton.cdiv(bound, _CHUNK),)](
+    wrap_triton(_panels_kernel)[(triton.cdiv(bound, _CHUNK),)](
         panels, sequences, sequences.shape[0], bound, PANEL_TOKENS=shape.panel_tokens, CHUNK=_CHUNK
     )
     return TilePlan(shape, sequences, panels, packed)

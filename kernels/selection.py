@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import selection_launch
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
-from infllm_pass.kernels.launch import multiprocessors, precision, traced
+from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
 from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
 
 SCAN_WIDTH = tl.constexpr(128)
@@ -44,7 +44,6 @@ def _select_column(column, PANEL: tl.constexpr, GP: tl.constexpr, PIECES: tl.con
 def _select_panel_normaliser(
     q_tile,
     keys,
-    stride_n,
     visible,  # [C] leading keys that a column sees
     scale_log2,
     D: tl.constexpr,
@@ -55,18 +54,19 @@ def _select_panel_normaliser(
 ):
     """Base-2 log-sum-exp of a column's visible keys; +inf where none is visible, which makes its scores 0."""
     dims = tl.arange(0, DP)
+    places = tl.arange(0, BN)[None, :] * D + dims[:, None]
     most = tl.max(visible, 0)
     least = tl.min(visible, 0)
+    origin = most.to(tl.int64) * 0
     peak = tl.full([C], float("-inf"), tl.float32)
     total = tl.zeros([C], tl.float32)
     for start in range(0, most, BN):
         index = start + tl.arange(0, BN)
-        there = index < most
-        pointers = keys + index[None, :].to(tl.int64) * stride_n + dims[:, None]
+        pointers = keys + (origin + start) * D + places
         if DP == D:
-            tile = tl.load(pointers, mask=there[None, :], other=0.0)  # [DP, BN]
+            tile = tl.load(pointers)  # [DP, BN]
         else:
-            tile = tl.load(pointers, mask=there[None, :] & (dims < D)[:, None], other=0.0)
+            tile = tl.load(pointers, mask=(dims < D)[:, None], other=0.0)
         scores = tl.dot(q_tile, tile, input_precision=PRECISION)  # [C, BN]
         if start + BN > least:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
@@ -238,7 +238,7 @@ def _select_write(
     return written + tl.sum(used, 0), seen
 
 
-@triton.jit(do_not_specialize=["num_panels", "num_blocks", "capacity", "dense_len", "window"])
+@triton.jit(do_not_specialize=["num_panels", "slots1", "slots2", "num_blocks", "capacity", "dense_len", "window"])
 def _select_kernel(
     q,
     k1,
@@ -251,15 +251,11 @@ def _select_kernel(
     stride_qb,
     stride_qh,
     stride_qt,
-    stride_1b,
-    stride_1h,
-    stride_1n,
-    stride_2b,
-    stride_2h,
-    stride_2n,
     scale_log2,
     num_panels,
     heads_kv,
+    slots1,
+    slots2,
     num_blocks,  # columns of a row of keys in scratch, a multiple of LIST_WIDTH
     capacity,
     dense_len,
@@ -336,8 +332,7 @@ def _select_kernel(
 
             if scored:
                 head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
-                keys1 = k1 + batch * stride_1b + head.to(tl.int64) * stride_1h
-                keys1 += (key_begin // STRIDE).to(tl.int64) * stride_1n
+                keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE) * D
                 for chunk in tl.static_range(CHUNKS):
                     token, member = _select_column(chunk * C + columns, PANEL, GP, PIECES)
                     real = (token >= begin) & (token < end) & (member < G)
@@ -349,16 +344,15 @@ def _select_kernel(
                     if EXACT:
                         visible = tl.where(sees + 1 >= KERNEL, (sees + 1 - KERNEL) // STRIDE + 1, 0)
                         norm = _select_panel_normaliser(
-                            q_tile, keys1, stride_1n, visible, scale_log2, D, DP, C, BN, PRECISION
+                            q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION
                         )
                     else:
-                        keys2 = k2 + batch * stride_2b + head.to(tl.int64) * stride_2h
-                        keys2 += (key_begin // (COARSE * STRIDE)).to(tl.int64) * stride_2n
+                        keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE)) * D
                         visible = tl.where(
                             sees + 1 >= COARSE * KERNEL, (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1, 0
                         )
                         norm = _select_panel_normaliser(
-                            q_tile, keys2, stride_2n, visible, scale_log2, D, DP, C, BN, PRECISION
+                            q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION
                         )
                     tl.store(norms_at + chunk * C + columns, tl.where(real, norm, float("inf")))
                 tl.debug_barrier()
@@ -381,24 +375,23 @@ def _select_kernel(
                     # A step takes one window of each of BC blocks, so that pooling a block is an elementwise maximum.
                     pooled = tl.full([BC, PR], -1.0, tl.float32)
                     tail = tl.full([BC, PR], -1.0, tl.float32)  # of the windows that reach into the next block
+                    places = tl.arange(0, BC)[:, None] * (RATIO * D) + dims[None, :]
                     for step in range(tl.cdiv(high - low, BC - EARLY) * RATIO):
-                        block = first + step // RATIO * (BC - EARLY) + tl.arange(0, BC)
+                        start = first + step // RATIO * (BC - EARLY)
                         place = step % RATIO
+                        block = start + tl.arange(0, BC)
                         index = block * RATIO + place
-                        pointers = keys1 + index[:, None].to(tl.int64) * stride_1n + dims[None, :]
-                        near = block < high
+                        pointers = keys1 + (start * RATIO + place).to(tl.int64) * D + places
                         if DP == D:
-                            windows = tl.load(pointers, mask=near[:, None], other=0.0)  # [BC, DP]
+                            windows = tl.load(pointers)  # [BC, DP]
                         else:
-                            windows = tl.load(pointers, mask=near[:, None] & (dims < D)[None, :], other=0.0)
+                            windows = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
                         if PARTS == 1:
                             product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
                             weights = tl.exp2(product * scale_log2 - norm[None, :])
-                            heads = tl.sum(tl.reshape(weights, [BC, GP, C // GP]), 1)  # [BC, tokens of the piece]
-                            if QUERY_BLOCK == 1:
-                                score = heads
-                            else:
-                                score = tl.sum(tl.reshape(heads, [BC, PR, QUERY_BLOCK]), 2)  # [BC, PR]
+                            score = tl.sum(tl.reshape(weights, [BC, GP, C // GP]), 1)  # [BC, tokens of the piece]
+                            if QUERY_BLOCK > 1:
+                                score = tl.sum(tl.reshape(score, [BC, PR, QUERY_BLOCK]), 2)  # [BC, PR]
                         else:
                             score = tl.zeros([BC, 1], tl.float32)
                             for part in range(PARTS):
@@ -425,13 +418,13 @@ def _select_kernel(
                                     pooled = tl.maximum(pooled, tl.gather(tail, source, 0))
                                 key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
                                 row_keys = keys_at + piece_rows[None, :] * num_blocks
-                                mine = near & (block >= first + EARLY + step // RATIO * (BC - EARLY))
+                                mine = (block >= start + EARLY) & (block < high)
                                 tl.store(row_keys + block[:, None], key, mask=mine[:, None])
                                 pooled = tl.full([BC, PR], -1.0, tl.float32)
                                 tail = tl.full([BC, PR], -1.0, tl.float32)
                         else:
                             row_scores = raw_at + piece_rows[None, :] * raw_stride
-                            tl.store(row_scores + index[:, None], score, mask=near[:, None])
+                            tl.store(row_scores + index[:, None], score, mask=(block < high)[:, None])
                 tl.debug_barrier()
                 if not FUSED_POOL:
                     for group in range(R // RG):
@@ -487,11 +480,11 @@ def _select_kernel(
                     bound = tl.load(thresholds_at + row, mask=alive, other=2147483647)
                     kept = 0
                     for start in range(tile_low, tile_high, LISTED):
-                        block = start + tl.arange(0, LISTED)
-                        inside = (block[None, :] >= row_begin[:, None]) & (block[None, :] < row_end[:, None])
-                        keys = tl.load(rows_at[:, None] + block[None, :], mask=inside, other=-1)
+                        any_block = start + tl.arange(0, LISTED)
+                        inside = (any_block[None, :] >= row_begin[:, None]) & (any_block[None, :] < row_end[:, None])
+                        keys = tl.load(rows_at[:, None] + any_block[None, :], mask=inside, other=-1)
                         keep = tl.max((keys >= bound[:, None]).to(tl.int32), 0)
-                        tl.store(columns_at + kept + tl.cumsum(keep, 0) - 1, block, mask=keep != 0)
+                        tl.store(columns_at + kept + tl.cumsum(keep, 0) - 1, any_block, mask=keep != 0)
                         kept += tl.sum(keep, 0)
                     tl.debug_barrier()
                     for group in range(ROWS // RG):
@@ -518,22 +511,22 @@ def _select_kernel(
                     equals = tl.load(equals_at + row, mask=alive, other=2147483647)
                     tied = tl.min(equals, 0) < 2147483647
                     window_begin = tl.maximum(tl.min(tl.where(alive, own - LOCAL, 2147483647), 0), tile_low)
-                    block = first_block + tl.arange(0, INIT_WIDTH)
+                    initial = first_block + tl.arange(0, INIT_WIDTH)
                     written, seen = _select_write(
-                        blocks_at, tokens_at, written, seen, block, block < tl.minimum(INIT, tile_low), rows_at,
+                        blocks_at, tokens_at, written, seen, initial, initial < tl.minimum(INIT, tile_low), rows_at,
                         bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                     )  # fmt: skip
                     for start in range(0, kept, LISTED):
                         place = start + tl.arange(0, LISTED)
-                        block = tl.load(columns_at + place, mask=place < kept, other=2147483647)
+                        distant = tl.load(columns_at + place, mask=place < kept, other=2147483647)
                         written, seen = _select_write(
-                            blocks_at, tokens_at, written, seen, block, block < window_begin, rows_at,
+                            blocks_at, tokens_at, written, seen, distant, distant < window_begin, rows_at,
                             bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                         )  # fmt: skip
                 for start in range(window_begin, final_block + 1, SCAN_WIDTH):
-                    block = start + tl.arange(0, SCAN_WIDTH)
+                    ahead = start + tl.arange(0, SCAN_WIDTH)
                     written, seen = _select_write(
-                        blocks_at, tokens_at, written, seen, block, block >= 0, rows_at,
+                        blocks_at, tokens_at, written, seen, ahead, ahead >= 0, rows_at,
                         bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                     )  # fmt: skip
                 tl.store(list_counts + slot, written)
@@ -564,8 +557,8 @@ def select_tiles(
 
     Args:
         q: ``[B, Hq, Lq, D]``, float16, bfloat16 or float32, unit last stride.
-        k1: compressed keys from `compress_keys`, ``[B, Hkv, Lk // kernel_stride, D]``.
-        k2: coarse keys, ``[B, Hkv, Lk // (4 kernel_stride), D]``.
+        k1: compressed keys ``[B, Hkv, n, D]`` from `compress_keys`, whose memory is read past their end.
+        k2: coarse keys ``[B, Hkv, n, D]`` from it.
         plan: the call's tables, made for the shape ``TileShape.choose(Hq // Hkv, geometry.query_block)``.
         geometry: the block geometry.
         scale: softmax scale.
@@ -594,7 +587,7 @@ def select_tiles(
     blocks = (g.num_blocks(length_k) + LIST_WIDTH - 1) // LIST_WIDTH * LIST_WIDTH
     span = blocks * (rows * (1 if fused else 1 + ratio) + 1) + rows * 2 + shape.panel_tokens * shape.padded_group
     scratch = torch.empty(programs * span, dtype=torch.int32, device=q.device)
-    traced(_select_kernel)[(programs,)](
+    wrap_triton(_select_kernel)[(programs,)](
         q,
         k1,
         k2,
@@ -606,15 +599,11 @@ def select_tiles(
         q.stride(0),
         q.stride(1),
         q.stride(2),
-        k1.stride(0),
-        k1.stride(1),
-        k1.stride(2),
-        k2.stride(0),
-        k2.stride(1),
-        k2.stride(2),
         scale / math.log(2),
         plan.panels.shape[0],
         heads_kv,
+        k1.shape[2],
+        k2.shape[2],
         blocks,
         capacity,
         dense_len,

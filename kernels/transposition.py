@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import traced
+from infllm_pass.kernels.launch import wrap_triton
 from infllm_pass.kernels.planning import find_sequence
 from infllm_pass.kernels.tiles import (
     PANEL_BLOCK_BASE,
@@ -205,7 +205,7 @@ def transpose_lists(
     num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
     device = plan.sequences.device
     table = torch.empty(num_blocks, TABLE_WIDTH, dtype=torch.int32, device=device)
-    traced(_block_table_kernel)[((num_blocks + _ROWS - 1) // _ROWS,)](
+    wrap_triton(_block_table_kernel)[((num_blocks + _ROWS - 1) // _ROWS,)](
         table,
         plan.sequences,
         plan.sequences.shape[0],
@@ -231,7 +231,7 @@ def transpose_lists(
     walks = torch.sym_min(max(1, walkers // heads), plan.num_tiles)
 
     def launch(cursors: Tensor, *, fill: bool) -> None:
-        traced(_transpose_kernel)[(walks, heads)](
+        wrap_triton(_transpose_kernel)[(walks, heads)](
             cursors,
             queries,
             table,
