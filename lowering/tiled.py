@@ -11,10 +11,14 @@ Semantics: arXiv 2509.24663, section 3. Geometry arguments are those of `kernels
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import infllm_pass.kernels
 
 from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.attention_backward import output_delta, query_gradient
@@ -27,12 +31,22 @@ from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
 from infllm_pass.lowering.checks import check_tiled
 
 
+def _sources() -> str:
+    """A hash of the source of all kernels and of this file."""
+    files = [Path(__file__), *sorted(Path(infllm_pass.kernels.__path__[0]).glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+SOURCES = _sources()
+"""An argument of every call, so that compile caches, which know an operator by its name, drop what other code made."""
+
+
 def tiled_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
     """The last arguments of `tiled_attention`, from ``kernel_size`` on."""
     g = geometry
     return (
         *(g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks, g.local_blocks),
-        *(g.selected_blocks, g.lse, g.query_block),
+        *(g.selected_blocks, g.lse, g.query_block, SOURCES),
     )
 
 
@@ -109,6 +123,7 @@ def tiled_attention(
     selected_blocks: int,
     lse: str,
     query_block: int,
+    sources: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Causal attention of every query over the blocks that it selects.
 
@@ -128,6 +143,7 @@ def tiled_attention(
         dense_len: sequences with fewer keys are dense.
         select: False: every sequence is dense and nothing is selected.
         kernel_size: see `BlockGeometry`, as for the arguments that follow.
+        sources: `SOURCES`; nothing is computed from it.
 
     Returns:
         The output ``[B, Hq, Lq, Dv]``, stored as ``[B, Lq, Hq, Dv]``; the log-sum-exp, float32 ``[B, Hq, Lq]``; and the
@@ -195,6 +211,7 @@ def tiled_attention_backward(
     selected_blocks: int,
     lse: str,
     query_block: int,
+    sources: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `tiled_attention` for q, k and v; bitwise the same in every run.
 
