@@ -15,6 +15,7 @@ from torch import Tensor
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import precision, wrap_triton
+from infllm_pass.kernels.pieces import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
 from infllm_pass.kernels.tiles import TABLE_COLUMNS, TileLists, TilePlan
 from infllm_pass.kernels.transposition import (
     BLOCK_BATCH,
@@ -25,76 +26,6 @@ from infllm_pass.kernels.transposition import (
     BLOCK_SHIFT,
     transpose_lists,
 )
-
-POOL_BYTES = 1 << 26
-"""Memory for the sums of pieces."""
-
-PIECE_STEPS = 256
-"""Steps of the smallest piece: half a millisecond of an H100 multiprocessor, far above what adding up costs."""
-
-_UNITS = 512
-"""Units that one step of the schedule looks at."""
-
-_REDUCED_KEYS = 16
-"""Keys whose pieces one program adds."""
-
-
-@triton.jit(do_not_specialize=["num_units", "limit", "num_blocks"])
-def _schedule_kernel(
-    slots,  # int32 [num_units + 1]: the unit's first slot; a unit without slots is not cut. The last: slots in use
-    piece,  # int32 [1]: queries of a piece
-    table,
-    counts,
-    num_units,
-    limit,
-    heads,
-    num_blocks,
-    SMALLEST: tl.constexpr,
-    HAS_LISTS: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    sizes = tl.full([16], SMALLEST, tl.int32) << tl.arange(0, 16)
-    demand = tl.zeros([16], tl.int32)
-    for start in range(0, num_units, UNITS):
-        queries = _unit_queries(table, counts, start, num_units, heads, num_blocks, HAS_LISTS, UNITS)
-        pieces = (queries[:, None] + sizes[None, :] - 1) // sizes[None, :]
-        demand += tl.sum(tl.where(pieces > 1, pieces, 0), 0)
-    size = tl.min(tl.where(demand <= limit, sizes, 1 << 30), 0)
-    tl.store(piece, size)
-    base = 0
-    for start in range(0, num_units, UNITS):
-        queries = _unit_queries(table, counts, start, num_units, heads, num_blocks, HAS_LISTS, UNITS)
-        pieces = (queries + size - 1) // size
-        pieces = tl.where(pieces > 1, pieces, 0)
-        unit = start + tl.arange(0, UNITS)
-        tl.store(slots + unit, base + tl.cumsum(pieces, 0) - pieces, mask=unit < num_units)
-        base += tl.sum(pieces, 0)
-    tl.store(slots + num_units, base)
-
-
-@triton.jit
-def _unit_queries(table, counts, start, num_units, heads, num_blocks, HAS_LISTS: tl.constexpr, UNITS: tl.constexpr):
-    """Queries of adjacent units; unit ``u`` is block ``u // heads`` of key/value head ``u % heads``."""
-    unit = start + tl.arange(0, UNITS)
-    ok = unit < num_units
-    queries = tl.load(table + unit // heads * TABLE_COLUMNS + BLOCK_RUN, mask=ok, other=0)
-    if HAS_LISTS:
-        queries += tl.load(counts + unit % heads * num_blocks + unit // heads, mask=ok, other=0)
-    return queries
-
-
-@triton.jit
-def _slot_unit(slots, num_units, slot):
-    """The unit that owns a slot."""
-    low = 0
-    high = num_units
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(slots + middle) <= slot:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @triton.jit
@@ -179,7 +110,7 @@ def _key_gradients_kernel(
     if in_pool:
         if task >= tl.load(slots + num_units):
             return
-        unit = _slot_unit(slots, num_units, task)
+        unit = unit_of_slot(slots, num_units, task)
         number = task - tl.load(slots + unit)
     elif tl.load(slots + unit + 1) > tl.load(slots + unit):
         return
@@ -301,59 +232,6 @@ def _key_gradients_kernel(
         tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (dims_v[None, :] < DIM_V))
 
 
-@triton.jit(do_not_specialize=["stride_mb", "length_k", "num_units"])
-def _add_pieces_kernel(
-    grad_k,
-    grad_v,
-    pool,
-    key_mask,
-    table,
-    slots,
-    stride_mb,
-    stride_mn,
-    heads,
-    length_k,
-    num_units,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    PADDED: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
-    """One program a slot and KEYS keys; the first slot of a unit adds them all."""
-    slot = tl.program_id(0)
-    if slot >= tl.load(slots + num_units):
-        return
-    unit = _slot_unit(slots, num_units, slot)
-    if tl.load(slots + unit) != slot:
-        return
-    row = table + unit // heads * TABLE_COLUMNS
-    keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    valid = keys < tl.load(row + BLOCK_KEYS)
-    dims = tl.arange(0, PADDED)[None, :]
-    dims_v = tl.arange(0, PADDED_V)[None, :]
-    ok_k = valid[:, None] & (dims < DIM)
-    ok_v = valid[:, None] & (dims_v < DIM_V)
-    sum_k = tl.zeros([KEYS, PADDED], tl.float32)
-    sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
-    part = pool + slot.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
-    for _ in range(slot, tl.load(slots + unit + 1)):
-        sum_k += tl.load(part + keys[:, None] * DIM + dims, mask=ok_k, other=0.0)
-        sum_v += tl.load(part + BLOCK_SIZE * DIM + keys[:, None] * DIM_V + dims_v, mask=ok_v, other=0.0)
-        part += BLOCK_SIZE * (DIM + DIM_V)
-    batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
-    key_rows = (tl.load(row + BLOCK_KEY) + keys).to(tl.int64)
-    if HAS_MASK:
-        seen = tl.load(key_mask + batch * stride_mb + key_rows * stride_mn, mask=valid, other=0) != 0
-        ok_k &= seen[:, None]
-        ok_v &= seen[:, None]
-    at_rows = ((batch * heads + unit % heads) * length_k + key_rows)[:, None]
-    tl.store(grad_k + at_rows * DIM + dims, sum_k.to(grad_k.dtype.element_ty), mask=ok_k)
-    tl.store(grad_v + at_rows * DIM_V + dims_v, sum_v.to(grad_v.dtype.element_ty), mask=ok_v)
-
-
 def key_gradients(
     grad_out: Tensor,
     q: Tensor,
@@ -405,39 +283,22 @@ def key_gradients(
         lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
     )
     table = key_lists.table
-    num_blocks = table.shape[0]
-    num_units = num_blocks * heads
-
-    smallest = piece_steps * shape.tokens
-    slot_size = block_size * (dim + dim_v)
-    cuts = (length_q + smallest - 1) // smallest - 1  # of a unit that all queries of a row visit
-    limit = torch.sym_max(1, torch.sym_min(pool_bytes // (4 * slot_size), 2 * num_units * cuts))
-    slots = torch.empty(num_units + 1, dtype=torch.int32, device=k.device)
-    piece = torch.empty(1, dtype=torch.int32, device=k.device)
-    pool = torch.empty(limit * slot_size, dtype=torch.float32, device=k.device)
-    counts = table if key_lists.counts is None else key_lists.counts
-    wrap_triton(_schedule_kernel)[(1,)](
-        slots,
-        piece,
-        table,
-        counts,
-        num_units,
-        limit,
-        heads,
-        num_blocks,
-        SMALLEST=smallest,
-        HAS_LISTS=lists is not None,
-        UNITS=_UNITS,
-        num_warps=8,
+    num_units = table.shape[0] * heads
+    pieces = plan_pieces(
+        key_lists,
+        heads=heads,
+        length_q=length_q,
+        smallest=piece_steps * shape.tokens,
+        slot_size=block_size * (dim + dim_v),
+        pool_bytes=pool_bytes,
     )
-
     padded = max(16, triton.next_power_of_2(dim))
     padded_v = max(16, triton.next_power_of_2(dim_v))
     launch = launch_for("attention_backward_keys", k, max(padded, padded_v))
     tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
-    wrap_triton(_key_gradients_kernel)[((limit + num_units) * (block_size // keys),)](
+    wrap_triton(_key_gradients_kernel)[((pieces.limit + num_units) * (block_size // keys),)](
         grad_out,
         q,
         k,
@@ -446,14 +307,14 @@ def key_gradients(
         delta,
         grad_k,
         grad_v,
-        pool,
+        pieces.pool,
         table if key_mask is None else key_mask,
         table,
         table if key_lists.starts is None else key_lists.starts,
-        counts,
+        table if key_lists.counts is None else key_lists.counts,
         table if key_lists.queries is None else key_lists.queries,
-        slots,
-        piece,
+        pieces.slots,
+        pieces.size,
         *grad_out.stride()[:3],
         *q.stride()[:3],
         *k.stride()[:3],
@@ -463,9 +324,9 @@ def key_gradients(
         length_q,
         length_k,
         num_units,
-        num_blocks,
+        table.shape[0],
         0 if key_lists.queries is None else key_lists.queries.shape[1],
-        limit,
+        pieces.limit,
         0 if window is None else window,
         scale,
         GROUP=shape.group,
@@ -485,23 +346,5 @@ def key_gradients(
         PRECISION=precision(k),
         **launch.options,
     )
-    wrap_triton(_add_pieces_kernel)[(limit, block_size // _REDUCED_KEYS)](
-        grad_k,
-        grad_v,
-        pool,
-        table if key_mask is None else key_mask,
-        table,
-        slots,
-        *mask_strides,
-        heads,
-        length_k,
-        num_units,
-        DIM=dim,
-        DIM_V=dim_v,
-        PADDED=padded,
-        PADDED_V=padded_v,
-        BLOCK_SIZE=block_size,
-        KEYS=_REDUCED_KEYS,
-        HAS_MASK=key_mask is not None,
-    )
+    add_pieces(grad_k, grad_v, pieces, key_lists, key_mask, block_size=block_size)
     return grad_k, grad_v

@@ -12,9 +12,10 @@ import triton
 
 from infllm_pass.kernels.attention import _attention_forward_kernel
 from infllm_pass.kernels.attention_backward import _output_delta_kernel, _query_gradient_kernel
-from infllm_pass.kernels.attention_backward_keys import _add_pieces_kernel, _key_gradients_kernel, _schedule_kernel
+from infllm_pass.kernels.attention_backward_keys import _key_gradients_kernel
 from infllm_pass.kernels.compression import _compress_kernel, chunk_keys
 from infllm_pass.kernels.configurations import Launch, launch_on
+from infllm_pass.kernels.pieces import _add_pieces_kernel, _schedule_kernel
 from infllm_pass.kernels.tiles import TileShape
 from infllm_pass.kernels.transposition import _block_table_kernel, _transpose_kernel
 
