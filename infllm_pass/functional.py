@@ -59,7 +59,7 @@ def switchable_attention(
     check_attention(q, k, v, None, key_mask)
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
     sparse = decide_length(k.shape[2], chosen.dense_len).branch is Branch.SPARSE
-    refusal = refused_by_tiled(q, v, chosen.geometry)
+    refusal = refused_by_tiled(q, v, factor, chosen.geometry)
     if refusal is None:
         return _tiled(q, k, v, chosen, key_mask, offset, factor, window, segment_ids, sparse)
     for name, value in (("window", window), ("segment_ids", segment_ids)):
@@ -129,10 +129,10 @@ def switchable_attention_varlen(
         if tensor.dim() != 3:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected three dimensions [total, H, D]")
     rows = [_unit_stride(x.transpose(0, 1)[None]) for x in (q, k, v)]  # [1, H, total, D]
-    check_tiled(*rows, None, None, cu_seqlens_q, cu_seqlens_k, window, chosen.geometry)
+    factor = float(q.shape[2]) ** -0.5 if scale is None else scale
+    check_tiled(*rows, None, None, cu_seqlens_q, cu_seqlens_k, window, factor, chosen.geometry)
     from infllm_pass.lowering import tiled
 
-    factor = float(q.shape[2]) ** -0.5 if scale is None else scale
     sparse = decide_length(k.shape[0], chosen.dense_len).branch is Branch.SPARSE
     numbers = (None, window, factor, chosen.dense_len, sparse, *tiled.tiled_arguments(chosen.geometry))
     out: Tensor = tiled.tiled_attention(*rows, None, None, cu_seqlens_q, cu_seqlens_k, *numbers)[0]

@@ -91,7 +91,7 @@ class Rewriter:
             else:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
                 examples = [node.meta["example_value"] for node in (q, v)]
-                refusal = refused_by_tiled(*examples, self.config.geometry)
+                refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
                 if refusal is None:
                     outcome = Outcome(True, Kernels.TRITON)
                     attend = self._tiled_attention

@@ -87,19 +87,20 @@ MAX_BLOCK_NUMBER = 1 << 16
 """Block numbers are stored in 16 bits."""
 
 
-def refused_by_tiled(q: Tensor, v: Tensor, geometry: BlockGeometry) -> str | None:
+def refused_by_tiled(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
     """Why the Triton kernels do not take a call, in words that say what to change; None if they take it.
 
     Args:
         q: the queries, real or fake: device, dtype and head dimension count.
         v: the values: the head dimension counts.
+        scale: softmax scale.
         geometry: the block geometry.
     """
-    refusal = _refusal(q, v, geometry)
+    refusal = _refusal(q, v, scale, geometry)
     return None if refusal is None else refusal[1]
 
 
-def _refusal(q: Tensor, v: Tensor, geometry: BlockGeometry) -> tuple[type[InfLLMError], str] | None:
+def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> tuple[type[InfLLMError], str] | None:
     if q.device.type != "cuda":
         return DeviceError, f"q is on {q.device}: the Triton kernels run on CUDA devices"
     if not HAS_TRITON:
@@ -111,6 +112,8 @@ def _refusal(q: Tensor, v: Tensor, geometry: BlockGeometry) -> tuple[type[InfLLM
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
         if size > MAX_HEAD_DIM:
             return ShapeError, f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
+    if scale <= 0.0:
+        return ShapeError, f"scale={scale}: the Triton kernels take positive scales"
     if geometry.block_size % 16 or not 16 <= geometry.block_size <= 128:
         return ShapeError, f"block_size={geometry.block_size}: the Triton kernels take multiples of 16 from 16 to 128"
     block = geometry.query_block
@@ -128,6 +131,7 @@ def check_tiled(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
+    scale: float,
     geometry: BlockGeometry,
 ) -> None:
     """Check all arguments of a call of the Triton kernels.
@@ -138,7 +142,7 @@ def check_tiled(
         DeviceError: a tensor is not on the CUDA device of q, or Triton is not installed.
     """
     check_attention(q, k, v, None, key_mask)
-    refusal = _refusal(q, v, geometry)
+    refusal = _refusal(q, v, scale, geometry)
     if refusal is not None:
         kind, message = refusal
         raise kind(message)
@@ -165,6 +169,8 @@ def check_tiled(
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected one dimension")
     if offsets is not None and offsets.shape[0] not in (1, q.shape[0]):
         raise ShapeError(f"offsets has {offsets.shape[0]} numbers: expected 1 or one a row, {q.shape[0]}")
+    if offsets is not None and cu_seqlens_k is not None:
+        raise ShapeError("a tensor offset is given with packed sequences: give the offset as an int")
     if cu_seqlens_q is not None:
         if cu_seqlens_k is None:
             raise ShapeError("cu_seqlens_q is given without cu_seqlens_k: packed sequences need both")

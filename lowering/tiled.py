@@ -155,7 +155,7 @@ def tiled_attention(
     """
     numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     geometry = _geometry(*numbers)
-    check_tiled(q, k, v, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, window, geometry)
+    check_tiled(q, k, v, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, window, scale, geometry)
     plan = _plan(q, k, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, geometry)
     lists = None
     if select:
