@@ -22,11 +22,17 @@ from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
 SCAN_WIDTH = tl.constexpr(128)
 """Blocks that a warp scans at once, four to a lane."""
 
-BOUND_OCTAVES = tl.constexpr(24)
-"""The bound of a row's keys is first sought within this factor of two of its largest score."""
+BOUND_OCTAVES = tl.constexpr(16)
+"""The bound of a row's keys is first sought within this many factors of two of its largest score."""
 
-BOUND_STEPS = tl.constexpr(12)
-"""Halvings of that range: they leave a bound good to 0.6 %, so that few keys above it are not wanted."""
+BOUND_STEPS = tl.constexpr(8)
+"""Halvings of that range: they leave a bound good to 4 %, so that few keys above it are not wanted."""
+
+NEAR_BITS = tl.constexpr(18)
+"""The exact search steps up from the bound by 2^18 units of the last place (3 %), 2^19, ..., at most to the middle."""
+
+SEARCH_STEPS = tl.constexpr(4)
+"""Steps of the exact search between two questions, over all rows, whether it is done."""
 
 LIST_WIDTH = 512
 """Blocks of one step of list writing at most; rows of keys in scratch are a multiple of it."""
@@ -102,23 +108,17 @@ def _select_bound(keys_at, begin, end, wanted, low, high, R: tl.constexpr):
     Column maxima give it, each being a key of its own.
     """
     peaks = tl.full([R, SCAN_WIDTH], -1, tl.int32)
-    peaks_odd = tl.full([R, SCAN_WIDTH], -1, tl.int32)
-    for column in range(low, high, 2 * SCAN_WIDTH):
+    for column in range(low, high, SCAN_WIDTH):
         index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
         inside = (index >= begin[:, None]) & (index < end[:, None])
         peaks = tl.maximum(peaks, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
-        index += SCAN_WIDTH
-        inside = (index >= begin[:, None]) & (index < end[:, None])
-        peaks_odd = tl.maximum(peaks_odd, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
-    top = tl.maximum(tl.max(tl.maximum(peaks, peaks_odd), 1) + 1, 1)
+    top = tl.maximum(tl.max(peaks, 1) + 1, 1)
     most = top
     least = tl.maximum(top - (BOUND_OCTAVES << 23), 0)
-    reached = (peaks >= least[:, None]).to(tl.int32) + (peaks_odd >= least[:, None]).to(tl.int32)
-    least = tl.where(tl.sum(reached, 1) >= wanted, least, 0)
+    least = tl.where(tl.sum((peaks >= least[:, None]).to(tl.int32), 1) >= wanted, least, 0)
     for _ in range(BOUND_STEPS):
         middle = least + (most - least) // 2
-        reached = (peaks >= middle[:, None]).to(tl.int32) + (peaks_odd >= middle[:, None]).to(tl.int32)
-        enough = tl.sum(reached, 1) >= wanted
+        enough = tl.sum((peaks >= middle[:, None]).to(tl.int32), 1) >= wanted
         least = tl.where(enough, middle, least)
         most = tl.where(enough, most, middle)
     return least, top
@@ -167,36 +167,31 @@ def _select_threshold(keys_at, columns_at, kept, begin, end, wanted, least, top,
     """
     most = top
     spare = tl.full([R], 2147483647, tl.int32)  # columns that reach `least` beyond those wanted
-    if kept <= 2 * SCAN_WIDTH:
-        keys = _select_kept(keys_at, columns_at, kept, 0, begin, end)
-        keys_odd = _select_kept(keys_at, columns_at, kept, SCAN_WIDTH, begin, end)
-        while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
-            middle = least + (most - least) // 2
-            reached = (keys >= middle[:, None]).to(tl.int32) + (keys_odd >= middle[:, None]).to(tl.int32)
-            excess = tl.sum(reached, 1) - wanted
+    few = kept <= 2 * SCAN_WIDTH
+    keys = _select_kept(keys_at, columns_at, kept, 0, begin, end)
+    keys_odd = _select_kept(keys_at, columns_at, kept, SCAN_WIDTH, begin, end)
+    # The bound lies just below the key sought: look near it first, then halve.
+    near = NEAR_BITS
+    while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
+        for _ in range(SEARCH_STEPS):
+            middle = least + tl.minimum((most - least) // 2, 1 << near)
+            near = min(near + 1, 30)
+            excess = tl.sum((keys >= middle[:, None]).to(tl.int32) + (keys_odd >= middle[:, None]).to(tl.int32), 1)
+            if few == 0:
+                for start in range(2 * SCAN_WIDTH, kept, SCAN_WIDTH):
+                    more = _select_kept(keys_at, columns_at, kept, start, begin, end)
+                    excess += tl.sum((more >= middle[:, None]).to(tl.int32), 1)
+            excess -= wanted
             least = tl.where(excess >= 0, middle, least)
             spare = tl.where(excess >= 0, excess, spare)
             most = tl.where(excess >= 0, most, middle)
-        reached = (keys >= least[:, None]).to(tl.int32) + (keys_odd >= least[:, None]).to(tl.int32)
-        spare = tl.sum(reached, 1) - wanted
-        reached = (keys > least[:, None]).to(tl.int32) + (keys_odd > least[:, None]).to(tl.int32)
-        above = tl.sum(reached, 1)
-    else:
-        while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
-            middle = least + (most - least) // 2
-            excess = -wanted
-            for start in range(0, kept, SCAN_WIDTH):
-                keys = _select_kept(keys_at, columns_at, kept, start, begin, end)
-                excess += tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
-            least = tl.where(excess >= 0, middle, least)
-            spare = tl.where(excess >= 0, excess, spare)
-            most = tl.where(excess >= 0, most, middle)
-        spare = -wanted
-        above = tl.zeros([R], tl.int32)
-        for start in range(0, kept, SCAN_WIDTH):
-            keys = _select_kept(keys_at, columns_at, kept, start, begin, end)
-            spare += tl.sum((keys >= least[:, None]).to(tl.int32), 1)
-            above += tl.sum((keys > least[:, None]).to(tl.int32), 1)
+    spare = tl.sum((keys >= least[:, None]).to(tl.int32) + (keys_odd >= least[:, None]).to(tl.int32), 1) - wanted
+    above = tl.sum((keys > least[:, None]).to(tl.int32) + (keys_odd > least[:, None]).to(tl.int32), 1)
+    if few == 0:
+        for start in range(2 * SCAN_WIDTH, kept, SCAN_WIDTH):
+            more = _select_kept(keys_at, columns_at, kept, start, begin, end)
+            spare += tl.sum((more >= least[:, None]).to(tl.int32), 1)
+            above += tl.sum((more > least[:, None]).to(tl.int32), 1)
     return least, tl.where(spare > 0, wanted - above, 2147483647)
 
 
