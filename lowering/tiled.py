@@ -101,6 +101,11 @@ def _covers_every_query(
     return plain and bool(q.shape[2] <= k.shape[2])
 
 
+def _is_empty(q: Tensor, k: Tensor) -> bool:
+    """Whether there is no query or no key; compilers know that a dynamic size is not 0, so nothing is guarded."""
+    return q.shape[0] == 0 or q.shape[2] == 0 or k.shape[2] == 0
+
+
 @torch.library.triton_op("infllm::tiled_attention", mutates_args={})
 def tiled_attention(
     q: Tensor,
@@ -156,6 +161,11 @@ def tiled_attention(
     numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     geometry = _geometry(*numbers)
     check_tiled(q, k, v, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, window, scale, geometry)
+    if _is_empty(q, k):
+        batch, heads, length, _ = q.shape
+        log_sum = q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
+        nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int16, torch.int16, torch.int32))
+        return q.new_zeros(batch, length, heads, v.shape[3]).transpose(1, 2), log_sum, *nothing
     plan = _plan(q, k, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, geometry)
     lists = None
     if select:
@@ -223,6 +233,8 @@ def tiled_attention_backward(
     Returns:
         Gradients with the shapes and dtypes of q, k and v, contiguous.
     """
+    if _is_empty(q, k):
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     geometry = _geometry(*numbers)
     if grad_out.stride(3) != 1:
