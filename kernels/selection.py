@@ -291,6 +291,7 @@ def _select_kernel(
     RATIO: tl.constexpr = BLOCK // STRIDE
     OVERLAP: tl.constexpr = KERNEL // STRIDE - 1  # windows of earlier blocks that reach into a block
     RAW: tl.constexpr = 0 if FUSED_POOL else RATIO
+    STEP: tl.constexpr = LISTED if LISTED < SCAN_WIDTH else SCAN_WIDTH
     EARLY: tl.constexpr = 1 if OVERLAP > 0 else 0
     CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
     MASK: tl.constexpr = list_tokens.dtype.element_ty
@@ -518,8 +519,8 @@ def _select_kernel(
                             blocks_at, tokens_at, written, seen, distant, distant < window_begin, rows_at,
                             bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                         )  # fmt: skip
-                for start in range(window_begin, final_block + 1, SCAN_WIDTH):
-                    ahead = start + tl.arange(0, SCAN_WIDTH)
+                for start in range(window_begin, final_block + 1, STEP):
+                    ahead = start + tl.arange(0, STEP)
                     written, seen = _select_write(
                         blocks_at, tokens_at, written, seen, ahead, ahead >= 0, rows_at,
                         bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
@@ -625,7 +626,7 @@ def select_tiles(
         BN=launch.coarse,
         RG=min(max(1, shape.tokens // g.query_block), launch.rows),
         INIT_WIDTH=max(16, triton.next_power_of_2(g.init_blocks)),
-        LISTED=max(128, min(LIST_WIDTH, 4096 // max(1, shape.tokens // g.query_block))),
+        LISTED=max(32, min(LIST_WIDTH, 4096 // max(1, shape.tokens // g.query_block))),
         PROGRAMS=programs,
         PRECISION=precision(q),
         **launch.options,
