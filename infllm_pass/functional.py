@@ -11,7 +11,6 @@ from torch import Tensor
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
-from infllm_pass.guard import Branch, decide_length
 from infllm_pass.lowering import operators
 from infllm_pass.lowering.checks import check_attention, check_tiled, refused_by_tiled
 
@@ -58,7 +57,7 @@ def switchable_attention(
     chosen = SparseAttentionConfig.coerce(config)
     check_attention(q, k, v, None, key_mask)
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
-    sparse = decide_length(k.shape[2], chosen.dense_len).branch is Branch.SPARSE
+    sparse = bool(k.shape[2] >= chosen.dense_len)
     refusal = refused_by_tiled(q, v, factor, chosen.geometry)
     if refusal is None:
         return _tiled(q, k, v, chosen, key_mask, offset, factor, window, segment_ids, sparse)
@@ -133,7 +132,7 @@ def switchable_attention_varlen(
     check_tiled(*rows, None, None, cu_seqlens_q, cu_seqlens_k, window, factor, chosen.geometry)
     from infllm_pass.lowering import tiled
 
-    sparse = decide_length(k.shape[0], chosen.dense_len).branch is Branch.SPARSE
+    sparse = bool(k.shape[0] >= chosen.dense_len)
     numbers = (None, window, factor, chosen.dense_len, sparse, *tiled.tiled_arguments(chosen.geometry))
     out: Tensor = tiled.tiled_attention(*rows, None, None, cu_seqlens_q, cu_seqlens_k, *numbers)[0]
     return out[0].transpose(0, 1)

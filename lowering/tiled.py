@@ -51,7 +51,8 @@ def tiled_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
 
 
 def _geometry(*numbers: Any) -> BlockGeometry:
-    return BlockGeometry(*numbers)
+    """Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them."""
+    return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:

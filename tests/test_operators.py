@@ -75,6 +75,14 @@ def test_gradients_match_the_oracle(dtype):
         assert relative_error(a, e) <= TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_calls_are_compiled_without_a_graph_break(dynamic):
+    compiled = torch.compile(infllm_pass.switchable_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (100, 50):
+        q, k, v = qkv(length=length)
+        assert torch.equal(compiled(q, k, v, SMALL), infllm_pass.switchable_attention(q, k, v, SMALL))
+
+
 def test_nothing_is_differentiated_through_the_selection():
     q, k, _ = qkv(requires_grad=True)
     assert not operators.select_blocks(q, k, *selection_arguments()).requires_grad
