@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_pass.kernels.configurations import selection_launch
+from infllm_pass.kernels.configurations import SelectionLaunch, selection_launch
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
-from infllm_pass.kernels.tiles import TileLists, TilePlan, load_panel
+from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape, load_panel
 
 SCAN_WIDTH = tl.constexpr(128)
 """Blocks that a warp scans at once, four to a lane."""
@@ -298,9 +298,9 @@ def _select_kernel(
 
     # Scratch of one program: keys [R, num_blocks], columns [num_blocks], normalisers [CHUNKS * C], thresholds [R],
     # equals [R], and, where pooling is a pass of its own, raw scores [R, num_blocks * RATIO].
-    span = num_blocks.to(tl.int64) * (R * (1 + RAW) + 1) + (R * 2 + CHUNKS * C)
+    span = tl.cast(num_blocks, tl.int64) * (R * (1 + RAW) + 1) + (R * 2 + CHUNKS * C)
     keys_at = scratch + tl.program_id(0) * span
-    columns_at = keys_at + num_blocks.to(tl.int64) * R
+    columns_at = keys_at + tl.cast(num_blocks, tl.int64) * R
     norms_at = (columns_at + num_blocks).to(tl.pointer_type(tl.float32))
     thresholds_at = columns_at + num_blocks + CHUNKS * C
     equals_at = thresholds_at + R
@@ -339,17 +339,13 @@ def _select_kernel(
                     sees = tl.minimum(position + token // QUERY_BLOCK * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
                     if EXACT:
                         visible = tl.where(sees + 1 >= KERNEL, (sees + 1 - KERNEL) // STRIDE + 1, 0)
-                        norm = _select_panel_normaliser(
-                            q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION
-                        )
+                        norm = _select_panel_normaliser(q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION)
                     else:
                         keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE)) * D
                         visible = tl.where(
                             sees + 1 >= COARSE * KERNEL, (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1, 0
                         )
-                        norm = _select_panel_normaliser(
-                            q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION
-                        )
+                        norm = _select_panel_normaliser(q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION)
                     tl.store(norms_at + chunk * C + columns, tl.where(real, norm, float("inf")))
                 tl.debug_barrier()
 
@@ -529,6 +525,39 @@ def _select_kernel(
                 tl.debug_barrier()
 
 
+def selection_constants(
+    shape: TileShape, geometry: BlockGeometry, dim: int, has_window: bool, launch: SelectionLaunch
+) -> dict[str, int | bool]:
+    """What the kernel is compiled for beside the number of programs and the precision."""
+    g = geometry
+    rows = max(1, shape.tokens // g.query_block)  # of a tile
+    return {
+        "G": shape.group,
+        "GP": shape.padded_group,
+        "T": shape.tokens,
+        "PANEL": shape.panel_tokens,
+        "QUERY_BLOCK": g.query_block,
+        "D": dim,
+        "DP": max(16, triton.next_power_of_2(dim)),
+        "KERNEL": g.kernel_size,
+        "STRIDE": g.kernel_stride,
+        "BLOCK": g.block_size,
+        "INIT": g.init_blocks,
+        "LOCAL": g.local_blocks,
+        "BUDGET": g.selected_blocks - g.local_blocks - 1,
+        "EXACT": g.lse == "exact",
+        "COARSE": COARSE_FACTOR,
+        "HAS_WINDOW": has_window,
+        "FUSED_POOL": g.kernel_size // g.kernel_stride - 1 <= g.block_size // g.kernel_stride,
+        "C": min(launch.columns, shape.panel_tokens * shape.padded_group),
+        "BC": launch.windows,
+        "BN": launch.coarse,
+        "RG": min(rows, launch.rows),
+        "INIT_WIDTH": max(16, triton.next_power_of_2(g.init_blocks)),
+        "LISTED": max(32, min(LIST_WIDTH, 4096 // rows)),
+    }
+
+
 def list_capacity(plan: TilePlan, geometry: BlockGeometry, length_k: int) -> int:
     """Entries that the list of one tile can need: blocks that its tokens visit, or all that exist."""
     far = plan.shape.tokens * (geometry.selected_blocks - geometry.local_blocks - 1)
@@ -574,14 +603,16 @@ def select_tiles(
         torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device),
     )
     padded = max(16, triton.next_power_of_2(dim))
-    ratio, overlap = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
     launch = selection_launch(q, padded)
-    columns = min(launch.columns, shape.panel_tokens * shape.padded_group)
-    fused = overlap <= ratio
+    constants = selection_constants(shape, g, dim, window is not None, launch)
     rows = shape.panel_tokens // g.query_block
     programs = multiprocessors(q.device) * (launch.programs if rows <= 32 else 1)
     blocks = (g.num_blocks(length_k) + LIST_WIDTH - 1) // LIST_WIDTH * LIST_WIDTH
-    span = blocks * (rows * (1 if fused else 1 + ratio) + 1) + rows * 2 + shape.panel_tokens * shape.padded_group
+    span = (
+        blocks * (rows * (1 if constants["FUSED_POOL"] else 1 + g.block_size // g.kernel_stride) + 1)
+        + rows * 2
+        + shape.panel_tokens * shape.padded_group
+    )
     scratch = torch.empty(programs * span, dtype=torch.int32, device=q.device)
     wrap_triton(_select_kernel)[(programs,)](
         q,
@@ -604,29 +635,7 @@ def select_tiles(
         capacity,
         dense_len,
         0 if window is None else window,
-        G=shape.group,
-        GP=shape.padded_group,
-        T=shape.tokens,
-        PANEL=shape.panel_tokens,
-        QUERY_BLOCK=g.query_block,
-        D=dim,
-        DP=padded,
-        KERNEL=g.kernel_size,
-        STRIDE=g.kernel_stride,
-        BLOCK=g.block_size,
-        INIT=g.init_blocks,
-        LOCAL=g.local_blocks,
-        BUDGET=g.selected_blocks - g.local_blocks - 1,
-        EXACT=g.lse == "exact",
-        COARSE=COARSE_FACTOR,
-        HAS_WINDOW=window is not None,
-        FUSED_POOL=fused,
-        C=columns,
-        BC=launch.windows,
-        BN=launch.coarse,
-        RG=min(max(1, shape.tokens // g.query_block), launch.rows),
-        INIT_WIDTH=max(16, triton.next_power_of_2(g.init_blocks)),
-        LISTED=max(32, min(LIST_WIDTH, 4096 // max(1, shape.tokens // g.query_block))),
+        **constants,
         PROGRAMS=programs,
         PRECISION=precision(q),
         **launch.options,

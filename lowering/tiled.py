@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import infllm_pass.kernels
-
 from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.attention_backward import output_delta, query_gradient
 from infllm_pass.kernels.attention_backward_keys import key_gradients
@@ -74,7 +73,8 @@ def _plan(
     offset: int | None,
     geometry: BlockGeometry,
 ) -> TilePlan:
-    shape = TileShape.choose(int(q.shape[1] // k.shape[1]), geometry.query_block)
+    heads_q, heads_kv, _ = (int(size) for size in (q.shape[1], k.shape[1], q.shape[3]))  # numbers from here on
+    shape = TileShape.choose(heads_q // heads_kv, geometry.query_block)
     start = 0 if offsets is not None else k.shape[2] - q.shape[2]
     sizes = {
         "batch": q.shape[0],
