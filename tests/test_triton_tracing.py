@@ -1,0 +1,149 @@
+"""What compilers see of the Triton operators: kernels, not opaque calls; nothing cloned; no length pinned. No GPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import infllm_pass
+from infllm_pass.lowering import checks
+
+from .test_tiled_checks import TILED
+from .triton_device import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter traces nothing")
+
+LENGTHS = [64, 65, 100, 127, 128, 1000, 4096, 8191, 131072, 1 << 20]
+KERNELS = {"fw": 5, "bw": 10}
+
+
+class _Traced(Exception):
+    """Raised instead of running a graph of kernels without a GPU."""
+
+
+class Driver:
+    """As much of a Triton driver as reading a kernel's source needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _sm_90(monkeypatch):
+    """Triton compiles for an H100 that is not there, and CPU tensors stand for CUDA tensors."""
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(checks, "_refusal", lambda *_: None)
+
+
+class Recorder:
+    """A backend that traces forward and backward, keeps the graphs and the guards on sizes, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, torch.fx.GraphModule] = {}
+        self.guards: list = []
+        self.compile = aot_autograd(fw_compiler=self._keep("fw"), bw_compiler=self._keep("bw"))
+
+    def _keep(self, name):
+        def compiler(module, _example_inputs):
+            self.graphs[name] = module
+            self.guards = [g.expr for g in torch._guards.TracingContext.get().fake_mode.shape_env.guards]
+
+            def run(*_):
+                raise _Traced
+
+            return make_boxed_func(run)
+
+        return compiler
+
+
+def trace(function, *inputs, sparsified=False) -> Recorder:
+    recorder = Recorder()
+    compiled = torch.compile(function, backend=recorder.compile, fullgraph=True)
+    if sparsified:
+        compiled = infllm_pass.sparsify(compiled, TILED)
+    with pytest.raises(_Traced):
+        compiled(*inputs)
+    return recorder
+
+
+def packed_heads(length=100):
+    """Queries, keys and values of one dynamic length, differentiable."""
+    x = torch.randn(1, 10, length, 16, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 2)
+    return x
+
+
+def attend(x):
+    q, k, v = x.split([6, 2, 2], 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def call(**arguments):
+    def function(x, *tensors):
+        q, k, v = x.split([6, 2, 2], 1)
+        named = dict(zip(arguments.get("named", ()), tensors, strict=True))
+        others = {name: value for name, value in arguments.items() if name != "named"}
+        return infllm_pass.switchable_attention(q, k, v, TILED, **others, **named)
+
+    return function
+
+
+def key_mask(length=100):
+    mask = torch.ones(1, length, dtype=torch.bool)
+    torch._dynamo.mark_dynamic(mask, 1)
+    return mask
+
+
+CASES = {
+    "rewritten": (attend, [], True),
+    "function": (call(), [], False),
+    "window": (call(window=40), [], False),
+    "padded": (call(named=("key_mask",)), [key_mask()], False),
+    "device offset": (call(named=("offset",)), [torch.tensor([0], dtype=torch.int32)], False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compilers_see_kernels_that_write_only_their_results(case, caplog):
+    function, tensors, sparsified = CASES[case]
+    with caplog.at_level(logging.WARNING):
+        recorder = trace(function, packed_heads(), *tensors, sparsified=sparsified)
+    assert "identify_mutated_tensors" not in caplog.text
+    for name, module in recorder.graphs.items():
+        assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
+        kernels = module.graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
+        assert len(kernels) == KERNELS[name]
+        cloned = {argument for node in kernels for argument in node.kwargs["tensors_to_clone"]}
+        assert not cloned & {"q", "k", "v", "grad_out", "key_mask", "offsets"}, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_serves_all_lengths(case):
+    function, tensors, sparsified = CASES[case]
+    recorder = trace(function, packed_heads(), *tensors, sparsified=sparsified)
+    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
+    for length in LENGTHS:
+        sizes = dict.fromkeys(symbols, length)
+        assert all(bool(guard.subs(sizes)) for guard in recorder.guards), length
+
+
+def test_sizes_that_a_compiler_made_dynamic_become_numbers():
+    """Heads, head dimension and every number of the configuration, with ``dynamic=True``."""
+    recorder = Recorder()
+    compiled = torch.compile(infllm_pass.switchable_attention, backend=recorder.compile, dynamic=True, fullgraph=True)
+    q, k, v = (torch.randn(2, heads, 100, 16, requires_grad=True) for heads in (6, 2, 2))
+    with pytest.raises(_Traced):
+        compiled(q, k, v, TILED, window=40, offset=0)
+    kernels = recorder.graphs["fw"].graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
+    assert len(kernels) == KERNELS["fw"]
