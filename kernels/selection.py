@@ -69,10 +69,7 @@ def _select_panel_normaliser(
     for start in range(0, most, BN):
         index = start + tl.arange(0, BN)
         pointers = keys + (origin + start) * D + places
-        if DP == D:
-            tile = tl.load(pointers)  # [DP, BN]
-        else:
-            tile = tl.load(pointers, mask=(dims < D)[:, None], other=0.0)
+        tile = tl.load(pointers) if DP == D else tl.load(pointers, mask=(dims < D)[:, None], other=0.0)  # [DP, BN]
         scores = tl.dot(q_tile, tile, input_precision=PRECISION)  # [C, BN]
         if start + BN > least:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
@@ -374,10 +371,10 @@ def _select_kernel(
                         block = start + tl.arange(0, BC)
                         index = block * RATIO + place
                         pointers = keys1 + (start * RATIO + place).to(tl.int64) * D + places
-                        if DP == D:
-                            windows = tl.load(pointers)  # [BC, DP]
-                        else:
-                            windows = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+                        # [BC, DP]
+                        windows = (
+                            tl.load(pointers) if DP == D else tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+                        )
                         if PARTS == 1:
                             product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
                             weights = tl.exp2(product * scale_log2 - norm[None, :])

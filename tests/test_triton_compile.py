@@ -14,8 +14,10 @@ from infllm_pass.kernels.attention import _attention_forward_kernel
 from infllm_pass.kernels.attention_backward import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.attention_backward_keys import _key_gradients_kernel
 from infllm_pass.kernels.compression import _compress_kernel, chunk_keys
-from infllm_pass.kernels.configurations import Launch, launch_on
+from infllm_pass.kernels.configurations import MEASURED_SELECTION, Launch, generic_selection, launch_on
+from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.pieces import _add_pieces_kernel, _schedule_kernel
+from infllm_pass.kernels.selection import _select_kernel, selection_constants
 from infllm_pass.kernels.tiles import TileShape
 from infllm_pass.kernels.transposition import _block_table_kernel, _transpose_kernel
 
@@ -235,6 +237,55 @@ def test_compiles(kernel, variant, capability, record_property):
         used = compile_ahead(kernel.kernel, arguments, capability=capability, **launch.options)
     for figure, number in used.items():
         record_property(figure, number)
+    assert used["shared"] <= SHARED_MEMORY[capability]
+    if variant.hot and capability == 90:
+        assert used["spilled"] == 0
+
+
+SELECTION = [
+    Variant(hot=True),
+    Variant(dim=64, value_dim=64, hot=True),
+    Variant(group=4),
+    Variant(group=1, dim=64, value_dim=64),
+    Variant(group=96, dim=80, value_dim=80, window=True),
+    Variant(dim=256, value_dim=256),
+    Variant(group=4, block_size=48),
+    *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "capability"),
+    [
+        pytest.param(variant, capability, id=f"{variant.name}-sm{capability}")
+        for variant in SELECTION
+        for capability in (SHARED_MEMORY if variant is SELECTION[0] else (86, 90))
+    ],
+)
+def test_block_selection_compiles(variant, capability, record_property):
+    size = variant.dtype.itemsize
+    launch = MEASURED_SELECTION.get((capability, size, variant.padded), generic_selection(size, variant.padded))
+    shape = TileShape.choose(variant.group)
+    geometry = BlockGeometry(block_size=variant.block_size)
+    window = 4096 if variant.window else None
+    arguments = {
+        **dict.fromkeys(("q", "k1", "k2"), variant.dtype),
+        **dict.fromkeys(("panels", "scratch", "list_counts"), torch.int32),
+        "list_blocks": torch.int16,
+        "list_tokens": shape.mask_dtype,
+        "scale_log2": "fp32",
+        **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
+        **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
+        **dict.fromkeys(("dense_len", "window"), "i32"),
+        **selection_constants(shape, geometry, variant.dim, window is not None, launch),
+        "PROGRAMS": 264,
+        "PRECISION": "ieee",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        used = compile_ahead(_select_kernel, arguments, capability=capability, **launch.options)
+    for name, value in used.items():
+        record_property(name, value)
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
         assert used["spilled"] == 0

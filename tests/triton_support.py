@@ -45,6 +45,31 @@ def lists_from_sets(selected: Tensor, plan: TilePlan, capacity: int, *, dense_le
     return TileLists(blocks.to(device), tokens.to(device), counts.to(device))
 
 
+def sets_from_lists(lists: TileLists, plan: TilePlan, batch: int, heads: int, queries: int, blocks: int) -> Tensor:
+    """The selection that lists stand for, bool ``[B, Hkv, Lq, n_blocks]``; asserts that the lists are well formed."""
+    sets = torch.zeros(batch, heads, queries, blocks, dtype=torch.bool)
+    numbers, masks, counts = lists.blocks.cpu().long() & 0xFFFF, lists.tokens.cpu().long(), lists.counts.cpu()
+    shape = plan.shape
+    for panel, (row, query, begin, end, *_) in enumerate(plan.panels.cpu().tolist()):
+        for part in range(shape.tiles):
+            tile = panel * shape.tiles + part
+            for head in range(heads):
+                count = int(counts[tile, head])
+                if not count:
+                    continue
+                listed, mask = numbers[tile, head, :count], masks[tile, head, :count]
+                assert bool((listed[1:] > listed[:-1]).all()), "blocks ascend"
+                assert bool((mask != 0).all()), "every entry has a token"
+                for token in range(shape.tokens):
+                    hit = (mask >> token) & 1 != 0
+                    index = part * shape.tokens + token
+                    if begin <= index < end:
+                        sets[row, head, query + index, listed[hit]] = True
+                    else:
+                        assert not bool(hit.any()), "only tokens that exist"
+    return sets.to(lists.blocks.device)
+
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

@@ -1,0 +1,203 @@
+"""Block selection on Triton against the oracle: the same sets, in the form that attention reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from infllm_pass.kernels import reference
+from infllm_pass.kernels.compression import compress_keys
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.planning import plan_packed_tiles, plan_tiles
+from infllm_pass.kernels.selection import select_tiles
+from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
+
+from .triton_device import DEVICE, arrange, gpu
+from .triton_support import sets_from_lists
+
+SMALL = {
+    "kernel_size": 8,
+    "kernel_stride": 4,
+    "block_size": 16,
+    "init_blocks": 1,
+    "local_blocks": 1,
+    "selected_blocks": 5,
+}
+
+
+def select(
+    q: torch.Tensor, k: torch.Tensor, geometry: BlockGeometry, plan: TilePlan, **options
+) -> tuple[TileLists, torch.Tensor]:
+    """The lists, and the sets that they stand for."""
+    k1, k2 = compress_keys(k, plan, geometry=geometry)
+    options = {"dense_len": 0, **options}
+    lists = select_tiles(q, k1, k2, plan, geometry=geometry, scale=q.shape[3] ** -0.5, length_k=k.shape[2], **options)
+    blocks = geometry.num_blocks(k.shape[2])
+    return lists, sets_from_lists(lists, plan, q.shape[0], k.shape[1], q.shape[2], blocks)
+
+
+def check(
+    group: int,
+    *,
+    length: int,
+    queries: int | None = None,
+    heads: int = 2,
+    batch: int = 1,
+    dim: int = 16,
+    bounds: list[tuple[int, int]] | None = None,
+    window: int | None = None,
+    dense_len: int = 0,
+    level: bool = False,
+    **sizes,
+) -> None:
+    """Compare with the oracle; `level`: keys are zero, so that all scores of a query are equal."""
+    geometry = BlockGeometry(**{**SMALL, **sizes})
+    queries = length if queries is None else queries
+    q = torch.randn(batch, group * heads, queries, dim, device=DEVICE)
+    k = torch.randn(batch, heads, length, dim, device=DEVICE) * (not level)
+    offset = length - queries
+    key_bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    shape = TileShape.choose(group, geometry.query_block)
+    sizes_ = {"batch": batch, "length_q": queries, "length_k": length, "block_size": geometry.block_size}
+    plan = plan_tiles(shape, **sizes_, device=DEVICE, offset=offset, key_bounds=key_bounds)
+    _, found = select(q, k, geometry, plan, window=window, dense_len=dense_len)
+    key_mask = None
+    if bounds is not None:
+        index = torch.arange(length, device=DEVICE)
+        key_mask = (index >= key_bounds[:, :1]) & (index < key_bounds[:, 1:])
+    expected = reference.select_blocks(
+        q,
+        k,
+        geometry=geometry,
+        scale=dim**-0.5,
+        offset=offset,
+        key_mask=key_mask,
+        window=window,
+        dense_len=dense_len,
+    )
+    wrong = (found != expected).any(-1)
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} selections differ, first {wrong.nonzero()[0]}"
+    assert not bool((found.sum(-1) > geometry.selected_blocks).any())
+
+
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 16, 96])
+def test_sets_equal_the_oracles(group, lse):
+    check(group, length=203 if group < 16 else 131, heads=2 if group < 96 else 1, lse=lse)
+
+
+@pytest.mark.parametrize(("group", "query_block", "queries"), [(16, 16, None), (4, 16, 77), (4, 4, 77), (200, 2, 40)])
+def test_query_blocks_share_a_selection(group, query_block, queries):
+    length = 203 if group < 200 else 120
+    # The last tile of positions has to be whole on both sides of a call, or the oracle scores it with fewer queries.
+    offset = 0 if queries is None else (length - queries) // query_block * query_block
+    queries = None if queries is None else length - offset
+    check(group, length=length, queries=queries, heads=1, query_block=query_block)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"block_size": 48, "kernel_size": 16, "selected_blocks": 4},
+        {"kernel_size": 4, "selected_blocks": 9, "local_blocks": 2},
+        {"kernel_size": 16},
+        {"kernel_size": 24},
+        {"kernel_size": 64},
+        {"block_size": 32, "init_blocks": 2},
+    ],
+    ids=lambda sizes: "-".join(f"{name}{value}" for name, value in sizes.items()),
+)
+def test_every_valid_geometry(sizes):
+    check(4, length=330, heads=1, **sizes)
+
+
+@pytest.mark.parametrize(("group", "length", "queries"), [(4, 203, 203), (16, 3000, 5), (4, 4900, 3)])
+def test_ties_go_to_the_lower_block(group, length, queries):
+    budget = 5 if length < 1000 else 40
+    check(group, length=length, queries=queries, level=True, selected_blocks=budget)
+
+
+@pytest.mark.parametrize(
+    ("budget", "initial"), [(300, 1), (100, 20)], ids=["more_than_one_scan_of_candidates", "many_initial_blocks"]
+)
+def test_large_budgets(budget, initial):
+    check(2, length=6000, queries=3, heads=1, selected_blocks=budget, init_blocks=initial)
+
+
+@pytest.mark.parametrize(("group", "block_size", "window"), [(7, 16, 100), (1, 32, 130), (4, 16, 300)])
+def test_blocks_before_a_sliding_window_are_no_candidates(group, block_size, window):
+    check(group, length=310, heads=1, block_size=block_size, window=window)
+
+
+def test_padding_moves_nothing():
+    check(4, length=203, batch=2, bounds=[(0, 203), (50, 190)])
+
+
+def test_short_sequences_select_nothing():
+    check(4, length=150, batch=2, bounds=[(0, 150), (60, 150)], dense_len=100)
+    check(4, length=150, dense_len=151)
+
+
+@pytest.mark.parametrize(("length", "queries"), [(200, 1), (1, 1), (31, 31), (40, 0)])
+def test_tiny_calls(length, queries):
+    check(4, length=length, queries=queries)
+
+
+@pytest.mark.parametrize("dim", [24, 80])
+def test_head_dimensions_that_are_no_power_of_two(dim):
+    check(3, length=150, dim=dim)
+
+
+def test_packed_sequences_select_on_their_own():
+    geometry = BlockGeometry(**SMALL)
+    bounds = torch.tensor([0, 37, 37, 201, 320], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(1, 8, 320, 16, device=DEVICE)
+    k = torch.randn(1, 2, 320, 16, device=DEVICE)
+    plan = plan_packed_tiles(
+        TileShape.choose(4), bounds, bounds, batch=1, length_q=320, length_k=320, block_size=geometry.block_size
+    )
+    _, found = select(q, k, geometry, plan)
+    for begin, end in ((0, 37), (37, 201), (201, 320)):
+        part = slice(begin, end)
+        expected = reference.select_blocks(q[:, :, part], k[:, :, part], geometry=geometry, scale=0.25, offset=0)
+        assert torch.equal(found[:, :, part, : expected.shape[3]], expected)
+
+
+def test_views_of_another_layout_are_read_in_place():
+    geometry = BlockGeometry(**SMALL)
+    q = torch.randn(1, 150, 8, 16, device=DEVICE).transpose(1, 2)
+    k = torch.randn(1, 150, 2, 16, device=DEVICE).transpose(1, 2)
+    plan = plan_tiles(
+        TileShape.choose(4), batch=1, length_q=150, length_k=150, block_size=geometry.block_size, device=DEVICE
+    )
+    _, found = select(q, k, geometry, plan)
+    assert torch.equal(found, reference.select_blocks(q, k, geometry=geometry, scale=0.25, offset=0))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "dim"), [(32, 2, 128), (32, 8, 128), (9, 3, 64), (16, 16, 64), (8, 2, 256)]
+)
+def test_long_inputs_select_the_best_blocks(heads, heads_kv, dim, dtype):
+    length, geometry = 6001, BlockGeometry(local_blocks=8, selected_blocks=24)
+    q = torch.randn(1, heads, length, dim, device=DEVICE, dtype=dtype)
+    k = torch.randn(1, heads_kv, length, dim, device=DEVICE, dtype=dtype)
+    shape = TileShape.choose(heads // heads_kv)
+    plan = plan_tiles(shape, batch=1, length_q=length, length_k=length, block_size=geometry.block_size, device=DEVICE)
+    _, found = select(q, k, geometry, plan)
+    rows = torch.randint(0, length, (64,), device=DEVICE).sort().values
+    for row in rows.tolist():
+        common = {"geometry": geometry, "scale": dim**-0.5, "offset": row}
+        scores = reference.block_scores(q[0, :, row : row + 1], k[0], **common)[:, 0]  # [Hkv, n_blocks]
+        expected = reference.select_blocks(q[:, :, row : row + 1], k, **common)[0, :, 0]
+        mine = found[0, :, row].to(expected.device)
+        assert torch.equal(mine.sum(-1), expected.sum(-1))
+        # Where the sets differ, the scores at the cut differ by rounding only.
+        for head in (mine != expected).any(-1).nonzero().flatten().tolist():
+            left, taken = scores[head][expected[head] & ~mine[head]], scores[head][mine[head] & ~expected[head]]
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            assert float((left.max() - taken.min()) / left.max()) < tolerance
+
+
+arrange(globals())
