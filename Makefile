@@ -51,7 +51,8 @@ lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet -r requirements.in
-	$(VENV)-lock/bin/python -m pip freeze --all --exclude pip | sed 's/+cpu$$//' > requirements.txt
+	$(VENV)-lock/bin/python -m pip freeze --all --exclude pip \
+		| sed -e 's/+cpu$$//' -e 's/^triton==.*/& ; sys_platform == "linux"/' > requirements.txt
 	rm -rf $(VENV)-lock
 
 clean:
