@@ -143,6 +143,7 @@ def _key_gradients_kernel(
     k_tile = tl.load(k_at) if DIM == PADDED else tl.load(k_at, mask=dims[None, :] < DIM, other=0.0)
     v_tile = tl.load(v_at) if DIM_V == PADDED_V else tl.load(v_at, mask=dims_v[None, :] < DIM_V, other=0.0)
 
+    scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
     LOG2E: tl.constexpr = 1.4426950408889634
     ROWS: tl.constexpr = TOKENS * TILE_HEADS
     scale_log2 = scale * LOG2E

@@ -278,6 +278,7 @@ def _select_kernel(
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
     R: tl.constexpr = PANEL // QUERY_BLOCK  # rows: queries, or groups of QUERY_BLOCK queries, with one selection each
     CHUNKS: tl.constexpr = PANEL * GP // C  # products that cover the panel's columns
     PIECES: tl.constexpr = CHUNKS if R > 1 else 1  # of these, so many hold rows of their own

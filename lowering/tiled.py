@@ -57,7 +57,7 @@ def _geometry(*numbers: Any) -> BlockGeometry:
 def key_bounds(key_mask: Tensor) -> Tensor:
     """First valid key and one past the last of every row, int32 ``[B, 2]``; both 0 for a row without any."""
     length = key_mask.shape[1]
-    index = torch.arange(length, device=key_mask.device, dtype=torch.int32)
+    index = torch.arange(length, device=key_mask.device)
     end = torch.where(key_mask, index + 1, 0).amax(1)
     first = torch.where(key_mask, index, length).amin(1)
     return torch.stack([torch.minimum(first, end), end], 1).to(torch.int32)
