@@ -121,10 +121,6 @@ def chunk_keys(padded_dim: int) -> int:
     return 64 if padded_dim <= 128 else 32
 
 
-def _with_slack(k: Tensor, size: int) -> Tensor:
-    return k.new_empty(size + SLACK_SLOTS * k.shape[3])[:size]
-
-
 def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
     """Means of all complete windows of keys.
 
@@ -145,8 +141,8 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tupl
     stride = geometry.kernel_stride
     fine_slots = torch.sym_max(length // stride, 1)
     coarse_slots = torch.sym_max(length // (COARSE_FACTOR * stride), 1)
-    fine = _with_slack(k, batch * heads * fine_slots * dim).view(batch, heads, fine_slots, dim)
-    coarse = _with_slack(k, batch * heads * coarse_slots * dim).view(batch, heads, coarse_slots, dim)
+    # The kernel gets the whole buffers: a compiler that saw it write to a view would copy the view, without the slack.
+    fine, coarse = (k.new_empty(batch * heads * n + SLACK_SLOTS, dim) for n in (fine_slots, coarse_slots))
     padded = max(16, triton.next_power_of_2(dim))
     launch = launch_for("compress", k, padded)
     wrap_triton(_compress_kernel)[(triton.cdiv(fine_slots, _FINE_ROWS), batch * heads)](
@@ -170,4 +166,6 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tupl
         PACKED=plan.packed,
         **launch.options,
     )
+    fine = fine[: batch * heads * fine_slots].view(batch, heads, fine_slots, dim)
+    coarse = coarse[: batch * heads * coarse_slots].view(batch, heads, coarse_slots, dim)
     return fine, coarse
