@@ -293,6 +293,7 @@ SMALL_CASES = [
     replace(TINY, length_q=40, offset="tensor"),
     replace(TINY, lengths=(20, 1, 80, 12)),
     replace(TINY, lengths=(20, 1, 80, 12), packed=True, dense_len=30),
+    replace(TINY, dim=8, value_dim=8, group=3),
     replace(TINY, length_q=0, length_k=0),
     replace(TINY, length_q=0, length_k=0, key_mask=True),
     replace(TINY, length_q=0, length_k=50),
