@@ -312,215 +312,209 @@ def _select_kernel(
         panel = num_panels - 1 - item // heads_kv  # late panels have most to do: they go first
         head = item % heads_kv
         batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, panel)
-        if (end == 0) | (length < dense_len):
-            for tile in range(TILES):
-                tl.store(list_counts + (panel * TILES + tile) * heads_kv + head, 0)
-        else:
-            there = (rows * QUERY_BLOCK < end) & ((rows + 1) * QUERY_BLOCK > begin)
-            far_begin, far_end, wanted = _select_range(
-                rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
-            )
-            scored = tl.max(far_end - far_begin - wanted, 0) > 0  # some query leaves blocks out
-            low = tl.min(tl.where(there, far_begin, 2147483647), 0)
-            high = tl.max(far_end, 0)
+        # Panels without a choice to make run through the same loops, with nothing to do in them: a branch around the
+        # products lets the assembler of Triton 3.6 reuse matrix descriptors that only the other arm has computed.
+        end = tl.where(length < dense_len, 0, end)
+        there = (rows * QUERY_BLOCK < end) & ((rows + 1) * QUERY_BLOCK > begin)
+        far_begin, far_end, wanted = _select_range(
+            rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
+        )
+        scored = tl.max(far_end - far_begin - wanted, 0) > 0  # some query leaves blocks out
+        low = tl.where(scored, tl.min(tl.where(there, far_begin, 2147483647), 0), INIT)
+        high = tl.where(scored, tl.max(far_end, 0), INIT)
+        head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
+        keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE) * D
+        for chunk in tl.static_range(CHUNKS):
+            token, member = _select_column(chunk * C + columns, PANEL, GP, PIECES)
+            real = (token >= begin) & (token < end) & (member < G)
+            at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
+            q_tile = tl.load(
+                at[:, None] + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0
+            )  # [C, DP]
+            sees = tl.minimum(position + token // QUERY_BLOCK * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+            if EXACT:
+                visible = tl.where(scored & (sees + 1 >= KERNEL), (sees + 1 - KERNEL) // STRIDE + 1, 0)
+                norm = _select_panel_normaliser(q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION)
+            else:
+                keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE)) * D
+                complete = (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1
+                visible = tl.where(scored & (sees + 1 >= COARSE * KERNEL), complete, 0)
+                norm = _select_panel_normaliser(q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION)
+            tl.store(norms_at + chunk * C + columns, tl.where(real, norm, float("inf")))
+        tl.debug_barrier()
 
-            if scored:
-                head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
-                keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE) * D
-                for chunk in tl.static_range(CHUNKS):
-                    token, member = _select_column(chunk * C + columns, PANEL, GP, PIECES)
-                    real = (token >= begin) & (token < end) & (member < G)
-                    at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
-                    q_tile = tl.load(
-                        at[:, None] + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0
-                    )  # [C, DP]
-                    sees = tl.minimum(position + token // QUERY_BLOCK * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-                    if EXACT:
-                        visible = tl.where(sees + 1 >= KERNEL, (sees + 1 - KERNEL) // STRIDE + 1, 0)
-                        norm = _select_panel_normaliser(q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION)
-                    else:
-                        keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE)) * D
-                        visible = tl.where(
-                            sees + 1 >= COARSE * KERNEL, (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1, 0
-                        )
-                        norm = _select_panel_normaliser(q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION)
-                    tl.store(norms_at + chunk * C + columns, tl.where(real, norm, float("inf")))
-                tl.debug_barrier()
-
-                # Transposed scores, windows x columns, so that a head-sum stays within a row of the product.
-                # Rows of a product start one block early where windows of that block reach into the next.
-                first = low - EARLY
-                for piece in range(PIECES):
-                    piece_rows = piece * PR + tl.arange(0, PR)
-                    sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-                    if PARTS == 1:
-                        column = piece * C + columns
+        # Transposed scores, windows x columns, so that a head-sum stays within a row of the product.
+        # Rows of a product start one block early where windows of that block reach into the next.
+        first = low - EARLY
+        for piece in range(PIECES):
+            piece_rows = piece * PR + tl.arange(0, PR)
+            sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+            if PARTS == 1:
+                column = piece * C + columns
+                token, member = _select_column(column, PANEL, GP, PIECES)
+                real = (token >= begin) & (token < end) & (member < G)
+                at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
+                q_turned = tl.load(
+                    at[None, :] + dims[:, None], mask=real[None, :] & (dims < D)[:, None], other=0.0
+                )  # [DP, C]
+                norm = tl.load(norms_at + column)
+            # A step takes one window of each of BC blocks, so that pooling a block is an elementwise maximum.
+            pooled = tl.full([BC, PR], -1.0, tl.float32)
+            tail = tl.full([BC, PR], -1.0, tl.float32)  # of the windows that reach into the next block
+            places = tl.arange(0, BC)[:, None] * (RATIO * D) + dims[None, :]
+            for step in range(tl.cdiv(high - low, BC - EARLY) * RATIO):
+                start = first + step // RATIO * (BC - EARLY)
+                place = step % RATIO
+                block = start + tl.arange(0, BC)
+                index = block * RATIO + place
+                pointers = keys1 + (start * RATIO + place).to(tl.int64) * D + places
+                # [BC, DP]
+                windows = tl.load(pointers) if DP == D else tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+                if PARTS == 1:
+                    product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
+                    weights = tl.exp2(product * scale_log2 - norm[None, :])
+                    score = tl.sum(tl.reshape(weights, [BC, GP, C // GP]), 1)  # [BC, tokens of the piece]
+                    if QUERY_BLOCK > 1:
+                        score = tl.sum(tl.reshape(score, [BC, PR, QUERY_BLOCK]), 2)  # [BC, PR]
+                else:
+                    score = tl.zeros([BC, 1], tl.float32)
+                    for part in range(PARTS):
+                        column = part * C + columns
                         token, member = _select_column(column, PANEL, GP, PIECES)
                         real = (token >= begin) & (token < end) & (member < G)
                         at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
                         q_turned = tl.load(
                             at[None, :] + dims[:, None], mask=real[None, :] & (dims < D)[:, None], other=0.0
-                        )  # [DP, C]
+                        )
                         norm = tl.load(norms_at + column)
-                    # A step takes one window of each of BC blocks, so that pooling a block is an elementwise maximum.
-                    pooled = tl.full([BC, PR], -1.0, tl.float32)
-                    tail = tl.full([BC, PR], -1.0, tl.float32)  # of the windows that reach into the next block
-                    places = tl.arange(0, BC)[:, None] * (RATIO * D) + dims[None, :]
-                    for step in range(tl.cdiv(high - low, BC - EARLY) * RATIO):
-                        start = first + step // RATIO * (BC - EARLY)
-                        place = step % RATIO
-                        block = start + tl.arange(0, BC)
-                        index = block * RATIO + place
-                        pointers = keys1 + (start * RATIO + place).to(tl.int64) * D + places
-                        # [BC, DP]
-                        windows = (
-                            tl.load(pointers) if DP == D else tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
-                        )
-                        if PARTS == 1:
-                            product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
-                            weights = tl.exp2(product * scale_log2 - norm[None, :])
-                            score = tl.sum(tl.reshape(weights, [BC, GP, C // GP]), 1)  # [BC, tokens of the piece]
-                            if QUERY_BLOCK > 1:
-                                score = tl.sum(tl.reshape(score, [BC, PR, QUERY_BLOCK]), 2)  # [BC, PR]
-                        else:
-                            score = tl.zeros([BC, 1], tl.float32)
-                            for part in range(PARTS):
-                                column = part * C + columns
-                                token, member = _select_column(column, PANEL, GP, PIECES)
-                                real = (token >= begin) & (token < end) & (member < G)
-                                at = head_q + member.to(tl.int64) * stride_qh + (query + token).to(tl.int64) * stride_qt
-                                q_turned = tl.load(
-                                    at[None, :] + dims[:, None], mask=real[None, :] & (dims < D)[:, None], other=0.0
-                                )
-                                norm = tl.load(norms_at + column)
-                                product = tl.dot(windows, q_turned, input_precision=PRECISION)
-                                score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
-                        if CHECKED:
-                            ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
-                            score = tl.where(ahead, -1.0, score)
-                        if FUSED_POOL:
-                            pooled = tl.maximum(pooled, score)
-                            if OVERLAP > 0:
-                                tail = tl.where(place >= RATIO - OVERLAP, tl.maximum(tail, score), tail)
-                            if place == RATIO - 1:
-                                if OVERLAP > 0:
-                                    source = tl.maximum(tl.arange(0, BC) - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
-                                    pooled = tl.maximum(pooled, tl.gather(tail, source, 0))
-                                key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
-                                row_keys = keys_at + piece_rows[None, :] * num_blocks
-                                mine = (block >= start + EARLY) & (block < high)
-                                tl.store(row_keys + block[:, None], key, mask=mine[:, None])
-                                pooled = tl.full([BC, PR], -1.0, tl.float32)
-                                tail = tl.full([BC, PR], -1.0, tl.float32)
-                        else:
-                            row_scores = raw_at + piece_rows[None, :] * raw_stride
-                            tl.store(row_scores + index[:, None], score, mask=(block < high)[:, None])
-                tl.debug_barrier()
-                if not FUSED_POOL:
-                    for group in range(R // RG):
-                        row = group * RG + tl.arange(0, RG)
-                        _select_pool(
-                            raw_at + row * raw_stride, keys_at + row * num_blocks, low, high, first, RG, RATIO, OVERLAP
-                        )
+                        product = tl.dot(windows, q_turned, input_precision=PRECISION)
+                        score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
+                if CHECKED:
+                    ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
+                    score = tl.where(ahead, -1.0, score)
+                if FUSED_POOL:
+                    pooled = tl.maximum(pooled, score)
+                    if OVERLAP > 0:
+                        tail = tl.where(place >= RATIO - OVERLAP, tl.maximum(tail, score), tail)
+                    if place == RATIO - 1:
+                        if OVERLAP > 0:
+                            source = tl.maximum(tl.arange(0, BC) - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
+                            pooled = tl.maximum(pooled, tl.gather(tail, source, 0))
+                        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+                        row_keys = keys_at + piece_rows[None, :] * num_blocks
+                        mine = (block >= start + EARLY) & (block < high)
+                        tl.store(row_keys + block[:, None], key, mask=mine[:, None])
+                        pooled = tl.full([BC, PR], -1.0, tl.float32)
+                        tail = tl.full([BC, PR], -1.0, tl.float32)
+                else:
+                    row_scores = raw_at + piece_rows[None, :] * raw_stride
+                    tl.store(row_scores + index[:, None], score, mask=(block < high)[:, None])
+        tl.debug_barrier()
+        if not FUSED_POOL:
+            for group in range(R // RG):
+                row = group * RG + tl.arange(0, RG)
+                _select_pool(
+                    raw_at + row * raw_stride, keys_at + row * num_blocks, low, high, first, RG, RATIO, OVERLAP
+                )
 
-            for tile in range(TILES):
-                row = tile * T // QUERY_BLOCK + tl.arange(0, ROWS)
-                last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-                member = tl.arange(0, T)
-                token = tile * T + member
-                mine = (token // QUERY_BLOCK)[None, :] == row[:, None]
-                mine = mine & ((token >= begin) & (token < end))[None, :]  # [ROWS, T]
-                bit = tl.full([T], 1, MASK) << member.to(MASK)
-                bits = tl.sum(tl.where(mine, bit[None, :], 0), 1).to(MASK)  # tokens of the row within the tile
-                alive = bits != 0
-                ranked = alive & (tl.max(far_end - far_begin - wanted, 0) + tl.zeros([ROWS], tl.int32) > 0)
-                own = last_row // BLOCK
-                reach_row = tl.zeros([ROWS], tl.int32)
-                if HAS_WINDOW:
-                    reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
-                row_begin = tl.maximum(reach_row, INIT)
-                row_end = tl.where(alive, own - LOCAL, 0)
-                first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0)
-                final_block = tl.max(tl.where(alive, own, -1), 0)
-                slot = ((panel * TILES + tile) * heads_kv + head).to(tl.int64)
-                blocks_at = list_blocks + slot * capacity
-                tokens_at = list_tokens + slot * capacity
-                rows_at = keys_at + row * num_blocks
-                written = 0
-                seen = tl.zeros([ROWS], tl.int32)
-                threshold = tl.full([ROWS], -1, tl.int32)
-                equals = tl.full([ROWS], 2147483647, tl.int32)
-                tied = False
-                window_begin = first_block  # from here on blocks are looked at one by one
-                if scored & (tl.max(row_end - row_begin, 0) > 0):
-                    tile_low = tl.min(tl.where(alive, row_begin, 2147483647), 0)
-                    tile_high = tl.max(row_end, 0)
-                    for group in range(ROWS // RG):
-                        line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
-                        line_begin, line_end, line_wanted = _select_range(
-                            line, position, begin, end, length, window,
-                            QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
-                        )  # fmt: skip
-                        least, top = _select_bound(
-                            keys_at + line * num_blocks, line_begin, line_end, line_wanted, tile_low, tile_high, RG
-                        )
-                        tl.store(thresholds_at + line, least)
-                        tl.store(equals_at + line, top)
-                    tl.debug_barrier()
-                    bound = tl.load(thresholds_at + row, mask=alive, other=2147483647)
-                    kept = 0
-                    for start in range(tile_low, tile_high, LISTED):
-                        any_block = start + tl.arange(0, LISTED)
-                        inside = (any_block[None, :] >= row_begin[:, None]) & (any_block[None, :] < row_end[:, None])
-                        keys = tl.load(rows_at[:, None] + any_block[None, :], mask=inside, other=-1)
-                        keep = tl.max((keys >= bound[:, None]).to(tl.int32), 0)
-                        tl.store(columns_at + kept + tl.cumsum(keep, 0) - 1, any_block, mask=keep != 0)
-                        kept += tl.sum(keep, 0)
-                    tl.debug_barrier()
-                    for group in range(ROWS // RG):
-                        line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
-                        line_begin, line_end, line_wanted = _select_range(
-                            line, position, begin, end, length, window,
-                            QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
-                        )  # fmt: skip
-                        cut, spared = _select_threshold(
-                            keys_at + line * num_blocks,
-                            columns_at,
-                            kept,
-                            line_begin,
-                            line_end,
-                            line_wanted,
-                            tl.load(thresholds_at + line),
-                            tl.load(equals_at + line),
-                            RG,
-                        )
-                        tl.store(thresholds_at + line, cut)
-                        tl.store(equals_at + line, spared)
-                    tl.debug_barrier()
-                    threshold = tl.load(thresholds_at + row, mask=alive, other=-1)
-                    equals = tl.load(equals_at + row, mask=alive, other=2147483647)
-                    tied = tl.min(equals, 0) < 2147483647
-                    window_begin = tl.maximum(tl.min(tl.where(alive, own - LOCAL, 2147483647), 0), tile_low)
-                    initial = first_block + tl.arange(0, INIT_WIDTH)
-                    written, seen = _select_write(
-                        blocks_at, tokens_at, written, seen, initial, initial < tl.minimum(INIT, tile_low), rows_at,
-                        bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+        for tile in range(TILES):
+            row = tile * T // QUERY_BLOCK + tl.arange(0, ROWS)
+            last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+            place_bits = tl.arange(0, T)
+            tile_token = tile * T + place_bits
+            held = (tile_token // QUERY_BLOCK)[None, :] == row[:, None]
+            held = held & ((tile_token >= begin) & (tile_token < end))[None, :]  # [ROWS, T]
+            bit = tl.full([T], 1, MASK) << place_bits.to(MASK)
+            bits = tl.sum(tl.where(held, bit[None, :], 0), 1).to(MASK)  # tokens of the row within the tile
+            alive = bits != 0
+            ranked = alive & (tl.max(far_end - far_begin - wanted, 0) + tl.zeros([ROWS], tl.int32) > 0)
+            own = last_row // BLOCK
+            reach_row = tl.zeros([ROWS], tl.int32)
+            if HAS_WINDOW:
+                reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
+            row_begin = tl.maximum(reach_row, INIT)
+            row_end = tl.where(alive, own - LOCAL, 0)
+            first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0)
+            final_block = tl.max(tl.where(alive, own, -1), 0)
+            slot = ((panel * TILES + tile) * heads_kv + head).to(tl.int64)
+            blocks_at = list_blocks + slot * capacity
+            tokens_at = list_tokens + slot * capacity
+            rows_at = keys_at + row * num_blocks
+            written = 0
+            seen = tl.zeros([ROWS], tl.int32)
+            threshold = tl.full([ROWS], -1, tl.int32)
+            equals = tl.full([ROWS], 2147483647, tl.int32)
+            tied = False
+            window_begin = first_block  # from here on blocks are looked at one by one
+            if scored & (tl.max(row_end - row_begin, 0) > 0):
+                tile_low = tl.min(tl.where(alive, row_begin, 2147483647), 0)
+                tile_high = tl.max(row_end, 0)
+                for group in range(ROWS // RG):
+                    line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
+                    line_begin, line_end, line_wanted = _select_range(
+                        line, position, begin, end, length, window,
+                        QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
                     )  # fmt: skip
-                    for start in range(0, kept, LISTED):
-                        place = start + tl.arange(0, LISTED)
-                        distant = tl.load(columns_at + place, mask=place < kept, other=2147483647)
-                        written, seen = _select_write(
-                            blocks_at, tokens_at, written, seen, distant, distant < window_begin, rows_at,
-                            bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
-                        )  # fmt: skip
-                for start in range(window_begin, final_block + 1, STEP):
-                    ahead = start + tl.arange(0, STEP)
-                    written, seen = _select_write(
-                        blocks_at, tokens_at, written, seen, ahead, ahead >= 0, rows_at,
-                        bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
-                    )  # fmt: skip
-                tl.store(list_counts + slot, written)
+                    least, top = _select_bound(
+                        keys_at + line * num_blocks, line_begin, line_end, line_wanted, tile_low, tile_high, RG
+                    )
+                    tl.store(thresholds_at + line, least)
+                    tl.store(equals_at + line, top)
                 tl.debug_barrier()
+                bound = tl.load(thresholds_at + row, mask=alive, other=2147483647)
+                kept = 0
+                for start in range(tile_low, tile_high, LISTED):
+                    any_block = start + tl.arange(0, LISTED)
+                    inside = (any_block[None, :] >= row_begin[:, None]) & (any_block[None, :] < row_end[:, None])
+                    keys = tl.load(rows_at[:, None] + any_block[None, :], mask=inside, other=-1)
+                    keep = tl.max((keys >= bound[:, None]).to(tl.int32), 0)
+                    tl.store(columns_at + kept + tl.cumsum(keep, 0) - 1, any_block, mask=keep != 0)
+                    kept += tl.sum(keep, 0)
+                tl.debug_barrier()
+                for group in range(ROWS // RG):
+                    line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
+                    line_begin, line_end, line_wanted = _select_range(
+                        line, position, begin, end, length, window,
+                        QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
+                    )  # fmt: skip
+                    cut, spared = _select_threshold(
+                        keys_at + line * num_blocks,
+                        columns_at,
+                        kept,
+                        line_begin,
+                        line_end,
+                        line_wanted,
+                        tl.load(thresholds_at + line),
+                        tl.load(equals_at + line),
+                        RG,
+                    )
+                    tl.store(thresholds_at + line, cut)
+                    tl.store(equals_at + line, spared)
+                tl.debug_barrier()
+                threshold = tl.load(thresholds_at + row, mask=alive, other=-1)
+                equals = tl.load(equals_at + row, mask=alive, other=2147483647)
+                tied = tl.min(equals, 0) < 2147483647
+                window_begin = tl.maximum(tl.min(tl.where(alive, own - LOCAL, 2147483647), 0), tile_low)
+                initial = first_block + tl.arange(0, INIT_WIDTH)
+                written, seen = _select_write(
+                    blocks_at, tokens_at, written, seen, initial, initial < tl.minimum(INIT, tile_low), rows_at,
+                    bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+                )  # fmt: skip
+                for start in range(0, kept, LISTED):
+                    place = start + tl.arange(0, LISTED)
+                    distant = tl.load(columns_at + place, mask=place < kept, other=2147483647)
+                    written, seen = _select_write(
+                        blocks_at, tokens_at, written, seen, distant, distant < window_begin, rows_at,
+                        bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+                    )  # fmt: skip
+            for start in range(window_begin, final_block + 1, STEP):
+                ahead = start + tl.arange(0, STEP)
+                written, seen = _select_write(
+                    blocks_at, tokens_at, written, seen, ahead, ahead >= 0, rows_at,
+                    bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
+                )  # fmt: skip
+            tl.store(list_counts + slot, written)
+            tl.debug_barrier()
 
 
 def selection_constants(

@@ -186,18 +186,47 @@ def test_long_inputs_select_the_best_blocks(heads, heads_kv, dim, dtype):
     shape = TileShape.choose(heads // heads_kv)
     plan = plan_tiles(shape, batch=1, length_q=length, length_k=length, block_size=geometry.block_size, device=DEVICE)
     _, found = select(q, k, geometry, plan)
-    rows = torch.randint(0, length, (64,), device=DEVICE).sort().values
-    for row in rows.tolist():
-        common = {"geometry": geometry, "scale": dim**-0.5, "offset": row}
-        scores = reference.block_scores(q[0, :, row : row + 1], k[0], **common)[:, 0]  # [Hkv, n_blocks]
-        expected = reference.select_blocks(q[:, :, row : row + 1], k, **common)[0, :, 0]
-        mine = found[0, :, row].to(expected.device)
-        assert torch.equal(mine.sum(-1), expected.sum(-1))
-        # Where the sets differ, the scores at the cut differ by rounding only.
-        for head in (mine != expected).any(-1).nonzero().flatten().tolist():
-            left, taken = scores[head][expected[head] & ~mine[head]], scores[head][mine[head] & ~expected[head]]
-            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-            assert float((left.max() - taken.min()) / left.max()) < tolerance
+    for row in torch.randint(0, length, (64,)).tolist():
+        assert_best(found[0, :, row], q[0, :, row], k[0], row, geometry)
+
+
+@gpu
+@pytest.mark.parametrize("group", [1, 4, 16, 80])
+def test_panels_with_nothing_to_score_do_not_disturb_the_others(group):
+    """Empty, dense and short sequences between long ones, in one launch of persistent programs."""
+    geometry = BlockGeometry(local_blocks=4, selected_blocks=12)
+    bounds = [(0, 5000), (100, 400), (700, 700), (900, 5000), (0, 2000), (3000, 5000), (0, 5000)]
+    q = torch.randn(len(bounds), group, 5000, 128, device=DEVICE, dtype=torch.bfloat16)
+    k = torch.randn(len(bounds), 1, 5000, 128, device=DEVICE, dtype=torch.bfloat16)
+    plan = plan_tiles(
+        TileShape.choose(group),
+        batch=len(bounds),
+        length_q=5000,
+        length_k=5000,
+        block_size=geometry.block_size,
+        device=DEVICE,
+        key_bounds=torch.tensor(bounds, dtype=torch.int32, device=DEVICE),
+    )
+    _, found = select(q, k, geometry, plan, dense_len=1000)
+    for row, (begin, end) in enumerate(bounds):
+        if end - begin < 1000:
+            assert not found[row].any()
+            continue
+        for query in torch.randint(begin, end, (48,)).tolist():
+            assert_best(found[row, :, query], q[row, :, query], k[row, :, begin:end], query - begin, geometry)
+
+
+def assert_best(mine: torch.Tensor, q: torch.Tensor, k: torch.Tensor, position: int, geometry: BlockGeometry) -> None:
+    """One query's blocks ``[Hkv, n_blocks]`` are the oracle's, save at the cut where scores differ by rounding."""
+    common = {"geometry": geometry, "scale": q.shape[-1] ** -0.5, "offset": position}
+    scores = reference.block_scores(q[:, None], k, **common)[:, 0]  # [Hkv, n_blocks]
+    expected = reference.select_blocks(q[None, :, None], k[None], **common)[0, :, 0]
+    mine = mine[:, : expected.shape[1]]
+    assert torch.equal(mine.sum(-1), expected.sum(-1))
+    tolerance = 1e-4 if q.dtype == torch.float32 else 2e-2
+    for head in (mine != expected).any(-1).nonzero().flatten().tolist():
+        left, taken = scores[head][expected[head] & ~mine[head]], scores[head][mine[head] & ~expected[head]]
+        assert float((left.max() - taken.min()) / left.max()) < tolerance
 
 
 arrange(globals())
