@@ -1,4 +1,4 @@
-"""Attention over the blocks that tiles of queries visit: the forward kernel, and what the backward shares with it.
+"""Attention over the blocks that tiles of queries visit: the forward kernel.
 
 One program computes one tile: the queries of a few adjacent tokens, for the heads of one key/value head. It walks
 the union of the blocks that its tokens selected, ascending, and leaves out of a block the rows of the tokens that
@@ -14,119 +14,87 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import precision, wrap_triton
-from infllm_pass.kernels.tiles import (
-    PANEL_BEGIN,
-    PANEL_END,
-    PANEL_QUERY,
-    TABLE_COLUMNS,
-    TileLists,
-    TilePlan,
-    load_panel,
+from infllm_pass.kernels.launch import is_recorded, precision, wrap_triton
+from infllm_pass.kernels.tiles import TileLists, TilePlan
+from infllm_pass.kernels.walking import (
+    LN_2,
+    LOG2_E,
+    LOWEST_SCORE,
+    UNBOUNDED,
+    count_visits,
+    in_registers,
+    load_attention_tile,
+    load_keys,
+    load_visit,
+    mask_scores,
+    reload_rows,
+    row_addresses,
+    row_mask,
 )
 
-LOG2_E = 1.4426950408889634
-
-UNBOUNDED = 2**30
-"""A sliding window, or a dense_len, that never ends."""
-
-LN_2 = tl.constexpr(0.6931471805599453)
-
-LOWEST_SCORE = tl.constexpr(-1e30)  # start of a running maximum: finite, so that differences are never NaN
-
 
 @triton.jit
-def load_attention_tile(panels, tile, TOKENS: tl.constexpr, TILES: tl.constexpr):
-    """Where a tile lies: its row of the batch, query and position of its token 0, its valid tokens, its keys."""
-    batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, tile // TILES)
-    skip = (tile % TILES) * TOKENS
-    return batch, query + skip, begin - skip, tl.minimum(end - skip, TOKENS), position + skip, key_begin, length
-
-
-@triton.jit
-def reload_rows(panels, tile, token, TOKENS: tl.constexpr, TILES: tl.constexpr):
-    """Query number of every row, in 64 bits, and whether its token exists, read again at the end of a program.
-
-    The compiler cannot know them equal to what was read at its start, so no register holds them through the loop.
-    """
-    panel = panels + tile // TILES * TABLE_COLUMNS
-    token += (tile % TILES) * TOKENS
-    query = tl.load(panel + PANEL_QUERY, volatile=True).to(tl.int64) + token
-    begin = tl.load(panel + PANEL_BEGIN, volatile=True)
-    end = tl.load(panel + PANEL_END, volatile=True)
-    return query, (token >= begin) & (token < end)
-
-
-@triton.jit
-def count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE: tl.constexpr, HAS_LISTS: tl.constexpr):
-    """Blocks that a tile visits, and the first of them where they are all from there on."""
-    first = tl.maximum(position + begin - window + 1, 0) // BLOCK_SIZE
-    visits = (position + end - 1) // BLOCK_SIZE + 1 - first
-    if HAS_LISTS:
-        visits = tl.where(dense, visits, tl.load(counts + row))
-    return tl.where(begin < end, visits, 0), first
-
-
-@triton.jit
-def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
-    """One of the blocks that a tile visits, and the bits of the tokens that do."""
-    block = first + entry
-    bits = -1
-    if HAS_LISTS:
-        listed = tl.load(blocks + entry, mask=dense == 0, other=0).to(tl.int32) & 0xFFFF
-        bits = tl.load(tokens + entry, mask=dense == 0, other=-1)
-        block = tl.where(dense, block, listed)
-    return block, bits
-
-
-@triton.jit
-def mask_scores(
-    scores,  # [BM, BN]
-    key_positions,  # [BN]
-    start,  # the first key position that the step is for
-    position,  # of the tile's token 0
-    positions,  # [BM]
-    last,  # position of the tile's last token
-    window,
-    key_mask,  # [BN] addresses
-    HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
+def _score_keys(
+    queries,  # [BM, D], or the first half of the elements if SPLIT
+    queries_rest,  # [BM, D / 2], the others
+    k_rows,  # [D, BN] addresses, of the first half of the elements if SPLIT
+    numbers,  # [1, BN]
+    dims,  # [D, 1], of the first half of the elements if SPLIT
+    count,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Scores with -inf where a key is later than the query, before its window, masked or no part of the step."""
-    if start + scores.shape[1] > position + 1:
-        seen = (key_positions[None, :] <= positions[:, None]) & (key_positions >= start)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-    if HAS_WINDOW and start <= last - window:
-        scores = tl.where(key_positions[None, :] > positions[:, None] - window, scores, float("-inf"))
-    if HAS_KEY_MASK:
-        scores = tl.where((tl.load(key_mask) != 0)[None, :], scores, float("-inf"))
+    """Products of queries and keys, ``[BM, BN]``."""
+    if SPLIT:
+        rest = load_keys(
+            k_rows + BLOCK_D // 2, numbers, dims + BLOCK_D // 2, count, HEAD_DIM, HEAD_DIM == BLOCK_D, SHORT
+        )
+        scores = tl.dot(queries_rest, rest, input_precision=PRECISION)
+        k_step = load_keys(k_rows, numbers, dims, count, HEAD_DIM, HEAD_DIM == BLOCK_D, SHORT)
+        scores = tl.dot(queries, k_step, scores, input_precision=PRECISION)
+    else:
+        k_step = load_keys(k_rows, numbers, dims, count, HEAD_DIM, HEAD_DIM == BLOCK_D, SHORT)
+        scores = tl.dot(queries, k_step, input_precision=PRECISION)
     return scores
 
 
 @triton.jit
-def row_addresses(tensor, batch, batch_stride, head, head_stride, query, token_stride, SIZE: tl.constexpr):
-    """Addresses of one vector a row, ``[BM, SIZE]``: heads and queries are `[BM]`, in 64 bits."""
-    vectors = tensor + batch * batch_stride + head * head_stride + query * token_stride
-    return vectors[:, None] + tl.arange(0, SIZE)[None, :]
-
-
-@triton.jit
-def row_mask(exists, DIM: tl.constexpr, SIZE: tl.constexpr):
-    """Which elements of one vector a row there are, ``[BM, SIZE]`` or ``[BM, 1]``."""
-    mask = exists[:, None]
-    if DIM != SIZE:
-        mask = mask & (tl.arange(0, SIZE) < DIM)[None, :]
-    return mask
-
-
-@triton.jit
-def load_keys(addresses, dims, DIM: tl.constexpr):
-    """Vectors of keys or values; `dims`, a row or a column, numbers their elements and may pass their end."""
-    if dims.shape[0] * dims.shape[1] == DIM:
-        vectors = tl.load(addresses)
-    else:
-        vectors = tl.load(addresses, mask=dims < DIM, other=0.0)
-    return vectors
+def _store_tile(
+    out,
+    lse,
+    panels,
+    tile,
+    row_head,  # [BM]
+    token,  # [BM]
+    present,  # [BM] whether the row has a head
+    FEWEST: tl.constexpr,
+    highest,  # [BM]
+    total,  # [BM]
+    acc,  # [BM, Dv]
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    lse_batch_stride,
+    lse_head_stride,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):
+    """Normalise and store a tile's output and log-sum-exp."""
+    batch, query, exists = reload_rows(panels, tile, token, FEWEST, TOKENS, TILES)
+    exists = exists & present
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = (acc / total[:, None]).to(out.dtype.element_ty)
+    out_rows = row_addresses(
+        out, batch, out_batch_stride, row_head, out_head_stride, query, out_token_stride, acc.shape[1]
+    )
+    tl.store(out_rows, acc, mask=row_mask(exists, VALUE_DIM, acc.shape[1]))
+    log_total = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * LN_2)
+    tl.store(lse + batch * lse_batch_stride + row_head * lse_head_stride + query, log_total, mask=exists)
 
 
 @triton.jit(
@@ -155,10 +123,10 @@ def _attention_forward_kernel(
     q_token_stride,
     k_batch_stride,
     k_head_stride,
-    k_token_stride,
+    k_token_stride: tl.constexpr,
     v_batch_stride,
     v_head_stride,
-    v_token_stride,
+    v_token_stride: tl.constexpr,
     out_batch_stride,
     out_head_stride,
     out_token_stride,
@@ -184,8 +152,10 @@ def _attention_forward_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
     head = tl.program_id(1) // parts
@@ -203,21 +173,81 @@ def _attention_forward_kernel(
     exists = (token >= begin) & (token < end) & (group_head < GROUP)
     row_head = head.to(tl.int64) * GROUP + group_head
     row_query = query.to(tl.int64) + token
-    dims = tl.arange(0, BLOCK_D)[:, None]
+    dims = tl.arange(0, BLOCK_D // 2 if SPLIT else BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)[None, :]
     keys = tl.arange(0, BLOCK_N)
 
-    q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, BLOCK_D)
-    queries = tl.load(q_rows, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)  # [BM, D]
+    q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, dims.shape[0])
+    there = exists[:, None]
+    full: tl.constexpr = HEAD_DIM == BLOCK_D
+    queries = tl.load(q_rows, mask=there if full else there & (dims < HEAD_DIM)[None, :], other=0.0)  # [BM, D]
+    queries_rest = queries
+    if SPLIT:
+        there = there if full else there & (dims + BLOCK_D // 2 < HEAD_DIM)[None, :]
+        queries_rest = in_registers(tl.load(q_rows + BLOCK_D // 2, mask=there, other=0.0), PRECISION)
+    dims = dims[:, None]
     k += batch * k_batch_stride + head.to(tl.int64) * k_head_stride
     v += batch * v_batch_stride + head.to(tl.int64) * v_head_stride
-    # Steps at a sequence's end move back until they end with it; in one shorter than a step, rows repeat the last key.
-    last_start = tl.maximum(length - BLOCK_N, 0)
-    offsets = tl.minimum(keys, length - 1)  # [BN]
-    k_offsets = offsets[None, :] * k_token_stride + dims  # [D, BN]
-    v_offsets = offsets[:, None] * v_token_stride + value_dims  # [BN, Dv]
-    key_mask += batch * key_mask_batch_stride + offsets * key_mask_token_stride  # [BN]
+    k_offsets = keys[None, :] * k_token_stride + dims  # [D, BN]
+    v_offsets = keys[:, None] * v_token_stride + value_dims  # [BN, Dv]
+    key_mask += batch * key_mask_batch_stride
 
+    if length < BLOCK_N:
+        # A sequence shorter than a step has one block, which all its queries visit.
+        key = key_begin.to(tl.int64)
+        scores = _score_keys(
+            queries,
+            queries_rest,
+            k + key * k_token_stride + k_offsets,
+            keys[None, :],
+            dims,
+            length,
+            HEAD_DIM,
+            BLOCK_D,
+            SPLIT,
+            True,
+            PRECISION,
+        )
+        scores = mask_scores(
+            scores,
+            keys,
+            0,
+            position,
+            positions,
+            position + end - 1,
+            window,
+            key_mask + (key + tl.minimum(keys, length - 1)) * key_mask_token_stride,
+            HAS_WINDOW,
+            HAS_KEY_MASK,
+        )
+        top = tl.maximum(tl.max(scores, 1) * scale_log2, LOWEST_SCORE)  # [BM]
+        weights = tl.exp2(scores * scale_log2 - top[:, None])  # [BM, BN]
+        v_rows = v + key * v_token_stride + v_offsets
+        v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, True)
+        _store_tile(
+            out,
+            lse,
+            panels,
+            tile,
+            row_head,
+            token,
+            group_head < GROUP,
+            0,
+            top,
+            tl.sum(weights, 1),
+            tl.dot(weights.to(v_step.dtype), v_step, input_precision=PRECISION),
+            out_batch_stride,
+            out_head_stride,
+            out_token_stride,
+            lse_batch_stride,
+            lse_head_stride,
+            TOKENS,
+            TILES,
+            VALUE_DIM,
+        )
+        visits = 0
+
+    last_start = length - BLOCK_N  # steps at a sequence's end move back until they end with it
     highest = tl.full([BLOCK_M], LOWEST_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -227,8 +257,19 @@ def _attention_forward_kernel(
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
         moved = tl.minimum(start, last_start)
         key = (key_begin + moved).to(tl.int64)
-        k_step = load_keys(k + key * k_token_stride + k_offsets, dims, HEAD_DIM)  # [D, BN]
-        scores = tl.dot(queries, k_step, input_precision=PRECISION)  # [BM, BN]
+        scores = _score_keys(
+            queries,
+            queries_rest,
+            k + key * k_token_stride + k_offsets,
+            keys[None, :],
+            dims,
+            length,
+            HEAD_DIM,
+            BLOCK_D,
+            SPLIT,
+            False,
+            PRECISION,
+        )
         scores = mask_scores(
             scores,
             moved + keys,
@@ -237,7 +278,7 @@ def _attention_forward_kernel(
             positions,
             position + end - 1,
             window,
-            key_mask + key * key_mask_token_stride,
+            key_mask + (key + keys) * key_mask_token_stride,
             HAS_WINDOW,
             HAS_KEY_MASK,
         )
@@ -252,20 +293,31 @@ def _attention_forward_kernel(
         highest = raised
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
-        v_step = load_keys(v + key * v_token_stride + v_offsets, value_dims, VALUE_DIM)  # [BN, Dv]
+        v_rows = v + key * v_token_stride + v_offsets
+        v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, False)
         acc = tl.dot(weights.to(v_step.dtype), v_step, acc, input_precision=PRECISION)
 
-    row_query, exists = reload_rows(panels, tile, token, TOKENS, TILES)
-    exists = exists & (group_head < GROUP)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    acc = (acc / total[:, None]).to(out.dtype.element_ty)
-    out_rows = row_addresses(
-        out, batch, out_batch_stride, row_head, out_head_stride, row_query, out_token_stride, BLOCK_DV
+    _store_tile(
+        out,
+        lse,
+        panels,
+        tile,
+        row_head,
+        token,
+        group_head < GROUP,
+        BLOCK_N,
+        highest,
+        total,
+        acc,
+        out_batch_stride,
+        out_head_stride,
+        out_token_stride,
+        lse_batch_stride,
+        lse_head_stride,
+        TOKENS,
+        TILES,
+        VALUE_DIM,
     )
-    tl.store(out_rows, acc, mask=row_mask(exists, VALUE_DIM, BLOCK_DV))
-    log_total = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * LN_2)
-    tl.store(lse + batch * lse_batch_stride + row_head * lse_head_stride + row_query, log_total, mask=exists)
 
 
 def attention_forward(
@@ -313,6 +365,8 @@ def attention_forward(
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = launch_for("attention_forward", q, max(block_d, block_dv))
+    if launch.recorded is not None and is_recorded(_attention_forward_kernel):
+        launch = launch.recorded
     parts = shape.tokens * shape.padded_group // launch.rows
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
@@ -326,8 +380,10 @@ def attention_forward(
         plan.panels if lists is None else lists.counts,
         plan.panels if key_mask is None else key_mask,
         *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *k.stride()[:2],
+        int(k.stride(2)),
+        *v.stride()[:2],
+        int(v.stride(2)),
         *out.stride()[:3],
         lse.stride(0),
         lse.stride(1),
@@ -351,6 +407,7 @@ def attention_forward(
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
+        SPLIT=launch.held and block_d >= 32,
         PRECISION=precision(q),
         **launch.options,
     )

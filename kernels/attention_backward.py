@@ -11,10 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_pass.kernels.attention import (
+from infllm_pass.kernels.configurations import launch_for
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.launch import precision, wrap_triton
+from infllm_pass.kernels.tiles import TileLists, TilePlan
+from infllm_pass.kernels.walking import (
     LOG2_E,
     UNBOUNDED,
     count_visits,
+    in_registers,
     load_attention_tile,
     load_keys,
     load_visit,
@@ -23,10 +28,6 @@ from infllm_pass.kernels.attention import (
     row_addresses,
     row_mask,
 )
-from infllm_pass.kernels.configurations import launch_for
-from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import precision, wrap_triton
-from infllm_pass.kernels.tiles import TileLists, TilePlan
 
 _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
@@ -94,6 +95,73 @@ def output_delta(grad_out: Tensor, out: Tensor) -> Tensor:
     return delta
 
 
+@triton.jit
+def _add_step(
+    acc,  # [BM, D]
+    queries,  # [BM, D]
+    gradients,  # [BM, Dv]
+    k_rows,  # [BN, D] addresses
+    v_rows,  # [Dv, BN] addresses
+    key_mask,  # [BN] addresses
+    dims,  # [1, D]
+    value_dims,  # [Dv, 1]
+    count,
+    key_positions,  # [BN]
+    start,
+    position,
+    positions,  # [BM]
+    last,
+    window,
+    shift,  # [BM]
+    row_delta,  # [BM]
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SHORT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the keys of a step give; `load_keys` and `mask_scores` explain what they are handed on."""
+    numbers = tl.arange(0, k_rows.shape[0])
+    k_step = load_keys(k_rows, numbers[:, None], dims, count, HEAD_DIM, dims.shape[1] == HEAD_DIM, SHORT)  # [BN, D]
+    v_step = load_keys(v_rows, numbers[None, :], value_dims, count, VALUE_DIM, value_dims.shape[0] == VALUE_DIM, SHORT)
+    scores = tl.dot(queries, tl.trans(k_step), input_precision=PRECISION)  # [BM, BN]
+    scores = mask_scores(
+        scores, key_positions, start, position, positions, last, window, key_mask, HAS_WINDOW, HAS_KEY_MASK
+    )
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    grad_weights = tl.dot(gradients, v_step, input_precision=PRECISION)  # [BM, BN]
+    grad_scores = weights * (grad_weights - row_delta[:, None])
+    return tl.dot(grad_scores.to(k_step.dtype), k_step, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_query_gradient(
+    gradients,  # [BM, D]
+    grad_q,
+    panels,
+    tile,
+    row_head,  # [BM]
+    token,  # [BM]
+    present,  # [BM] whether the row has a head
+    FEWEST: tl.constexpr,
+    grad_q_batch_stride,
+    grad_q_head_stride,
+    grad_q_token_stride,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    batch, query, exists = reload_rows(panels, tile, token, FEWEST, TOKENS, TILES)
+    exists = exists & present
+    size: tl.constexpr = gradients.shape[1]
+    grad_q_rows = row_addresses(
+        grad_q, batch, grad_q_batch_stride, row_head, grad_q_head_stride, query, grad_q_token_stride, size
+    )
+    tl.store(grad_q_rows, gradients.to(grad_q.dtype.element_ty), mask=row_mask(exists, HEAD_DIM, size))
+
+
 @triton.jit(
     do_not_specialize=[
         "lse_batch_stride",
@@ -125,10 +193,10 @@ def _query_gradient_kernel(
     q_token_stride,
     k_batch_stride,
     k_head_stride,
-    k_token_stride,
+    k_token_stride: tl.constexpr,
     v_batch_stride,
     v_head_stride,
-    v_token_stride,
+    v_token_stride: tl.constexpr,
     grad_q_batch_stride,
     grad_q_head_stride,
     grad_q_token_stride,
@@ -156,8 +224,12 @@ def _query_gradient_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HELD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
+    scale_log2 = tl.cast(scale_log2, tl.float32)
+    log2_e = tl.cast(log2_e, tl.float32)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
     head = tl.program_id(1) // parts
@@ -181,6 +253,8 @@ def _query_gradient_kernel(
 
     q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, BLOCK_D)
     queries = tl.load(q_rows, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)  # [BM, D]
+    if HELD:
+        queries = in_registers(queries, PRECISION)
     grad_rows = row_addresses(
         grad_out, batch, grad_batch_stride, row_head, grad_head_stride, row_query, grad_token_stride, BLOCK_DV
     )
@@ -191,12 +265,58 @@ def _query_gradient_kernel(
     row_delta = tl.load(delta + scalars, mask=exists, other=0.0)  # [BM]
     k += batch * k_batch_stride + head.to(tl.int64) * k_head_stride
     v += batch * v_batch_stride + head.to(tl.int64) * v_head_stride
-    last_start = tl.maximum(length - BLOCK_N, 0)  # as in the forward
-    offsets = tl.minimum(keys, length - 1)  # [BN]
-    k_offsets = offsets[:, None] * k_token_stride + dims  # [BN, D]
-    v_offsets = offsets[None, :] * v_token_stride + value_dims  # [Dv, BN]
-    key_mask += batch * key_mask_batch_stride + offsets * key_mask_token_stride  # [BN]
+    k_offsets = keys[:, None] * k_token_stride + dims  # [BN, D]
+    v_offsets = keys[None, :] * v_token_stride + value_dims  # [Dv, BN]
+    key_mask += batch * key_mask_batch_stride
 
+    if length < BLOCK_N:
+        # As in the forward: one step, which all queries visit.
+        key = key_begin.to(tl.int64)
+        acc = _add_step(
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+            queries,
+            gradients,
+            k + key * k_token_stride + k_offsets,
+            v + key * v_token_stride + v_offsets,
+            key_mask + (key + tl.minimum(keys, length - 1)) * key_mask_token_stride,
+            dims,
+            value_dims,
+            length,
+            keys,
+            0,
+            position,
+            positions,
+            position + end - 1,
+            window,
+            shift,
+            row_delta,
+            scale_log2,
+            HEAD_DIM,
+            VALUE_DIM,
+            True,
+            HAS_WINDOW,
+            HAS_KEY_MASK,
+            PRECISION,
+        )
+        _store_query_gradient(
+            acc * scale,
+            grad_q,
+            panels,
+            tile,
+            row_head,
+            token,
+            group_head < GROUP,
+            0,
+            grad_q_batch_stride,
+            grad_q_head_stride,
+            grad_q_token_stride,
+            TOKENS,
+            TILES,
+            HEAD_DIM,
+        )
+        visits = 0
+
+    last_start = length - BLOCK_N  # as in the forward
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
@@ -204,35 +324,52 @@ def _query_gradient_kernel(
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
         moved = tl.minimum(start, last_start)
         key = (key_begin + moved).to(tl.int64)
-        k_step = load_keys(k + key * k_token_stride + k_offsets, dims, HEAD_DIM)  # [BN, D]
-        v_step = load_keys(v + key * v_token_stride + v_offsets, value_dims, VALUE_DIM)  # [Dv, BN]
-        scores = tl.dot(queries, tl.trans(k_step), input_precision=PRECISION)  # [BM, BN]
-        scores = mask_scores(
-            scores,
+        step_shift = shift
+        if HAS_LISTS and TOKENS > 1:
+            step_shift = tl.where((bits >> token) & 1 != 0, shift, float("inf"))
+        acc = _add_step(
+            acc,
+            queries,
+            gradients,
+            k + key * k_token_stride + k_offsets,
+            v + key * v_token_stride + v_offsets,
+            key_mask + (key + keys) * key_mask_token_stride,
+            dims,
+            value_dims,
+            length,
             moved + keys,
             start,
             position,
             positions,
             position + end - 1,
             window,
-            key_mask + key * key_mask_token_stride,
+            step_shift,
+            row_delta,
+            scale_log2,
+            HEAD_DIM,
+            VALUE_DIM,
+            False,
             HAS_WINDOW,
             HAS_KEY_MASK,
+            PRECISION,
         )
-        step_shift = shift
-        if HAS_LISTS and TOKENS > 1:
-            step_shift = tl.where((bits >> token) & 1 != 0, shift, float("inf"))
-        weights = tl.exp2(scores * scale_log2 - step_shift[:, None])
-        grad_weights = tl.dot(gradients, v_step, input_precision=PRECISION)  # [BM, BN]
-        grad_scores = weights * (grad_weights - row_delta[:, None])
-        acc = tl.dot(grad_scores.to(k_step.dtype), k_step, acc, input_precision=PRECISION)
 
-    row_query, exists = reload_rows(panels, tile, token, TOKENS, TILES)
-    exists = exists & (group_head < GROUP)
-    grad_q_rows = row_addresses(
-        grad_q, batch, grad_q_batch_stride, row_head, grad_q_head_stride, row_query, grad_q_token_stride, BLOCK_D
+    _store_query_gradient(
+        acc * scale,
+        grad_q,
+        panels,
+        tile,
+        row_head,
+        token,
+        group_head < GROUP,
+        BLOCK_N,
+        grad_q_batch_stride,
+        grad_q_head_stride,
+        grad_q_token_stride,
+        TOKENS,
+        TILES,
+        HEAD_DIM,
     )
-    tl.store(grad_q_rows, (acc * scale).to(grad_q.dtype.element_ty), mask=row_mask(exists, HEAD_DIM, BLOCK_D))
 
 
 def query_gradient(
@@ -295,8 +432,10 @@ def query_gradient(
         plan.panels if key_mask is None else key_mask,
         *grad_out.stride()[:3],
         *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *k.stride()[:2],
+        int(k.stride(2)),
+        *v.stride()[:2],
+        int(v.stride(2)),
         *grad_q.stride()[:3],
         *lse.stride()[:2],
         0 if key_mask is None else key_mask.stride(0),
@@ -321,6 +460,7 @@ def query_gradient(
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
+        HELD=launch.held,
         PRECISION=precision(q),
         **launch.options,
     )

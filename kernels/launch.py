@@ -19,6 +19,11 @@ def wrap_triton(kernel: Any) -> Any:
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction | Autotuner) else kernel
 
 
+def is_recorded(kernel: Any) -> bool:
+    """Whether a compiler records the launches of a kernel; it keeps no options but ``num_warps`` and ``num_stages``."""
+    return isinstance(kernel, JITFunction) and torch.library.wrap_triton(kernel) is not kernel
+
+
 def precision(tensor: Tensor) -> str:
     """``input_precision`` of matrix products: tf32 for float32 only where PyTorch's own switch allows it."""
     return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"

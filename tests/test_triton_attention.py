@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infllm_pass.kernels import reference
+from infllm_pass.kernels import attention, attention_backward, reference
 from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.attention_backward import output_delta, query_gradient
+from infllm_pass.kernels.configurations import Launch
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.planning import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.tiles import TilePlan, TileShape
@@ -224,6 +225,20 @@ def case(name: str, **sizes):
     ],
 )
 def test_tiles_match_the_oracle(case):
+    check_last_queries(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case("dim 64", dim=64, length_q=60),
+        case("dims 40 and 16, short", dim=40, length_q=11, length_k=11),
+        case("dims 40 and 16", dim=40, length_q=60, group=3),
+    ],
+)
+def test_queries_in_registers(case, monkeypatch):
+    for module in (attention, attention_backward):
+        monkeypatch.setattr(module, "launch_for", lambda *_: Launch(held=True))
     check_last_queries(case)
 
 
