@@ -158,6 +158,13 @@ def _select_kept(keys_at, columns_at, kept, start, begin, end):
 
 
 @triton.jit
+def _select_extent(keys, least, most):
+    """Per row the smallest and the largest key in ``[least, most)``; where there is none, the smallest is 2^31 - 1."""
+    inside = (keys >= least[:, None]) & (keys < most[:, None])
+    return tl.min(tl.where(inside, keys, 2147483647), 1), tl.max(tl.where(inside, keys, -1), 1)
+
+
+@triton.jit
 def _select_threshold(keys_at, columns_at, kept, begin, end, wanted, least, top, R: tl.constexpr):
     """Per row a key that exactly ``wanted`` of the kept columns reach; where equal keys forbid that, the smallest
     key wanted, and how many of its equals are.
@@ -167,7 +174,8 @@ def _select_threshold(keys_at, columns_at, kept, begin, end, wanted, least, top,
     few = kept <= 2 * SCAN_WIDTH
     keys = _select_kept(keys_at, columns_at, kept, 0, begin, end)
     keys_odd = _select_kept(keys_at, columns_at, kept, SCAN_WIDTH, begin, end)
-    # The bound lies just below the key sought: look near it first, then halve.
+    # The bound lies just below the key sought: look near it first, then halve. Neighbouring blocks share a window and
+    # so, often, a key: the range is cut to the keys within it now and then, which ends the search at equal ones.
     near = NEAR_BITS
     while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
         for _ in range(SEARCH_STEPS):
@@ -182,6 +190,18 @@ def _select_threshold(keys_at, columns_at, kept, begin, end, wanted, least, top,
             least = tl.where(excess >= 0, middle, least)
             spare = tl.where(excess >= 0, excess, spare)
             most = tl.where(excess >= 0, most, middle)
+        lowest, highest = _select_extent(keys, least, most)
+        low_odd, high_odd = _select_extent(keys_odd, least, most)
+        lowest = tl.minimum(lowest, low_odd)
+        highest = tl.maximum(highest, high_odd)
+        if few == 0:
+            for start in range(2 * SCAN_WIDTH, kept, SCAN_WIDTH):
+                more = _select_kept(keys_at, columns_at, kept, start, begin, end)
+                low_more, high_more = _select_extent(more, least, most)
+                lowest = tl.minimum(lowest, low_more)
+                highest = tl.maximum(highest, high_more)
+        least = tl.where(lowest < most, lowest, least)
+        most = tl.where(lowest < most, highest + 1, least + 1)
     spare = tl.sum((keys >= least[:, None]).to(tl.int32) + (keys_odd >= least[:, None]).to(tl.int32), 1) - wanted
     above = tl.sum((keys > least[:, None]).to(tl.int32) + (keys_odd > least[:, None]).to(tl.int32), 1)
     if few == 0:
