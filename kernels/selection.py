@@ -34,7 +34,7 @@ NEAR_BITS = tl.constexpr(18)
 SEARCH_STEPS = tl.constexpr(4)
 """Steps of the exact search between two questions, over all rows, whether it is done."""
 
-LIST_WIDTH = 512
+LIST_WIDTH = 256
 """Blocks of one step of list writing at most; rows of keys in scratch are a multiple of it."""
 
 
