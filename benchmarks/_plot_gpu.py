@@ -93,7 +93,9 @@ def draw_backward(results: dict[str, Any]) -> Any:
             points = [(row["length"], row[name]) for row in mine if row[name] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), "o" + line, color=colour, label=f"{heads}, {label}")
-    axes.set(yscale="log", ylabel="ms", title="gradients of q, k and v")
+    axes.set(ylabel="ms", title="gradients of q, k and v")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _finish(axes, sorted({row["length"] for row in rows}))
     return _titled(figure, "backward of one layer's attention", results["header"])
 
