@@ -278,8 +278,9 @@ def key_gradients(
     length_q = q.shape[2]
     shape = plan.shape
     block_size = geometry.block_size
-    grad_k = torch.zeros(k.shape, dtype=k.dtype, device=k.device)
-    grad_v = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    # Of different shapes on purpose: a compiler merges two equal allocations, and then copies one of them.
+    grad_k = torch.zeros(k.numel() // dim, dim, dtype=k.dtype, device=k.device)
+    grad_v = torch.zeros(v.numel(), dtype=v.dtype, device=v.device)
     key_lists = transpose_lists(
         lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
     )
@@ -347,5 +348,6 @@ def key_gradients(
         PRECISION=precision(k),
         **launch.options,
     )
-    add_pieces(grad_k, grad_v, pieces, key_lists, key_mask, block_size=block_size)
-    return grad_k, grad_v
+    sizes = {"heads": heads, "length_k": length_k, "dim": dim, "dim_v": dim_v, "block_size": block_size}
+    add_pieces(grad_k, grad_v, pieces, key_lists, key_mask, **sizes)
+    return grad_k.view(k.shape), grad_v.view(v.shape)

@@ -196,20 +196,32 @@ def plan_pieces(
 
 
 def add_pieces(
-    grad_k: Tensor, grad_v: Tensor, pieces: Pieces, lists: KeyLists, key_mask: Tensor | None, *, block_size: int
+    grad_k: Tensor,
+    grad_v: Tensor,
+    pieces: Pieces,
+    lists: KeyLists,
+    key_mask: Tensor | None,
+    *,
+    heads: int,
+    length_k: int,
+    dim: int,
+    dim_v: int,
+    block_size: int,
 ) -> None:
     """Write the gradients of the units that were cut.
 
     Args:
-        grad_k: ``[B, Hkv, Lk, D]``, contiguous.
-        grad_v: ``[B, Hkv, Lk, Dv]``, contiguous.
+        grad_k: memory of ``[B, Hkv, Lk, D]``, contiguous.
+        grad_v: memory of ``[B, Hkv, Lk, Dv]``, contiguous.
         pieces: the pieces, computed.
         lists: the queries of each unit.
         key_mask: bool ``[B, Lk]``; gradients of other keys are not written.
+        heads: ``Hkv``.
+        length_k: ``Lk``.
+        dim: ``D``.
+        dim_v: ``Dv``.
         block_size: tokens in a key block.
     """
-    _, heads, length_k, dim = grad_k.shape
-    dim, dim_v = int(dim), int(grad_v.shape[3])
     wrap_triton(_add_pieces_kernel)[(pieces.limit, block_size // _REDUCED_KEYS)](
         grad_k,
         grad_v,

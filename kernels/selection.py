@@ -611,7 +611,8 @@ def select_tiles(
     capacity = list_capacity(plan, g, length_k)
     lists = TileLists(
         torch.empty(plan.num_tiles, heads_kv, capacity, dtype=torch.int16, device=q.device),
-        torch.empty(plan.num_tiles, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device),
+        # A tile more than needed: a compiler merges two equal allocations, and then copies one of them.
+        torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device),
         torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device),
     )
     padded = max(16, triton.next_power_of_2(dim))

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
@@ -56,7 +56,12 @@ class Recorder:
     def __init__(self) -> None:
         self.graphs: dict[str, torch.fx.GraphModule] = {}
         self.guards: list = []
-        self.compile = aot_autograd(fw_compiler=self._keep("fw"), bw_compiler=self._keep("bw"))
+        # Inductor's partitioner, which merges equal calls: of allocations too.
+        self.compile = aot_autograd(
+            fw_compiler=self._keep("fw"),
+            bw_compiler=self._keep("bw"),
+            partition_fn=min_cut_rematerialization_partition,
+        )
 
     def _keep(self, name):
         def compiler(module, _example_inputs):
