@@ -609,12 +609,10 @@ def select_tiles(
     shape, g = plan.shape, geometry
     heads_kv, dim = k1.shape[1], q.shape[3]
     capacity = list_capacity(plan, g, length_k)
-    lists = TileLists(
-        torch.empty(plan.num_tiles, heads_kv, capacity, dtype=torch.int16, device=q.device),
-        # A tile more than needed: a compiler merges two equal allocations, and then copies one of them.
-        torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device),
-        torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device),
-    )
+    list_blocks = torch.empty(plan.num_tiles, heads_kv, capacity, dtype=torch.int16, device=q.device)
+    # A tile more than needed: a compiler merges two equal allocations, and then copies one of them.
+    list_tokens = torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device)
+    list_counts = torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
     launch = selection_launch(q, padded)
     constants = selection_constants(shape, g, dim, window is not None, launch)
@@ -633,9 +631,9 @@ def select_tiles(
         k2,
         plan.panels,
         scratch,
-        lists.blocks,
-        lists.tokens,
-        lists.counts,
+        list_blocks,
+        list_tokens,
+        list_counts,
         q.stride(0),
         q.stride(1),
         q.stride(2),
@@ -653,4 +651,4 @@ def select_tiles(
         PRECISION=precision(q),
         **launch.options,
     )
-    return lists
+    return TileLists(list_blocks, list_tokens[: plan.num_tiles], list_counts)

@@ -78,7 +78,7 @@ class TileLists:
 
     Attributes:
         blocks: int16 ``[n_tiles, Hkv, capacity]``, ascending block numbers (read them ``& 0xFFFF``).
-        tokens: `TileShape.mask_dtype` ``[n_tiles or more, Hkv, capacity]``; bit ``t``: token ``t`` of the tile visits it.
+        tokens: `TileShape.mask_dtype` ``[n_tiles, Hkv, capacity]``; bit ``t``: token ``t`` of the tile visits it.
         counts: int32 ``[n_tiles, Hkv]``; entries past the count are not written.
 
     A tile of a dense sequence has count 0: attention enumerates its blocks itself. Every entry has at least one
