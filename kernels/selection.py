@@ -17,22 +17,15 @@ from torch import Tensor
 from infllm_pass.kernels.configurations import SelectionLaunch, selection_launch
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
+from infllm_pass.kernels.ranking import (
+    SCAN_WIDTH,
+    append_blocks,
+    bound_keys,
+    cut_keys,
+    far_range,
+    pool_scores,
+)
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape, load_panel
-
-SCAN_WIDTH = tl.constexpr(128)
-"""Blocks that a warp scans at once, four to a lane."""
-
-BOUND_OCTAVES = tl.constexpr(16)
-"""The bound of a row's keys is first sought within this many factors of two of its largest score."""
-
-BOUND_STEPS = tl.constexpr(8)
-"""Halvings of that range: they leave a bound good to 4 %, so that few keys above it are not wanted."""
-
-NEAR_BITS = tl.constexpr(18)
-"""The exact search steps up from the bound by 2^18 units of the last place (3 %), 2^19, ..., at most to the middle."""
-
-SEARCH_STEPS = tl.constexpr(4)
-"""Steps of the exact search between two questions, over all rows, whether it is done."""
 
 LIST_WIDTH = 256
 """Blocks of one step of list writing at most; rows of keys in scratch are a multiple of it."""
@@ -78,176 +71,6 @@ def _select_panel_normaliser(
         total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores * scale_log2 - base[:, None]), 1)
         peak = higher
     return tl.where(visible > 0, peak + tl.log2(total), float("inf"))
-
-
-@triton.jit
-def _select_pool(raw_at, keys_at, low, high, first, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr):
-    """Keys of blocks ``[low, high)`` from the scores of single windows, where scoring could not pool them."""
-    for column in range(low // SCAN_WIDTH * SCAN_WIDTH, high, SCAN_WIDTH):
-        block = column + tl.arange(0, SCAN_WIDTH)
-        inside = (block >= low) & (block < high)
-        pooled = tl.full([R, SCAN_WIDTH], -1.0, tl.float32)
-        for part in tl.static_range(RATIO + OVERLAP):
-            index = block * RATIO + (part - OVERLAP)
-            known = inside & (index >= first * RATIO)
-            value = tl.load(raw_at[:, None] + index[None, :], mask=known[None, :], other=-1.0)
-            pooled = tl.maximum(pooled, value)
-        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
-        tl.store(keys_at[:, None] + block[None, :], key, mask=inside[None, :])
-    tl.debug_barrier()
-
-
-@triton.jit
-def _select_bound(keys_at, begin, end, wanted, low, high, R: tl.constexpr):
-    """Per row a bound that at least ``wanted`` keys of blocks ``[begin, end)`` reach, and few more, and a strict
-    upper bound of all keys.
-
-    Column maxima give it, each being a key of its own.
-    """
-    peaks = tl.full([R, SCAN_WIDTH], -1, tl.int32)
-    for column in range(low, high, SCAN_WIDTH):
-        index = (column + tl.arange(0, SCAN_WIDTH))[None, :]
-        inside = (index >= begin[:, None]) & (index < end[:, None])
-        peaks = tl.maximum(peaks, tl.load(keys_at[:, None] + index, mask=inside, other=-1))
-    top = tl.maximum(tl.max(peaks, 1) + 1, 1)
-    most = top
-    least = tl.maximum(top - (BOUND_OCTAVES << 23), 0)
-    least = tl.where(tl.sum((peaks >= least[:, None]).to(tl.int32), 1) >= wanted, least, 0)
-    for _ in range(BOUND_STEPS):
-        middle = least + (most - least) // 2
-        enough = tl.sum((peaks >= middle[:, None]).to(tl.int32), 1) >= wanted
-        least = tl.where(enough, middle, least)
-        most = tl.where(enough, most, middle)
-    return least, top
-
-
-@triton.jit
-def _select_range(
-    row,
-    position,
-    begin,
-    end,
-    length,
-    window,
-    QUERY_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INIT: tl.constexpr,
-    LOCAL: tl.constexpr,
-    BUDGET: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Per row of a panel: its far blocks, which compete by score, as a range, and how many of them it visits."""
-    last = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-    reach = row * 0  # the first block that the sliding window touches
-    if HAS_WINDOW:
-        reach = tl.maximum(last - window + 1, 0) // BLOCK
-    far_begin = tl.maximum(reach, INIT)
-    there = (row * QUERY_BLOCK < end) & ((row + 1) * QUERY_BLOCK > begin)
-    far_end = tl.where(there, last // BLOCK - LOCAL, 0)
-    wanted = tl.minimum(tl.maximum(far_end - far_begin, 0), BUDGET - tl.maximum(INIT - reach, 0))
-    return far_begin, far_end, wanted
-
-
-@triton.jit
-def _select_kept(keys_at, columns_at, kept, start, begin, end):
-    """Keys of 128 kept columns from ``start`` on; -1 past the last and outside a row's range ``[begin, end)``."""
-    place = start + tl.arange(0, SCAN_WIDTH)
-    index = tl.load(columns_at + place, mask=place < kept, other=-1)[None, :]
-    inside = (index >= begin[:, None]) & (index < end[:, None])
-    return tl.load(keys_at[:, None] + index, mask=inside, other=-1)
-
-
-@triton.jit
-def _select_extent(keys, least, most):
-    """Per row the smallest and the largest key in ``[least, most)``; where there is none, the smallest is 2^31 - 1."""
-    inside = (keys >= least[:, None]) & (keys < most[:, None])
-    return tl.min(tl.where(inside, keys, 2147483647), 1), tl.max(tl.where(inside, keys, -1), 1)
-
-
-@triton.jit
-def _select_threshold(keys_at, columns_at, kept, begin, end, wanted, least, top, R: tl.constexpr):
-    """Per row a key that exactly ``wanted`` of the kept columns reach; where equal keys forbid that, the smallest
-    key wanted, and how many of its equals are.
-    """
-    most = top
-    spare = tl.full([R], 2147483647, tl.int32)  # columns that reach `least` beyond those wanted
-    few = kept <= 2 * SCAN_WIDTH
-    keys = _select_kept(keys_at, columns_at, kept, 0, begin, end)
-    keys_odd = _select_kept(keys_at, columns_at, kept, SCAN_WIDTH, begin, end)
-    # The bound lies just below the key sought: look near it first, then halve. Neighbouring blocks share a window and
-    # so, often, a key: the range is cut to the keys within it now and then, which ends the search at equal ones.
-    near = NEAR_BITS
-    while tl.max(tl.where(spare > 0, most - least, 0), 0) > 1:
-        for _ in range(SEARCH_STEPS):
-            middle = least + tl.minimum((most - least) // 2, 1 << near)
-            near = min(near + 1, 30)
-            excess = tl.sum((keys >= middle[:, None]).to(tl.int32) + (keys_odd >= middle[:, None]).to(tl.int32), 1)
-            if few == 0:
-                for start in range(2 * SCAN_WIDTH, kept, SCAN_WIDTH):
-                    more = _select_kept(keys_at, columns_at, kept, start, begin, end)
-                    excess += tl.sum((more >= middle[:, None]).to(tl.int32), 1)
-            excess -= wanted
-            least = tl.where(excess >= 0, middle, least)
-            spare = tl.where(excess >= 0, excess, spare)
-            most = tl.where(excess >= 0, most, middle)
-        lowest, highest = _select_extent(keys, least, most)
-        low_odd, high_odd = _select_extent(keys_odd, least, most)
-        lowest = tl.minimum(lowest, low_odd)
-        highest = tl.maximum(highest, high_odd)
-        if few == 0:
-            for start in range(2 * SCAN_WIDTH, kept, SCAN_WIDTH):
-                more = _select_kept(keys_at, columns_at, kept, start, begin, end)
-                low_more, high_more = _select_extent(more, least, most)
-                lowest = tl.minimum(lowest, low_more)
-                highest = tl.maximum(highest, high_more)
-        least = tl.where(lowest < most, lowest, least)
-        most = tl.where(lowest < most, highest + 1, least + 1)
-    spare = tl.sum((keys >= least[:, None]).to(tl.int32) + (keys_odd >= least[:, None]).to(tl.int32), 1) - wanted
-    above = tl.sum((keys > least[:, None]).to(tl.int32) + (keys_odd > least[:, None]).to(tl.int32), 1)
-    if few == 0:
-        for start in range(2 * SCAN_WIDTH, kept, SCAN_WIDTH):
-            more = _select_kept(keys_at, columns_at, kept, start, begin, end)
-            spare += tl.sum((more >= least[:, None]).to(tl.int32), 1)
-            above += tl.sum((more > least[:, None]).to(tl.int32), 1)
-    return least, tl.where(spare > 0, wanted - above, 2147483647)
-
-
-@triton.jit
-def _select_write(
-    blocks_at,
-    tokens_at,
-    written,
-    seen,
-    block,  # [W] ascending
-    there,  # [W] whether `block` is to be looked at
-    keys_at,  # [ROWS]
-    bits,
-    reach,
-    row_begin,
-    row_end,
-    own,
-    threshold,
-    equals,
-    ranked,
-    tied,
-):
-    """Append to a tile's list those of some blocks that a row of the tile visits."""
-    block_ = block[None, :]
-    candidate = (bits != 0)[:, None] & there[None, :] & (block_ >= reach[:, None]) & (block_ <= own[:, None])
-    distant = candidate & ranked[:, None] & (block_ >= row_begin[:, None]) & (block_ < row_end[:, None])
-    keys = tl.load(keys_at[:, None] + block_, mask=distant, other=2147483647)
-    chosen = candidate & (keys >= threshold[:, None])
-    if tied:
-        equal = (distant & (keys == threshold[:, None])).to(tl.int32)
-        rank = seen[:, None] + tl.cumsum(equal, 1)
-        chosen = chosen & ((equal == 0) | (rank <= equals[:, None]))
-        seen += tl.sum(equal, 1)
-    mask = tl.sum(tl.where(chosen, bits[:, None], 0).to(bits.dtype), 0).to(bits.dtype)  # [W]
-    used = (mask != 0).to(tl.int32)
-    place = written + tl.cumsum(used, 0) - 1
-    tl.store(blocks_at + place, block.to(tl.int16), mask=used != 0)
-    tl.store(tokens_at + place, mask, mask=used != 0)
-    return written + tl.sum(used, 0), seen
 
 
 @triton.jit(do_not_specialize=["num_panels", "slots1", "slots2", "num_blocks", "capacity", "dense_len", "window"])
@@ -336,7 +159,7 @@ def _select_kernel(
         # products lets the assembler of Triton 3.6 reuse matrix descriptors that only the other arm has computed.
         end = tl.where(length < dense_len, 0, end)
         there = (rows * QUERY_BLOCK < end) & ((rows + 1) * QUERY_BLOCK > begin)
-        far_begin, far_end, wanted = _select_range(
+        far_begin, far_end, wanted = far_range(
             rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
         )
         scored = tl.max(far_end - far_begin - wanted, 0) > 0  # some query leaves blocks out
@@ -433,9 +256,7 @@ def _select_kernel(
         if not FUSED_POOL:
             for group in range(R // RG):
                 row = group * RG + tl.arange(0, RG)
-                _select_pool(
-                    raw_at + row * raw_stride, keys_at + row * num_blocks, low, high, first, RG, RATIO, OVERLAP
-                )
+                pool_scores(raw_at + row * raw_stride, keys_at + row * num_blocks, low, high, first, RG, RATIO, OVERLAP)
 
         for tile in range(TILES):
             row = tile * T // QUERY_BLOCK + tl.arange(0, ROWS)
@@ -471,11 +292,11 @@ def _select_kernel(
                 tile_high = tl.max(row_end, 0)
                 for group in range(ROWS // RG):
                     line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
-                    line_begin, line_end, line_wanted = _select_range(
+                    line_begin, line_end, line_wanted = far_range(
                         line, position, begin, end, length, window,
                         QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
                     )  # fmt: skip
-                    least, top = _select_bound(
+                    least, top = bound_keys(
                         keys_at + line * num_blocks, line_begin, line_end, line_wanted, tile_low, tile_high, RG
                     )
                     tl.store(thresholds_at + line, least)
@@ -493,11 +314,11 @@ def _select_kernel(
                 tl.debug_barrier()
                 for group in range(ROWS // RG):
                     line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
-                    line_begin, line_end, line_wanted = _select_range(
+                    line_begin, line_end, line_wanted = far_range(
                         line, position, begin, end, length, window,
                         QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
                     )  # fmt: skip
-                    cut, spared = _select_threshold(
+                    cut, spared = cut_keys(
                         keys_at + line * num_blocks,
                         columns_at,
                         kept,
@@ -516,20 +337,20 @@ def _select_kernel(
                 tied = tl.min(equals, 0) < 2147483647
                 window_begin = tl.maximum(tl.min(tl.where(alive, own - LOCAL, 2147483647), 0), tile_low)
                 initial = first_block + tl.arange(0, INIT_WIDTH)
-                written, seen = _select_write(
+                written, seen = append_blocks(
                     blocks_at, tokens_at, written, seen, initial, initial < tl.minimum(INIT, tile_low), rows_at,
                     bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                 )  # fmt: skip
                 for start in range(0, kept, LISTED):
                     place = start + tl.arange(0, LISTED)
                     distant = tl.load(columns_at + place, mask=place < kept, other=2147483647)
-                    written, seen = _select_write(
+                    written, seen = append_blocks(
                         blocks_at, tokens_at, written, seen, distant, distant < window_begin, rows_at,
                         bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                     )  # fmt: skip
             for start in range(window_begin, final_block + 1, STEP):
                 ahead = start + tl.arange(0, STEP)
-                written, seen = _select_write(
+                written, seen = append_blocks(
                     blocks_at, tokens_at, written, seen, ahead, ahead >= 0, rows_at,
                     bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
                 )  # fmt: skip
