@@ -20,7 +20,7 @@ PANEL_COLUMNS = 128
 """Columns (tokens x heads) of one product in block scoring: 128 keeps Hopper's matrix unit fed from shared memory."""
 
 TILE_ROWS = 64
-"""Rows (tokens x heads) of one attention program: one warp group's matrix instruction."""
+"""Rows (tokens x heads) of one tile: one warp group's matrix instruction."""
 
 TABLE_WIDTH = 8
 """Columns of the tables below."""
@@ -55,16 +55,6 @@ class TileShape:
     def tiles(self) -> int:
         """Tiles of one panel."""
         return self.panel_tokens // self.tokens
-
-    @property
-    def head_chunks(self) -> int:
-        """Programs over which the heads of one token spread; more than one only where ``G > 64``."""
-        return max(1, self.padded_group // TILE_ROWS)
-
-    @property
-    def rows(self) -> int:
-        """Rows of one attention program: ``tokens x min(padded_group, 64)``, which is 64."""
-        return self.tokens * min(self.padded_group, TILE_ROWS)
 
     @property
     def mask_dtype(self) -> torch.dtype:
