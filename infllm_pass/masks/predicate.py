@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import sympy
 import torch
@@ -51,33 +53,56 @@ class UnprovenMask:
     why: str
 
 
+class MaskRole(Enum):
+    """What a tensor that meets the scores does to them."""
+
+    KEEP = "bool: True lets a query see a key"
+    HIDE = "bool: True hides a key from a query"
+    ADDED = "numbers added to the scores"
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One tensor that masks a site; a query sees what all terms of its site let it see.
+
+    Attributes:
+        node: the tensor; broadcasts to ``[B, H, Lq, Lk]``.
+        role: what it does.
+    """
+
+    node: fx.Node
+    role: MaskRole
+
+
 @dataclass(frozen=True)
 class _CausalLimit:
     offset: sympy.Expr
 
 
 def prove_mask(interpreter: Interpreter, mask: fx.Node) -> MaskPredicate | UnprovenMask:
-    """Prove what a boolean attention mask computes.
+    """Prove what one boolean attention mask computes, True where a query sees a key; see `prove_terms`."""
+    return prove_terms(interpreter, [MaskTerm(mask, MaskRole.KEEP)])
+
+
+def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPredicate | UnprovenMask:
+    """Prove what the tensors that mask a site compute together.
 
     Args:
-        interpreter: the interpreter of the graph that the mask belongs to.
-        mask: a node of dtype bool that broadcasts to ``[B, H, Lq, Lk]``; True lets a query see a key.
+        interpreter: the interpreter of the graph that they belong to.
+        terms: at least one.
 
     Returns:
         The normal form, or the reason why there is none.
     """
-    example = interpreter.facts.example(mask)
-    if not isinstance(example, torch.Tensor) or example.dtype != torch.bool or example.dim() > 4:
-        return UnprovenMask(mask, "it is not a boolean tensor of at most four dimensions")
-    try:
-        value = interpreter.evaluate(mask)
-    except Overwritten as stop:
-        return UnprovenMask(stop.node, "the graph overwrites its memory, so its value depends on when it is read")
-    if value is None:
-        return UnprovenMask(mask, "it is not a tensor")
+    conjuncts: list[tuple[fx.Node, sympy.Basic]] = []
+    for term in terms:
+        values = _visible(interpreter, term)
+        if isinstance(values, UnprovenMask):
+            return values
+        conjuncts += [(term.node, conjunct) for conjunct in sympy.And.make_args(values)]
     offset: sympy.Expr | None = None
     conditions: list[KeyCondition] = []
-    for conjunct in sympy.And.make_args(_lift_to_four_dimensions(value)):
+    for mask, conjunct in conjuncts:
         if conjunct == sympy.true:
             continue
         found = _causal_limit(conjunct) or _key_condition(interpreter, conjunct)
@@ -90,6 +115,24 @@ def prove_mask(interpreter: Interpreter, mask: fx.Node) -> MaskPredicate | Unpro
         else:
             return UnprovenMask(_first_unknown(interpreter, conjunct) or mask, f"it tests {_readable(conjunct)}")
     return MaskPredicate(offset, tuple(conditions))
+
+
+def _visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenMask:
+    """Where one term lets a query see a key, over ``(batch, head, query, key)``."""
+    mask = term.node
+    example = interpreter.facts.example(mask)
+    if term.role is MaskRole.ADDED:
+        return UnprovenMask(mask, "it is added to the scores")
+    if not isinstance(example, torch.Tensor) or example.dtype != torch.bool or example.dim() > 4:
+        return UnprovenMask(mask, "it is not a boolean tensor of at most four dimensions")
+    try:
+        value = interpreter.evaluate(mask)
+    except Overwritten as stop:
+        return UnprovenMask(stop.node, "the graph overwrites its memory, so its value depends on when it is read")
+    if value is None:
+        return UnprovenMask(mask, "it is not a tensor")
+    lifted = _lift_to_four_dimensions(value)
+    return sympy.Not(lifted) if term.role is MaskRole.HIDE else lifted
 
 
 def _lift_to_four_dimensions(mask: SymbolicTensor) -> sympy.Basic:
