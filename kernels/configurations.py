@@ -110,7 +110,7 @@ class SelectionLaunch(Launch):
     columns: int = 128
     windows: int = 64
     coarse: int = 64
-    rows: int = 8
+    rows: int = 32
     programs: int = 2
 
 
