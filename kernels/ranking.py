@@ -151,24 +151,25 @@ def gather_keys(
     """
     lane = tl.arange(0, LANES)[None, :]
     row = tl.arange(0, R)[:, None]
-    lane_slots = slots_at + row * (SLOTS * LANES) + lane
+    row_slots = slots_at + row * (SLOTS * LANES)
     count = tl.zeros([R, LANES], tl.int32)
     for start in range(low, high, COUNT * LANES):
         keys = load_keys(rows_at, start, high, COUNT)
         for part in tl.static_range(COUNT):
-            entry = (keys[part].to(tl.int64) << 32) | (start + part * LANES + lane).to(tl.int64)
+            entry = (keys[part].to(tl.int64) << 32) | (lane + start + part * LANES).to(tl.int64)
             keep = keys[part] >= least
-            tl.store(lane_slots + count * LANES, entry, mask=keep & (count < SLOTS))
+            slot = tl.max_contiguous(count * LANES + lane, [1, 2])  # keeps stores in this layout
+            tl.store(row_slots + slot, entry, mask=keep & (count < SLOTS))
             count += keep.to(tl.int32)
     tl.debug_barrier()
     total = tl.sum(count, 1)[:, None]
     deepest = tl.max(tl.max(count, 1), 0)
     fit = (deepest <= SLOTS) & (tl.max(tl.max(total, 1), 0) <= HELD * LANES)
     rest = tl.where(fit, high, low)
-    place = dense_at + row * (HELD * LANES) + (tl.cumsum(count, 1) - count)
-    for slot in range(tl.where(fit, deepest, 0)):
-        entry = tl.load(lane_slots + slot * LANES, mask=slot < count, other=0)
-        tl.store(place + slot, entry, mask=slot < count)
+    place = tl.cumsum(count, 1) - count
+    for depth in range(tl.where(fit, deepest, 0)):
+        entry = tl.load(row_slots + (lane + depth * LANES), mask=depth < count, other=0)
+        tl.store(dense_at + row * (HELD * LANES) + tl.max_contiguous(place + depth, [1, 2]), entry, mask=depth < count)
     tl.debug_barrier()
     keys = ()
     blocks = ()
@@ -250,7 +251,8 @@ def mark_blocks(
         left -= 1
     for part in tl.static_range(HELD):
         taken = (keys[part] > cut) | ((keys[part] == cut) & (blocks[part] <= last))
-        tl.atomic_or(marks_at + blocks[part], bits, mask=taken & (keys[part] >= 0), sem="relaxed", scope="cta")
+        mark_at = tl.max_contiguous(marks_at + blocks[part], [1, 2])
+        tl.atomic_or(mark_at, bits, mask=taken & (keys[part] >= 0), sem="relaxed", scope="cta")
     seen = tl.zeros([R, LANES], tl.int32)
     for start in range(rest, high, LANES):
         block = start + tl.arange(0, LANES)[None, :]
@@ -329,7 +331,7 @@ def write_lists(
         seen = seen & ~below(tl.minimum(tl.maximum(past - shift, 0), T), MASK)
         mask = seen & (marks | below(tl.minimum(tl.maximum(near - shift, 0), T), MASK))
         used = (mask != 0).to(tl.int32)
-        place = written + tl.cumsum(used, 1) - 1
+        place = tl.max_contiguous(written + tl.cumsum(used, 1) - 1, [1, 2])
         tl.store(blocks_at + place, (block + shift * 0).to(tl.int16), mask=used != 0)
         tl.store(tokens_at + place, mask.to(tokens_at.dtype.element_ty), mask=used != 0)
         written += tl.sum(used, 1)[:, None]

@@ -207,7 +207,7 @@ def _select_kernel(
         for piece in range(PIECES):
             piece_rows = piece * PR + tl.arange(0, PR)
             sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-            piece_begin, piece_end, _ = far_range(
+            piece_begin, piece_end, piece_wanted = far_range(
                 piece_rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
             )
             if PARTS == 1:
@@ -278,7 +278,7 @@ def _select_kernel(
         for group in range(R // RG):
             row = group * RG + tl.arange(0, RG)
             if not FUSED_POOL:
-                row_begin, row_end, _ = far_range(
+                row_begin, row_end, row_wanted = far_range(
                     row, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
                 )
                 pool_scores(
@@ -288,22 +288,22 @@ def _select_kernel(
                 tl.debug_barrier()
             line = row[:, None]
             rows_at = keys_at + line * num_blocks
-            _, _, wanted = far_range(
+            line_begin, line_end, line_wanted = far_range(
                 line + tl.zeros([RG, LANES], tl.int32), position, begin, end, length, window,
                 QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
             )  # fmt: skip
-            bound, top = bound_keys(rows_at, wanted, low, high, RG, PEAKS)
+            bound, top = bound_keys(rows_at, line_wanted, low, high, RG, PEAKS)
             keys, blocks, rest = gather_keys(rows_at, slots_at, dense_at, bound, low, high, RG, HELD, FETCHED)
-            cut, equals = cut_keys(keys, rows_at, wanted, bound, top, rest, high, RG, HELD, FETCHED)
+            cut, equals = cut_keys(keys, rows_at, line_wanted, bound, top, rest, high, RG, HELD, FETCHED)
             if SHARED:
                 bits = tl.full([RG, LANES], 1, MASK)
                 row_marks = marks_at + line * 0
             else:
-                token = line * QUERY_BLOCK
-                bits = (below(tl.full([1, 1], QUERY_BLOCK, tl.int32), MASK) << (token % T).to(MASK)) + tl.zeros(
+                line_token = line * QUERY_BLOCK
+                bits = (below(tl.full([1, 1], QUERY_BLOCK, tl.int32), MASK) << (line_token % T).to(MASK)) + tl.zeros(
                     [RG, LANES], MASK
                 )
-                row_marks = marks_at + (token // T).to(tl.int64) * num_blocks
+                row_marks = marks_at + (line_token // T).to(tl.int64) * num_blocks
             mark_blocks(row_marks, bits, keys, blocks, rows_at, cut, equals, rest, high, RG, HELD)
         tl.debug_barrier()
         for pair in range(TILES // K):
