@@ -20,11 +20,8 @@ SLOTS = tl.constexpr(8)
 FETCHED = tl.constexpr(32)
 """Keys of a thread that one step of a scan loads before it looks at the first."""
 
-BOUND_OCTAVES = tl.constexpr(16)
-"""The bound of a row's keys is first sought within this many factors of two of its largest score."""
-
 BOUND_STEPS = tl.constexpr(8)
-"""Halvings of that range: they leave a bound good to 4 %, so that few keys above it are not wanted."""
+"""Halvings of the range of column maxima, in which the bound of a row's keys is sought."""
 
 NEAR_BITS = tl.constexpr(18)
 """The exact search steps up from the bound by 2^18 units of the last place (3 %), 2^19, ..., at most to the middle."""
@@ -126,11 +123,13 @@ def bound_keys(rows_at, wanted, low, high, R: tl.constexpr, PEAKS: tl.constexpr)
             higher = higher + (tl.maximum(peaks[part], keys[part]),)  # noqa: RUF005
         peaks = higher
     peak = peaks[0]
+    trough = peaks[0]
     for part in tl.static_range(1, PEAKS):
         peak = tl.maximum(peak, peaks[part])
+        trough = tl.minimum(trough, peaks[part])
     top = tl.maximum(tl.max(peak, 1)[:, None] + 1, 1) + tl.zeros([R, LANES], tl.int32)
     most = top
-    least = tl.maximum(top - (BOUND_OCTAVES << 23), 0)
+    least = tl.maximum(tl.min(trough, 1)[:, None], 0) + tl.zeros([R, LANES], tl.int32)
     least = tl.where(tl.sum(count_keys(peaks, least, PEAKS), 1)[:, None] >= wanted, least, 0)
     for _ in range(BOUND_STEPS):
         middle = least + (most - least) // 2

@@ -254,23 +254,26 @@ def _select_kernel(
                     ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
                     score = tl.where(ahead, -1.0, score)
                 if FUSED_POOL:
-                    pooled = tl.maximum(pooled, score)
-                    if OVERLAP > 0:
+                    if OVERLAP > 1:
                         tail = tl.where(place >= RATIO - OVERLAP, tl.maximum(tail, score), tail)
                     if place == RATIO - 1:
+                        # The maximum is taken here, too, lest every step brings it to the layout of what follows.
+                        best = tl.maximum(pooled, score)
                         if OVERLAP > 0:
                             source = tl.maximum(tl.arange(0, BC) - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
-                            pooled = tl.maximum(pooled, tl.gather(tail, source, 0))
-                        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
-                        row_keys = keys_at + piece_rows[None, :] * num_blocks
+                            best = tl.maximum(best, tl.gather(tail if OVERLAP > 1 else score, source, 0))
+                        key = tl.where(best >= 0.0, best.to(tl.int32, bitcast=True) + 1, 0)
                         candidate = block[:, None] < piece_end[None, :]
                         if HAS_WINDOW:
                             candidate = candidate & (block[:, None] >= piece_begin[None, :])
                         key = tl.where(candidate, key, -1)
+                        row_keys = keys_at + piece_rows[None, :] * num_blocks
                         mine = (block >= start + EARLY) & (block < high)
                         tl.store(row_keys + block[:, None], key, mask=mine[:, None])
                         pooled = tl.full([BC, PR], -1.0, tl.float32)
                         tail = tl.full([BC, PR], -1.0, tl.float32)
+                    else:
+                        pooled = tl.maximum(pooled, score)
                 else:
                     row_scores = raw_at + piece_rows[None, :] * raw_stride
                     tl.store(row_scores + index[:, None], score, mask=(block < high)[:, None])
