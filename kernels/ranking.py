@@ -14,11 +14,11 @@ import triton.language as tl
 
 LANES = tl.constexpr(32)
 
-SLOTS = tl.constexpr(8)
-"""Candidates that one lane may keep of the keys that it scans."""
+SLOTS = tl.constexpr(16)
+"""Candidates that one lane may keep of the keys that it scans; of 63 wanted it keeps up to 11."""
 
-FETCHED = tl.constexpr(32)
-"""Keys of a thread that one step of a scan loads before it looks at the first."""
+PIECES_AT_ONCE = tl.constexpr(4)
+"""Pieces of 32 keys or slots that a loop handles at once where few rounds are expected."""
 
 BOUND_STEPS = tl.constexpr(8)
 """Halvings of the range of column maxima, in which the bound of a row's keys is sought."""
@@ -166,9 +166,14 @@ def gather_keys(
     fit = (deepest <= SLOTS) & (tl.max(tl.max(total, 1), 0) <= HELD * LANES)
     rest = tl.where(fit, high, low)
     place = tl.cumsum(count, 1) - count
-    for depth in range(tl.where(fit, deepest, 0)):
-        entry = tl.load(row_slots + (lane + depth * LANES), mask=depth < count, other=0)
-        tl.store(dense_at + row * (HELD * LANES) + tl.max_contiguous(place + depth, [1, 2]), entry, mask=depth < count)
+    for depth in range(0, tl.where(fit, deepest, 0), PIECES_AT_ONCE):
+        entries = ()
+        for part in tl.static_range(PIECES_AT_ONCE):
+            at = row_slots + (lane + (depth + part) * LANES)
+            entries = entries + (tl.load(at, mask=depth + part < count, other=0),)  # noqa: RUF005
+        for part in tl.static_range(PIECES_AT_ONCE):
+            index = tl.max_contiguous(place + (depth + part), [1, 2])
+            tl.store(dense_at + row * (HELD * LANES) + index, entries[part], mask=depth + part < count)
     tl.debug_barrier()
     keys = ()
     blocks = ()
@@ -181,11 +186,11 @@ def gather_keys(
 
 
 @triton.jit
-def count_row(keys, rows_at, least, rest, high, HELD: tl.constexpr, COUNT: tl.constexpr):
+def count_row(keys, rows_at, least, rest, high, HELD: tl.constexpr):
     """Per row how many keys reach `least`: those held, and those of blocks ``[rest, high)``."""
     count = count_keys(keys, least, HELD)
-    for start in range(rest, high, COUNT * LANES):
-        count += count_keys(load_keys(rows_at, start, high, COUNT), least, COUNT)
+    for start in range(rest, high, PIECES_AT_ONCE * LANES):
+        count += count_keys(load_keys(rows_at, start, high, PIECES_AT_ONCE), least, PIECES_AT_ONCE)
     return tl.sum(count, 1)[:, None]
 
 
@@ -200,9 +205,7 @@ def extent_of_keys(keys, least, most, lowest, highest, COUNT: tl.constexpr):
 
 
 @triton.jit
-def cut_keys(
-    keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, HELD: tl.constexpr, COUNT: tl.constexpr
-):
+def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, HELD: tl.constexpr):
     """Per row a key that exactly `wanted` keys reach; where equal keys forbid that, the smallest key wanted, and how
     many of its equals are.
     """
@@ -212,32 +215,30 @@ def cut_keys(
     # so, often, a key: the range is cut to the keys within it now and then, which ends the search at equal ones.
     near = NEAR_BITS
     while tl.max(tl.max(tl.where(spare > 0, most - least, 0), 1), 0) > 1:
-        for _ in tl.static_range(SEARCH_STEPS):
+        for _ in range(SEARCH_STEPS):
             middle = least + tl.minimum((most - least) // 2, 1 << near)
             near = min(near + 1, 30)
-            excess = count_row(keys, rows_at, middle, rest, high, HELD, COUNT) - wanted
+            excess = count_row(keys, rows_at, middle, rest, high, HELD) - wanted
             least = tl.where(excess >= 0, middle, least)
             spare = tl.where(excess >= 0, excess, spare)
             most = tl.where(excess >= 0, most, middle)
         lowest, highest = extent_of_keys(
             keys, least, most, tl.full([R, LANES], ALL, tl.int32), tl.full([R, LANES], -1, tl.int32), HELD
         )
-        for start in range(rest, high, COUNT * LANES):
-            more = load_keys(rows_at, start, high, COUNT)
-            lowest, highest = extent_of_keys(more, least, most, lowest, highest, COUNT)
+        for start in range(rest, high, PIECES_AT_ONCE * LANES):
+            more = load_keys(rows_at, start, high, PIECES_AT_ONCE)
+            lowest, highest = extent_of_keys(more, least, most, lowest, highest, PIECES_AT_ONCE)
         first = tl.min(lowest, 1)[:, None]
         last = tl.max(highest, 1)[:, None]
         least = tl.where(first < most, first, least)
         most = tl.where(first < most, last + 1, least + 1)
-    spare = count_row(keys, rows_at, least, rest, high, HELD, COUNT) - wanted
-    above = count_row(keys, rows_at, least + 1, rest, high, HELD, COUNT)
+    spare = count_row(keys, rows_at, least, rest, high, HELD) - wanted
+    above = count_row(keys, rows_at, least + 1, rest, high, HELD)
     return least, tl.where(spare > 0, wanted - above, ALL)
 
 
 @triton.jit
-def mark_blocks(
-    marks_at, bits, keys, blocks, rows_at, cut, equals, rest, high, R: tl.constexpr, HELD: tl.constexpr
-):
+def mark_blocks(marks_at, bits, keys, blocks, rows_at, cut, equals, rest, high, R: tl.constexpr, HELD: tl.constexpr):
     """Set the row's bits at the blocks that it takes; of the blocks whose key equals the cut, the first `equals`."""
     last = tl.where(equals < ALL, -1, ALL) + tl.zeros([R, LANES], tl.int32)  # the last of these
     left = tl.where((equals < ALL) & (rest == high), equals, 0)

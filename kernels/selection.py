@@ -31,6 +31,9 @@ from infllm_pass.kernels.ranking import (
 )
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape, load_panel
 
+FETCHED_KEYS = 128
+"""Pieces of rows, of 32 keys each, that one step of a scan over keys fetches: they take 32 registers of a thread."""
+
 ROW_MULTIPLE = 32
 """Rows of keys in scratch are a multiple of so many blocks."""
 
@@ -144,19 +147,19 @@ def _select_kernel(
     MASK: tl.constexpr = tl.int64 if T == 64 else tl.int32
     K: tl.constexpr = TILES if TILES < 2 else 2  # tiles whose lists are written at once
 
-    # Scratch of one program: candidates of rows as lanes find them and side by side, 64 bits each, marks
-    # [MARKED, num_blocks], keys [R, num_blocks], normalisers [CHUNKS * C] and, where pooling is a pass of its own, raw
-    # scores [R, num_blocks * RATIO].
+    # Scratch of one program: candidates of rows as lanes find them and side by side, 64 bits each, normalisers
+    # [CHUNKS * C], keys [R, num_blocks], marks [MARKED, num_blocks] and, where pooling is a pass of its own, raw scores
+    # [R, num_blocks * RATIO]. What has a fixed size comes first: one register then addresses all of it.
     blocks_wide = tl.cast(num_blocks, tl.int64)
     mark_words: tl.constexpr = MARKED * (MASK.primitive_bitwidth // 32)
     fixed: tl.constexpr = RG * (SLOTS + HELD) * LANES * 2 + CHUNKS * C
     span = blocks_wide * (R * (1 + RAW) + mark_words) + fixed
     slots_at = (scratch + tl.program_id(0) * span).to(tl.pointer_type(tl.int64))
     dense_at = slots_at + RG * SLOTS * LANES
-    marks_at = (dense_at + RG * HELD * LANES).to(tl.pointer_type(MASK))
-    norms_at = (marks_at + blocks_wide * MARKED).to(tl.pointer_type(tl.float32))
+    norms_at = (dense_at + RG * HELD * LANES).to(tl.pointer_type(tl.float32))
     keys_at = (norms_at + CHUNKS * C).to(tl.pointer_type(tl.int32))
-    raw_at = (keys_at + blocks_wide * R).to(tl.pointer_type(tl.float32))
+    marks_at = (keys_at + blocks_wide * R).to(tl.pointer_type(MASK))
+    raw_at = (marks_at + blocks_wide * MARKED).to(tl.pointer_type(tl.float32))
     raw_stride = num_blocks * RAW
 
     rows = tl.arange(0, R)
@@ -297,7 +300,7 @@ def _select_kernel(
             )  # fmt: skip
             bound, top = bound_keys(rows_at, line_wanted, low, high, RG, PEAKS)
             keys, blocks, rest = gather_keys(rows_at, slots_at, dense_at, bound, low, high, RG, HELD, FETCHED)
-            cut, equals = cut_keys(keys, rows_at, line_wanted, bound, top, rest, high, RG, HELD, FETCHED)
+            cut, equals = cut_keys(keys, rows_at, line_wanted, bound, top, rest, high, RG, HELD)
             if SHARED:
                 bits = tl.full([RG, LANES], 1, MASK)
                 row_marks = marks_at + line * 0
@@ -343,6 +346,7 @@ def selection_constants(
     """What the kernel is compiled for beside the number of programs and the precision."""
     g = geometry
     rows = min(shape.panel_tokens // g.query_block, launch.rows)
+    fetched = min(16, max(4, FETCHED_KEYS // rows))
     budget = g.selected_blocks - g.local_blocks - 1
     return {
         "G": shape.group,
@@ -366,9 +370,9 @@ def selection_constants(
         "BC": launch.windows,
         "BN": launch.coarse,
         "RG": rows,
-        "PEAKS": 4 if budget <= 48 and rows == 32 else 8,
-        "HELD": 4 if budget <= 72 else 8,
-        "FETCHED": 4 if rows == 32 else 8,
+        "PEAKS": max(fetched, 4 if budget <= 48 else 8),
+        "HELD": min(8, triton.cdiv(budget + budget // 4 + 32, 32)),
+        "FETCHED": fetched,
         "LISTED": 512 if shape.tokens < 64 else 256,
     }
 
@@ -417,10 +421,10 @@ def select_tiles(
     list_tokens = torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device)
     list_counts = torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
-    launch = selection_launch(q, padded)
-    constants = selection_constants(shape, g, dim, window is not None, launch)
     rows = shape.panel_tokens // g.query_block
-    programs = multiprocessors(q.device) * (launch.programs if rows <= 32 else 1)
+    launch = selection_launch(q, padded).for_panel(rows)
+    constants = selection_constants(shape, g, dim, window is not None, launch)
+    programs = multiprocessors(q.device) * launch.programs
     blocks = (g.num_blocks(length_k) + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
     raw = 0 if constants["FUSED_POOL"] else g.block_size // g.kernel_stride
     marks = (1 if g.query_block > shape.tokens else shape.tiles) * (2 if shape.tokens == 64 else 1)
