@@ -89,7 +89,7 @@ def pool_scores(
 
 
 @triton.jit
-def load_keys(rows_at, start, high, COUNT: tl.constexpr):
+def fetch_keys(rows_at, start, high, COUNT: tl.constexpr):
     """A tuple of COUNT adjacent pieces of the rows' keys; -1 from block `high` on."""
     block = start + tl.arange(0, LANES)[None, :]
     keys = ()
@@ -117,7 +117,7 @@ def bound_keys(rows_at, wanted, low, high, R: tl.constexpr, PEAKS: tl.constexpr)
     none = tl.full([R, LANES], -1, tl.int32)
     peaks = (none,) * PEAKS
     for start in range(low, high, PEAKS * LANES):
-        keys = load_keys(rows_at, start, high, PEAKS)
+        keys = fetch_keys(rows_at, start, high, PEAKS)
         higher = ()
         for part in tl.static_range(PEAKS):
             higher = higher + (tl.maximum(peaks[part], keys[part]),)  # noqa: RUF005
@@ -153,7 +153,7 @@ def gather_keys(
     row_slots = slots_at + row * (SLOTS * LANES)
     count = tl.zeros([R, LANES], tl.int32)
     for start in range(low, high, COUNT * LANES):
-        keys = load_keys(rows_at, start, high, COUNT)
+        keys = fetch_keys(rows_at, start, high, COUNT)
         for part in tl.static_range(COUNT):
             entry = (keys[part].to(tl.int64) << 32) | (lane + start + part * LANES).to(tl.int64)
             keep = keys[part] >= least
@@ -190,7 +190,7 @@ def count_row(keys, rows_at, least, rest, high, HELD: tl.constexpr):
     """Per row how many keys reach `least`: those held, and those of blocks ``[rest, high)``."""
     count = count_keys(keys, least, HELD)
     for start in range(rest, high, PIECES_AT_ONCE * LANES):
-        count += count_keys(load_keys(rows_at, start, high, PIECES_AT_ONCE), least, PIECES_AT_ONCE)
+        count += count_keys(fetch_keys(rows_at, start, high, PIECES_AT_ONCE), least, PIECES_AT_ONCE)
     return tl.sum(count, 1)[:, None]
 
 
@@ -226,7 +226,7 @@ def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, HEL
             keys, least, most, tl.full([R, LANES], ALL, tl.int32), tl.full([R, LANES], -1, tl.int32), HELD
         )
         for start in range(rest, high, PIECES_AT_ONCE * LANES):
-            more = load_keys(rows_at, start, high, PIECES_AT_ONCE)
+            more = fetch_keys(rows_at, start, high, PIECES_AT_ONCE)
             lowest, highest = extent_of_keys(more, least, most, lowest, highest, PIECES_AT_ONCE)
         first = tl.min(lowest, 1)[:, None]
         last = tl.max(highest, 1)[:, None]

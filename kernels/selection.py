@@ -210,7 +210,7 @@ def _select_kernel(
         for piece in range(PIECES):
             piece_rows = piece * PR + tl.arange(0, PR)
             sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-            piece_begin, piece_end, piece_wanted = far_range(
+            piece_begin, piece_end, _piece_wanted = far_range(
                 piece_rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
             )
             if PARTS == 1:
@@ -284,7 +284,7 @@ def _select_kernel(
         for group in range(R // RG):
             row = group * RG + tl.arange(0, RG)
             if not FUSED_POOL:
-                row_begin, row_end, row_wanted = far_range(
+                row_begin, row_end, _row_wanted = far_range(
                     row, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
                 )
                 pool_scores(
@@ -294,7 +294,7 @@ def _select_kernel(
                 tl.debug_barrier()
             line = row[:, None]
             rows_at = keys_at + line * num_blocks
-            line_begin, line_end, line_wanted = far_range(
+            _line_begin, _line_end, line_wanted = far_range(
                 line + tl.zeros([RG, LANES], tl.int32), position, begin, end, length, window,
                 QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
             )  # fmt: skip
