@@ -6,7 +6,7 @@ holds, which is safe (it fits every sm_80 and later) but not tuned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,8 +110,14 @@ class SelectionLaunch(Launch):
     columns: int = 128
     windows: int = 64
     coarse: int = 64
-    rows: int = 8
+    rows: int = 32
     programs: int = 2
+
+    def for_panel(self, rows: int) -> SelectionLaunch:
+        """The same for a panel's number of rows: from 64 on, a single program of eight warps, which share the registers
+        that hold the rows' scores.
+        """
+        return self if rows <= 32 else replace(self, num_warps=8, programs=1)
 
 
 MEASURED_SELECTION: dict[tuple[int, int, int], SelectionLaunch] = {
