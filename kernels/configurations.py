@@ -141,3 +141,27 @@ def generic_selection(size: int, head_dim: int) -> SelectionLaunch:
     if head_dim > 128:
         return SelectionLaunch(columns=64, windows=32, coarse=32)
     return SelectionLaunch()
+
+
+@dataclass(frozen=True)
+class GatherLaunch(Launch):
+    """Sizes of the kernel that gathers the queries of a block.
+
+    Attributes:
+        programs: persistent programs for each multiprocessor.
+        above: gathering is chosen where tiles visit more far blocks than this share of what their tokens choose.
+        pool_bytes: memory for partial results.
+        block_bytes: most bytes of a block's keys, or of its values.
+    """
+
+    programs: int = 3
+    above: float = 0.22
+    pool_bytes: int = 1 << 28
+    block_bytes: int = 1 << 14
+
+
+def gather_launch(tensor: Tensor, head_dim: int) -> GatherLaunch | None:
+    """The configuration of gathering on the tensor's device; None where it is not offered."""
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) == (9, 0) and head_dim <= 128:
+        return GatherLaunch()
+    return None
