@@ -398,15 +398,14 @@ def _merge_tile(
             out, batch, out_batch_stride, row_head, out_head_stride, query, out_token_stride, BLOCK_DV
         )
         acc = tl.load(out_at, mask=mask, other=0.0).to(tl.float32) * near[:, None]
-        part_at = pool + (place * VALUE_DIM)[:, None] + dims[None, :]
         for step in range(0, most, 2):
             for part in tl.static_range(2):
                 here = step + part < number
-                weight = tl.exp2(tl.load(sums + place, mask=here, other=float("-inf")) - highest)
+                at = place + (step + part) * GROUP
+                weight = tl.exp2(tl.load(sums + at, mask=here, other=float("-inf")) - highest)
+                part_at = pool + (at * VALUE_DIM)[:, None] + dims[None, :]
                 values = tl.load(part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0)
                 acc += weight[:, None] * values.to(tl.float32)
-                place += GROUP
-                part_at += GROUP * VALUE_DIM
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
