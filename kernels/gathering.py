@@ -35,7 +35,7 @@ from infllm_pass.kernels.tiles import (
     TilePlan,
 )
 from infllm_pass.kernels.transposition import block_bound
-from infllm_pass.kernels.walking import LN_2, LOG2_E, UNBOUNDED, count_forced, row_addresses, row_mask
+from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, count_forced, row_addresses, row_mask
 
 _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
@@ -55,8 +55,16 @@ _PLACED = tl.constexpr(1)
 _LISTED = tl.constexpr(2)
 _GATHERED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
-_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging
-_WORK = tl.constexpr(4)  # numbers of a piece: block, a panel of its sequence, first and last entry
+_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
+_MERGE_ROWS = tl.constexpr(32)  # queries x heads of one item of merging
+_WORK = tl.constexpr(8)
+# Numbers of a piece; tokens are numbered through all tiles, so that a sequence's queries and keys differ by constants.
+_PIECE_BATCH = tl.constexpr(0)
+_PIECE_KEY = tl.constexpr(1)  # the block's first key
+_PIECE_QUERY_SHIFT = tl.constexpr(2)  # query number minus token number
+_PIECE_KEY_SHIFT = tl.constexpr(3)  # number of the token's own key minus token number
+_PIECE_BEGIN = tl.constexpr(4)  # entries
+_PIECE_END = tl.constexpr(5)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "heads", "window"])
@@ -161,7 +169,20 @@ def _count_queries(
 
 
 @triton.jit
-def _place_blocks(unit_counts, owners, cursors, work, pieces, num_blocks, bound, PIECE: tl.constexpr, WIDTH: tl.constexpr):
+def _place_blocks(
+    unit_counts,
+    owners,
+    cursors,
+    work,
+    pieces,
+    panels,
+    num_blocks,
+    bound,
+    PANEL_TOKENS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Where the entries of each block begin, and the pieces into which they are cut; clears the counts."""
     base = 0
     first = 0
@@ -176,14 +197,23 @@ def _place_blocks(unit_counts, owners, cursors, work, pieces, num_blocks, bound,
         # A selection of more blocks than promised, from queries that are not numbers, must not lead writes astray.
         end = tl.minimum(begin + count, bound)
         number = tl.maximum(end - begin + PIECE - 1, 0) // PIECE
-        owner = tl.load(owners + block, mask=number > 0, other=0)
+        ok = number > 0
+        owner = tl.load(owners + block, mask=ok, other=0)
+        panel = panels + owner * TABLE_COLUMNS
+        batch = tl.load(panel + PANEL_BATCH, mask=ok, other=0)
+        base_block = tl.load(panel + PANEL_BLOCK_BASE, mask=ok, other=0)
+        key_begin = tl.load(panel + PANEL_KEY_BEGIN, mask=ok, other=0)
+        query_shift = tl.load(panel + PANEL_QUERY, mask=ok, other=0) - owner * PANEL_TOKENS
+        key_shift = tl.load(panel + PANEL_POSITION, mask=ok, other=0) + key_begin - owner * PANEL_TOKENS
         row = work + (first + tl.cumsum(number, 0) - number) * _WORK
         for part in range(tl.max(number, 0)):
             here = part < number
-            tl.store(row, block, mask=here)
-            tl.store(row + 1, owner, mask=here)
-            tl.store(row + 2, begin + part * PIECE, mask=here)
-            tl.store(row + 3, tl.minimum(begin + (part + 1) * PIECE, end), mask=here)
+            tl.store(row + _PIECE_BATCH, batch, mask=here)
+            tl.store(row + _PIECE_KEY, key_begin + (block - base_block) * BLOCK_SIZE, mask=here)
+            tl.store(row + _PIECE_QUERY_SHIFT, query_shift, mask=here)
+            tl.store(row + _PIECE_KEY_SHIFT, key_shift, mask=here)
+            tl.store(row + _PIECE_BEGIN, begin + part * PIECE, mask=here)
+            tl.store(row + _PIECE_END, tl.minimum(begin + (part + 1) * PIECE, end), mask=here)
             row += _WORK
         first += tl.sum(number, 0)
     tl.store(pieces, first)
@@ -242,16 +272,29 @@ def _list_queries(
 
 
 @triton.jit
-def _gather_piece(
+def _load_piece(row):
+    return (
+        tl.load(row + _PIECE_BATCH),
+        tl.load(row + _PIECE_KEY),
+        tl.load(row + _PIECE_QUERY_SHIFT),
+        tl.load(row + _PIECE_KEY_SHIFT),
+        tl.load(row + _PIECE_BEGIN),
+        tl.load(row + _PIECE_END),
+    )
+
+
+@triton.jit
+def _gather_pieces(
     q,
     k,
     v,
     pool,
     sums,
     key_mask,
-    panels,
+    work,
     entries,
-    piece,
+    begin_piece,
+    end_piece,
     head,
     first,  # token of the chunk
     q_batch_stride,
@@ -269,7 +312,6 @@ def _gather_piece(
     scale_log2,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
-    PANEL_TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -281,80 +323,85 @@ def _gather_piece(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention of the queries of one piece to its block, whose keys all stand before them."""
+    """Attention of the queries of some pieces to the pieces' blocks, whose keys all stand before them."""
     ENTRIES: tl.constexpr = BLOCK_M // PADDED_GROUP
-    block = tl.load(piece)
-    owner = tl.load(piece + 1)
-    begin = tl.load(piece + 2)
-    end = tl.load(piece + 3)
-    panel = panels + owner * TABLE_COLUMNS
-    batch = tl.load(panel + PANEL_BATCH).to(tl.int64)
-    start = (block - tl.load(panel + PANEL_BLOCK_BASE)) * BLOCK_SIZE
-    key = (tl.load(panel + PANEL_KEY_BEGIN) + start).to(tl.int64)
-    # Tokens numbered through all tiles and queries of one sequence differ by a constant.
-    query_shift = tl.load(panel + PANEL_QUERY) - owner * PANEL_TOKENS + first
     keys = tl.arange(0, BLOCK_SIZE)
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
-    k_at = k + batch * k_batch_stride + head.to(tl.int64) * k_head_stride + key * k_token_stride
-    k_at += keys[None, :] * k_token_stride + dims[:, None]
-    v_at = v + batch * v_batch_stride + head.to(tl.int64) * v_head_stride + key * v_token_stride
-    v_at += keys[:, None] * v_token_stride + value_dims[None, :]
-    k_tile = tl.load(k_at) if HEAD_DIM == BLOCK_D else tl.load(k_at, mask=(dims < HEAD_DIM)[:, None], other=0.0)
-    v_tile = tl.load(v_at) if VALUE_DIM == BLOCK_DV else tl.load(v_at, mask=(value_dims < VALUE_DIM)[None, :], other=0.0)
-    hidden = tl.zeros([BLOCK_SIZE], tl.int32)
-    if HAS_KEY_MASK:
-        at = key_mask + batch * key_mask_batch_stride + (key + keys) * key_mask_token_stride
-        hidden = (tl.load(at) == 0).to(tl.int32)
-    position_shift = tl.load(panel + PANEL_POSITION) - owner * PANEL_TOKENS + first
-
     row = tl.arange(0, BLOCK_M)
     group_head = row % PADDED_GROUP
     row_head = head.to(tl.int64) * GROUP + tl.minimum(group_head, GROUP - 1)
-    entry = begin + row // PADDED_GROUP  # [BM]
-    following = tl.load(entries + tl.minimum(entry, end - 1))
-    for _ in range(tl.cdiv(end - begin, ENTRIES)):
-        slot = following
-        following = tl.load(entries + tl.minimum(entry + ENTRIES, end - 1))  # a step ahead
-        exists = (entry < end) & (group_head < GROUP) & (slot >= 0)
-        slot = tl.maximum(slot, 0)
-        token = slot // FAR
-        query = (query_shift + token).to(tl.int64)
-        q_at = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, query, q_token_stride, BLOCK_D)
-        queries = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(queries, k_tile, input_precision=PRECISION)  # [BM, BN]
-        if HAS_WINDOW:
-            positions = position_shift + token
-            scores = tl.where((start + keys)[None, :] > (positions - window)[:, None], scores, float("-inf"))
+    k += head.to(tl.int64) * k_head_stride
+    v += head.to(tl.int64) * v_head_stride
+    next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
+        work + begin_piece * _WORK
+    )
+    for piece in range(begin_piece, end_piece):
+        batch = next_batch.to(tl.int64)
+        key = next_key.to(tl.int64)
+        query_shift = next_query_shift + first
+        key_shift = next_key_shift + first
+        entry = next_begin + row // PADDED_GROUP  # [BM]
+        end = next_end
+        following = tl.load(entries + tl.minimum(entry, end - 1))
+        steps = tl.cdiv(end - next_begin, ENTRIES)
+        k_at = k + batch * k_batch_stride + key * k_token_stride
+        k_at += keys[None, :] * k_token_stride + dims[:, None]
+        v_at = v + batch * v_batch_stride + key * v_token_stride
+        v_at += keys[:, None] * v_token_stride + value_dims[None, :]
+        k_tile = tl.load(k_at) if HEAD_DIM == BLOCK_D else tl.load(k_at, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+        v_mask = (value_dims < VALUE_DIM)[None, :]
+        v_tile = tl.load(v_at) if VALUE_DIM == BLOCK_DV else tl.load(v_at, mask=v_mask, other=0.0)
+        hidden = tl.zeros([BLOCK_SIZE], tl.int32)
         if HAS_KEY_MASK:
-            scores = tl.where((hidden != 0)[None, :], float("-inf"), scores)
-        highest = tl.max(scores, 1) * scale_log2  # [BM]
-        if HAS_WINDOW or HAS_KEY_MASK:
-            highest = tl.maximum(highest, -1e30)
-        weights = tl.exp2(scores * scale_log2 - highest[:, None])
-        total = tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)  # [BM, Dv]
-        divisor = total
-        if HAS_WINDOW or HAS_KEY_MASK:
-            divisor = tl.where(total == 0.0, 1.0, total)
-        acc = acc * (1.0 / divisor)[:, None]
-        place = slot * GROUP + group_head
-        out_at = pool + (place * VALUE_DIM)[:, None] + value_dims[None, :]
-        tl.store(out_at, acc.to(pool.dtype.element_ty), mask=row_mask(exists, VALUE_DIM, BLOCK_DV))
-        tl.store(sums + place, highest + tl.log2(total), mask=exists)
-        entry += ENTRIES
+            at = key_mask + batch * key_mask_batch_stride + (key + keys) * key_mask_token_stride
+            hidden = (tl.load(at) == 0).to(tl.int32)
+        next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
+            work + tl.minimum(piece + 1, end_piece - 1) * _WORK
+        )
+        for _ in range(steps):
+            slot = following
+            following = tl.load(entries + tl.minimum(entry + ENTRIES, end - 1))  # a step ahead
+            exists = (entry < end) & (group_head < GROUP) & (slot >= 0)
+            slot = tl.maximum(slot, 0)
+            token = slot // FAR
+            query = (query_shift + token).to(tl.int64)
+            q_at = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, query, q_token_stride, BLOCK_D)
+            q_mask = (dims < HEAD_DIM)[None, :]
+            queries = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=q_mask, other=0.0)
+            scores = tl.dot(queries, k_tile, input_precision=PRECISION)  # [BM, BN]
+            if HAS_WINDOW:
+                own = key_shift + token  # [BM]
+                scores = tl.where((key + keys)[None, :] > (own - window)[:, None], scores, float("-inf"))
+            if HAS_KEY_MASK:
+                scores = tl.where((hidden != 0)[None, :], float("-inf"), scores)
+            highest = tl.max(scores, 1) * scale_log2  # [BM]
+            if HAS_WINDOW or HAS_KEY_MASK:
+                highest = tl.maximum(highest, LOWEST_SCORE)
+            weights = tl.exp2(scores * scale_log2 - highest[:, None])
+            total = tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)  # [BM, Dv]
+            divisor = total
+            if HAS_WINDOW or HAS_KEY_MASK:
+                divisor = tl.where(total == 0.0, 1.0, total)
+            acc = acc * (1.0 / divisor)[:, None]
+            place = slot * GROUP + group_head
+            out_at = pool + (place * VALUE_DIM)[:, None] + value_dims[None, :]
+            tl.store(out_at, acc.to(pool.dtype.element_ty), mask=row_mask(exists, VALUE_DIM, BLOCK_DV))
+            tl.store(sums + place, highest + tl.log2(total), mask=exists)
+            entry += ENTRIES
 
 
 @triton.jit
-def _merge_tile(
+def _merge_queries(
     out,
     lse,
     pool,
     sums,
     far_counts,
     panels,
-    tile,
-    local,  # number of the tile in the chunk
+    first,  # tile of the chunk
+    item,
     head,
     out_batch_stride,
     out_head_stride,
@@ -370,26 +417,27 @@ def _merge_tile(
     FAR: tl.constexpr,
     PADDED_FAR: tl.constexpr,
 ):
-    """Add what a tile's queries found in their far blocks to what the tile wrote."""
-    row = tl.arange(0, TOKENS * PADDED_GROUP)
-    token = row // PADDED_GROUP
+    """Add what some queries found in their far blocks to what their tile wrote."""
+    row = tl.arange(0, _MERGE_ROWS)
+    local = item * (_MERGE_ROWS // PADDED_GROUP) + row // PADDED_GROUP  # [BM], token of the chunk
     group_head = row % PADDED_GROUP
-    number = tl.load(far_counts + local * TOKENS + token)
+    number = tl.load(far_counts + local)
     number = tl.where(group_head < GROUP, number, 0)  # [BM]
     most = tl.max(number, 0)
     if most > 0:
-        panel = panels + tile // TILES * TABLE_COLUMNS
+        token = first * TOKENS + local  # of all tiles
+        panel = panels + token // (TOKENS * TILES) * TABLE_COLUMNS
         batch = tl.load(panel + PANEL_BATCH).to(tl.int64)
-        query = (tl.load(panel + PANEL_QUERY) + tile % TILES * TOKENS).to(tl.int64) + token
+        query = (tl.load(panel + PANEL_QUERY) + token % (TOKENS * TILES)).to(tl.int64)
         row_head = head.to(tl.int64) * GROUP + group_head
         exists = number > 0
         lse_at = lse + batch * lse_batch_stride + row_head * lse_head_stride + query
         near = tl.load(lse_at, mask=exists, other=float("-inf")) * (1.0 / LN_2)
-        place = (local * TOKENS + token) * FAR * GROUP + group_head  # [BM], of the first rank
+        place = local * FAR * GROUP + group_head  # [BM], of the first rank
         rank = tl.arange(0, PADDED_FAR)
         listed = rank[None, :] < number[:, None]
         logs = tl.load(sums + place[:, None] + rank[None, :] * GROUP, mask=listed, other=float("-inf"))
-        highest = tl.maximum(tl.maximum(near, tl.max(logs, 1)), -1e30)
+        highest = tl.maximum(tl.maximum(near, tl.max(logs, 1)), LOWEST_SCORE)
         near = tl.exp2(near - highest)
         total = near + tl.sum(tl.exp2(logs - highest[:, None]), 1)
         dims = tl.arange(0, BLOCK_DV)
@@ -398,8 +446,8 @@ def _merge_tile(
             out, batch, out_batch_stride, row_head, out_head_stride, query, out_token_stride, BLOCK_DV
         )
         acc = tl.load(out_at, mask=mask, other=0.0).to(tl.float32) * near[:, None]
-        for step in range(0, most, 2):
-            for part in tl.static_range(2):
+        for step in range(0, most, 4):
+            for part in tl.static_range(4):
                 here = step + part < number
                 at = place + (step + part) * GROUP
                 weight = tl.exp2(tl.load(sums + at, mask=here, other=float("-inf")) - highest)
@@ -493,8 +541,9 @@ def _gather_kernel(
     most_pieces = num_blocks + bound // PIECE
     count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
     list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
-    gather_items = 2 * chunk_tiles
-    step_items = 1 + list_items + count_items + gather_items + chunk_tiles
+    merge_items = chunk_tiles * (TOKENS * PADDED_GROUP // _MERGE_ROWS)
+    gather_items = merge_items
+    step_items = 1 + list_items + count_items + gather_items + merge_items
     tickets = tl.load(state) * (chunks + _DELAY) * step_items
     done = state + _STATE
     ticket = tl.atomic_add(state + 1, 1)
@@ -504,12 +553,12 @@ def _gather_kernel(
         # In the order of a step: place, list, count; then gather and merge, whose items alternate, as the one multiplies
         # and the other moves bytes.
         rest = item - (1 + list_items + count_items)
-        merges = rest % 3 == 0
+        merges = rest % 2 == 0
         busy = rest >= 0
         phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
         phase = tl.where(busy, tl.where(merges, _MERGED, _GATHERED), phase)
         item = tl.where(item <= list_items, item - 1, item - 1 - list_items)
-        item = tl.where(busy, tl.where(merges, rest // 3, rest - rest // 3 - 1), item)
+        item = tl.where(busy, rest // 2, item)
         delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
         chunk -= delay
         if (chunk >= 0) & (chunk < chunks):
@@ -528,7 +577,7 @@ def _gather_kernel(
             mine = done + chunk * _PHASES
             if phase == _COUNTED:
                 if chunk >= SMALL_RING:
-                    _await_items(mine - SMALL_RING * _PHASES + _MERGED, chunk_tiles)
+                    _await_items(mine - SMALL_RING * _PHASES + _MERGED, merge_items)
                 begin = first + item * _COUNT_TILES
                 _count_queries(
                     unit_counts,
@@ -551,7 +600,20 @@ def _gather_kernel(
                 )
             elif phase == _PLACED:
                 _await_items(mine + _COUNTED, count_items)
-                _place_blocks(unit_counts, owners, cursors, work, lists, num_blocks, bound, PIECE, 4 * WIDTH)
+                _place_blocks(
+                    unit_counts,
+                    owners,
+                    cursors,
+                    work,
+                    lists,
+                    panels,
+                    num_blocks,
+                    bound,
+                    TOKENS * TILES,
+                    BLOCK_SIZE,
+                    PIECE,
+                    WIDTH,
+                )
             elif phase == _LISTED:
                 _await_items(mine + _PLACED, 1)
                 begin = first + item * _LIST_TILES
@@ -581,19 +643,22 @@ def _gather_kernel(
             elif phase == _GATHERED:
                 _await_items(mine + _LISTED, list_items)
                 if chunk >= POOL_RING:
-                    _await_items(mine - POOL_RING * _PHASES + _MERGED, chunk_tiles)
+                    _await_items(mine - POOL_RING * _PHASES + _MERGED, merge_items)
                 pieces = tl.load(lists)
-                for number in range(pieces * item // gather_items, pieces * (item + 1) // gather_items):
-                    _gather_piece(
+                begin = pieces * item // gather_items
+                end = pieces * (item + 1) // gather_items
+                if begin < end:
+                    _gather_pieces(
                         q,
                         k,
                         v,
                         pool + pool_slot * VALUE_DIM,
                         sums + pool_slot,
                         key_mask,
-                        panels,
+                        work,
                         entries,
-                        work + number * _WORK,
+                        begin,
+                        end,
                         head,
                         first * TOKENS,
                         q_batch_stride,
@@ -611,7 +676,6 @@ def _gather_kernel(
                         scale_log2,
                         GROUP,
                         PADDED_GROUP,
-                        TOKENS * TILES,
                         BLOCK_M,
                         BLOCK_SIZE,
                         HEAD_DIM,
@@ -625,15 +689,15 @@ def _gather_kernel(
                     )
             else:
                 _await_items(mine + _GATHERED, gather_items)
-                if first + item < last:
-                    _merge_tile(
+                if item * _MERGE_ROWS < (last - first) * TOKENS * PADDED_GROUP:
+                    _merge_queries(
                         out,
                         lse,
                         pool + pool_slot * VALUE_DIM,
                         sums + pool_slot,
                         far_counts,
                         panels,
-                        first + item,
+                        first,
                         item,
                         head,
                         out_batch_stride,
@@ -825,7 +889,7 @@ def gather_far_blocks(
         FAR=far,
         PADDED_FAR=triton.next_power_of_2(far),
         PIECE=_PIECE,
-        WIDTH=max(32, min(256, 4096 // shape.tokens)),
+        WIDTH=max(32, min(128, 2048 // shape.tokens)),
         SMALL_RING=_SMALL_RING,
         POOL_RING=_POOL_RING,
         HAS_WINDOW=window is not None,
