@@ -40,7 +40,7 @@ from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, c
 _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
 
-_POOL_RING = 3
+_POOL_RING = 4
 """Chunks whose partial results exist at a time: one being gathered, one being merged, one between."""
 
 _PIECE = 256
@@ -56,6 +56,7 @@ _LISTED = tl.constexpr(2)
 _GATHERED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
 _DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
+_PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
 _MERGE_ROWS = tl.constexpr(32)  # queries x heads of one item of merging
 _WORK = tl.constexpr(8)
 # Numbers of a piece; tokens are numbered through all tiles, so that a sequence's queries and keys differ by constants.
@@ -550,8 +551,8 @@ def _gather_kernel(
     while ticket < tickets:
         item = ticket % step_items
         chunk = ticket // step_items
-        # In the order of a step: place, list, count; then gather and merge, whose items alternate, as the one multiplies
-        # and the other moves bytes.
+        # In the order of a step: place, list, count; then gather and merge, whose items alternate, as the one
+        # multiplies and the other moves bytes.
         rest = item - (1 + list_items + count_items)
         merges = rest % 2 == 0
         busy = rest >= 0
@@ -612,7 +613,7 @@ def _gather_kernel(
                     TOKENS * TILES,
                     BLOCK_SIZE,
                     PIECE,
-                    WIDTH,
+                    _PLACED_BLOCKS,
                 )
             elif phase == _LISTED:
                 _await_items(mine + _PLACED, 1)
