@@ -40,7 +40,7 @@ from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, c
 _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
 
-_POOL_RING = 4
+_POOL_RING = 3
 """Chunks whose partial results exist at a time: one being gathered, one being merged, one between."""
 
 _PIECE = 256
@@ -57,7 +57,7 @@ _GATHERED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
 _DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
 _PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
-_MERGE_ROWS = tl.constexpr(32)  # queries x heads of one item of merging
+_MERGE_ROWS = tl.constexpr(64)  # queries x heads of one item of merging
 _WORK = tl.constexpr(8)
 # Numbers of a piece; tokens are numbered through all tiles, so that a sequence's queries and keys differ by constants.
 _PIECE_BATCH = tl.constexpr(0)
@@ -447,14 +447,12 @@ def _merge_queries(
             out, batch, out_batch_stride, row_head, out_head_stride, query, out_token_stride, BLOCK_DV
         )
         acc = tl.load(out_at, mask=mask, other=0.0).to(tl.float32) * near[:, None]
-        for step in range(0, most, 4):
-            for part in tl.static_range(4):
-                here = step + part < number
-                at = place + (step + part) * GROUP
-                weight = tl.exp2(tl.load(sums + at, mask=here, other=float("-inf")) - highest)
-                part_at = pool + (at * VALUE_DIM)[:, None] + dims[None, :]
-                values = tl.load(part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0)
-                acc += weight[:, None] * values.to(tl.float32)
+        for step in tl.range(0, most, num_stages=4):  # asynchronous loads, three at a time
+            here = step < number
+            weight = tl.exp2(tl.load(sums + place + step * GROUP, mask=here, other=float("-inf")) - highest)
+            part_at = pool + ((place + step * GROUP) * VALUE_DIM)[:, None] + dims[None, :]
+            values = tl.load(part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0)
+            acc += weight[:, None] * values.to(tl.float32)
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -543,7 +541,7 @@ def _gather_kernel(
     count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
     list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
     merge_items = chunk_tiles * (TOKENS * PADDED_GROUP // _MERGE_ROWS)
-    gather_items = merge_items
+    gather_items = 2 * merge_items
     step_items = 1 + list_items + count_items + gather_items + merge_items
     tickets = tl.load(state) * (chunks + _DELAY) * step_items
     done = state + _STATE
@@ -554,12 +552,12 @@ def _gather_kernel(
         # In the order of a step: place, list, count; then gather and merge, whose items alternate, as the one
         # multiplies and the other moves bytes.
         rest = item - (1 + list_items + count_items)
-        merges = rest % 2 == 0
+        merges = rest % 3 == 0
         busy = rest >= 0
         phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
         phase = tl.where(busy, tl.where(merges, _MERGED, _GATHERED), phase)
         item = tl.where(item <= list_items, item - 1, item - 1 - list_items)
-        item = tl.where(busy, rest // 2, item)
+        item = tl.where(busy, tl.where(merges, rest // 3, rest - rest // 3 - 1), item)
         delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
         chunk -= delay
         if (chunk >= 0) & (chunk < chunks):
