@@ -150,18 +150,18 @@ class GatherLaunch(Launch):
     Attributes:
         programs: persistent programs for each multiprocessor.
         above: gathering is chosen where tiles visit more far blocks than this share of what their tokens choose.
-        pool_bytes: memory for partial results.
+        pool_bytes: memory for partial results, less 4 MB for each far block, a quarter at least.
         block_bytes: most bytes of a block's keys, or of its values.
     """
 
-    programs: int = 3
+    programs: int = 2
     above: float = 0.22
-    pool_bytes: int = 1 << 28
+    pool_bytes: int = 1 << 29
     block_bytes: int = 1 << 14
 
 
 def gather_launch(tensor: Tensor, head_dim: int) -> GatherLaunch | None:
     """The configuration of gathering on the tensor's device; None where it is not offered."""
     if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) == (9, 0) and head_dim <= 128:
-        return GatherLaunch()
+        return GatherLaunch(num_stages=3)
     return None

@@ -46,6 +46,9 @@ _POOL_RING = 3
 _PIECE = 256
 """Most queries of a block that are gathered in one go."""
 
+_LIST_BYTES = 1 << 22
+"""What the pool is smaller by for every far block, for which the lists of a long sequence are larger."""
+
 _STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to gather, the next ticket
 _COUNT_TILES = tl.constexpr(4)  # tiles of one item of counting
 _LIST_TILES = tl.constexpr(2)
@@ -57,7 +60,7 @@ _GATHERED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
 _DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
 _PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
-_MERGE_ROWS = tl.constexpr(64)  # queries x heads of one item of merging
+_MERGE_ROWS = tl.constexpr(32)  # queries x heads of one item of merging
 _WORK = tl.constexpr(8)
 # Numbers of a piece; tokens are numbered through all tiles, so that a sequence's queries and keys differ by constants.
 _PIECE_BATCH = tl.constexpr(0)
@@ -108,9 +111,11 @@ def _choose_kernel(
 @triton.jit
 def _await_items(counter, number):
     """Wait until so many items of a phase are done, and see what they wrote."""
-    reached = tl.atomic_add(counter, 0, sem="acquire")
-    while reached < number:
-        reached = tl.atomic_add(counter, 0, sem="acquire")
+    if tl.atomic_add(counter, 0, sem="acquire") < number:
+        reached = tl.load(counter, volatile=True)
+        while reached < number:
+            reached = tl.load(counter, volatile=True)
+        tl.atomic_add(counter, 0, sem="acquire")
 
 
 @triton.jit
@@ -131,7 +136,7 @@ def _far_entries(
     return block, ((bits[:, None] >> token[None, :]) & 1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # keeps its registers out of the gathering
 def _count_queries(
     unit_counts,
     owners,
@@ -169,7 +174,7 @@ def _count_queries(
             tl.store(owners + base + block, block * 0 + tile // TILES, mask=number > 0)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # keeps its registers out of the gathering
 def _place_blocks(
     unit_counts,
     owners,
@@ -220,7 +225,7 @@ def _place_blocks(
     tl.store(pieces, first)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # keeps its registers out of the gathering
 def _list_queries(
     cursors,
     entries,
@@ -388,12 +393,17 @@ def _gather_pieces(
             acc = acc * (1.0 / divisor)[:, None]
             place = slot * GROUP + group_head
             out_at = pool + (place * VALUE_DIM)[:, None] + value_dims[None, :]
-            tl.store(out_at, acc.to(pool.dtype.element_ty), mask=row_mask(exists, VALUE_DIM, BLOCK_DV))
+            tl.store(
+                out_at,
+                acc.to(pool.dtype.element_ty),
+                mask=row_mask(exists, VALUE_DIM, BLOCK_DV),
+                eviction_policy="evict_first",
+            )
             tl.store(sums + place, highest + tl.log2(total), mask=exists)
             entry += ENTRIES
 
 
-@triton.jit
+@triton.jit(noinline=True)  # keeps its registers out of the gathering
 def _merge_queries(
     out,
     lse,
@@ -447,11 +457,13 @@ def _merge_queries(
             out, batch, out_batch_stride, row_head, out_head_stride, query, out_token_stride, BLOCK_DV
         )
         acc = tl.load(out_at, mask=mask, other=0.0).to(tl.float32) * near[:, None]
-        for step in tl.range(0, most, num_stages=4):  # asynchronous loads, three at a time
+        for step in tl.range(0, most, num_stages=7):  # asynchronous loads, six at a time
             here = step < number
             weight = tl.exp2(tl.load(sums + place + step * GROUP, mask=here, other=float("-inf")) - highest)
             part_at = pool + ((place + step * GROUP) * VALUE_DIM)[:, None] + dims[None, :]
-            values = tl.load(part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0)
+            values = tl.load(
+                part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0, eviction_policy="evict_first"
+            )
             acc += weight[:, None] * values.to(tl.float32)
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
@@ -541,7 +553,7 @@ def _gather_kernel(
     count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
     list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
     merge_items = chunk_tiles * (TOKENS * PADDED_GROUP // _MERGE_ROWS)
-    gather_items = 2 * merge_items
+    gather_items = merge_items
     step_items = 1 + list_items + count_items + gather_items + merge_items
     tickets = tl.load(state) * (chunks + _DELAY) * step_items
     done = state + _STATE
@@ -549,15 +561,16 @@ def _gather_kernel(
     while ticket < tickets:
         item = ticket % step_items
         chunk = ticket // step_items
-        # In the order of a step: place, list, count; then gather and merge, whose items alternate, as the one
-        # multiplies and the other moves bytes.
+        # In the order of a step: place, list, count; then gather and merge, of which the one multiplies and the other
+        # moves bytes. They alternate, and merging ends first, so that its buffer is free when the next step begins.
         rest = item - (1 + list_items + count_items)
-        merges = rest % 3 == 0
         busy = rest >= 0
+        merges = (rest % 3 < 2) & (rest < merge_items // 2 * 3)
+        merged = tl.minimum(rest // 3 * 2 + tl.minimum(rest % 3, 2), merge_items)  # items of merging before this one
         phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
         phase = tl.where(busy, tl.where(merges, _MERGED, _GATHERED), phase)
         item = tl.where(item <= list_items, item - 1, item - 1 - list_items)
-        item = tl.where(busy, tl.where(merges, rest // 3, rest - rest // 3 - 1), item)
+        item = tl.where(busy, tl.where(merges, merged, rest - merged), item)
         delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
         chunk -= delay
         if (chunk >= 0) & (chunk < chunks):
@@ -794,7 +807,8 @@ def choose_variant(
 def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
     row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
-    return torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    pool_bytes = max(launch.pool_bytes - far * _LIST_BYTES, launch.pool_bytes // 4)
+    return torch.sym_min(max(1, pool_bytes // (_POOL_RING * row)), plan.num_tiles)
 
 
 def gather_far_blocks(
