@@ -3,6 +3,9 @@
 One program computes one tile: the queries of a few adjacent tokens, for the heads of one key/value head. It walks
 the union of the blocks that its tokens selected, ascending, and leaves out of a block the rows of the tokens that
 did not select it. Only the blocks at an edge (the tile's own tokens, a sliding window) are masked key by key.
+
+Where the tokens of tiles share few blocks, which the device finds out, tiles visit only the blocks that all their
+tokens visit by rule, and `kernels.gathering` adds the others.
 """
 
 from __future__ import annotations
@@ -173,11 +176,12 @@ def _attention_forward_kernel(
     initial = 0
     later = first
     if MAY_GATHER:
-        if (tl.load(far_gathered) != 0) & (visits > 0) & (dense == 0):
-            by_rule = dense | True
+        left = (tl.load(far_gathered) != 0) & (visits > 0) & (dense == 0)
+        if left:
             visits, initial, first, later = count_forced(
                 position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
             )
+        by_rule = dense | left
     blocks += row * capacity
     tokens += row * capacity
 

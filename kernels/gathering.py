@@ -21,7 +21,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.configurations import GatherLaunch, gather_launch
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
+from infllm_pass.kernels.launch import is_recorded, multiprocessors, precision, wrap_triton
 from infllm_pass.kernels.tiles import (
     PANEL_BATCH,
     PANEL_BEGIN,
@@ -33,6 +33,7 @@ from infllm_pass.kernels.tiles import (
     TABLE_COLUMNS,
     TileLists,
     TilePlan,
+    TileShape,
 )
 from infllm_pass.kernels.transposition import block_bound
 from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, count_forced, row_addresses, row_mask
@@ -45,9 +46,6 @@ _POOL_RING = 3
 
 _PIECE = 256
 """Most queries of a block that are gathered in one go."""
-
-_LIST_BYTES = 1 << 22
-"""What the pool is smaller by for every far block, for which the lists of a long sequence are larger."""
 
 _STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to gather, the next ticket
 _COUNT_TILES = tl.constexpr(4)  # tiles of one item of counting
@@ -111,11 +109,9 @@ def _choose_kernel(
 @triton.jit
 def _await_items(counter, number):
     """Wait until so many items of a phase are done, and see what they wrote."""
-    if tl.atomic_add(counter, 0, sem="acquire") < number:
-        reached = tl.load(counter, volatile=True)
-        while reached < number:
-            reached = tl.load(counter, volatile=True)
-        tl.atomic_add(counter, 0, sem="acquire")
+    reached = tl.atomic_add(counter, 0, sem="acquire")
+    while reached < number:
+        reached = tl.atomic_add(counter, 0, sem="acquire")
 
 
 @triton.jit
@@ -159,7 +155,7 @@ def _count_queries(
     """Add up how many queries of some tiles chose each block, and note a panel of the block's sequence."""
     token = tl.arange(0, TOKENS)
     for tile in range(begin, end):
-        row = heads.to(tl.int64) * tile + head
+        row = head.to(tl.int64) + tile * heads
         panel = panels + tile // TILES * TABLE_COLUMNS
         own = (tl.load(panel + PANEL_POSITION) + tile % TILES * TOKENS) // BLOCK_SIZE
         base = tl.load(panel + PANEL_BLOCK_BASE)
@@ -255,7 +251,7 @@ def _list_queries(
     """
     token = tl.arange(0, TOKENS)
     for tile in range(begin, end):
-        row = heads.to(tl.int64) * tile + head
+        row = head.to(tl.int64) + tile * heads
         panel = panels + tile // TILES * TABLE_COLUMNS
         own = (tl.load(panel + PANEL_POSITION) + tile % TILES * TOKENS) // BLOCK_SIZE
         base = tl.load(panel + PANEL_BLOCK_BASE)
@@ -397,7 +393,6 @@ def _gather_pieces(
                 out_at,
                 acc.to(pool.dtype.element_ty),
                 mask=row_mask(exists, VALUE_DIM, BLOCK_DV),
-                eviction_policy="evict_first",
             )
             tl.store(sums + place, highest + tl.log2(total), mask=exists)
             entry += ENTRIES
@@ -461,9 +456,7 @@ def _merge_queries(
             here = step < number
             weight = tl.exp2(tl.load(sums + place + step * GROUP, mask=here, other=float("-inf")) - highest)
             part_at = pool + ((place + step * GROUP) * VALUE_DIM)[:, None] + dims[None, :]
-            values = tl.load(
-                part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0, eviction_policy="evict_first"
-            )
+            values = tl.load(part_at, mask=row_mask(here, VALUE_DIM, BLOCK_DV), other=0.0)
             acc += weight[:, None] * values.to(tl.float32)
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
@@ -553,24 +546,20 @@ def _gather_kernel(
     count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
     list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
     merge_items = chunk_tiles * (TOKENS * PADDED_GROUP // _MERGE_ROWS)
-    gather_items = merge_items
-    step_items = 1 + list_items + count_items + gather_items + merge_items
+    step_items = 1 + list_items + count_items + 2 * merge_items
     tickets = tl.load(state) * (chunks + _DELAY) * step_items
     done = state + _STATE
     ticket = tl.atomic_add(state + 1, 1)
     while ticket < tickets:
         item = ticket % step_items
         chunk = ticket // step_items
-        # In the order of a step: place, list, count; then gather and merge, of which the one multiplies and the other
-        # moves bytes. They alternate, and merging ends first, so that its buffer is free when the next step begins.
+        # In the order of a step: place, list, count; then merge and gather, whose items alternate, as the one moves
+        # bytes and the other multiplies.
         rest = item - (1 + list_items + count_items)
         busy = rest >= 0
-        merges = (rest % 3 < 2) & (rest < merge_items // 2 * 3)
-        merged = tl.minimum(rest // 3 * 2 + tl.minimum(rest % 3, 2), merge_items)  # items of merging before this one
         phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
-        phase = tl.where(busy, tl.where(merges, _MERGED, _GATHERED), phase)
-        item = tl.where(item <= list_items, item - 1, item - 1 - list_items)
-        item = tl.where(busy, tl.where(merges, merged, rest - merged), item)
+        phase = tl.where(busy, tl.where(rest % 2 == 0, _MERGED, _GATHERED), phase)
+        item = tl.where(busy, rest // 2, tl.where(item <= list_items, item - 1, item - 1 - list_items))
         delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
         chunk -= delay
         if (chunk >= 0) & (chunk < chunks):
@@ -657,8 +646,8 @@ def _gather_kernel(
                 if chunk >= POOL_RING:
                     _await_items(mine - POOL_RING * _PHASES + _MERGED, merge_items)
                 pieces = tl.load(lists)
-                begin = pieces * item // gather_items
-                end = pieces * (item + 1) // gather_items
+                begin = pieces * item // merge_items
+                end = pieces * (item + 1) // merge_items
                 if begin < end:
                     _gather_pieces(
                         q,
@@ -700,7 +689,7 @@ def _gather_kernel(
                         PRECISION,
                     )
             else:
-                _await_items(mine + _GATHERED, gather_items)
+                _await_items(mine + _GATHERED, merge_items)
                 if item * _MERGE_ROWS < (last - first) * TOKENS * PADDED_GROUP:
                     _merge_queries(
                         out,
@@ -731,9 +720,9 @@ def _gather_kernel(
         ticket = tl.atomic_add(state + 1, 1)
 
 
-def far_blocks(geometry: BlockGeometry, window: int | None) -> int:
+def far_blocks(geometry: BlockGeometry, has_window: bool) -> int:
     """Most blocks that a query visits beyond those visited by rule; a window may drop the initial blocks."""
-    forced = geometry.local_blocks + 1 + (geometry.init_blocks if window is None else 0)
+    forced = geometry.local_blocks + 1 + (0 if has_window else geometry.init_blocks)
     return max(0, geometry.selected_blocks - forced)
 
 
@@ -763,7 +752,7 @@ def choose_variant(
         the far blocks are to be gathered and 0 where they are not, and the launch.
     """
     shape = plan.shape
-    far = far_blocks(geometry, window)
+    far = far_blocks(geometry, window is not None)
     block_size, padded = geometry.block_size, max(16, triton.next_power_of_2(max(int(q.shape[3]), int(v.shape[3]))))
     launch = gather_launch(q, padded)
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
@@ -779,6 +768,8 @@ def choose_variant(
         or block_size * padded * q.element_size() > launch.block_bytes
     ):
         return None
+    if launch.recorded is not None and is_recorded(_gather_kernel):
+        launch = launch.recorded
     heads = v.shape[1]
     ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
     num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
@@ -791,7 +782,7 @@ def choose_variant(
         plan.num_tiles,
         heads,
         UNBOUNDED if window is None else window,
-        launch.above,
+        launch.above * shape.padded_group,
         TOKENS=shape.tokens,
         TILES=shape.tiles,
         BLOCK_SIZE=block_size,
@@ -807,8 +798,35 @@ def choose_variant(
 def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
     row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
-    pool_bytes = max(launch.pool_bytes - far * _LIST_BYTES, launch.pool_bytes // 4)
-    return torch.sym_min(max(1, pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    return torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+
+
+def gather_constants(
+    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: GatherLaunch
+) -> dict[str, int | bool]:
+    """The sizes for which the kernel is compiled, by their names."""
+    far = far_blocks(geometry, has_window)
+    return {
+        "GROUP": shape.group,
+        "PADDED_GROUP": shape.padded_group,
+        "TOKENS": shape.tokens,
+        "TILES": shape.tiles,
+        "BLOCK_M": launch.rows,
+        "BLOCK_SIZE": geometry.block_size,
+        "INIT_BLOCKS": geometry.init_blocks,
+        "LOCAL_BLOCKS": geometry.local_blocks,
+        "HEAD_DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "VALUE_DIM": value_dim,
+        "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
+        "FAR": far,
+        "PADDED_FAR": triton.next_power_of_2(far),
+        "PIECE": _PIECE,
+        "WIDTH": max(32, min(128, 2048 // shape.tokens)),
+        "SMALL_RING": _SMALL_RING,
+        "POOL_RING": _POOL_RING,
+        "HAS_WINDOW": has_window,
+    }
 
 
 def gather_far_blocks(
@@ -846,7 +864,7 @@ def gather_far_blocks(
     """
     batch, heads, length_k = k.shape[:3]
     shape, dim, value_dim = plan.shape, int(k.shape[3]), int(v.shape[3])
-    far = far_blocks(geometry, window)
+    far = far_blocks(geometry, window is not None)
     chunk_tiles = _chunk_tiles(q, v, plan, far, launch)
     num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
     entries = chunk_tiles * shape.tokens * far
@@ -887,25 +905,7 @@ def gather_far_blocks(
         heads,
         UNBOUNDED if window is None else window,
         scale * LOG2_E,
-        GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TOKENS=shape.tokens,
-        TILES=shape.tiles,
-        BLOCK_M=launch.rows,
-        BLOCK_SIZE=geometry.block_size,
-        INIT_BLOCKS=geometry.init_blocks,
-        LOCAL_BLOCKS=geometry.local_blocks,
-        HEAD_DIM=dim,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        VALUE_DIM=value_dim,
-        BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
-        FAR=far,
-        PADDED_FAR=triton.next_power_of_2(far),
-        PIECE=_PIECE,
-        WIDTH=max(32, min(128, 2048 // shape.tokens)),
-        SMALL_RING=_SMALL_RING,
-        POOL_RING=_POOL_RING,
-        HAS_WINDOW=window is not None,
+        **gather_constants(shape, geometry, dim, value_dim, window is not None, launch),
         HAS_KEY_MASK=key_mask is not None,
         PRECISION=precision(q),
         **launch.options,

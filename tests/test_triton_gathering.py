@@ -1,4 +1,4 @@
-"""Gathering the queries of a block instead of visiting the union of a tile's blocks: the same numbers, and the choice."""
+"""Gathering the queries of a block instead of visiting all blocks of a tile: the same numbers, and the choice."""
 
 from __future__ import annotations
 
