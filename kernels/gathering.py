@@ -794,7 +794,8 @@ def choose_variant(
 def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
     row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
-    return torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    return tiles
 
 
 def gather_constants(
