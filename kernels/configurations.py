@@ -170,7 +170,7 @@ class GatherLaunch(Launch):
 
 
 # H100, 32/8 heads, 64 blocks, random data: tiles take 0.285 ms (128k tokens; 0.070 at 32k) for each far block that they
-# visit on average, gathering 35 (8.1) ms whatever the data; they meet at 120 (116) blocks, a quarter of what 16 tokens
+# visit on average, gathering 35 (8.1) ms whatever the data; they meet at 123 (116) blocks, a quarter of what 16 tokens
 # choose. A choice costs gathering as many rows as a group has heads, and a tile always 64: hence the share by heads.
 # 46.2 ms at 128k with three programs of 168 registers; 47.2 with two, three stages and no limit of registers.
 MEASURED_GATHERING = GatherLaunch(programs=3, registers=168, recorded=GatherLaunch(num_stages=3))

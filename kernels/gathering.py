@@ -115,21 +115,17 @@ def _await_items(counter, number):
 
 
 @triton.jit
-def _far_entries(
-    blocks,
-    tokens,
-    at,  # [WIDTH]
-    count,
+def _far_tokens(
+    block,  # [WIDTH]
+    bits,  # [WIDTH]
     own,
     token,  # [TOKENS]
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
 ):
-    """Blocks of a tile's entries, and which tokens chose them, int32 ``[WIDTH, TOKENS]``: none where all visit one."""
-    block = tl.load(blocks + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
-    bits = tl.load(tokens + at, mask=at < count, other=0)
+    """Which tokens of a tile chose the blocks of its entries, int32 ``[WIDTH, TOKENS]``: none where all visit one."""
     bits = tl.where((block >= INIT_BLOCKS) & (block < own - LOCAL_BLOCKS), bits, 0)
-    return block, ((bits[:, None] >> token[None, :]) & 1).to(tl.int32)
+    return ((bits[:, None] >> token[None, :]) & 1).to(tl.int32)
 
 
 @triton.jit(noinline=True)  # keeps its registers out of the gathering
@@ -162,9 +158,9 @@ def _count_queries(
         count = tl.load(counts + row)
         for start in range(0, count, WIDTH):
             at = start + tl.arange(0, WIDTH)
-            block, listed = _far_entries(
-                blocks + row * capacity, tokens + row * capacity, at, count, own, token, INIT_BLOCKS, LOCAL_BLOCKS
-            )
+            block = tl.load(blocks + row * capacity + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
+            bits = tl.load(tokens + row * capacity + at, mask=at < count, other=0)
+            listed = _far_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
             number = tl.sum(listed, 1)  # [WIDTH]
             tl.atomic_add(unit_counts + base + block, number, mask=number > 0, sem="relaxed")
             tl.store(owners + base + block, block * 0 + tile // TILES, mask=number > 0)
@@ -260,9 +256,9 @@ def _list_queries(
         chosen = tl.zeros([TOKENS], tl.int32)
         for start in range(0, count, WIDTH):
             at = start + tl.arange(0, WIDTH)
-            block, listed = _far_entries(
-                blocks + row * capacity, tokens + row * capacity, at, count, own, token, INIT_BLOCKS, LOCAL_BLOCKS
-            )
+            block = tl.load(blocks + row * capacity + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
+            bits = tl.load(tokens + row * capacity + at, mask=at < count, other=0)
+            listed = _far_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
             number = tl.sum(listed, 1)  # [WIDTH]
             place = tl.atomic_add(cursors + base + block, number, mask=number > 0, sem="relaxed")
             place = place[:, None] + tl.cumsum(listed, 1) - listed  # [WIDTH, TOKENS]
@@ -798,7 +794,8 @@ def choose_variant(
 def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
     row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
-    return torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    return tiles
 
 
 def gather_constants(
