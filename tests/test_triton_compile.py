@@ -262,7 +262,7 @@ def test_compiles(kernel, variant, capability, record_property):
 SELECTION = [
     Variant(hot=True),
     Variant(dim=64, value_dim=64, hot=True),
-    Variant(group=4, hot=True),
+    Variant(group=4),
     Variant(group=1, dim=64, value_dim=64),
     Variant(group=96, dim=80, value_dim=80, window=True),
     Variant(dim=256, value_dim=256),
