@@ -177,9 +177,10 @@ def gather_keys(
     tl.debug_barrier()
     keys = ()
     blocks = ()
+    held = tl.where(fit, total, 0)
     for part in tl.static_range(HELD):
         index = part * LANES + lane
-        entry = tl.load(dense_at + row * (HELD * LANES) + index, mask=(index < total) & fit, other=-1)
+        entry = tl.load(dense_at + row * (HELD * LANES) + index, mask=index < held, other=-1)
         keys = keys + ((entry >> 32).to(tl.int32),)  # noqa: RUF005
         blocks = blocks + (entry.to(tl.int32),)  # noqa: RUF005
     return keys, blocks, rest
