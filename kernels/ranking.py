@@ -175,12 +175,12 @@ def gather_keys(
             index = tl.max_contiguous(place + (depth + part), [1, 2])
             tl.store(dense_at + row * (HELD * LANES) + index, entries[part], mask=depth + part < count)
     tl.debug_barrier()
+    total = tl.where(fit, total, 0)
     keys = ()
     blocks = ()
-    held = tl.where(fit, total, 0)
     for part in tl.static_range(HELD):
         index = part * LANES + lane
-        entry = tl.load(dense_at + row * (HELD * LANES) + index, mask=index < held, other=-1)
+        entry = tl.load(dense_at + row * (HELD * LANES) + index, mask=index < total, other=-1)
         keys = keys + ((entry >> 32).to(tl.int32),)  # noqa: RUF005
         blocks = blocks + (entry.to(tl.int32),)  # noqa: RUF005
     return keys, blocks, rest
