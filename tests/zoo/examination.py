@@ -43,7 +43,8 @@ class Finding:
         gradients: the larger relative error of all gradients, for both budgets; None where not computed.
         sparse: how far the small budget is from the dense model: 0.0 would mean that nothing was tested.
         packs: whether the model itself keeps packed sequences apart; None where nothing is packed.
-        error: what stopped the examination; "" when nothing did.
+        unusable: what the model itself raised on such a batch, before the pass had a part in it; "" if nothing.
+        error: what went wrong with the pass in the way; "" when nothing did.
     """
 
     calls: int = 0
@@ -57,17 +58,22 @@ class Finding:
     gradients: float | None = None
     sparse: float | None = None
     packs: bool | None = None
+    unusable: str = ""
     error: str = ""
 
     @property
+    def worst(self) -> float | None:
+        """The largest of the errors; None where nothing was compared."""
+        return max((error for error in (self.covering, self.small, self.gradients) if error is not None), default=None)
+
+    @property
     def equal(self) -> bool:
-        """Whether every comparison that was made is within the tolerance."""
-        errors = [error for error in (self.covering, self.small, self.gradients) if error is not None]
-        return not self.error and bool(errors) and all(error <= TOLERANCE for error in errors)
+        """Whether every comparison is within the tolerance, or the model itself takes no such batch."""
+        return bool(self.unusable) or (not self.error and self.worst is not None and self.worst <= TOLERANCE)
 
     def decision(self) -> dict[str, Any]:
         """What must not drift: everything but figures that depend on the machine."""
-        kept = ("calls", "sites", "switchable", "reasons", "masks", "packs", "error")
+        kept = ("calls", "sites", "switchable", "reasons", "masks", "packs", "unusable", "error")
         return {name: value for name, value in asdict(self).items() if name in kept} | {"equal": self.equal}
 
 
@@ -117,7 +123,7 @@ def _attends(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
     if name not in _SOFTMAX or not isinstance(value, Tensor) or value.dim() < 2:
         return False
-    return bool(value.shape[-2] == LENGTH and value.shape[-1] >= LENGTH)
+    return bool(value.shape[-2] >= LENGTH and value.shape[-1] >= LENGTH)
 
 
 def examine(specimen: Specimen, kind: Kind, *, gradients: bool = False) -> Finding:
@@ -131,7 +137,10 @@ def examine(specimen: Specimen, kind: Kind, *, gradients: bool = False) -> Findi
     torch._dynamo.reset()
     model = specimen.build()
     batch = make_batch(kind)
-    finding = Finding()
+    finding = Finding(unusable=_unusable(specimen, model, batch))
+    if finding.unusable:
+        return finding
+    gradients = gradients and _differentiable(specimen, model, batch)
     variants = _Variants()
 
     def compiled_call(batch: Batch) -> Tensor:
@@ -180,6 +189,33 @@ def _describe(finding: Finding, rows: list[SiteReport], operators: int) -> None:
     finding.details = sorted({row.explanation for row in rows if row.decision != "switchable"})
     if operators != finding.switchable:
         finding.error = f"{finding.switchable} sites are reported switchable and {operators} were rewritten"
+
+
+@torch.no_grad()
+def _unusable(specimen: Specimen, model: nn.Module, batch: Batch) -> str:
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            logits = specimen.call(model, batch)
+    except Exception as error:
+        return one_line(error)
+    return "" if bool(logits[batch.valid].isfinite().all()) else "its own output is not finite"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in a line: its kind, and the first line of what it says that names an error itself, if any."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    return f"{type(error).__name__}: {' '.join((named or lines or [''])[0].split())[:160]}"
+
+
+def _differentiable(specimen: Specimen, model: nn.Module, batch: Batch) -> bool:
+    """Whether the model itself can be differentiated; some write over what their backward needs."""
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            _gradients(model, specimen.call(model, batch))
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def _gradients(model: nn.Module, logits: Tensor) -> Tensor:

@@ -36,10 +36,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"head_dim": 16, "num_heads": 8, "n_groups": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
-        "is_decoder": True,
+        "hash_seed": 0,
         "axial_pos_shape": (8, 16),
         "axial_pos_embds_dim": (24, 40),
         "attn_layers": ("local", "lsh"),
@@ -69,6 +73,9 @@ PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 FLOAT32 = ("inkling2_text", "xglm")
 """Architectures whose own code mixes float32 tensors with the parameters."""
+
+UNCACHED = ("blt", "xlstm")
+"""Architectures whose caches do not fit a small configuration: they are called without."""
 
 UNUSABLE = {
     "gemma3n": "its vision tower needs the timm package; gemma3n_text is its language model",

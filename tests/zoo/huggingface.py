@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .exceptions import EXCEPTIONS, FLOAT32, PARTS, UNUSABLE
+from .examination import one_line
+from .exceptions import EXCEPTIONS, FLOAT32, PARTS, UNCACHED, UNUSABLE
 from .shrink import shrunk_config
 from .specimens import Batch, CannotBuildError, Kind, Specimen, roughen
 
@@ -35,7 +36,7 @@ def specimens(architecture: str) -> Iterator[Specimen]:
             model = build(architecture, implementation)
         except Exception as error:
             if implementation == "eager":
-                raise CannotBuildError(_line(error)) from error
+                raise CannotBuildError(one_line(error)) from error
             continue
         if getattr(model.config, "_attn_implementation", None) != implementation:
             continue
@@ -56,7 +57,7 @@ def specimen(architecture: str, implementation: str, model: nn.Module | None = N
     def call(model: nn.Module, batch: Batch) -> Tensor:
         inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        if batch.kind is not Kind.PLAIN and "use_cache" in takes:
+        if "use_cache" in takes and (batch.kind is not Kind.PLAIN or architecture in UNCACHED):
             given["use_cache"] = False
         ids = batch.ids.repeat_interleave(codebooks, 0) if codebooks else batch.ids
         result = model(input_ids=ids, **given)
@@ -90,8 +91,3 @@ def _dtype(architecture: str, implementation: str) -> torch.dtype:
     """Float32 where it must be: eager attention hides keys by float64's lowest number and takes softmaxes in float32,
     where that number is -inf, and rows that see no key become NaN."""
     return torch.float32 if architecture in FLOAT32 or implementation == "eager" else torch.float64
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import huggingface, packages, written
-from .examination import Finding, examine
+from .examination import Finding, examine, one_line
 from .specimens import CannotBuildError, Kind, Specimen
 
 FAMILIES = {"transformers": huggingface, "written for the tests": written, "packages": packages}
@@ -90,14 +90,8 @@ def examine_all(specimen: Specimen) -> dict[str, Finding]:
         try:
             found[kind.value] = examine(specimen, kind, gradients=gradients)
         except Exception as error:
-            found[kind.value] = Finding(error=_line(error))
+            found[kind.value] = Finding(error=one_line(error))
     return found
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return f"{type(error).__name__}: {' '.join((named or lines or [''])[0].split())[:160]}"
 
 
 def run_zoo(wanted: Iterable[tuple[str, str]], workers: int) -> Iterator[Result]:

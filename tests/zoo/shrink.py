@@ -104,6 +104,8 @@ def _fields(config: PreTrainedConfig, exceptions: Mapping[str, Any]) -> dict[str
             fields[name] = VOCABULARY - 1
         elif name == "eos_token_id" and isinstance(value, list):
             fields[name] = VOCABULARY - 1
+        elif name == "is_decoder":
+            fields[name] = True
     fields |= _per_layer(given)
     if given.get("kv_lora_rank") is not None:
         fields["num_key_value_heads"] = _HEADS
