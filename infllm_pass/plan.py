@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import MaskPredicate, UnprovenMask, prove_mask
+from infllm_pass.masks import MaskPredicate, MaskRole, MaskTerm, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
 from infllm_pass.sites import AttentionSite, find_sites
@@ -34,7 +34,14 @@ class Reason(Enum):
         "what the mask computes could not be proved: build it in the graph from aranges, comparisons and a 2-D "
         "padding mask"
     )
-    ADDITIVE_BIAS = "the mask is a float tensor added to the scores: use a boolean mask if it only hides keys"
+    ADDITIVE_BIAS = (
+        "numbers are added to the scores that do more than hide keys: add 0 and -inf (or torch.finfo(dtype).min), or "
+        "use a boolean mask"
+    )
+    WINDOW_WITHIN_BUDGET = (
+        "its own sliding window is no longer than what sparse attention visits, so that dense attention within the "
+        "window reads no more: lower topk or window_size if the site is to be sparse all the same"
+    )
     PARTIAL_KEYS = (
         "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
         "exactly the keys seen so far can be sparse"
@@ -75,50 +82,55 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or self.mask.key_conditions:
+        if self.mask is None or not self.mask.plain:
             return False
         return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the site stays dense for its window alone, and the operators compute it without the mask tensor."""
+        return self.reason is Reason.WINDOW_WITHIN_BUDGET
 
     @property
     def mask_verdict(self) -> str:
         """What the mask was found to be, in a few words."""
         if self.mask is not None:
-            return "causal, padded keys" if self.mask.key_conditions else "causal"
+            return str(self.mask)
         if self.reason is Reason.BIDIRECTIONAL:
             return "none" if self.site.mask is None else "not causal"
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
-def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None) -> list[SitePlan]:
+def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tokens: int = 0) -> list[SitePlan]:
     """A plan for every attention site of a graph, in order.
 
     Args:
         view: the graph.
         filter_fn: sites for which it returns False stay dense.
+        visited_tokens: keys that a sparse query visits; sites with a window no longer than this stay dense.
     """
     interpreter = Interpreter(view.facts)
-    proofs: dict[fx.Node, MaskPredicate | UnprovenMask] = {}
     plans = []
     for site in find_sites(view.facts):
         if not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
-            plans.append(_plan_site(site, interpreter, proofs, filter_fn))
+            plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
     return plans
 
 
 def _plan_site(
     site: AttentionSite,
     interpreter: Interpreter,
-    proofs: dict[fx.Node, MaskPredicate | UnprovenMask],
     filter_fn: SiteFilter | None,
+    visited_tokens: int,
 ) -> SitePlan:
     if site.mask is None and site.is_causal is not True:
         return SitePlan(site, Reason.BIDIRECTIONAL)
     refused = _check_tensors(site) or _check_dropout(site)
     if refused is not None:
         return refused
-    proof = _prove_causal(site, interpreter, proofs)
+    proof = _prove_causal(site, interpreter)
     if isinstance(proof, SitePlan):
         return proof
     scale = _read_scale(site)
@@ -130,6 +142,9 @@ def _plan_site(
         return refused
     if filter_fn is not None and not filter_fn(site):
         return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
+    if proof.window is not None and int(proof.window) <= visited_tokens:
+        seen = f"the window is {int(proof.window)} keys, and {visited_tokens} are visited"
+        return SitePlan(site, Reason.WINDOW_WITHIN_BUDGET, seen, proof, scale)
     return proved
 
 
@@ -174,24 +189,27 @@ def _check_heads(plan: SitePlan) -> SitePlan | None:
     return None
 
 
-def _prove_causal(
-    site: AttentionSite, interpreter: Interpreter, proofs: dict[fx.Node, MaskPredicate | UnprovenMask]
-) -> MaskPredicate | SitePlan:
+def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
     if site.mask is None:
         predicate = MaskPredicate(size(0))
     elif not isinstance(site.mask, fx.Node):
         return SitePlan(site, Reason.UNPROVEN_MASK, f"the mask is {site.mask!r}")
-    elif site.mask.meta["example_value"].dtype != torch.bool:
-        return SitePlan(site, Reason.ADDITIVE_BIAS, f"its dtype is {site.mask.meta['example_value'].dtype}")
     else:
-        if site.mask not in proofs:
-            proofs[site.mask] = prove_mask(interpreter, site.mask)
-        proof = proofs[site.mask]
+        role = MaskRole.KEEP if site.mask.meta["example_value"].dtype == torch.bool else MaskRole.ADDED
+        proof = prove_terms(interpreter, [MaskTerm(site.mask, role)])
         if isinstance(proof, UnprovenMask):
-            return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {proof.node.name}: {proof.why}")
+            reason = Reason.UNPROVEN_MASK if role is MaskRole.KEEP else Reason.ADDITIVE_BIAS
+            return SitePlan(site, reason, f"at node {proof.node.name}: {proof.why}")
         predicate = proof
         if site.shape(site.mask)[-1] not in (1, site.shape(site.key)[2]):
             return SitePlan(site, Reason.SHAPES, f"the mask has shape {list(site.shape(site.mask))}")
+    return _check_predicate(site, predicate, interpreter)
+
+
+def _check_predicate(
+    site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
+) -> MaskPredicate | SitePlan:
+    """Check that the operators take what a site's masks were proved to be."""
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
     length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
@@ -199,9 +217,14 @@ def _prove_causal(
         return SitePlan(
             site,
             Reason.PARTIAL_KEYS,
-            f"query i sees keys up to i + {predicate.causal_offset}, of {length_k} keys for {length_q} queries",
+            f"query i sees keys up to i + {readable(predicate.causal_offset)}, of {length_k} keys for {length_q} "
+            "queries",
         )
-    if any(condition.facts is not interpreter.facts for condition in predicate.key_conditions):
+    if predicate.segments is not None and not same(predicate.segments.offset, predicate.causal_offset):
+        return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
+    if predicate.window is not None and not predicate.window.is_Integer:
+        return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
+    if any(facts is not interpreter.facts for facts in predicate.sources):
         return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
     return predicate
 
