@@ -59,6 +59,7 @@ class MaskRole(Enum):
     KEEP = "bool: True lets a query see a key"
     HIDE = "bool: True hides a key from a query"
     ADDED = "numbers added to the scores"
+    BLOCK_MASK = "a mask function of (batch, head, query, key): True lets a query see a key"
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,20 @@ class MaskTerm:
     """One tensor that masks a site; a query sees what all terms of its site let it see.
 
     Attributes:
-        node: the tensor; broadcasts to ``[B, H, Lq, Lk]``.
+        node: the tensor; for BLOCK_MASK the node that holds `body`.
         role: what it does.
+        index: where the tensor is read for ``(BATCH, HEAD, QUERY, KEY)``, one expression for a dimension; None: it
+            broadcasts to ``[B, H, Lq, Lk]``.
+        body: for BLOCK_MASK, the mask function's graph: its placeholders are batch, head, query and key index, all
+            0-d, and then what stands in `arguments`.
+        arguments: for BLOCK_MASK, the nodes that the body's further placeholders stand for.
     """
 
     node: fx.Node
     role: MaskRole
+    index: tuple[sympy.Expr, ...] | None = None
+    body: fx.GraphModule | None = None
+    arguments: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,10 @@ def _visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | Unproven
     """Where one term lets a query see a key, over ``(batch, head, query, key)``."""
     mask = term.node
     example = interpreter.facts.example(mask)
-    if term.role is MaskRole.ADDED:
-        return UnprovenMask(mask, "it is added to the scores")
-    if not isinstance(example, torch.Tensor) or example.dtype != torch.bool or example.dim() > 4:
+    if term.role in (MaskRole.ADDED, MaskRole.BLOCK_MASK):
+        return UnprovenMask(mask, "it is no tensor of booleans")
+    too_deep = term.index is None and isinstance(example, torch.Tensor) and example.dim() > 4
+    if too_deep or not isinstance(example, torch.Tensor) or example.dtype != torch.bool:
         return UnprovenMask(mask, "it is not a boolean tensor of at most four dimensions")
     try:
         value = interpreter.evaluate(mask)
@@ -131,7 +141,7 @@ def _visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | Unproven
         return UnprovenMask(stop.node, "the graph overwrites its memory, so its value depends on when it is read")
     if value is None:
         return UnprovenMask(mask, "it is not a tensor")
-    lifted = _lift_to_four_dimensions(value)
+    lifted = _lift_to_four_dimensions(value) if term.index is None else value.at(term.index)
     return sympy.Not(lifted) if term.role is MaskRole.HIDE else lifted
 
 

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.vocabulary import written_argument
+from infllm_pass.vocabulary import written_arguments
 
 
 @cache
@@ -75,7 +75,7 @@ class GraphFacts:
     """What is known of one graph before any proof: example tensors, and which memory is overwritten.
 
     Args:
-        graph: a graph whose nodes carry Dynamo's ``meta["example_value"]``.
+        graph: a graph whose nodes carry example values, see `example_of`.
         overwritten: storages that this graph, or one that it is nested with, writes to.
         bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
     """
@@ -91,22 +91,27 @@ class GraphFacts:
         self._overwritten = overwritten
 
     def example(self, node: fx.Node) -> Any:
-        """The fake tensor, SymInt or constant that Dynamo recorded for a node; None if it recorded none."""
-        return node.meta.get("example_value")
+        """The fake tensor, SymInt or constant that was recorded for a node; None if none was."""
+        return example_of(node)
 
     def is_overwritten(self, node: fx.Node) -> bool:
         """Whether anything writes to the memory this node's tensor lives in."""
         return storage(node) in self._overwritten
 
 
+def example_of(node: fx.Node) -> Any:
+    """What tracing recorded for a node's value: Dynamo as ``example_value``, ``torch.export`` as ``val``."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def storage(node: fx.Node) -> int | None:
     """Identity of the memory a node's tensor lives in; None for a node that is no tensor."""
-    value = node.meta.get("example_value")
+    value = example_of(node)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:
     """Memory that any node of the graphs writes to in place."""
-    targets = (written_argument(node) for graph in graphs for node in graph.nodes)
-    found = (storage(target) for target in targets if target is not None)
+    targets = (target for graph in graphs for node in graph.nodes for target in written_arguments(node))
+    found = (storage(target) for target in targets)
     return frozenset(cell for cell in found if cell is not None)
