@@ -9,10 +9,16 @@ import torch
 from torch import fx
 
 from infllm_pass.masks.constants import HeldTensors
-from infllm_pass.masks.values import GraphFacts, overwritten_storages
+from infllm_pass.masks.values import GraphFacts, example_of, overwritten_storages
 
-_TRANSPARENT_CALLS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}
-"""Higher-order operators ``(body, *args)`` that compute just what their body computes."""
+_TRANSPARENT_CALLS = {
+    "tag_activation_checkpoint",
+    "wrap_activation_checkpoint",
+    "wrap",
+    "wrap_with_set_grad_enabled",
+    "wrap_with_autocast",
+}
+"""Higher-order operators ``(…, body, *args)`` that compute just what their body computes."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,12 @@ def _walk(
         if body is None or id(body) in seen:
             continue
         seen.add(id(body))
-        name = getattr(user.target, "__name__", str(user.target))
+        name = getattr(user.target, "__name__", None) or str(user.target)
         calls = [call for other, call in bodies if _body(module, other) is body]
         bindings = {}
         transparent = name in _TRANSPARENT_CALLS
         placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        arguments = list(user.args[1:])
+        arguments = list(user.args[user.args.index(node) + 1 :]) if node in user.args else []
         if transparent and len(calls) == 1 and len(placeholders) == len(arguments):
             bindings = {
                 inner: (facts, outer)
@@ -107,4 +113,4 @@ def _attribute(module: fx.GraphModule, node: fx.Node) -> object:
 
 def fake_mode_of(node: fx.Node) -> torch._subclasses.FakeTensorMode | None:
     """The fake tensor mode that a node's example tensor belongs to."""
-    return getattr(node.meta.get("example_value"), "fake_mode", None)
+    return getattr(example_of(node), "fake_mode", None)

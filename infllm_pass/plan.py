@@ -4,56 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
-
-import torch
-from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import MaskPredicate, MaskRole, MaskTerm, UnprovenMask, prove_terms, readable
+from infllm_pass.masks import MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
-from infllm_pass.sites import AttentionSite, find_sites
+from infllm_pass.reasons import Reason
+from infllm_pass.sites import AttentionSite, PartialSite, find_sites
+from infllm_pass.sites.constants import read_number
 
 SiteFilter = Callable[[AttentionSite], bool]
-
-
-class Reason(Enum):
-    """Why a site is switchable, or why it stays dense. The value says what would change it."""
-
-    SWITCHABLE = "causal attention over its whole key length: dense below dense_len, sparse from there on"
-    EXCLUDED = "filter_fn turned this site down: let it return True to make the site switchable"
-    BIDIRECTIONAL = (
-        "every query sees every key, and only causal attention can be sparse: pass is_causal=True or a causal mask "
-        "if that is what the model means"
-    )
-    UNPROVEN_MASK = (
-        "what the mask computes could not be proved: build it in the graph from aranges, comparisons and a 2-D "
-        "padding mask"
-    )
-    ADDITIVE_BIAS = (
-        "numbers are added to the scores that do more than hide keys: add 0 and -inf (or torch.finfo(dtype).min), or "
-        "use a boolean mask"
-    )
-    WINDOW_WITHIN_BUDGET = (
-        "its own sliding window is no longer than what sparse attention visits, so that dense attention within the "
-        "window reads no more: lower topk or window_size if the site is to be sparse all the same"
-    )
-    PARTIAL_KEYS = (
-        "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
-        "exactly the keys seen so far can be sparse"
-    )
-    DROPOUT = "attention dropout is active: call eval() or set the dropout probability to 0"
-    SCALE_IS_DATA = "the softmax scale is computed from data: use a number"
-    HEAD_DIM = f"the head dimension is outside 1 to {MAX_HEAD_DIM}"
-    HEAD_GROUPS = "the number of query heads is not a multiple of the number of key/value heads"
-    SHAPES = "query, key and value are not [B, H, L, D] tensors of one batch size and key length"
-    DTYPE = "the dtype is not one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    DEVICE = "the operators run on CPU and CUDA tensors of one device"
-    NESTED_GRAPH = "the call sits inside an operator that fixes what its body computes: move the attention out of it"
 
 
 @dataclass(frozen=True)
@@ -68,7 +29,7 @@ class SitePlan:
         scale: softmax scale as a number; None until it is known.
     """
 
-    site: AttentionSite
+    site: AttentionSite | PartialSite
     reason: Reason
     detail: str = ""
     mask: MaskPredicate | None = None
@@ -82,7 +43,7 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or not self.mask.plain:
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
             return False
         return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
 
@@ -97,7 +58,7 @@ class SitePlan:
         if self.mask is not None:
             return str(self.mask)
         if self.reason is Reason.BIDIRECTIONAL:
-            return "none" if self.site.mask is None else "not causal"
+            return "not causal" if isinstance(self.site, AttentionSite) and self.site.masks else "none"
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
@@ -112,11 +73,21 @@ def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tok
     interpreter = Interpreter(view.facts)
     plans = []
     for site in find_sites(view.facts):
-        if not view.rewritable:
+        if isinstance(site, PartialSite):
+            plans.append(SitePlan(site, site.reason, site.detail))
+        elif not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
-            plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
+            try:
+                plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
+            except Exception as error:
+                plans.append(failed(site, error))
     return plans
+
+
+def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
+    """The plan of a site at which the pass itself failed: it stays as it was."""
+    return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}")
 
 
 def _plan_site(
@@ -125,15 +96,15 @@ def _plan_site(
     filter_fn: SiteFilter | None,
     visited_tokens: int,
 ) -> SitePlan:
-    if site.mask is None and site.is_causal is not True:
-        return SitePlan(site, Reason.BIDIRECTIONAL)
-    refused = _check_tensors(site) or _check_dropout(site)
+    if not site.masks and site.is_causal is not True:
+        return _unmasked(site)
+    refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
         return refused
     proof = _prove_causal(site, interpreter)
     if isinstance(proof, SitePlan):
         return proof
-    scale = _read_scale(site)
+    scale = _read_scale(site, interpreter)
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=proof, scale=scale)
@@ -148,28 +119,35 @@ def _plan_site(
     return proved
 
 
+def _unmasked(site: AttentionSite) -> SitePlan:
+    """The plan of a site in which every query sees every key."""
+    length_q, length_k = (size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+    if length_q == 1 or same(length_q, length_k):
+        return SitePlan(site, Reason.BIDIRECTIONAL)
+    return SitePlan(site, Reason.CROSS_ATTENTION, f"{length_q} queries over {length_k} keys")
+
+
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
     """Check what the operators ask of the tensors.
 
     Sizes are compared as they are: dynamic ones that the call forces to be equal, but that Dynamo gave symbols of
     their own, as it does for the layers of a cache, become one symbol by it.
     """
-    examples = [node.meta["example_value"] for node in (site.query, site.key, site.value)]
+    examples = [tensor.example for tensor in (site.query, site.key, site.value)]
     query, key, value = shapes = [example.shape for example in examples]
     if any(len(shape) != 4 for shape in shapes) or query[0] != key[0] or key[:3] != value[:3]:
         described = ", ".join(str(list(shape)) for shape in shapes)
         return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
-    result = site.node.meta["example_value"].dtype
-    if result not in DTYPES:
-        return SitePlan(site, Reason.DTYPE, f"the dtype is {result}")
+    if site.dtype not in DTYPES:
+        return SitePlan(site, Reason.DTYPE, f"the dtype is {site.dtype}")
     devices = {example.device for example in examples}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         return SitePlan(site, Reason.DEVICE, "devices are " + ", ".join(sorted(map(str, devices))))
     return None
 
 
-def _check_dropout(site: AttentionSite) -> SitePlan | None:
-    probability = _number(site.dropout_p)
+def _check_dropout(site: AttentionSite, interpreter: Interpreter) -> SitePlan | None:
+    probability = read_number(interpreter.facts, site.dropout_p)
     if probability == 0.0:
         return None
     seen = "it is computed from data" if probability is None else f"dropout_p is {probability}"
@@ -190,20 +168,14 @@ def _check_heads(plan: SitePlan) -> SitePlan | None:
 
 
 def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
-    if site.mask is None:
-        predicate = MaskPredicate(size(0))
-    elif not isinstance(site.mask, fx.Node):
-        return SitePlan(site, Reason.UNPROVEN_MASK, f"the mask is {site.mask!r}")
-    else:
-        role = MaskRole.KEEP if site.mask.meta["example_value"].dtype == torch.bool else MaskRole.ADDED
-        proof = prove_terms(interpreter, [MaskTerm(site.mask, role)])
-        if isinstance(proof, UnprovenMask):
-            reason = Reason.UNPROVEN_MASK if role is MaskRole.KEEP else Reason.ADDITIVE_BIAS
-            return SitePlan(site, reason, f"at node {proof.node.name}: {proof.why}")
-        predicate = proof
-        if site.shape(site.mask)[-1] not in (1, site.shape(site.key)[2]):
-            return SitePlan(site, Reason.SHAPES, f"the mask has shape {list(site.shape(site.mask))}")
-    return _check_predicate(site, predicate, interpreter)
+    if not site.masks:
+        return _check_predicate(site, MaskPredicate(size(0)), interpreter)
+    if site.is_causal is True:
+        return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
+    proof = prove_terms(interpreter, site.masks)
+    if isinstance(proof, UnprovenMask):
+        return _unproven(site, proof)
+    return _check_predicate(site, proof, interpreter)
 
 
 def _check_predicate(
@@ -229,17 +201,15 @@ def _check_predicate(
     return predicate
 
 
-def _read_scale(site: AttentionSite) -> float | None:
+def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:
+    """The plan of a site whose mask was not proved: numbers added to the scores, or a mask unknown."""
+    detail = f"at node {proof.node.name}: {proof.why}"
+    reason = Reason.ADDITIVE_BIAS if proof.role is MaskRole.ADDED else Reason.UNPROVEN_MASK
+    return SitePlan(site, reason, detail)
+
+
+def _read_scale(site: AttentionSite, interpreter: Interpreter) -> float | None:
     if site.scale is None:
         head_dim = int(site.shape(site.query)[3])
         return float(head_dim) ** -0.5 if head_dim > 0 else None
-    return _number(site.scale)
-
-
-def _number(value: Any) -> float | None:
-    """A number, or a float that Dynamo made symbolic (reading it guards on its value); None for data."""
-    if isinstance(value, fx.Node):
-        value = value.meta.get("example_value")
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        return None
-    return None if free_unbacked_symbols(value) else float(value)
+    return read_number(interpreter.facts, site.scale)

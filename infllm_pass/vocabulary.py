@@ -114,10 +114,7 @@ def _spell(
 def _as_index(args: dict[str, Any]) -> dict[str, Any]:
     """``select``, ``slice`` and ``narrow`` along one dimension, as the index of a subscript."""
     dim = args.get("dim", 0)
-    if "index" in args:
-        entry = args["index"]
-    else:
-        entry = slice(args.get("start"), args.get("end"), args.get("step"))
+    entry = args["index"] if "index" in args else slice(args.get("start"), args.get("end"), args.get("step"))
     full = slice(None)
     index = (full,) * dim + (entry,) if dim >= 0 else (Ellipsis, entry, *(full,) * (-dim - 1))
     return {"input": args["input"], "index": index}

@@ -86,14 +86,6 @@ class MaskPredicate:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True)
-class UnprovenMask:
-    """Why a mask has no normal form, and the node at which the proof stopped."""
-
-    node: fx.Node
-    why: str
-
-
 class MaskRole(Enum):
     """What a tensor that meets the scores does to them."""
 
@@ -101,6 +93,21 @@ class MaskRole(Enum):
     HIDE = "bool: True hides a key from a query"
     ADDED = "numbers added to the scores"
     BLOCK_MASK = "a mask function of (batch, head, query, key): True lets a query see a key"
+
+
+@dataclass(frozen=True)
+class UnprovenMask:
+    """Why a mask has no normal form.
+
+    Attributes:
+        node: the node at which the proof stopped.
+        why: what stopped it, in words.
+        role: what the tensor does that it stopped at; None if it stopped at what several do together.
+    """
+
+    node: fx.Node
+    why: str
+    role: MaskRole | None = None
 
 
 @dataclass(frozen=True)

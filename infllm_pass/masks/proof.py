@@ -8,7 +8,7 @@ or a test of the key. What is none of them leaves the mask unproven.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -56,7 +56,7 @@ def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPred
     for term in terms:
         value = visible(interpreter, term)
         if isinstance(value, UnprovenMask):
-            return value
+            return replace(value, role=term.role)
         values.append(value)
     key = tuple(values)
     if key not in interpreter.proofs:
