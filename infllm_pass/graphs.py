@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from infllm_pass.masks.constants import HeldTensors
 from infllm_pass.masks.values import GraphFacts, example_of, overwritten_storages
 
 _TRANSPARENT_CALLS = {
@@ -38,11 +39,31 @@ class GraphView:
     caller: str
 
 
-def all_graphs(root: fx.GraphModule) -> list[GraphView]:
-    """The root graph first, then nested ones, each with its placeholders bound to the caller's nodes."""
+def all_graphs(root: fx.GraphModule, inputs: Sequence[object] = ()) -> list[GraphView]:
+    """The root graph first, then nested ones, each with its placeholders bound to the caller's nodes.
+
+    Args:
+        root: the module of the root graph.
+        inputs: real values of its placeholders; those that modules hold may be read by value.
+    """
     modules = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
     overwritten = overwritten_storages(module.graph for module in modules)
-    return list(_walk(root, GraphFacts(root.graph, overwritten), True, "", overwritten))
+    facts = GraphFacts(root.graph, overwritten, held=HeldTensors(_held(root, inputs)))
+    return list(_walk(root, facts, True, "", overwritten))
+
+
+def _held(root: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, torch.Tensor]:
+    """The tensors that modules hold, by node: those that Dynamo found in modules, and attributes of the graph's own."""
+    found: dict[fx.Node, torch.Tensor] = {}
+    placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=False):
+        if isinstance(value, torch.Tensor) and "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+            found[node] = value
+    for node in root.graph.nodes:
+        value = _attribute(root, node)
+        if isinstance(value, torch.Tensor):
+            found[node] = value
+    return found
 
 
 def _walk(
@@ -68,11 +89,17 @@ def _walk(
                 for inner, outer in zip(placeholders, arguments, strict=True)
                 if isinstance(outer, fx.Node)
             }
-        inner_facts = GraphFacts(body.graph, overwritten, bindings)
+        inner_facts = facts.nested(body.graph, bindings)
         yield from _walk(body, inner_facts, rewritable and transparent, name, overwritten)
 
 
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    value = _attribute(module, node)
+    return value if isinstance(value, fx.GraphModule) else None
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> object:
+    """What a ``get_attr`` node reads; None for other nodes."""
     if node.op != "get_attr":
         return None
     try:
@@ -81,7 +108,7 @@ def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
             value = getattr(value, part)
     except AttributeError:
         return None
-    return value if isinstance(value, fx.GraphModule) else None
+    return value
 
 
 def fake_mode_of(node: fx.Node) -> torch._subclasses.FakeTensorMode | None:

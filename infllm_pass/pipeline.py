@@ -76,7 +76,7 @@ def run_on_export(
     """
     rows: list[SiteReport] = []
     if branch is None:
-        plans = [plan for view in all_graphs(module) for plan in plan_graph(view, filter_fn)]
+        plans = [plan for view in all_graphs(module) for plan in plan_graph(view, filter_fn, config.visited_tokens)]
         rows += [describe_site(0, place, plan, None) for place, plan in enumerate(plans)]
         return GraphReport(0, tuple(rows))
     chosen = LengthGuard(branch, "", False)
@@ -101,7 +101,7 @@ def _run(
     used: set[Expansion] = set()
     for view in all_graphs(module):
         rewriter = Rewriter(view.module.graph, config)
-        for plan in plan_graph(view, filter_fn):
+        for plan in plan_graph(view, filter_fn, config.visited_tokens):
             if plan.site.node in calls:
                 continue
             within = next((expansion for expansion in expansions if plan.site.node in expansion.nodes), None)

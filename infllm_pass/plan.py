@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import MaskPredicate, MaskRole, MaskTerm, UnprovenMask, prove_terms
+from infllm_pass.masks import MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
 from infllm_pass.reasons import Reason
@@ -15,7 +15,6 @@ from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.constants import read_number
 
 SiteFilter = Callable[[AttentionSite], bool]
-Proofs = dict[tuple[MaskTerm, ...], MaskPredicate | UnprovenMask]
 
 
 @dataclass(frozen=True)
@@ -44,29 +43,34 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or self.mask.key_conditions or isinstance(self.site, PartialSite):
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
             return False
         return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the site stays dense for its window alone, and the operators compute it without the mask tensor."""
+        return self.reason is Reason.WINDOW_WITHIN_BUDGET
 
     @property
     def mask_verdict(self) -> str:
         """What the mask was found to be, in a few words."""
         if self.mask is not None:
-            return "causal, padded keys" if self.mask.key_conditions else "causal"
+            return str(self.mask)
         if self.reason is Reason.BIDIRECTIONAL:
             return "not causal" if isinstance(self.site, AttentionSite) and self.site.masks else "none"
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
-def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None) -> list[SitePlan]:
+def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tokens: int = 0) -> list[SitePlan]:
     """A plan for every attention site of a graph, in order.
 
     Args:
         view: the graph.
         filter_fn: sites for which it returns False stay dense.
+        visited_tokens: keys that a sparse query visits; sites with a window no longer than this stay dense.
     """
     interpreter = Interpreter(view.facts)
-    proofs: Proofs = {}
     plans = []
     for site in find_sites(view.facts):
         if isinstance(site, PartialSite):
@@ -75,7 +79,7 @@ def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None) -> list[Sit
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
             try:
-                plans.append(_plan_site(site, interpreter, proofs, filter_fn))
+                plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
             except Exception as error:
                 plans.append(failed(site, error))
     return plans
@@ -89,15 +93,15 @@ def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
 def _plan_site(
     site: AttentionSite,
     interpreter: Interpreter,
-    proofs: Proofs,
     filter_fn: SiteFilter | None,
+    visited_tokens: int,
 ) -> SitePlan:
     if not site.masks and site.is_causal is not True:
         return _unmasked(site)
     refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
         return refused
-    proof = _prove_causal(site, interpreter, proofs)
+    proof = _prove_causal(site, interpreter)
     if isinstance(proof, SitePlan):
         return proof
     scale = _read_scale(site, interpreter)
@@ -109,6 +113,9 @@ def _plan_site(
         return refused
     if filter_fn is not None and not filter_fn(site):
         return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
+    if proof.window is not None and int(proof.window) <= visited_tokens:
+        seen = f"the window is {int(proof.window)} keys, and {visited_tokens} are visited"
+        return SitePlan(site, Reason.WINDOW_WITHIN_BUDGET, seen, proof, scale)
     return proved
 
 
@@ -160,18 +167,21 @@ def _check_heads(plan: SitePlan) -> SitePlan | None:
     return None
 
 
-def _prove_causal(site: AttentionSite, interpreter: Interpreter, proofs: Proofs) -> MaskPredicate | SitePlan:
+def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
     if not site.masks:
-        predicate = MaskPredicate(size(0))
-    elif site.is_causal is True:
+        return _check_predicate(site, MaskPredicate(size(0)), interpreter)
+    if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
-    else:
-        if site.masks not in proofs:
-            proofs[site.masks] = prove_terms(interpreter, site.masks)
-        proof = proofs[site.masks]
-        if isinstance(proof, UnprovenMask):
-            return _unproven(site, proof)
-        predicate = proof
+    proof = prove_terms(interpreter, site.masks)
+    if isinstance(proof, UnprovenMask):
+        return _unproven(site, proof)
+    return _check_predicate(site, proof, interpreter)
+
+
+def _check_predicate(
+    site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
+) -> MaskPredicate | SitePlan:
+    """Check that the operators take what a site's masks were proved to be."""
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
     length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
@@ -179,9 +189,14 @@ def _prove_causal(site: AttentionSite, interpreter: Interpreter, proofs: Proofs)
         return SitePlan(
             site,
             Reason.PARTIAL_KEYS,
-            f"query i sees keys up to i + {predicate.causal_offset}, of {length_k} keys for {length_q} queries",
+            f"query i sees keys up to i + {readable(predicate.causal_offset)}, of {length_k} keys for {length_q} "
+            "queries",
         )
-    if any(condition.facts is not interpreter.facts for condition in predicate.key_conditions):
+    if predicate.segments is not None and not same(predicate.segments.offset, predicate.causal_offset):
+        return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
+    if predicate.window is not None and not predicate.window.is_Integer:
+        return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
+    if any(facts is not interpreter.facts for facts in predicate.sources):
         return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
     return predicate
 
@@ -189,8 +204,8 @@ def _prove_causal(site: AttentionSite, interpreter: Interpreter, proofs: Proofs)
 def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:
     """The plan of a site whose mask was not proved: numbers added to the scores, or a mask unknown."""
     detail = f"at node {proof.node.name}: {proof.why}"
-    added = any(term.role is MaskRole.ADDED for term in site.masks if term.node is proof.node)
-    return SitePlan(site, Reason.ADDITIVE_BIAS if added else Reason.UNPROVEN_MASK, detail)
+    reason = Reason.ADDITIVE_BIAS if proof.role is MaskRole.ADDED else Reason.UNPROVEN_MASK
+    return SitePlan(site, reason, detail)
 
 
 def _read_scale(site: AttentionSite, interpreter: Interpreter) -> float | None:

@@ -20,7 +20,14 @@ class Reason(Enum):
         "what the mask computes could not be proved: build it in the graph from aranges, comparisons and a 2-D "
         "padding mask"
     )
-    ADDITIVE_BIAS = "the mask is a float tensor added to the scores: use a boolean mask if it only hides keys"
+    ADDITIVE_BIAS = (
+        "numbers are added to the scores that do more than hide keys: add 0 and -inf (or torch.finfo(dtype).min), or "
+        "use a boolean mask"
+    )
+    WINDOW_WITHIN_BUDGET = (
+        "its own sliding window is no longer than what sparse attention visits, so that dense attention within the "
+        "window reads no more: lower topk or window_size if the site is to be sparse all the same"
+    )
     PARTIAL_KEYS = (
         "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
         "exactly the keys seen so far can be sparse"

@@ -65,6 +65,12 @@ class Kind(Enum):
     SCALAR_TENSOR = auto()
     FLEX_ATTENTION = auto()
     MULTI_HEAD_ATTENTION = auto()
+    XOR = auto()
+    TRIL = auto()
+    TRIU = auto()
+    PAD = auto()
+    HIDE_DIM = auto()
+    SHOW_DIM = auto()
 
 
 @dataclass(frozen=True)
@@ -290,6 +296,21 @@ _spell(
     "out_proj_weight out_proj_bias",
     [F.multi_head_attention_forward],
 )
+_spell(
+    Kind.XOR,
+    "input other",
+    [
+        *(operator.xor, torch.logical_xor, torch.bitwise_xor, "logical_xor", "bitwise_xor", "__xor__"),
+        *(aten.logical_xor.default, aten.bitwise_xor.Tensor),
+    ],
+)
+_spell(Kind.TRIL, "input diagonal", [torch.tril, "tril", aten.tril.default])
+_spell(Kind.TRIU, "input diagonal", [torch.triu, "triu", aten.triu.default])
+_spell(Kind.PAD, "input pad mode value", [F.pad, torch._C._nn.pad, aten.pad.default])
+_spell(Kind.PAD, "input pad value", [aten.constant_pad_nd.default])
+_spell(Kind.GETITEM, "input indices", [aten.index], _tensors_as_index)
+_spell(Kind.HIDE_DIM, "input dim level", [torch._functorch.predispatch._add_batch_dim])
+_spell(Kind.SHOW_DIM, "input level size dim", [torch._functorch.predispatch._remove_batch_dim])
 
 _IN_PLACE: dict[object, Kind] = {}
 """In-place spellings, by the kind that computes the same into new memory; see `read_in_place`."""
