@@ -147,8 +147,8 @@ def storage(node: fx.Node) -> int | None:
     value = example_of(node)
     if not isinstance(value, torch.Tensor):
         return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # inside vmap tensors wrap those that own memory
-        value = torch._C._functorch.get_unwrapped(value)
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # a tensor under vmap has no memory of its own
     return value.untyped_storage()._cdata
 
 
