@@ -59,7 +59,6 @@ def select_blocks(
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    _no_window(window)
     batch, _, length_q, _ = q.shape
     heads, length_k = k.shape[1], k.shape[2]
     chosen = torch.full((batch, heads, length_q, geometry.selected_blocks), -1, dtype=torch.int32, device=q.device)
@@ -71,6 +70,7 @@ def select_blocks(
                 geometry=geometry,
                 scale=scale,
                 offset=one.offset,
+                window=window,
             )
     return chosen
 
@@ -115,7 +115,6 @@ def attention_forward(
         ``[B, Hq, Lq]``, float32 (float64 for float64 inputs). A query that sees no key, or stands outside
         every sequence, gives 0 and ``-inf``.
     """
-    _no_window(window)
     batch, heads_q, length_q, _ = q.shape
     heads, length_k, dim_v = v.shape[1:]
     out = q.new_zeros(batch, length_q, heads_q, dim_v).transpose(1, 2)
@@ -133,6 +132,7 @@ def attention_forward(
             scale=scale,
             offset=one.offset,
             mask=one.mask,
+            window=window,
         )
     return out, lse
 
@@ -180,7 +180,6 @@ def attention_backward(
     Returns:
         Gradients of ``q``, ``k`` and ``v`` in their shapes and types.
     """
-    _no_window(window)
     batch, _, length_q, _ = q.shape
     heads, length_k = k.shape[1], k.shape[2]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -198,13 +197,9 @@ def attention_backward(
             scale=scale,
             offset=one.offset,
             mask=one.mask,
+            window=window,
         )
     return grad_q, grad_k, grad_v
-
-
-def _no_window(window: int | None) -> None:
-    if window is not None:
-        raise NotImplementedError("window")
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
