@@ -145,7 +145,11 @@ def example_of(node: fx.Node) -> Any:
 def storage(node: fx.Node) -> int | None:
     """Identity of the memory a node's tensor lives in; None for a node that is no tensor."""
     value = example_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # a tensor under vmap has no memory of its own
+    return value.untyped_storage()._cdata
 
 
 def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:

@@ -72,6 +72,14 @@ class LayoutError(Exception):
     """The dimensions of an attention could not be told apart; never leaves the matchers."""
 
 
+class NoAttention(Exception):
+    """No dimension of the result belongs to queries alone, or to values alone; never leaves the matchers."""
+
+
+class OwnQueries(Exception):
+    """The queries are the same in every row of the batch, and the keys are not; never leaves the matchers."""
+
+
 class Overwrite(Exception):
     """A tensor of an attention is overwritten before the attention ends; never leaves the matchers."""
 
@@ -84,7 +92,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
     """The site that an attention's reads make.
 
     Raises:
-        LayoutError: its dimensions could not be told apart.
+        LayoutError, NoAttention, OwnQueries: its dimensions could not be told apart, or are not an attention's.
         Overwrite: one of its tensors is overwritten while it runs.
     """
     for reading in (reads.query, reads.key, reads.value):
@@ -157,7 +165,9 @@ def _plan(
     in_query, in_key, in_value = (_symbols(chain[0].index) for chain in (query, key, value))
     features = [axis for axis in axes if axis in in_value - in_query - in_key]
     queries = [axis for axis in axes if axis in in_query - in_key - in_value]
-    if len(features) != 1 or not queries:
+    if not features or not queries:
+        raise NoAttention
+    if len(features) > 1:
         raise LayoutError
     masked = [axis for axis in queries if any(axis in _symbols(term.index or ()) for term in reads.terms)]
     length = masked[0] if len(masked) == 1 else queries[-1]
@@ -165,6 +175,8 @@ def _plan(
     if any(axis not in in_query | in_key | in_value for axis in outer):
         raise LayoutError
     meaning, batch, heads = _batch_and_heads(outer, extent, in_key, query, key)
+    if any(axis not in in_query for axis in outer):
+        raise OwnQueries
     meaning |= {length: QUERY, features[0]: VALUE_FEATURE}
     key_length = layouts.shape(key[0].node)[key[0].index.index(KEY)] if KEY in key[0].index else None
     depth = layouts.shape(query[0].node)[query[0].index.index(FEATURE)] if FEATURE in query[0].index else None

@@ -51,7 +51,7 @@ def read_handwritten(layouts: Layouts, node: fx.Node) -> AttentionSite | Partial
     reads = _reads(layouts, weights, scores)
     if reads is None:
         return None
-    return site_of(layouts, reads, Reason.LAYOUT, reached)
+    return site_of(layouts, reads, None, reached)
 
 
 @dataclass(frozen=True)
