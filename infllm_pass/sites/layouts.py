@@ -103,7 +103,8 @@ class Layouts:
         if not isinstance(element, sympy.core.function.AppliedUndef):
             return None
         unknown = interpreter.unknowns.get(element.func.__name__)
-        if unknown is None or unknown.node is not source:
+        owner = None if unknown is None else unknown.node
+        if owner is not source:
             return None
         return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
 
