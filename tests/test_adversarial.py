@@ -31,9 +31,7 @@ def run(function: Callable[..., Tensor], *inputs: Tensor, config=SMALL, dynamic:
 
 
 def tensors(batch: int = 2, length: int = LENGTH, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        torch.randn(batch, heads, length, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3)
-    )  # type: ignore[return-value]
+    return tuple(torch.randn(batch, heads, length, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3))  # type: ignore[return-value]
 
 
 def gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -638,6 +636,41 @@ def scores_edited_in_place(q, k, v):
     return scores.softmax(-1) @ v
 
 
+def scores_masked_in_place(q, k, v):
+    scores = _hidden(q, k)
+    scores.masked_fill_(torch.eye(q.shape[2], dtype=torch.bool), -3.0)
+    return scores.softmax(-1) @ v
+
+
+def scores_added_to_in_place_through_a_view(q, k, v):
+    scores = _hidden(q, k)
+    scores[:, 1].add_(torch.arange(q.shape[2]))
+    return scores.softmax(-1) @ v
+
+
+def scores_zeroed_before_the_mask(q, k, v):
+    scores = _scores(q, k)
+    scores.view(-1)[:40].zero_()
+    return scores.masked_fill(~_causal(q), float("-inf")).softmax(-1) @ v
+
+
+def keys_detached(q, k, v):
+    return fused(q, k.detach().clone(), v, _causal(q))
+
+
+def keys_repeated_and_detached(q, k, v):
+    k = k[:, :2].repeat_interleave(HEADS // 2, 1).detach()
+    v = v[:, :2].repeat_interleave(HEADS // 2, 1)
+    return fused(q, k, v, _causal(q))
+
+
+def values_repeated_without_gradients(q, k, v):
+    with torch.no_grad():
+        v = v[:, :2].repeat_interleave(HEADS // 2, 1)
+    k = k[:, :2].repeat_interleave(HEADS // 2, 1)
+    return filled(q, k, v, _causal(q))
+
+
 def weights_edited_in_place(q, k, v):
     weights = _hidden(q, k).softmax(-1) * 1.0
     weights[..., 0] = 0.0
@@ -650,18 +683,30 @@ NOT_ATTENTION = [
         *(softmax_over_queries, softmax_over_heads, mask_added_after_the_softmax, mask_multiplied_after_the_softmax),
         *(mask_multiplied_before_the_softmax, mask_filled_with_zero, mask_that_does_not_hide),
         *(half_precision_fill_that_does_not_hide, added_fill_that_does_not_hide, mask_of_the_wrong_sign),
-        *(hidden_and_shown_again, infinity_cleared, clamped_scores, capped_scores, linear_bias, fused_linear_bias, sink),
+        *(
+            hidden_and_shown_again,
+            infinity_cleared,
+            clamped_scores,
+            capped_scores,
+            linear_bias,
+            fused_linear_bias,
+            sink,
+        ),
         *(softmax_plus_one, sigmoid, log_softmax, softmin, squared_weights, weights_cut_off, transposed_weights),
         *(wrong_einsum, permuted_weights, rolled_scores, mixed_heads, weights_returned, scale_from_data),
         *(scale_for_each_distance, channels_attend, keys_twice),
         *(top_left_of_more_keys, top_left_of_more_queries, first_key_unused, scores_detached, weights_detached),
         *(scores_without_gradients, weights_without_gradients, cast_to_integers_between, scores_edited_in_place),
+        *(scores_masked_in_place, scores_added_to_in_place_through_a_view, scores_zeroed_before_the_mask),
         *(weights_edited_in_place,),
     )
 ]
 PERHAPS_ATTENTION = [
     Case(function, dense=False)
-    for function in (scale_for_each_key, reshaped_keys, keys_of_other_heads, scores_used_twice, last_key_unused)
+    for function in (
+        *(scale_for_each_key, reshaped_keys, keys_of_other_heads, scores_used_twice, last_key_unused),
+        *(keys_detached, keys_repeated_and_detached, values_repeated_without_gradients),
+    )
 ]
 
 

@@ -59,6 +59,11 @@ class Layouts:
         self._writes: list[tuple[int, int | None]] = [
             (number, storage(target)) for node, number in self._positions.items() for target in written_arguments(node)
         ]
+        self._switches: list[tuple[int, Any]] = [
+            (number, node.args[0])
+            for node, number in self._positions.items()
+            if node.target is torch._C._set_grad_enabled
+        ]
 
     def example(self, node: Any) -> Any:
         """The example value of an argument: a node's, or the argument itself."""
@@ -127,6 +132,8 @@ class Layouts:
                     moved, factor = reading.index, number
             if moved is None or not isinstance(source, fx.Node) or not self.is_tensor(source):
                 return
+            if self.gradients(reading.node) != self.gradients(node):
+                return
             reading = Reading(source, moved, reading.factor * factor)
 
     def scaling(self, kind: Kind, args: dict[str, Any]) -> tuple[fx.Node | None, float | None]:
@@ -151,6 +158,19 @@ class Layouts:
         before, after = self.facts.example(source).dtype, self.facts.example(result).dtype
         floats = before.is_floating_point and after.is_floating_point
         return bool(floats and torch.promote_types(before, after) == after)
+
+    def gradients(self, node: fx.Node) -> Any:
+        """Whether a node is computed with gradients; None where the graph does not say, as everywhere in most."""
+        return next((mode for number, mode in reversed(self._switches) if number < self._positions[node]), None)
+
+    def disturbed(self, path: Sequence[fx.Node], end: fx.Node) -> fx.Node | None:
+        """A node of a path that something beside the path writes to before the path ends."""
+        inside, last = {self._positions[node] for node in path}, self._positions[end]
+        for node in path:
+            cell, first = storage(node), self._positions[node]
+            if any(first < at <= last and at not in inside and written == cell for at, written in self._writes):
+                return node
+        return None
 
     def stable(self, node: fx.Node, later: fx.Node) -> bool:
         """Whether nothing writes to a node's memory between it and a later node."""

@@ -13,7 +13,9 @@ from .table import DECISIONS, TABLE, decisions, markdown
 def main() -> int:
     """Run as the arguments say; the exit status is 1 where numbers differ."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
-    parser.add_argument("names", nargs="*", help="architectures to examine; without any: all, and the files are written")
+    parser.add_argument(
+        "names", nargs="*", help="architectures to examine; without any: all, and the files are written"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -173,9 +173,7 @@ def examine(specimen: Specimen, kind: Kind, *, gradients: bool = False) -> Findi
     finding.small = _error(outputs["small"], outputs["small oracle"], batch.valid)
     finding.sparse = _error(outputs["small"], expected, batch.valid)
     if step is not None:
-        finding.gradients = max(
-            _distance(steps["covering"], step), _distance(steps["small"], steps["small oracle"])
-        )
+        finding.gradients = max(_distance(steps["covering"], step), _distance(steps["small"], steps["small oracle"]))
     if kind is Kind.PACKED:
         finding.packs = _packs(specimen, model, batch, expected)
     return finding

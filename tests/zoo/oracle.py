@@ -68,8 +68,7 @@ def _block_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     rows = []
     for row, offset in enumerate(shifts):
         parts = [
-            _attend(row, keys, offset, call, selection)
-            for keys in _segments(row, k.shape[2], call.get("cu_seqlens_k"))
+            _attend(row, keys, offset, call, selection) for keys in _segments(row, k.shape[2], call.get("cu_seqlens_k"))
         ]
         rows.append((torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)))
     out, lse = (torch.cat([row[index] for row in rows]) for index in (0, 1))

@@ -22,7 +22,8 @@ _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INNER, _LAYERS, _EXPERTS = 64, 4, 2, 16,
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCABULARY),
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "context_length"), LONGEST
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "context_length"),
+        LONGEST,
     ),
     **dict.fromkeys(("original_max_position_embeddings", "max_target_positions", "max_source_positions"), LONGEST),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim", "embedding_size"), _HIDDEN),
@@ -70,7 +71,14 @@ _ALWAYS = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_group", 
 _ZERO = (
     *("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "activation_dropout"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "emb_pdrop", "hidden_dropout", "decoder_layerdrop", "layerdrop"),
-    *("resid_dropout", "embed_dropout", "residual_dropout", "embedding_dropout", "mlp_dropout", "num_nextn_predict_layers"),
+    *(
+        "resid_dropout",
+        "embed_dropout",
+        "residual_dropout",
+        "embedding_dropout",
+        "mlp_dropout",
+        "num_nextn_predict_layers",
+    ),
     *("num_kv_shared_layers",),
 )
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")

@@ -30,9 +30,7 @@ class _FusedProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = (
-            part.view(batch, length, _HEADS, _DIM).transpose(1, 2) for part in self.qkv(x).split(_WIDTH, dim=2)
-        )
+        q, k, v = (part.view(batch, length, _HEADS, _DIM).transpose(1, 2) for part in self.qkv(x).split(_WIDTH, dim=2))
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0, is_causal=True)
         else:
