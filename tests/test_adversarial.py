@@ -782,3 +782,28 @@ def test_empty_and_tiny_inputs_pass_through(spelling, batch, length):
     inputs = tensors(batch, length)
     actual, _ = run(attend, *inputs, config=config, dynamic=False)
     torch.testing.assert_close(actual, attend(*inputs))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
+def test_keys_written_piece_by_piece_before_they_are_read_are_keys(spelling, dynamic):
+    """How multi-head latent attention puts its keys together."""
+
+    def attend(q, k, v):
+        keys = k.new_empty(k.shape)
+        keys[..., :4] = k[..., 4:]
+        keys[..., 4:] = k[..., :4] * 2
+        return spelling(q, keys, v, _causal(q))
+
+    check(attend, *tensors(), dynamic=dynamic, dense=False)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
+def test_what_a_copy_was_made_of_may_change_before_it_is_used(spelling):
+    def attend(q, k, v):
+        k, v = k.detach() * 1.0, v * 1.0
+        copied = k[:, :2].repeat_interleave(HEADS // 2, 1)
+        k.fill_(0.25)
+        return spelling(q, copied, v[:, :2].repeat_interleave(HEADS // 2, 1), _causal(q))
+
+    check(attend, *tensors(), dynamic=False, dense=False)

@@ -113,11 +113,14 @@ class Layouts:
             return None
         return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
 
-    def readings(self, node: fx.Node, index: Index, *, scaled: bool) -> Iterator[Reading]:
-        """The node itself, and what it views, copies, repeats, widens or (if `scaled`) scales, nearest first."""
-        reading = Reading(node, index)
+    def readings(self, node: fx.Node, index: Index, *, scaled: bool) -> Iterator[tuple[Reading, fx.Node | None]]:
+        """The node itself, and what it views, copies, repeats, widens or (if `scaled`) scales, nearest first.
+
+        With each the node of the chain that reads it, None for the first.
+        """
+        reading, reader = Reading(node, index), None
         while True:
-            yield reading
+            yield reading, reader
             call = read(reading.node)
             if call is None:
                 return
@@ -134,7 +137,7 @@ class Layouts:
                 return
             if self.gradients(reading.node) != self.gradients(node):
                 return
-            reading = Reading(source, moved, reading.factor * factor)
+            reading, reader = Reading(source, moved, reading.factor * factor), reading.node
 
     def scaling(self, kind: Kind, args: dict[str, Any]) -> tuple[fx.Node | None, float | None]:
         """For a product or quotient of a tensor and a number, the tensor and what it is multiplied with."""
@@ -172,11 +175,11 @@ class Layouts:
                 return node
         return None
 
-    def stable(self, node: fx.Node, later: fx.Node) -> bool:
-        """Whether nothing writes to a node's memory between it and a later node."""
+    def stable(self, node: fx.Node, reader: fx.Node, later: fx.Node) -> bool:
+        """Whether nothing writes to a node's memory between a node that reads it and a later one."""
         if not self.facts.is_overwritten(node):
             return True
         cell = storage(node)
         times = [number for number, written in self._writes if written == cell]
-        first, last = self._positions[node], self._positions[later]
+        first, last = self._positions[reader], self._positions[later]
         return bool(times) and not any(first < number <= last for number in times)

@@ -385,6 +385,7 @@ def _reads(layouts: Layouts, weights: _Weights, scores: _Scores) -> Reads | None
         terms=scores.terms,
         scale=scores.factor,
         dtypes=tuple(layouts.facts.example(node).dtype for node in (scores.product.node, product.node)),  # type: ignore[arg-type]
+        first=scores.product.node,
         last=product.node,
         dropout_p=weights.dropout_p,
     )
