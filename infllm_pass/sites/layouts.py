@@ -102,7 +102,8 @@ class Layouts:
             element = element.lhs  # how an element of a boolean tensor is written
         if not isinstance(element, sympy.core.function.AppliedUndef):
             return None
-        _, owner = interpreter.unknowns.get(element.func.__name__, (None, None))
+        unknown = interpreter.unknowns.get(element.func.__name__)
+        owner = None if unknown is None else unknown.node
         if owner is not source:
             return None
         return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
