@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import sympy
 from torch import fx
 
 from infllm_pass.masks.predicate import MaskRole, MaskTerm
+from infllm_pass.masks.terms import hides
 from infllm_pass.masks.values import axis
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.algebra import FEATURE, KEY
@@ -320,10 +321,9 @@ def _hide(
 ) -> _Scores | _Stop:
     """Scores of which some are set to a number, which hides their keys if it is the least there is."""
     value = read_number(layouts.facts, fill)
-    least = torch.finfo(layouts.facts.example(node).dtype).min
     if value is None:
         return _Stop(node, Reason.PARTIAL_MATCH, True)
-    if not value * factor <= least or factor <= 0.0:
+    if not hides(sympy.sympify(value * factor), layouts.facts.example(node).dtype) or factor <= 0.0:
         return _Stop(node, Reason.SOFT_MASK, True, f", masked scores are set to {value}")
     return _with_term(layouts, found, node, mask, role, index, factor)
 
