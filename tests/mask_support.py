@@ -76,8 +76,8 @@ def captured(function, *inputs, dynamic=None, **kwargs):
 
     torch._dynamo.reset()
     torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs, **kwargs)
-    (found,) = seen
-    return found
+    ((module, values),) = seen
+    return module, [value.node.hint if isinstance(value, torch.SymInt) else value for value in values]
 
 
 def prove_output(module, inputs):

@@ -29,6 +29,15 @@ class Rounded(sympy.Function):  # type: ignore[misc]
 Pair = tuple[sympy.Basic, sympy.Basic]
 
 
+def negation(condition: sympy.Basic) -> sympy.Basic:
+    """Where a condition does not hold, with the negations at its tests, so that contradictions cancel."""
+    if isinstance(condition, sympy.And):
+        return sympy.Or(*map(negation, condition.args))
+    if isinstance(condition, sympy.Or):
+        return sympy.And(*map(negation, condition.args))
+    return sympy.Not(condition)
+
+
 def pairs(value: sympy.Basic) -> list[Pair]:
     """The cases of a value as ``(value, condition)``; one that always holds for a value without cases."""
     if not isinstance(value, Cases):
@@ -45,12 +54,27 @@ def choose(cases: Iterable[Pair]) -> sympy.Basic:
     merged: dict[sympy.Basic, sympy.Basic] = {}
     for value, condition in cases:
         if condition != sympy.false:
+            value = sympy.Integer(0) if _is_zero_under(value, condition) else value
             merged[value] = sympy.Or(merged[value], condition) if value in merged else condition
     if len(merged) == 1:
         return next(iter(merged))
     if not merged or len(merged) > _MOST_CASES:
         raise NotFollowed("it takes too many different values")
     return Cases(*itertools.chain.from_iterable(merged.items()))
+
+
+def unrounded(value: sympy.Basic) -> sympy.Expr:
+    """The integer expression that a rounded one equals as far as small numbers can tell."""
+    return value.replace(Rounded, lambda inner: inner)
+
+
+def _is_zero_under(value: sympy.Basic, condition: sympy.Basic) -> bool:
+    """Whether a condition says that a rounded integer expression is 0."""
+    if not value.has(Rounded):
+        return False
+    plain = sympy.expand(unrounded(value))
+    equations = (part for part in sympy.And.make_args(condition) if isinstance(part, sympy.Eq))
+    return any(sympy.expand(part.lhs - part.rhs) in (plain, sympy.expand(-plain)) for part in equations)
 
 
 def combine(function: Callable[..., sympy.Basic], *values: sympy.Basic) -> sympy.Basic:

@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from infllm_pass.masks.arithmetic import compare
-from infllm_pass.masks.cases import Cases, choose, combine, pairs, truth
+from infllm_pass.masks.cases import Cases, choose, combine, negation, pairs, truth
 from infllm_pass.masks.rules import EXACT_INTEGERS, ONE, ZERO, dim_of, numeric, rule, shape_of
 from infllm_pass.masks.values import NotFollowed, SymbolicTensor, axis, same
 from infllm_pass.vocabulary import Kind
@@ -65,7 +65,7 @@ def _diff(
     return choose(
         [
             *((value, sympy.And(start, test)) for value, test in pairs(outer)),
-            *((value, sympy.And(sympy.Not(start), test)) for value, test in pairs(inner)),
+            *((value, sympy.And(negation(start), test)) for value, test in pairs(inner)),
         ]
     )
 

@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from infllm_pass.masks.arithmetic import cast
-from infllm_pass.masks.cases import choose, exact, pairs, rounded_to
+from infllm_pass.masks.cases import choose, exact, negation, pairs, rounded_to
 from infllm_pass.masks.constants import ClosedForm
 from infllm_pass.masks.rules import Rule, boolean, rule, shape_of
 from infllm_pass.masks.values import NotFollowed, SymbolicTensor, axis
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def select(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
     """``yes`` where the condition holds, else ``no``."""
     if dtype == torch.bool:
-        return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+        return sympy.Or(sympy.And(condition, yes), sympy.And(negation(condition), no))
     return choose(
         [
             *((value, sympy.And(condition, test)) for value, test in pairs(yes)),
-            *((value, sympy.And(sympy.Not(condition), test)) for value, test in pairs(no)),
+            *((value, sympy.And(negation(condition), test)) for value, test in pairs(no)),
         ]
     )
 
