@@ -63,7 +63,7 @@ REFUSED = {
         Reason.SOFT_MASK,
     ),
     "filled before scaling down": (
-        part(scale=lambda s: s, mask=lambda s: s.masked_fill(hidden(57), torch.finfo(s.dtype).min) / 9),
+        part(scale=lambda s: s, mask=lambda s: s.masked_fill(hidden(57), -1e9) / 9),
         Reason.SOFT_MASK,
     ),
     "filled and negated": (

@@ -102,8 +102,8 @@ class Layouts:
             element = element.lhs  # how an element of a boolean tensor is written
         if not isinstance(element, sympy.core.function.AppliedUndef):
             return None
-        _, owner = interpreter.unknowns.get(element.func.__name__, (None, None))
-        if owner is not source:
+        unknown = interpreter.unknowns.get(element.func.__name__)
+        if unknown is None or unknown.node is not source or len(element.args) != self.facts.example(source).dim():
             return None
         return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
 
