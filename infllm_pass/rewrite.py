@@ -5,7 +5,7 @@ torch operators, which run everywhere.
 
 Invariants: the graph computes what it did (up to the method's own approximation on the sparse side); every
 emitted node is of the graph's dialect and carries the example value and the source location of the site it replaces;
-a node is erased only if the vocabulary knows it to be pure and nothing uses it any more.
+a node is erased only if it is known to be pure and nothing uses it any more.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import fx
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
+from infllm_pass.liveness import dead_users, pure
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
 from infllm_pass.masks.values import example_of
 from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
-from infllm_pass.vocabulary import read, read_in_place
 
 _GQA_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """On CUDA only the half-precision flash kernels take grouped heads; float32 would fall back to N x N scores."""
@@ -94,7 +94,7 @@ class Rewriter:
             result, outcome = self._compute(plan, site, branch)
         except Exception:
             self._emitter.undo()
-            self._masks = MaskOperands(self._emitter)  # what it made is undone
+            self._masks = MaskOperands(self._emitter)  # it may hold nodes that are gone
             raise
         self._emitter.keep({site.node: result})
         site.node.replace_all_uses_with(result)
@@ -192,29 +192,16 @@ class Rewriter:
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node without users and, after it, those of its inputs that only it used.
-
-    Only kinds of the vocabulary are erased: they are pure, which ``Graph.eliminate_dead_code`` wrongly
-    assumes of in-place tensor methods as well. A write to a tensor that nothing else reads goes with the tensor.
-    """
+    """Erase a node without effect and, after it, those of its inputs that only it used."""
     pending = [node]
     while pending:
         candidate = pending.pop()
-        if candidate._erased or not _pure(candidate):
+        if candidate._erased or not pure(candidate):
             continue
-        dead = [user for user in candidate.users if not user.users and user.target is operator.getitem]
-        if len(dead) != len(candidate.users):
+        users = dead_users(candidate)
+        if users is None:
             continue
-        inputs = candidate.all_input_nodes
-        for user in dead:
-            graph.erase_node(user)
-        graph.erase_node(candidate)
+        inputs = [source for erased in (*users, candidate) for source in erased.all_input_nodes]
+        for erased in (*users, candidate):
+            graph.erase_node(erased)
         pending.extend(inputs)
-
-
-def _pure(node: fx.Node) -> bool:
-    if node.op == "get_attr" or read(node) is not None:
-        return True
-    call = read_in_place(node)
-    target = None if call is None else call.args.get("input")
-    return isinstance(target, fx.Node) and target.op != "placeholder" and list(target.users) == [node]

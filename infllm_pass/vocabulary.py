@@ -63,6 +63,7 @@ class Kind(Enum):
     POW = auto()
     CAT = auto()
     SIZE = auto()
+    CHECK = auto()
     SCALAR_TENSOR = auto()
     FLEX_ATTENTION = auto()
     MULTI_HEAD_ATTENTION = auto()
@@ -288,6 +289,7 @@ _spell(Kind.TANH, "input", [torch.tanh, F.tanh, "tanh", aten.tanh.default])
 _spell(Kind.SQRT, "input", [torch.sqrt, "sqrt", aten.sqrt.default])
 _spell(Kind.CAT, "tensors dim", [torch.cat, torch.concat, torch.concatenate, aten.cat.default])
 _spell(Kind.SIZE, "input dim", ["size", aten.sym_size.int])
+_spell(Kind.CHECK, "input", [aten._assert_tensor_metadata.default])
 _spell(
     Kind.FLEX_ATTENTION,
     "query key value score_mod block_mask scale kernel_options score_mod_buffers mask_mod_buffers",

@@ -147,7 +147,9 @@ def test_a_padding_mask_becomes_a_key_condition(spelling):
     (condition,) = proof.key_conditions
     (leaf,) = condition.leaves
     assert leaf[2].op == "placeholder"
-    assert torch.equal(key_mask(condition, {leaf[2]: mask}, 3, 21)[:, None, None, :], PADDED[spelling](mask).expand(3, -1, -1, -1))
+    assert torch.equal(
+        key_mask(condition, {leaf[2]: mask}, 3, 21)[:, None, None, :], PADDED[spelling](mask).expand(3, -1, -1, -1)
+    )
 
 
 def test_a_padding_mask_over_queries_is_not_a_key_condition():

@@ -73,6 +73,7 @@ def packed(positions):
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4], [5, 6, 7, 0, 1, 2, 3, 4, 5, 0, 1]])
 
+
 def inverted(hidden):
     """As transformers 4 expands a padding mask, with a causal one added."""
     return hidden.masked_fill(hidden.bool(), MIN) + torch.where(causal(hidden.shape[-1]), 0.0, MIN)
@@ -114,19 +115,24 @@ COMBINED = {
         "causal, padded keys",
     ),
     "two tests of keys": (
-        lambda x: causal(x.shape[1])
-        & ((padding(x) != 0) | (torch.arange(x.shape[1]) < 2))[:, None, None, :]
-        & (x[:, None, None, :, 0] != 1),
+        lambda x: (
+            causal(x.shape[1])
+            & ((padding(x) != 0) | (torch.arange(x.shape[1]) < 2))[:, None, None, :]
+            & (x[:, None, None, :, 0] != 1)
+        ),
         "causal, padded keys",
     ),
     "a padding mask padded to the keys": (
-        lambda x: causal(x.shape[1])
-        & torch.nn.functional.pad(padding(x)[:, 3:].bool(), (3, 0), value=True)[:, None, None, :],
+        lambda x: (
+            causal(x.shape[1]) & torch.nn.functional.pad(padding(x)[:, 3:].bool(), (3, 0), value=True)[:, None, None, :]
+        ),
         "causal, padded keys",
     ),
     "a padding mask behind ones": (
-        lambda x: causal(x.shape[1])
-        & torch.cat([torch.ones_like(padding(x)[:, :4]), padding(x)[:, 4:]], 1).bool()[:, None, None, :],
+        lambda x: (
+            causal(x.shape[1])
+            & torch.cat([torch.ones_like(padding(x)[:, :4]), padding(x)[:, 4:]], 1).bool()[:, None, None, :]
+        ),
         "causal, padded keys",
     ),
     "window": (
@@ -138,8 +144,10 @@ COMBINED = {
         "causal, window 5",
     ),
     "window of numbers": (
-        lambda x: torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
-        + torch.full((x.shape[1], x.shape[1]), float("-inf")).tril(-5),
+        lambda x: (
+            torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+            + torch.full((x.shape[1], x.shape[1]), float("-inf")).tril(-5)
+        ),
         "causal, window 5",
     ),
     "the tighter of two windows": (
@@ -155,10 +163,12 @@ COMBINED = {
         "causal, packed sequences",
     ),
     "sequences, padding and a window": (
-        lambda x: causal(x.shape[1])
-        & same_sequence((x[..., 0] == 0).cumsum(-1))
-        & padding(x).bool()[:, None, None, :]
-        & ~causal(x.shape[1]).tril(-5),
+        lambda x: (
+            causal(x.shape[1])
+            & same_sequence((x[..., 0] == 0).cumsum(-1))
+            & padding(x).bool()[:, None, None, :]
+            & ~causal(x.shape[1]).tril(-5)
+        ),
         "causal, window 5, padded keys, packed sequences",
     ),
 }
@@ -201,8 +211,10 @@ NEAR_MISSES = {
         "it sums data that may be other than 0 and 1",
     ),
     "steps of two": (
-        lambda p: same_sequence((torch.diff(p, prepend=p[:, :1] - 1) == 2).cumsum(-1))
-        & (p[:, None, None, :] <= p[:, None, :, None]),
+        lambda p: (
+            same_sequence((torch.diff(p, prepend=p[:, :1] - 1) == 2).cumsum(-1))
+            & (p[:, None, None, :] <= p[:, None, :, None])
+        ),
         "it is an input of the graph",
     ),
     "sequences of another tensor": (
@@ -214,8 +226,7 @@ NEAR_MISSES = {
         "it numbers sequences",
     ),
     "sequences of neighbours": (
-        lambda p: (packed_ids(p)[:, None, :, None] == packed_ids(p).roll(1, 1)[:, None, None, :])
-        & causal(p.shape[1]),
+        lambda p: (packed_ids(p)[:, None, :, None] == packed_ids(p).roll(1, 1)[:, None, None, :]) & causal(p.shape[1]),
         "no rule for this operator",
     ),
     "sequences of keys alone": (
@@ -237,8 +248,10 @@ NEAR_MISSES = {
     ),
     "a number that is not 0": (lambda p: torch.where(causal(p.shape[1]), 1.0, float("-inf")), "hides nothing"),
     "linear biases": (
-        lambda p: torch.where(causal(p.shape[1]), 0.0, MIN)
-        - (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs().float(),
+        lambda p: (
+            torch.where(causal(p.shape[1]), 0.0, MIN)
+            - (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs().float()
+        ),
         "its numbers are added to the scores",
     ),
     "chunks": (

@@ -57,13 +57,13 @@ REFUSED = {
     "sinks": (sinks, Reason.SINK),
     "dropout": (part(softmax=lambda s: F.dropout(s.softmax(-1), 0.2)), Reason.DROPOUT),
     "weights returned": (returned, Reason.RETURNED_WEIGHTS),
-    "finite fill": (part(mask=lambda s: s.masked_fill(hidden(57), -1e9)), Reason.SOFT_MASK),
+    "finite fill": (part(mask=lambda s: s.masked_fill(hidden(57), -1e4)), Reason.SOFT_MASK),
     "least number of a narrower dtype": (
         part(mask=lambda s: s.masked_fill(hidden(57), torch.finfo(torch.float16).min)),
         Reason.SOFT_MASK,
     ),
     "filled before scaling down": (
-        part(scale=lambda s: s, mask=lambda s: s.masked_fill(hidden(57), torch.finfo(s.dtype).min) / 9),
+        part(scale=lambda s: s, mask=lambda s: s.masked_fill(hidden(57), -1e9) / 9),
         Reason.SOFT_MASK,
     ),
     "filled and negated": (

@@ -125,7 +125,7 @@ class Dropout(nn.Module):
 REFUSED = {
     "no mask": (lambda q, k, v: sdpa(q, k, v), Reason.BIDIRECTIONAL),
     "float mask": (
-        lambda q, k, v: sdpa(q, k, v, torch.zeros(q.shape[2], q.shape[2]).masked_fill(~causal(q.shape[2]), -1e9)),
+        lambda q, k, v: sdpa(q, k, v, torch.zeros(q.shape[2], q.shape[2]).masked_fill(~causal(q.shape[2]), -1e4)),
         Reason.ADDITIVE_BIAS,
     ),
     "strict mask": (lambda q, k, v: sdpa(q, k, v, causal(q.shape[2] + 1)[:-1, 1:]), Reason.PARTIAL_KEYS),

@@ -166,9 +166,7 @@ def compare(
 def _is_data(tensor: SymbolicTensor) -> bool:
     """Whether a tensor holds elements nothing is known of, in a dtype that is not computed with."""
     known = tensor.dtype in (torch.bool, *EXACT_INTEGERS)
-    return not known and all(
-        not as_number(value) and not value.has(Rounded) for value, _ in pairs(tensor.value)
-    )
+    return not known and all(not as_number(value) and not value.has(Rounded) for value, _ in pairs(tensor.value))
 
 
 def _compare_data(

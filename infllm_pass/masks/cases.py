@@ -142,9 +142,7 @@ def rounded_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Basic:
 
 
 @cache
-def computed(
-    operation: Callable[..., torch.Tensor], dtype: torch.dtype, a: sympy.Expr, b: sympy.Expr
-) -> sympy.Expr:
+def computed(operation: Callable[..., torch.Tensor], dtype: torch.dtype, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     """What an operation on two numbers gives in a dtype.
 
     Operands may be rounded to the dtype before the operation or not, as kernels differ in it.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import sympy
@@ -88,10 +87,6 @@ class Interpreter:
         self._values: dict[fx.Node, SymbolicTensor] = {}
         self._outer = {} if outer is None else {outer.facts: outer}
 
-    @cached_property
-    def _hidden(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
-        return vmaps.hidden_axes(self.facts.graph)
-
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
         """The symbolic value of a node, or None if it is not a tensor.
 
@@ -150,11 +145,12 @@ class Interpreter:
     def _name(self, node: fx.Node, why: str) -> tuple[str, Sequence[sympy.Symbol]]:
         """A name for a node's element, and the hidden indices that it may depend on."""
         name = self._name_of(node)
-        hidden = () if node.op in ("placeholder", "get_attr") else (*self._hidden.get(node, ()), *self._seeds.values())
+        under = self.facts.hidden_axes.get(node, ())
+        hidden = () if node.op in ("placeholder", "get_attr") else (*under, *self._seeds.values())
         inputs = (self._name_of(source) for source in node.all_input_nodes if source in self._values)
         causes = (self.unknowns[source] for source in inputs if source in self.unknowns and source not in self.scans)
         cause = next((unknown for unknown in causes if unknown.node.op not in ("placeholder", "get_attr")), None)
-        readable = not hidden and not self._hidden.get(node)
+        readable = not hidden and not self.facts.hidden_axes.get(node)
         self.unknowns[name] = Unknown(self.facts, node, why, readable, cause)
         return name, hidden
 

@@ -138,7 +138,9 @@ class _Reader:
         if excess.is_nonpositive is True:
             setattr(self, name, new)
         elif excess.is_nonnegative is not True:
-            return UnprovenMask(self.mask, f"it has two limits, {old} and {new}, of which neither is always the tighter")
+            return UnprovenMask(
+                self.mask, f"it has two limits, {old} and {new}, of which neither is always the tighter"
+            )
         return None
 
     def _read_condition(self, part: sympy.Basic) -> UnprovenMask | None:
@@ -316,4 +318,3 @@ def readable(part: sympy.Basic) -> str:
     }
     symbols = {symbol: sympy.Symbol(symbol.name.split("@")[0]) for symbol in spelled.free_symbols}
     return str(spelled.xreplace(functions).xreplace(symbols))
-

@@ -85,4 +85,3 @@ def _cumsum(
         raise NotFollowed("it sums data that may be other than 0 and 1")
     condition = truth(lambda a: compare(sympy.Ne, a, ZERO, rounds=False), value)
     return Scan(along, condition)
-

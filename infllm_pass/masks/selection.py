@@ -75,7 +75,9 @@ def held_value(form: ClosedForm, dtype: torch.dtype) -> sympy.Basic:
     for number, value in enumerate(form.values):
         after = sympy.Gt(position, form.ends[number - 1]) if number else sympy.true
         until = sympy.Le(position, form.ends[number]) if number < len(form.ends) else sympy.true
-        runs.append((rounded_to(exact(value if isinstance(value, float) else int(value)), dtype), sympy.And(after, until)))
+        runs.append(
+            (rounded_to(exact(value if isinstance(value, float) else int(value)), dtype), sympy.And(after, until))
+        )
     if dtype == torch.bool:
         return sympy.Or(*(condition for value, condition in runs if value == sympy.true))
     if dtype.is_complex:

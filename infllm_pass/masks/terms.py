@@ -119,4 +119,3 @@ def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic |
     if value.dtype != torch.bool or value.shape:
         return UnprovenMask(term.node, "its mask function does not return one boolean")
     return value.value.xreplace(dict(zip(indices, (BATCH, HEAD, QUERY, KEY), strict=True)))
-

@@ -116,6 +116,13 @@ class GraphFacts:
         return GraphFacts(graph, self._overwritten, bindings, self.held)
 
     @cached_property
+    def hidden_axes(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
+        """For each node inside ``vmap`` calls, the indices that are hidden there."""
+        from infllm_pass.masks.vmaps import hidden_axes  # which imports this module
+
+        return hidden_axes(self.graph)
+
+    @cached_property
     def size_sources(self) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
         """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number."""
         found: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}

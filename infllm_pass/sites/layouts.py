@@ -108,8 +108,7 @@ class Layouts:
         if not isinstance(element, sympy.core.function.AppliedUndef):
             return None
         unknown = interpreter.unknowns.get(element.func.__name__)
-        owner = None if unknown is None else unknown.node
-        if owner is not source:
+        if unknown is None or unknown.node is not source or len(element.args) != self.facts.example(source).dim():
             return None
         return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import sympy
 from torch import fx
 
+from infllm_pass.liveness import live_users
 from infllm_pass.masks.predicate import MaskRole, MaskTerm
+from infllm_pass.masks.terms import hides
 from infllm_pass.masks.values import axis
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.algebra import FEATURE, KEY
@@ -97,7 +99,7 @@ def _follow_weights(layouts: Layouts, softmax: fx.Node) -> _Weights | None:
     stop: _Stop | None = None
     while True:
         current = path[-1]
-        users = [user for user in current.users if not _reads_size(user)]
+        users = [user for user in live_users(current) if not _reads_size(user)]
         onward = [user for user in users if _carries(layouts, user, current)]
         products = [product for user in users if (product := read_product(layouts, user)) is not None]
         if len(users) > 1 and stop is None:
@@ -209,7 +211,7 @@ def _written(layouts: Layouts, node: fx.Node) -> Call | None:
     """An in-place operator on memory that nothing else reads, as what it computes."""
     call = read_in_place(node)
     target = None if call is None else call.args.get("input")
-    if not isinstance(target, fx.Node) or len(target.users) != 1:
+    if not isinstance(target, fx.Node) or len(live_users(target)) != 1:
         return None
     source = read(target)
     fresh = source is not None and source.kind not in LAYOUT_KINDS | {Kind.CAST}
@@ -341,10 +343,9 @@ def _hide(
 ) -> _Scores | _Stop:
     """Scores of which some are set to a number, which hides their keys if it is the least there is."""
     value = read_number(layouts.facts, fill)
-    least = torch.finfo(layouts.facts.example(node).dtype).min
     if value is None:
         return _Stop(node, Reason.PARTIAL_MATCH, True)
-    if not value * factor <= least or factor <= 0.0:
+    if not hides(sympy.sympify(value * factor), layouts.facts.example(node).dtype) or factor <= 0.0:
         return _Stop(node, Reason.SOFT_MASK, True, f", masked scores are set to {value}")
     return _with_term(layouts, found, node, mask, role, index, factor)
 
