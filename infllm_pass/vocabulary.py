@@ -279,7 +279,7 @@ _spell(
 _spell(Kind.SOFTMAX, "input dim _stacklevel dtype", [F.softmax])
 _spell(Kind.SOFTMAX, "input dim half_to_float", [aten._softmax.default])
 _spell(Kind.SOFTMAX, "input dim dtype", [aten._safe_softmax.default])
-_spell(Kind.DROPOUT, "input p training", [F.dropout, torch.dropout, aten.dropout.default])
+_spell(Kind.DROPOUT, "input p training inplace", [F.dropout, torch.dropout, aten.dropout.default])
 _spell(
     Kind.MASKED_FILL,
     "input mask value",
