@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from infllm_pass.graphs import all_graphs
+from infllm_pass.graphs import all_graphs, held_tensors
 from infllm_pass.masks import KeyCondition, MaskPredicate, MaskRole, MaskTerm, prove_terms
 from infllm_pass.masks.emission import Site, build
 from infllm_pass.masks.interpreter import Interpreter
@@ -82,7 +82,7 @@ def captured(function, *inputs, dynamic=None, **kwargs):
 
 def prove_output(module, inputs):
     """The proof of the tensors that a graph returns, taken as masks of one site, and the graph's facts."""
-    facts = all_graphs(module, inputs)[0].facts
+    facts = all_graphs(module, held_tensors(module, inputs))[0].facts
     output = next(node for node in module.graph.nodes if node.op == "output")
     terms = []
     for node in output.args[0]:
