@@ -47,7 +47,9 @@ def check(family, specimen, kind):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("architecture", "implementation", "kind"), FAST, ids=lambda part: getattr(part, "value", part))
+@pytest.mark.parametrize(
+    ("architecture", "implementation", "kind"), FAST, ids=lambda part: getattr(part, "value", part)
+)
 def test_a_transformers_model_is_decided_as_recorded_and_equal(architecture, implementation, kind):
     check("transformers", huggingface.specimen(architecture, implementation), kind)
 

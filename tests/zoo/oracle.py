@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def _select_blocks(*args: Any, **kwargs: Any) -> _Selection:
 
 def _block_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     call = _bind(torch.ops.infllm.block_attention.default, args, kwargs)
-    q, k, v, selection = (call[name] for name in ("q", "k", "v", "blocks"))
+    q, k, selection = (call[name] for name in ("q", "k", "blocks"))
     shift = k.shape[2] - q.shape[2] if call["offset"] is None else call["offset"]
     shifts = [shift] * q.shape[0]
     if call.get("offsets") is not None:
@@ -81,7 +82,7 @@ def _segments(row: int, length: int, bounds: Tensor | None) -> list[slice]:
         return [slice(0, length)]
     inside = {int(bound) - row * length for bound in bounds}
     edges = sorted({0, length} | {edge for edge in inside if 0 < edge < length})
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def _attend(

@@ -108,9 +108,7 @@ def _fields(config: PreTrainedConfig, exceptions: Mapping[str, Any]) -> dict[str
             fields[name] = _SIZES[name]
         elif name in _ZERO and value:
             fields[name] = 0 if isinstance(value, int) else 0.0
-        elif name.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY:
-            fields[name] = VOCABULARY - 1
-        elif name == "eos_token_id" and isinstance(value, list):
+        elif name.endswith("token_id") and _outside(value):
             fields[name] = VOCABULARY - 1
         elif name == "is_decoder":
             fields[name] = True
@@ -118,6 +116,12 @@ def _fields(config: PreTrainedConfig, exceptions: Mapping[str, Any]) -> dict[str
     if given.get("kv_lora_rank") is not None:
         fields["num_key_value_heads"] = _HEADS
     return fields | {name: value for name, value in exceptions.items() if name != "default" and name not in nested}
+
+
+def _outside(token: Any) -> bool:
+    """Whether a token, or one of several, is not in the small vocabulary."""
+    tokens = token if isinstance(token, list) else [token]
+    return any(isinstance(one, int) and one >= VOCABULARY for one in tokens)
 
 
 def _per_layer(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _share(finding: Finding | None) -> str:
         return "-"
     if finding.unusable:
         return "n/a"
-    return finding.error and "error" or f"{finding.switchable}/{finding.calls}"
+    return "error" if finding.error else f"{finding.switchable}/{finding.calls}"
 
 
 def _bound(kinds: dict[str, Finding]) -> str:

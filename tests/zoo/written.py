@@ -18,7 +18,7 @@ _DIM = _WIDTH // _HEADS
 
 
 class _FusedProjections(nn.Module):
-    """nanoGPT's attention: one projection for q, k and v; fused, or by hand with a buffer of ones below the diagonal."""
+    """nanoGPT's attention: one projection for q, k and v; fused, or by hand with a triangle of ones."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
