@@ -90,6 +90,8 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
+        if plan.windowed and self._is_left_to_untuned_kernels(plan, site):
+            return Outcome()
         try:
             result, outcome = self._compute(plan, site, branch)
         except Exception:
@@ -100,6 +102,12 @@ class Rewriter:
         site.node.replace_all_uses_with(result)
         _erase_unused(self.graph, site.node)
         return outcome
+
+    def _is_left_to_untuned_kernels(self, plan: SitePlan, site: AttentionSite) -> bool:
+        """Whether a site on a GPU would be computed by operators tuned for the CPU, slower than with its mask."""
+        examples = site.query.example, site.value_heads.example
+        refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
+        return refusal is not None and examples[0].device.type != "cpu"
 
     def _compute(self, plan: SitePlan, site: AttentionSite, branch: Branch) -> tuple[fx.Node, Outcome]:
         """Emit what replaces a site, in its layout and dtype."""
