@@ -44,8 +44,10 @@ def build(layers: int, implementation: str) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def compile_seconds(model: nn.Module, dynamic: bool, rewrite: Callable[[fx.GraphModule], object]) -> tuple[float, float]:
-    """Seconds until the first result of a compiled model, and those of them that a rewriting of its graphs takes."""
+def compile_seconds(
+    model: nn.Module, dynamic: bool, rewrite: Callable[[fx.GraphModule], object]
+) -> tuple[float, float]:
+    """Processor seconds until the first result of a compiled model, and those that a rewriting of its graphs takes."""
     spent = 0.0
 
     def backend(module: fx.GraphModule, _example_inputs: list[Any]) -> Callable[..., Any]:

@@ -90,6 +90,8 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
+        if plan.windowed and self._is_left_to_untuned_kernels(plan, site):
+            return Outcome()
         try:
             result, outcome = self._compute(plan, site, branch)
         except Exception:
@@ -101,6 +103,12 @@ class Rewriter:
         _erase_unused(self.graph, site.node)
         return outcome
 
+    def _is_left_to_untuned_kernels(self, plan: SitePlan, site: AttentionSite) -> bool:
+        """Whether a site on a GPU would be computed by operators tuned for the CPU, slower than with its mask."""
+        examples = site.query.example, site.value_heads.example
+        refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
+        return refusal is not None and examples[0].device.type != "cpu"
+
     def _compute(self, plan: SitePlan, site: AttentionSite, branch: Branch) -> tuple[fx.Node, Outcome]:
         """Emit what replaces a site, in its layout and dtype."""
         outcome = Outcome(mask_elided=True)
@@ -109,13 +117,13 @@ class Rewriter:
                 result = self._causal(plan, site)
             else:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
-                examples = [example_of(node) for node in (q, v)]
-                refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
+                example = example_of(q)
+                refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
                 if refusal is None:
                     outcome = Outcome(True, Kernels.TRITON)
                     attend = self._tiled_attention
                 else:
-                    outcome = Outcome(True, Kernels.TORCH, refusal if examples[0].device.type != "cpu" else "")
+                    outcome = Outcome(True, Kernels.TORCH, refusal if example.device.type != "cpu" else "")
                     attend = self._block_attention
                 result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
             result = self._emitter.layout(site.node, result, site.output_steps)

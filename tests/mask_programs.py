@@ -216,7 +216,9 @@ class Program:
 
     def triangle(self) -> fx.Node:
         dtype = self.random.choice((torch.bool, torch.float32, torch.int64, torch.uint8))
-        name, diagonal = self.random.choice((("tril", 0), ("tril", 0), ("tril", -1), ("tril", 1), ("triu", 1), ("triu", 0)))
+        name, diagonal = self.random.choice(
+            (("tril", 0), ("tril", 0), ("tril", -1), ("tril", 1), ("triu", 1), ("triu", 0))
+        )
         value = self.emit(name, self.square(dtype), diagonal)
         return value if dtype == torch.bool else self.as_bool(value)
 
@@ -324,9 +326,7 @@ class Program:
             (3, lambda: self.emit(torch.where, self.conjunction(), 0.0, hide)),
             (2, lambda: self.filled(hide)),
             lambda: self.emit(operator.mul, self.emit("float", self.emit(operator.invert, self.conjunction())), hide),
-            lambda: self.emit(
-                operator.mul, self.emit(operator.sub, 1.0, self.emit("float", self.conjunction())), hide
-            ),
+            lambda: self.emit(operator.mul, self.emit(operator.sub, 1.0, self.emit("float", self.conjunction())), hide),
             lambda: self.emit("triu", self.emit(torch.full, (self.length, self.length), float("-inf")), 1),
             lambda: self.emit(
                 operator.getitem, self.nodes["upper"], (slice(None, self.length), slice(None, self.length))
@@ -411,7 +411,9 @@ def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> Non
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorded.__getitem__)
         try:
             method = node.op == "call_method"
-            recorded[node] = getattr(args[0], node.target)(*args[1:], **kwargs) if method else node.target(*args, **kwargs)
+            recorded[node] = (
+                getattr(args[0], node.target)(*args[1:], **kwargs) if method else node.target(*args, **kwargs)
+            )
         except IndexError:  # the program does not run for this length
             return
     visible = torch.ones(BATCH, 1, length, length, dtype=torch.bool)

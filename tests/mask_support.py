@@ -35,7 +35,7 @@ def mask_of(proof: MaskPredicate, tensors, shape, sizes=None) -> torch.Tensor:
     batch, length_q, length_k = shape
     query, key = torch.arange(length_q)[:, None], torch.arange(length_k)[None, :]
     mask = torch.ones(batch, 1, length_q, length_k, dtype=torch.bool)
-    values = {symbol: value for symbol, value in (sizes or {}).items()}
+    values = dict(sizes or {})
 
     def number(expr):
         return int(sympy.sympify(expr).xreplace(values))
@@ -109,3 +109,10 @@ def check_proof(proof, module, inputs) -> None:
     batch, _, length_q, length_k = visible.shape
     expected = mask_of(proof, recorder.values, (batch, length_q, length_k), sizes)
     assert torch.equal(visible, expected.expand_as(visible)), proof
+
+
+def node_values(module, inputs) -> dict:
+    """What every node of a graph holds for real inputs."""
+    recorder = _Recorder(module)
+    recorder.run(*inputs)
+    return recorder.values

@@ -172,7 +172,7 @@ def decided_by_dynamo(model, x, dynamic):
 
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
-        torch._dynamo.mark_dynamic(x, 1, min=2, max=128)
+        torch._dynamo.mark_dynamic(x, 1, min=2, max=100)
     torch.compile(model, backend=backend, fullgraph=True)(x)
     (report,) = reports
     return report
@@ -180,7 +180,7 @@ def decided_by_dynamo(model, x, dynamic):
 
 def exported(model, x, dynamic):
     dim = torch.export.Dim
-    shapes = ({0: dim("batch", min=2), 1: dim("length", min=2, max=128)},) if dynamic else None
+    shapes = ({0: dim("batch", min=2), 1: dim("length", min=2, max=100)},) if dynamic else None
     return torch.export.export(model, (x,), dynamic_shapes=shapes)
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from infllm_pass.masks import MaskPredicate, UnprovenMask
+from infllm_pass.graphs import all_graphs
+from infllm_pass.masks import MaskPredicate, UnprovenMask, prove_terms
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.sites import find_sites
 
-from .mask_support import captured, check_proof, prove_output
+from .mask_support import captured, check_proof, mask_of, node_values, prove_output
 
 LENGTH = 19
 MIN = torch.finfo(torch.float32).min
@@ -377,3 +380,69 @@ def test_other_tensors_are_not_read_by_value(form):
     proof, _ = prove_output(module, inputs)
     assert isinstance(proof, UnprovenMask)
     assert words in proof.why
+
+
+def expanded_mask(x, function):
+    """As transformers builds masks of custom functions: ``vmap`` over batch, head, query and key."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        function = torch.vmap(function, in_dims=dims, out_dims=0)
+    indices = [torch.arange(n) for n in (x.shape[0], 1, x.shape[1], x.shape[1])]
+    with TransformGetItemToIndex():
+        return function(*indices)
+
+
+EXPANDED = {
+    "causal": (lambda x: lambda b, h, q, k: k <= q, "causal"),
+    "window": (lambda x: lambda b, h, q, k: (k <= q) & (k > q - 5), "causal, window 5"),
+    "padding": (
+        lambda x: (lambda valid: lambda b, h, q, k: (k <= q) & valid[b, k])(x[..., 0] != 0),
+        "causal, padded keys",
+    ),
+    "sequences": (
+        lambda x: (lambda ids: lambda b, h, q, k: (k <= q) & (ids[b, q] == ids[b, k]))((x[..., 0] == 0).cumsum(-1)),
+        "causal, packed sequences",
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", EXPANDED)
+def test_mask_functions_expanded_by_vmap_are_followed(form, dynamic):
+    build, expected = EXPANDED[form]
+    x = torch.randint(0, 2, (2, LENGTH, 4)).float()
+    module, inputs = captured(lambda x: expanded_mask(x, build(x)), x, dynamic=dynamic)
+    proof, _ = prove_output(module, inputs)
+    assert str(proof) == expected, proof
+    if dynamic is False:
+        visible = expanded_mask(x, build(x)).expand(2, 1, LENGTH, LENGTH)
+        assert torch.equal(visible, mask_of(proof, node_values(module, inputs), (2, LENGTH, LENGTH)))
+
+
+def test_what_is_unknown_inside_vmap_depends_on_every_index():
+    """`roll` is not followed: its element may be another one for each query and key."""
+    build = lambda b, h, q, k: (k <= q) & (torch.stack([k, q]).roll(1)[0] > 3)  # noqa: E731
+    module, inputs = captured(lambda x: expanded_mask(x, build), torch.randn(2, LENGTH, 4))
+    proof, _ = prove_output(module, inputs)
+    assert isinstance(proof, UnprovenMask), proof
+
+
+def test_a_mask_function_of_flex_attention_is_read_with_its_indices_and_tensors():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def attend(q, valid):
+        ids = valid.logical_not().cumsum(-1)
+
+        def visible(b, h, i, j):
+            return (j <= i) & (j > i - 7) & valid[b, j] & (ids[b, i] == ids[b, j])
+
+        block_mask = create_block_mask(visible, 2, None, q.shape[2], q.shape[2], device="cpu")
+        return flex_attention(q, q, q, block_mask=block_mask)
+
+    valid = torch.ones(2, 128, dtype=torch.bool)
+    module, _ = captured(attend, torch.randn(2, 1, 128, 16), valid)
+    facts = all_graphs(module)[0].facts
+    (site,) = find_sites(facts)
+    proof = prove_terms(Interpreter(facts), site.masks)
+    assert str(proof) == "causal, window 7, padded keys, packed sequences", proof

@@ -112,7 +112,9 @@ def packed_oracle(config, lengths):
 @pytest.mark.parametrize("config", [COVERING, ALWAYS_SPARSE, SMALL], ids=["covering", "sparse", "switched by sequence"])
 def test_packed_sequences_equal_the_oracle_of_each_sequence(config, dynamic, monkeypatch):
     """Also through a training step; in the last configuration one sequence of four is long enough to be sparse."""
-    config = SparseAttentionConfig.from_dict({**config.to_dict(), "dense_len": 48 if config is SMALL else config.dense_len})
+    config = SparseAttentionConfig.from_dict(
+        {**config.to_dict(), "dense_len": 48 if config is SMALL else config.dense_len}
+    )
     plain = llama()
     ids = tokens(sum(SEGMENTS))
     positions = packed_positions()

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import sympy
 import torch
@@ -16,7 +17,7 @@ from infllm_pass.masks.values import NotFollowed
 _MOST_CASES = 12
 
 
-class Cases(sympy.Basic):
+class Cases(sympy.Basic):  # type: ignore[misc]
     """``Cases(v1, c1, v2, c2, …)``: the value whose condition holds; exactly one does, whatever the index."""
 
 
@@ -142,7 +143,7 @@ def rounded_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Basic:
 
 
 @cache
-def computed(operation: Callable[..., torch.Tensor], dtype: torch.dtype, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+def computed(operation: Callable[..., Any], dtype: torch.dtype, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     """What an operation on two numbers gives in a dtype.
 
     Operands may be rounded to the dtype before the operation or not, as kernels differ in it.

@@ -62,7 +62,8 @@ def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPred
     key = tuple(values)
     if key not in interpreter.proofs:
         interpreter.proofs[key] = _Reader(interpreter, terms[0].node).read(sympy.And(*values))
-    return interpreter.proofs[key]
+    proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
+    return proof
 
 
 @dataclass

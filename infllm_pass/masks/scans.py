@@ -58,9 +58,9 @@ def _diff(
     at_start = values.value.xreplace({axis(along): ZERO})
     inner = combine(lambda a, b: sympy.expand(a - b), values.value, previous)
     outer = combine(lambda a, b: sympy.expand(a - b), at_start, head)
-    if not isinstance(inner, Cases) and not isinstance(outer, Cases):
-        if same(inner.xreplace({axis(along): ZERO}), outer):
-            return inner
+    plain = not isinstance(inner, Cases) and not isinstance(outer, Cases)
+    if plain and same(inner.xreplace({axis(along): ZERO}), outer):
+        return inner
     start = sympy.Eq(axis(along), 0)
     return choose(
         [

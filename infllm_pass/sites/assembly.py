@@ -142,7 +142,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
 
 def _computed_in(layouts: Layouts, reads: Reads, chains: Sequence[Sequence[Reading]]) -> torch.dtype:
     """The dtype that the attention's precision comes to: the tensors' own, or what autocast makes of them."""
-    found = layouts.facts.example(reads.node).dtype
+    found: torch.dtype = layouts.facts.example(reads.node).dtype
     for chain, product in zip(chains, (reads.dtypes[0], reads.dtypes[0], reads.dtypes[1]), strict=True):
         own = [layouts.facts.example(reading.node).dtype for reading in (chain[0], chain[-1])]
         narrowest = min((*own, product), key=lambda dtype: dtype.itemsize)
