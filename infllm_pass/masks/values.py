@@ -156,7 +156,8 @@ def storage(node: fx.Node) -> int | None:
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)  # a tensor under vmap has no memory of its own
-    return value.untyped_storage()._cdata
+    cell: int = value.untyped_storage()._cdata
+    return cell
 
 
 def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:
