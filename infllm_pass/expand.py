@@ -79,7 +79,7 @@ def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
     except Exception:
         return None
     results: Any = next(node.args[0] for node in traced.graph.nodes if node.op == "output")
-    asked = [results[held.args[1]] for held in call.users]  # type: ignore[index]
+    asked = [results[held.args[1]] for held in call.users]
     if None in asked or any(node.op == "get_attr" for node in traced.graph.nodes):
         return None
     copies: dict[fx.Node, fx.Node] = {}
@@ -90,7 +90,7 @@ def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
             elif node.op != "output":
                 copies[node] = _copy(graph, call, node, copies)
     made = tuple(copy for node, copy in copies.items() if node.op != "placeholder")
-    pairs = tuple((held, copies[results[held.args[1]]]) for held in call.users)  # type: ignore[index]
+    pairs = tuple((held, copies[results[held.args[1]]]) for held in call.users)
     for held, result in pairs:
         held.replace_all_uses_with(result)
     return Expansion(graph, call, made, pairs)

@@ -47,7 +47,7 @@ def pure(node: fx.Node) -> bool:
         return False
     call = read(node)
     if call is not None:
-        return call.kind is not Kind.DROPOUT or call.args.get("training", True) is False
+        return call.kind is not Kind.DROPOUT or call.args.get("training", True) is False or call.args.get("p") == 0
     overload = node.target
     if isinstance(overload, torch._ops.OpOverload) and overload.namespace == "aten":
         seeded = torch.Tag.nondeterministic_seeded in overload.tags

@@ -117,13 +117,13 @@ class Rewriter:
                 result = self._causal(plan, site)
             else:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
-                examples = [example_of(node) for node in (q, v)]
-                refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
+                example = example_of(q)
+                refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
                 if refusal is None:
                     outcome = Outcome(True, Kernels.TRITON)
                     attend = self._tiled_attention
                 else:
-                    outcome = Outcome(True, Kernels.TORCH, refusal if examples[0].device.type != "cpu" else "")
+                    outcome = Outcome(True, Kernels.TORCH, refusal if example.device.type != "cpu" else "")
                     attend = self._block_attention
                 result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
             result = self._emitter.layout(site.node, result, site.output_steps)

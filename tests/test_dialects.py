@@ -171,7 +171,8 @@ def decided_by_dynamo(model, x, dynamic):
         return module.forward
 
     if dynamic:
-        torch._dynamo.mark_dynamic(x, [0, 1])
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 1, min=2, max=100)
     torch.compile(model, backend=backend, fullgraph=True)(x)
     (report,) = reports
     return report
@@ -179,7 +180,7 @@ def decided_by_dynamo(model, x, dynamic):
 
 def exported(model, x, dynamic):
     dim = torch.export.Dim
-    shapes = ({0: dim("batch", min=2), 1: dim("length", min=2)},) if dynamic else None
+    shapes = ({0: dim("batch", min=2), 1: dim("length", min=2, max=100)},) if dynamic else None
     return torch.export.export(model, (x,), dynamic_shapes=shapes)
 
 
@@ -190,8 +191,6 @@ def test_both_dialects_lead_to_the_same_decisions_and_numbers(name, dynamic):
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     x = inputs_of(model)
-    if dynamic and name == "nanoGPT":
-        pytest.skip("the buffer's length bounds the input's")
     program = exported(model, x, dynamic)
     found = run_on_export(program.graph_module, ALWAYS)
     assert found.sites
@@ -200,4 +199,5 @@ def test_both_dialects_lead_to_the_same_decisions_and_numbers(name, dynamic):
     switchable = [row for row in found.sites if row.decision == "switchable"]
     assert str(program.graph).count("infllm.block_attention") == len(switchable)
     assert all("val" in node.meta for node in program.graph.nodes if "infllm" in str(node.target))
-    assert relative_error(program.module()(x), model(x)) < 1e-9
+    rounding = 1e-6 if name == "Llama, eager" else 1e-9  # its softmax is in float32
+    assert relative_error(program.module()(x), model(x)) < rounding

@@ -108,22 +108,15 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
         for start, scaled in ((reads.query, scalable), (reads.key, scalable), (reads.value, False))
     ]
     plan = _plan(layouts, reads, *chains)
-    query = _choose(layouts, plan, chains[0], QUERY, FEATURE)
-    keys = _choose(layouts, plan, chains[1], KEY, FEATURE)
-    values = _choose(layouts, plan, chains[2], KEY, VALUE_FEATURE)
-    if query is None or keys is None or values is None or query.heads != plan.extents[HEAD]:
+    query = _fewest_heads(_choices(layouts, plan, chains[0], QUERY, FEATURE))
+    key_choices = _choices(layouts, plan, chains[1], KEY, FEATURE)
+    value_choices = _choices(layouts, plan, chains[2], KEY, VALUE_FEATURE)
+    keys, values = _of_equal_heads(key_choices, value_choices, plan.extents[HEAD])
+    if query is None or query.heads != plan.extents[HEAD]:
         raise LayoutError
-    if keys.heads != values.heads:
-        keys, values = (
-            _choose(layouts, plan, chain, KEY, feature, heads=max(keys.heads, values.heads, key=str))
-            or _choose(layouts, plan, chain, KEY, feature, heads=plan.extents[HEAD])
-            for chain, feature in ((chains[1], FEATURE), (chains[2], VALUE_FEATURE))
-        )
-        if keys is None or values is None or keys.heads != values.heads:
-            raise LayoutError
     full = [
-        _choose(layouts, plan, chain, KEY, feature, heads=plan.extents[HEAD]) or found
-        for chain, feature, found in ((chains[1], FEATURE, keys), (chains[2], VALUE_FEATURE, values))
+        _with_heads(choices, plan.extents[HEAD]) or found
+        for choices, found in ((key_choices, keys), (value_choices, values))
     ]
     if full[0].reading.factor != keys.reading.factor:
         full = [keys, values]
@@ -147,7 +140,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
 
 def _computed_in(layouts: Layouts, reads: Reads, chains: Sequence[Sequence[Reading]]) -> torch.dtype:
     """The dtype that the attention's precision comes to: the tensors' own, or what autocast makes of them."""
-    found = layouts.facts.example(reads.node).dtype
+    found: torch.dtype = layouts.facts.example(reads.node).dtype
     for chain, product in zip(chains, (reads.dtypes[0], reads.dtypes[0], reads.dtypes[1]), strict=True):
         own = [layouts.facts.example(reading.node).dtype for reading in (chain[0], chain[-1])]
         narrowest = min((*own, product), key=lambda dtype: dtype.itemsize)
@@ -254,32 +247,44 @@ class _Choice:
     heads: sympy.Expr
 
 
-def _choose(
-    layouts: Layouts,
-    plan: _Plan,
-    chain: Sequence[Reading],
-    length: sympy.Symbol,
-    feature: sympy.Symbol,
-    heads: sympy.Expr | None = None,
-) -> _Choice | None:
-    """The reading with the fewest heads (or with `heads`), then the fewest operations, then nearest to the product."""
+def _choices(
+    layouts: Layouts, plan: _Plan, chain: Sequence[Reading], length: sympy.Symbol, feature: sympy.Symbol
+) -> list[_Choice]:
+    """Every reading of a tensor that layout operators can bring to ``[B, H, L, D]``, nearest to the product first."""
     extents = dict(plan.extents)
     for part, extent in zip(chain[0].index, layouts.shape(chain[0].node), strict=True):
         symbol = simplify(part.xreplace(plan.meaning), plan.extents)
         if symbol in extents:
             extents[symbol] = extent  # Dynamo may give sizes that a call forces to be equal symbols of their own
     plan = _Plan(plan.meaning, extents)
-    found = [choice for reading in chain if (choice := _bring(layouts, plan, reading, length, feature)) is not None]
-    if heads is not None:
-        found = [choice for choice in found if choice.heads == heads]
-    if not found:
+    return [choice for reading in chain if (choice := _bring(layouts, plan, reading, length, feature)) is not None]
+
+
+def _of_equal_heads(keys: Sequence[_Choice], values: Sequence[_Choice], heads: sympy.Expr) -> tuple[_Choice, _Choice]:
+    """Keys and values with the fewest heads that both can have."""
+    found = _fewest_heads(keys), _fewest_heads(values)
+    counts = [choice.heads for choice in found if choice is not None]
+    for count in (*counts, heads):
+        pair = _with_heads(keys, count), _with_heads(values, count)
+        if pair[0] is not None and pair[1] is not None:
+            return pair[0], pair[1]
+    raise LayoutError
+
+
+def _fewest_heads(choices: Sequence[_Choice]) -> _Choice | None:
+    """The choice with the fewest heads, then the fewest operations, then nearest to the product."""
+    if not choices:
         return None
-    fewest = found[0].heads
-    for choice in found:
+    fewest = choices[0].heads
+    for choice in choices:
         if bool((fewest / choice.heads).is_integer):
             fewest = choice.heads
-    found = [choice for choice in found if choice.heads == fewest]
-    return min(found, key=lambda choice: len(choice.steps))
+    return _with_heads(choices, fewest)
+
+
+def _with_heads(choices: Sequence[_Choice], heads: sympy.Expr) -> _Choice | None:
+    """The choice with so many heads that takes the fewest operations, then nearest to the product."""
+    return min((choice for choice in choices if choice.heads == heads), key=lambda c: len(c.steps), default=None)
 
 
 def _bring(

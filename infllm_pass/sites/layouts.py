@@ -56,6 +56,7 @@ class Layouts:
         self.facts = facts
         self._plain = GraphFacts(facts.graph, frozenset(), facts.bindings)
         self._positions = {node: number for number, node in enumerate(facts.graph.nodes)}
+        self._steps: dict[Any, Index | None] = {}
         self._writes: list[tuple[int, int | None]] = [
             (number, storage(target)) for node, number in self._positions.items() for target in written_arguments(node)
         ]
@@ -95,6 +96,27 @@ class Layouts:
             return None
         if self.facts.example(source).dim() == 0:
             return ()
+        key = self._signature(node, source)
+        if key not in self._steps:
+            self._steps[key] = self._evaluate_step(node, source)
+        moved = self._steps[key]
+        place = {axis(dim): expr for dim, expr in enumerate(index)}
+        return None if moved is None else tuple(part.xreplace(place) for part in moved)
+
+    def _signature(self, node: fx.Node, source: fx.Node) -> Any:
+        """All that a layout operator's index map depends on, equal for the layers of a model."""
+
+        def described(argument: fx.Node) -> Any:
+            example = self.facts.example(argument)
+            if isinstance(example, torch.Tensor):
+                return ("source",) if argument is source else argument
+            return size(example) if isinstance(example, (int, torch.SymInt)) else argument
+
+        arguments = fx.map_arg((node.args, node.kwargs), described)
+        return node.target, repr(arguments), self.shape(source), self.shape(node)
+
+    def _evaluate_step(self, node: fx.Node, source: fx.Node) -> Index | None:
+        """The place in `source` of each element of `node`, in terms of ``axis(d)`` of `node`."""
         interpreter = Interpreter(self._plain, leaves=frozenset([source]))
         value = interpreter.evaluate(node)
         element: Any = None if value is None else value.value
@@ -105,7 +127,7 @@ class Layouts:
         unknown = interpreter.unknowns.get(element.func.__name__)
         if unknown is None or unknown.node is not source or len(element.args) != self.facts.example(source).dim():
             return None
-        return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
+        return element.args  # type: ignore[no-any-return]
 
     def readings(self, node: fx.Node, index: Index, *, scaled: bool) -> Iterator[Reading]:
         """The node itself, and what it views, copies, repeats, widens or (if `scaled`) scales, nearest first."""

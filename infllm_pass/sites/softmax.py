@@ -364,7 +364,7 @@ def _reads(layouts: Layouts, weights: _Weights, scores: _Scores) -> Reads | None
         value=Reading(product.operands[1 - weights.side], value),
         terms=scores.terms,
         scale=scores.factor,
-        dtypes=tuple(layouts.facts.example(node).dtype for node in (scores.product.node, product.node)),  # type: ignore[arg-type]
+        dtypes=(layouts.facts.example(scores.product.node).dtype, layouts.facts.example(product.node).dtype),
         last=product.node,
         dropout_p=weights.dropout_p,
     )
