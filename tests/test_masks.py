@@ -13,6 +13,7 @@ from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
 
 from .conftest import capture, llama, tokens
+from .mask_support import key_mask
 
 
 def proof_of(function, *inputs, dynamic=None):
@@ -24,7 +25,9 @@ def proof_of(function, *inputs, dynamic=None):
 
 
 def offset_is(proof, offset) -> bool:
-    return isinstance(proof, MaskPredicate) and same(proof.causal_offset, size(offset))
+    """Whether a mask is causal with an offset, and has neither a window nor packed sequences."""
+    narrower = proof.window is not None or proof.segments is not None if isinstance(proof, MaskPredicate) else True
+    return not narrower and same(proof.causal_offset, size(offset))
 
 
 def positions(x):
@@ -139,15 +142,14 @@ def test_a_padding_mask_becomes_a_key_condition(spelling):
         return (k[None, :] <= q[:, None]) & PADDED[spelling](m)
 
     mask = torch.randint(0, 2, (3, 21))
-    proof, node = proof_of(build, mask)
-    if spelling == "first row of the mask":
-        assert isinstance(proof, UnprovenMask) or proof.key_conditions[0].source is not node
-        return
+    proof, _ = proof_of(build, mask)
     assert offset_is(proof, 0), proof
     (condition,) = proof.key_conditions
-    assert condition.source.op == "placeholder"
-    relation = getattr(torch, condition.relation)
-    assert torch.equal(relation(mask, condition.constant)[:, None, None, :], PADDED[spelling](mask))
+    (leaf,) = condition.leaves
+    assert leaf[2].op == "placeholder"
+    assert torch.equal(
+        key_mask(condition, {leaf[2]: mask}, 3, 21)[:, None, None, :], PADDED[spelling](mask).expand(3, -1, -1, -1)
+    )
 
 
 def test_a_padding_mask_over_queries_is_not_a_key_condition():
@@ -181,13 +183,14 @@ def test_the_mask_of_transformers_is_proved_with_and_without_padding():
         assert len(proof.key_conditions) == len(inputs)
 
 
-def test_packed_position_ids_are_not_proved_yet():
-    """Segments restart positions: the mask is not causal over the whole length."""
-    module = capture(llama(), tokens(21), use_cache=False, position_ids=torch.arange(21)[None] % 9)
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_packed_position_ids_of_transformers_are_sequences(dynamic):
+    module = capture(llama(), tokens(21), use_cache=False, position_ids=torch.arange(21)[None] % 9, dynamic=dynamic)
     facts = all_graphs(module)[0].facts
     attention = next(n for n in module.graph.nodes if "scaled_dot_product" in str(n.target))
     proof = prove_mask(Interpreter(facts), attention.kwargs["attn_mask"])
-    assert isinstance(proof, UnprovenMask)
+    assert str(proof) == "causal, packed sequences", proof
+    assert proof.segments.node.meta["example_value"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8])
