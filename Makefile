@@ -6,11 +6,12 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help install demo test test-gpu lint bench bench-gpu lock clean
+.PHONY: help install demo test test-gpu zoo lint bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
 	@echo "make test   the test suite"
+	@echo "make zoo    every causal architecture through the pass: docs/zoo.md and the record that tests compare with"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, results in benchmarks/results/"
 	@echo "make bench-gpu  the benchmarks that need a CUDA device"
@@ -35,6 +36,10 @@ test: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+zoo: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-zoo.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo --workers $(WORKERS)
 
 lint: install
 	$(BIN)/ruff check .

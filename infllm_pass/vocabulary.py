@@ -41,6 +41,7 @@ class Kind(Enum):
     WHERE = auto()
     CAST = auto()
     IDENTITY = auto()
+    DETACH = auto()
     GETITEM = auto()
     UNSQUEEZE = auto()
     EXPAND = auto()
@@ -222,10 +223,11 @@ _spell(
     Kind.IDENTITY,
     "input",
     [
-        *("contiguous", "clone", "detach", "cpu", "cuda", torch.clone, torch.detach, aten.contiguous.default),
-        *(aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default),
+        *("contiguous", "clone", "cpu", "cuda", torch.clone, aten.contiguous.default),
+        *(aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default),
     ],
 )
+_spell(Kind.DETACH, "input", ["detach", torch.detach, aten.detach.default])
 _spell(Kind.GETITEM, "input index", [operator.getitem, "__getitem__"])
 _spell(Kind.GETITEM, "input dim index", [torch.select, "select", aten.select.int], _as_index)
 _spell(Kind.GETITEM, "input dim start end step", [aten.slice.Tensor], _as_index)
@@ -277,7 +279,7 @@ _spell(
 _spell(Kind.SOFTMAX, "input dim _stacklevel dtype", [F.softmax])
 _spell(Kind.SOFTMAX, "input dim half_to_float", [aten._softmax.default])
 _spell(Kind.SOFTMAX, "input dim dtype", [aten._safe_softmax.default])
-_spell(Kind.DROPOUT, "input p training", [F.dropout, torch.dropout, aten.dropout.default])
+_spell(Kind.DROPOUT, "input p training inplace", [F.dropout, torch.dropout, aten.dropout.default])
 _spell(
     Kind.MASKED_FILL,
     "input mask value",

@@ -45,7 +45,8 @@ class Reads:
         dtypes: dtypes that the two products are computed in.
         is_causal: causal flag of a fused call.
         dropout_p: dropout probability.
-        last: the node at which the tensors are read for the last time.
+        first: the node at which the tensors are read for the first time.
+        last: the node at which they are read for the last time.
     """
 
     node: fx.Node
@@ -55,6 +56,7 @@ class Reads:
     terms: tuple[MaskTerm, ...]
     scale: Any
     dtypes: tuple[torch.dtype, torch.dtype]
+    first: fx.Node
     last: fx.Node
     is_causal: Any = False
     dropout_p: Any = 0.0
@@ -96,14 +98,14 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
         Overwrite: one of its tensors is overwritten while it runs.
     """
     for reading in (reads.query, reads.key, reads.value):
-        if not layouts.stable(reading.node, reads.last):
+        if not layouts.stable(reading.node, reads.first, reads.last):
             raise Overwrite(reading.node)
     scalable = isinstance(reads.scale, float)
     chains = [
         [
             reading
-            for reading in layouts.readings(start.node, start.index, scaled=scaled)
-            if layouts.stable(reading.node, reads.last)
+            for reading, reader in layouts.readings(start.node, start.index, scaled=scaled)
+            if layouts.stable(reading.node, reader or reads.first, reads.last)
         ]
         for start, scaled in ((reads.query, scalable), (reads.key, scalable), (reads.value, False))
     ]
@@ -254,7 +256,7 @@ def _choices(
     extents = dict(plan.extents)
     for part, extent in zip(chain[0].index, layouts.shape(chain[0].node), strict=True):
         symbol = simplify(part.xreplace(plan.meaning), plan.extents)
-        if symbol in extents:
+        if length is KEY and symbol in extents:
             extents[symbol] = extent  # Dynamo may give sizes that a call forces to be equal symbols of their own
     plan = _Plan(plan.meaning, extents)
     return [choice for reading in chain if (choice := _bring(layouts, plan, reading, length, feature)) is not None]

@@ -95,6 +95,7 @@ def fused_reads(
         terms=tuple(term for term in terms if term is not None),
         scale=float(scale) if isinstance(scale, (int, float)) else scale,
         dtypes=(dtype, dtype),
+        first=node,
         last=node,
         is_causal=args.get("is_causal", False),
         dropout_p=args.get("dropout_p", 0.0),

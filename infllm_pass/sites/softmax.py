@@ -50,6 +50,13 @@ def read_handwritten(layouts: Layouts, node: fx.Node) -> AttentionSite | Partial
     reached = "scores, softmax and product with values found"
     if weights.stop is not None:
         return PartialSite(node, weights.stop.reason, weights.stop.node, reached)
+    path, end = (*scores.path, *weights.path), weights.product.node
+    overwritten = layouts.disturbed(path, end)
+    if overwritten is not None:
+        return PartialSite(node, Reason.OVERWRITTEN, overwritten, reached)
+    detached = next((part for part in path if layouts.gradients(part) != layouts.gradients(end)), None)
+    if detached is not None:
+        return PartialSite(node, Reason.DETACHED, detached, reached)
     reads = _reads(layouts, weights, scores)
     if reads is None:
         return None
@@ -112,7 +119,8 @@ def _follow_weights(layouts: Layouts, softmax: fx.Node) -> _Weights | None:
             if call.args.get("training", True) is not False:
                 dropout_p = call.args.get("p", 0.5)
         elif not onward and stop is None:
-            stop = _Stop(nearest, Reason.PARTIAL_MATCH, True)
+            detached = call is not None and call.kind is Kind.DETACH
+            stop = _Stop(nearest, Reason.DETACHED if detached else Reason.PARTIAL_MATCH, True)
         path.append(nearest)
 
 
@@ -160,12 +168,14 @@ class _Scores:
         index: where its result is read, in terms of `out_axis` and `KEY`.
         factor: what the product is multiplied with.
         terms: what masks the scores.
+        path: the nodes from the product to what the softmax reads.
     """
 
     product: Product
     index: Index
     factor: float
     terms: tuple[MaskTerm, ...] = ()
+    path: tuple[fx.Node, ...] = ()
 
 
 def _follow_scores(layouts: Layouts, node: Any, index: Index, factor: float) -> _Scores | _Stop:
@@ -177,6 +187,11 @@ def _follow_scores(layouts: Layouts, node: Any, index: Index, factor: float) -> 
         index: where it is read.
         factor: what its elements are multiplied with before the softmax.
     """
+    found = _scores_behind(layouts, node, index, factor)
+    return replace(found, path=(*found.path, node)) if isinstance(found, _Scores) else found
+
+
+def _scores_behind(layouts: Layouts, node: Any, index: Index, factor: float) -> _Scores | _Stop:
     if not layouts.is_tensor(node):
         return _Stop(node, Reason.PARTIAL_MATCH, False)
     product = read_product(layouts, node)
@@ -263,6 +278,11 @@ def _where(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: fl
     return max(stops, key=lambda stop: stop.behind_product)
 
 
+def _detached(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
+    found = _follow_scores(layouts, call.args.get("input"), index, factor)
+    return _Stop(node, Reason.DETACHED, True) if isinstance(found, _Scores) else found
+
+
 def _capped(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
     found = _follow_scores(layouts, call.args.get("input"), index, factor)
     return _Stop(node, Reason.SOFT_CAP, True) if isinstance(found, _Scores) else found
@@ -285,6 +305,7 @@ _SCORE_RULES: dict[Kind, Any] = {
     Kind.MASKED_FILL: _filled,
     Kind.WHERE: _where,
     Kind.TANH: _capped,
+    Kind.DETACH: _detached,
     Kind.CAT: _joined,
 }
 
@@ -365,6 +386,7 @@ def _reads(layouts: Layouts, weights: _Weights, scores: _Scores) -> Reads | None
         terms=scores.terms,
         scale=scores.factor,
         dtypes=(layouts.facts.example(scores.product.node).dtype, layouts.facts.example(product.node).dtype),
+        first=scores.product.node,
         last=product.node,
         dropout_p=weights.dropout_p,
     )
