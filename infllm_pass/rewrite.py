@@ -129,6 +129,7 @@ class Rewriter:
             result = self._emitter.layout(site.node, result, site.output_steps)
             if example_of(result).dtype != example_of(site.node).dtype:
                 result = self._emit(site, "to", result, example_of(site.node).dtype)
+            result = self._emitter.strided_as(site.node, result)
         return result, outcome
 
     def _causal(self, plan: SitePlan, site: AttentionSite) -> fx.Node:

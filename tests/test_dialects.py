@@ -188,6 +188,8 @@ def exported(model, x, dynamic):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_both_dialects_lead_to_the_same_decisions_and_numbers(name, dynamic):
+    if dynamic and "Llama" in name and torch.__version__ < "2.12":
+        pytest.skip("this torch.export guards on the lengths of the model")
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     x = inputs_of(model)

@@ -256,7 +256,7 @@ def _choices(
     extents = dict(plan.extents)
     for part, extent in zip(chain[0].index, layouts.shape(chain[0].node), strict=True):
         symbol = simplify(part.xreplace(plan.meaning), plan.extents)
-        if symbol in extents:
+        if length is KEY and symbol in extents:
             extents[symbol] = extent  # Dynamo may give sizes that a call forces to be equal symbols of their own
     plan = _Plan(plan.meaning, extents)
     return [choice for reading in chain if (choice := _bring(layouts, plan, reading, length, feature)) is not None]
