@@ -370,7 +370,7 @@ class Buffered(torch.nn.Module):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("place", [(0, LENGTH - 1), (LENGTH - 1, 0), (40, 41)])
+@pytest.mark.parametrize("place", [(0, LENGTH - 1), (LENGTH - 1, 1), (40, 41)])
 def test_buffers_wrong_in_one_element_stay_dense(place, spelling, dynamic):
     check(Buffered(spelling, *place), *tensors(), dynamic=dynamic, dense=True)
 

@@ -279,3 +279,11 @@ def test_without_a_gpu_one_line_says_so(bench, monkeypatch, capsys, script):
         bench(script).main()
     assert leaving.value.code == 2
     assert capsys.readouterr().err == "this benchmark needs a CUDA device, and torch sees none\n"
+
+
+def test_compile_time_is_measured_with_and_without_the_pass(bench):
+    pytest.importorskip("transformers")
+    row = bench("compile_time").measure(2, "sdpa", False, 1)
+    assert row["switchable"] == 2
+    assert 0 < row["pass_s"] < row["with_s"]
+    assert row["share"] == row["pass_s"] / row["without_s"]

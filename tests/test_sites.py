@@ -236,13 +236,13 @@ def test_the_body_of_a_custom_autograd_function_is_left_alone():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_views_that_rely_on_the_strides_of_fused_attention_stay_valid(dynamic):
-    """On CPUs fused attention returns memory ordered [B, L, H, D]; the operators order it [B, H, L, D]."""
+    """Fused attention returns memory in the order of the queries, here [L, B, H, D]; the operators need not."""
 
     def function(q, k, v):
-        out = sdpa(q, k, v, is_causal=True).transpose(1, 2)
-        return out.view(out.shape[0], out.shape[1], -1)
+        out = sdpa(q, k, v, is_causal=True).permute(2, 0, 1, 3)
+        return out.view(out.shape[0] * out.shape[1], -1)
 
-    q, k, v = (torch.randn(2, 50, 6, 8).transpose(1, 2) for _ in range(3))
+    q, k, v = (torch.randn(50, 2, 6, 8).permute(1, 2, 0, 3) for _ in range(3))
     expected = function(q, k, v)
     rows = []
 

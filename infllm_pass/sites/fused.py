@@ -11,17 +11,10 @@ from torch import fx
 from infllm_pass.masks.predicate import MaskRole, MaskTerm
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.algebra import FEATURE, KEY
-from infllm_pass.sites.assembly import (
-    LayoutError,
-    NoAttention,
-    Overwrite,
-    OwnQueries,
-    Reads,
-    assemble,
-    out_axis,
-)
+from infllm_pass.sites.assembly import NoAttention, Overwrite, OwnQueries, Reads, assemble
 from infllm_pass.sites.layouts import Index, Layouts, Reading
 from infllm_pass.sites.site import AttentionSite, PartialSite
+from infllm_pass.sites.steps import LayoutError, out_axis
 from infllm_pass.vocabulary import Call, Kind, read
 
 

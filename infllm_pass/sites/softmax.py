@@ -19,12 +19,13 @@ from infllm_pass.masks.terms import hides
 from infllm_pass.masks.values import axis
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.algebra import FEATURE, KEY
-from infllm_pass.sites.assembly import Reads, out_axis
+from infllm_pass.sites.assembly import Reads
 from infllm_pass.sites.constants import number_of, read_number
 from infllm_pass.sites.fused import site_of
 from infllm_pass.sites.layouts import LAYOUT_KINDS, Index, Layouts, Reading
 from infllm_pass.sites.products import CONTRACTED, Product, read_product
 from infllm_pass.sites.site import AttentionSite, PartialSite
+from infllm_pass.sites.steps import out_axis
 from infllm_pass.vocabulary import Call, Kind, read, read_in_place
 
 NEAR = 12
