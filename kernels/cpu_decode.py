@@ -52,11 +52,10 @@ def decode_attention(
         ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp ``[B, Hq, Lq]``,
         float32 (float64 for float64 inputs); 0 and ``-inf`` for a query before its row's first key.
     """
-    batch, heads_q, length_q, dim = q.shape
+    batch, heads_q, length_q = q.shape[:3]
     heads, capacity, dim_v = v.shape[1:]
     out = q.new_zeros(batch, length_q, heads, heads_q // heads, dim_v)
-    lse = torch.full((batch, heads, heads_q // heads, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
-    lse = lse.to(q.device)
+    lse = q.new_full((batch, heads, heads_q // heads, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
     queries = q.unflatten(1, (heads, -1)).to(lse.dtype) * (scale * LOG2E)  # [B, Hkv, G, Lq, D]
     ends = lengths.clamp(0, capacity).expand(batch).tolist()
     begins = [0] * batch if starts is None else starts.clamp(min=0).expand(batch).tolist()

@@ -245,7 +245,7 @@ def decode_attend(
     batch, heads, capacity = k.shape[:3]
     heads_q, dim, value_dim = int(q.shape[1]), int(q.shape[3]), int(v.shape[3])
     padded, padded_value = (max(LEAST_COLUMNS, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    shape = DecodeShape.choose(heads_q // int(heads), int(q.shape[2]), g.query_block)
+    shape = DecodeShape.choose(heads_q // int(heads), int(q.shape[2]), g.query_block, q.element_size())
     launch = decode_launch(q, max(padded, padded_value))
     programs = batch * heads * shape.tiles
     wanted = multiprocessors(q.device) * launch.programs
@@ -288,7 +288,7 @@ def decode_attend(
         BLOCK_DV=padded_value,
         STEP_KEYS=min(g.block_size & -g.block_size, launch.step_keys),
         PRECISION=precision(q),
-        num_warps=launch.attend_warps,
+        num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,
     )
     dims = min(_MERGED_DIMS, padded_value)

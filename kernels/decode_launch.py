@@ -43,6 +43,11 @@ class DecodeLaunch:
     attend_stages: int = 3
     programs: int = 2
 
+    @staticmethod
+    def warps(usual: int, columns: int) -> int:
+        """Warps of a program with so many columns (or rows): more where one token's heads are more than 64."""
+        return usual if columns <= 64 else 8
+
 
 MEASURED_DECODE: dict[tuple[int, int, int], DecodeLaunch] = {}
 """By compute capability (90 for sm_90), bytes of an element, and the larger padded head dimension."""
@@ -55,10 +60,11 @@ def generic_decode(size: int, head_dim: int) -> DecodeLaunch:
         return DecodeLaunch(
             chunk=16 if small else 32,
             keys=16,
-            compress_stages=2,
+            compress_warps=8,
+            compress_stages=1,
             blocks=16 if small else 32,
             score_stages=2,
-            step_keys=16 if small else 32,
+            step_keys=32 if head_dim <= 64 else 16,
             attend_stages=2,
         )
     if head_dim > 128:

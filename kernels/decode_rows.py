@@ -43,10 +43,10 @@ class DecodeShape:
     lines: int
 
     @classmethod
-    def choose(cls, group: int, length_q: int, query_block: int) -> DecodeShape:
-        """Tiles of 16 to 64 columns."""
+    def choose(cls, group: int, length_q: int, query_block: int, element_size: int = 2) -> DecodeShape:
+        """Tiles of 16 to 64 columns; of 16 for float32, whose products have no matrix unit."""
         padded = triton.next_power_of_2(group)
-        wanted = min(triton.next_power_of_2(length_q), TILE_COLUMNS // padded)
+        wanted = min(triton.next_power_of_2(length_q), TILE_COLUMNS // padded) if element_size < 4 else 1
         tokens = max(1, LEAST_COLUMNS // padded, wanted)
         lines = length_q if query_block == 1 else (length_q + query_block - 2) // query_block + 1
         return cls(group, padded, tokens, length_q, lines)

@@ -517,7 +517,7 @@ def decode_select(
     g = geometry
     batch, heads, capacity = k.shape[:3]
     dim, padded = int(q.shape[3]), max(LEAST_COLUMNS, triton.next_power_of_2(int(q.shape[3])))
-    shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block)
+    shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block, q.element_size())
     launch = decode_launch(q, padded)
     exact = g.lse == "exact"
     owned = launch.chunk * COARSE_FACTOR  # fine windows of one program
@@ -573,7 +573,7 @@ def decode_select(
         EXACT=exact,
         CHUNK=launch.chunk,
         KEYS=launch.keys,
-        num_warps=launch.compress_warps,
+        num_warps=launch.warps(launch.compress_warps, shape.columns),
         num_stages=launch.compress_stages,
     )
     tiles = shape.tiles if g.query_block == 1 else shape.lines
@@ -601,7 +601,7 @@ def decode_select(
         NORM_SIZE=g.kernel_size if exact else COARSE_FACTOR * g.kernel_size,
         NORM_STRIDE=g.kernel_stride if exact else COARSE_FACTOR * g.kernel_stride,
         BLOCKS=launch.blocks,
-        num_warps=launch.score_warps,
+        num_warps=launch.warps(launch.score_warps, shape.columns),
         num_stages=launch.score_stages,
     )
     wrap_triton(_decode_rank_kernel)[(shape.lines, batch * heads)](

@@ -64,8 +64,8 @@ def check_decode(
     check_attention(q, k, v, None, None)
     if q.shape[2] < 1 or q.shape[2] > k.shape[2]:
         raise ShapeError(
-            f"q has {q.shape[2]} tokens and the cache k {k.shape[2]} slots: expected at least one token, and a slot for "
-            "each; raise the cache's capacity"
+            f"q has {q.shape[2]} tokens and the cache k {k.shape[2]} slots: expected at least one token, and a slot "
+            "for each; raise the cache's capacity"
         )
     for name, state, slots in zip(("k1", "k2"), (k1, k2), state_slots(k.shape[2], geometry), strict=True):
         if state.dtype != k.dtype:
@@ -75,8 +75,8 @@ def check_decode(
         expected = (k.shape[0], k.shape[1], k.shape[3])
         if state.dim() != 4 or (state.shape[0], state.shape[1], state.shape[3]) != expected or state.shape[2] < slots:
             raise ShapeError(
-                f"{name} has shape {tuple(state.shape)}: expected [{k.shape[0]}, {k.shape[1]}, n, {k.shape[3]}] with n at "
-                f"least {slots}, the windows of the cache's capacity {k.shape[2]}; make a new state"
+                f"{name} has shape {tuple(state.shape)}: expected [{k.shape[0]}, {k.shape[1]}, n, {k.shape[3]}] with "
+                f"n at least {slots}, the windows of the cache's capacity {k.shape[2]}; make a new state"
             )
         if not state.is_contiguous():
             raise ShapeError(f"{name} has strides {tuple(state.stride())}: expected a contiguous tensor")
