@@ -17,10 +17,10 @@ from infllm_pass.kernels.decode_rows import (
     LEAST_COLUMNS,
     DecodeRows,
     DecodeShape,
+    clip_row,
     first_block,
     last_of_line,
     line_of,
-    load_row,
     tile_visits,
 )
 from infllm_pass.kernels.geometry import BlockGeometry
@@ -89,7 +89,8 @@ def _decode_attention_kernel(
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // heads
     head = pair % heads
-    start, length = load_row(lengths, starts, lengths_stride, starts_stride, batch, capacity, HAS_STARTS)
+    row_end = tl.load(lengths + batch * lengths_stride)
+    start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     sparse, first_line, first, width, visits = tile_visits(
         length, length_q, tile, dense_len, window, TOKENS, QUERY_BLOCK, BLOCK, BUDGET, HAS_WINDOW
     )
@@ -185,7 +186,8 @@ def _decode_merge_kernel(
     token = (row % length_q).to(tl.int32)
     head = row // length_q % heads
     batch = row // length_q // heads
-    _start, length = load_row(lengths, starts, lengths_stride, starts_stride, batch, capacity, HAS_STARTS)
+    row_end = tl.load(lengths + batch * lengths_stride)
+    _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     _, _, _, _, visits = tile_visits(
         length, length_q, token // TOKENS, dense_len, window, TOKENS, QUERY_BLOCK, BLOCK, BUDGET, HAS_WINDOW
     )

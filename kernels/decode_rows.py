@@ -86,15 +86,17 @@ def _row_stride(tensor: Tensor) -> int:
 
 
 @triton.jit
-def load_row(lengths, starts, lengths_stride, starts_stride, batch, capacity, HAS_STARTS: tl.constexpr):
-    """Slot of a row's first key, and how many keys it has."""
-    end = tl.load(lengths + batch * lengths_stride).to(tl.int32)
-    end = tl.minimum(tl.maximum(end, 0), capacity)
-    start = end * 0
+def clip_row(end, start, capacity, HAS_STARTS: tl.constexpr):
+    """Slot of a row's first key, and how many keys it has, from what the caller gave.
+
+    The kernels load these two numbers themselves: where an address depends on what a called function loads, PyTorch
+    takes the tensor for one that the kernel writes, and copies it.
+    """
+    end = tl.minimum(tl.maximum(end.to(tl.int32), 0), capacity)
+    first = end * 0
     if HAS_STARTS:
-        start = tl.load(starts + batch * starts_stride).to(tl.int32)
-        start = tl.minimum(tl.maximum(start, 0), end)
-    return start, end - start
+        first = tl.minimum(tl.maximum(start.to(tl.int32), 0), end)
+    return first, end - first
 
 
 @triton.jit

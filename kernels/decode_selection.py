@@ -19,11 +19,11 @@ from infllm_pass.kernels.decode_rows import (
     LEAST_COLUMNS,
     DecodeRows,
     DecodeShape,
+    clip_row,
     count_windows,
     first_block,
     last_of_line,
     line_of,
-    load_row,
     scored_blocks,
 )
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
@@ -105,7 +105,8 @@ def _compress_new(
         first = tl.min(tl.where(new, start, length), 0)
         end = tl.max(tl.where(new, start + size, 0), 0)
         total = tl.zeros([DECODE_MEANS, DP], tl.float32)
-        for begin in range(first, end, KEYS):
+        # From a multiple of KEYS on, so that a window is added up in the same order whenever it completes.
+        for begin in range(first // KEYS * KEYS, end, KEYS):
             key = begin + tl.arange(0, KEYS)
             inside = (key < end)[:, None] & (dims < D)
             keys = tl.load(k_row + key.to(tl.int64)[:, None] * stride_t + dims, mask=inside, other=0.0)  # [KEYS, DP]
@@ -167,7 +168,8 @@ def _decode_compress_kernel(
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // heads
     head = pair % heads
-    start, length = load_row(lengths, starts, lengths_stride, starts_stride, batch, capacity, HAS_STARTS)
+    row_end = tl.load(lengths + batch * lengths_stride)
+    start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     # The queries' own keys are new in any case, also where the cache was cut back since the last step.
     old = tl.maximum(tl.minimum(tl.load(filled + batch), length - length_q), 0)
     k1_row = k1 + pair * fine_slots * D
@@ -299,7 +301,8 @@ def _decode_score_kernel(
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // heads
     head = pair % heads
-    _start, length = load_row(lengths, starts, lengths_stride, starts_stride, batch, capacity, HAS_STARTS)
+    row_end = tl.load(lengths + batch * lengths_stride)
+    _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     base = length - length_q
     line = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     if SHARED:
@@ -359,54 +362,10 @@ def _decode_score_kernel(
 
 
 @triton.jit
-def _load_keys(keys_row, begin, end, place):
-    """Keys of some of the blocks ``[begin, end)``; -1 past the last."""
-    index = begin + place
-    return tl.load(keys_row + index, mask=index < end, other=-1)
-
-
-@triton.jit
 def _count_reaching(keys, first, second, third):
     """How many keys reach each of three ascending bounds, as three fields of 20 bits."""
     counts = (keys >= first).to(tl.int64) + ((keys >= second).to(tl.int64) << 20)
     return tl.sum(counts + ((keys >= third).to(tl.int64) << 40), 0)
-
-
-@triton.jit
-def _cut_line(keys_row, begin, end, taken):
-    """The key that the last of the ``taken`` highest blocks has, and how many of the blocks with this key are taken."""
-    place = tl.arange(0, DECODE_RANKED)
-    keys = _load_keys(keys_row, begin, end, place)
-    top = tl.max(keys, 0)
-    for start in range(begin + DECODE_RANKED, end, DECODE_RANKED):
-        top = tl.maximum(top, tl.max(_load_keys(keys_row, start, end, place), 0))
-    least = top * 0  # at least `taken` keys reach it
-    most = top + 1  # fewer reach it
-    reached = end - begin  # keys that reach `least`
-    while (most - least > 1) & (reached != taken):
-        quarter = (most - least) // 4
-        middle = least + (most - least) // 2
-        first = least + quarter
-        third = middle + quarter
-        counts = _count_reaching(keys, first, middle, third)
-        for start in range(begin + DECODE_RANKED, end, DECODE_RANKED):
-            counts += _count_reaching(_load_keys(keys_row, start, end, place), first, middle, third)
-        reach_first = (counts & 0xFFFFF).to(tl.int32)
-        reach_middle = ((counts >> 20) & 0xFFFFF).to(tl.int32)
-        reach_third = (counts >> 40).to(tl.int32)
-        most = tl.where(reach_first < taken, first, most)
-        most = tl.where((reach_first >= taken) & (reach_middle < taken), middle, most)
-        most = tl.where((reach_middle >= taken) & (reach_third < taken), third, most)
-        reached = tl.where(reach_first >= taken, reach_first, reached)
-        least = tl.where(reach_first >= taken, first, least)
-        reached = tl.where(reach_middle >= taken, reach_middle, reached)
-        least = tl.where(reach_middle >= taken, middle, least)
-        reached = tl.where(reach_third >= taken, reach_third, reached)
-        least = tl.where(reach_third >= taken, third, least)
-    above = tl.sum((keys > least).to(tl.int32), 0)
-    for start in range(begin + DECODE_RANKED, end, DECODE_RANKED):
-        above += tl.sum((_load_keys(keys_row, start, end, place) > least).to(tl.int32), 0)
-    return least, taken - above
 
 
 @triton.jit(do_not_specialize=["capacity", "num_blocks", "dense_len", "window", "length_q"])
@@ -434,11 +393,15 @@ def _decode_rank_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """One program a line; the first of a row also notes how many keys are compressed by now."""
+    """One program a line; the first of a row also notes how many keys are compressed by now.
+
+    All loads stand in the kernel itself, for the reason given at `clip_row`.
+    """
     line = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // heads
-    _start, length = load_row(lengths, starts, lengths_stride, starts_stride, batch, capacity, HAS_STARTS)
+    row_end = tl.load(lengths + batch * lengths_stride)
+    _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     if (line == 0) & (pair % heads == 0):
         tl.store(filled + batch, length)
     last = last_of_line(line, length, length_q, QUERY_BLOCK)
@@ -456,19 +419,54 @@ def _decode_rank_kernel(
         tl.store(blocks + row + entry, local + entry, mask=entry < count)
         if chooses:
             keys_row = keys + (pair * LINES + line) * num_blocks
-            least, equals = _cut_line(keys_row, begin, end, taken)
-            seen = begin * 0  # blocks with the key `least`, and blocks above it in the upper half
             place = tl.arange(0, DECODE_RANKED)
+            index = begin + place
+            held = tl.load(keys_row + index, mask=index < end, other=-1)  # those of more blocks are loaded again
+            top = tl.max(held, 0)
+            for first in range(begin + DECODE_RANKED, end, DECODE_RANKED):
+                more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
+                top = tl.maximum(top, tl.max(more, 0))
+            # The key of the last block taken: at least `taken` keys reach `least`, fewer reach `most`.
+            least = top * 0
+            most = top + 1
+            reached = end - begin  # keys that reach `least`
+            while (most - least > 1) & (reached != taken):
+                quarter = (most - least) // 4
+                middle = least + (most - least) // 2
+                low = least + quarter
+                high = middle + quarter
+                counts = _count_reaching(held, low, middle, high)
+                for first in range(begin + DECODE_RANKED, end, DECODE_RANKED):
+                    more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
+                    counts += _count_reaching(more, low, middle, high)
+                reach_low = (counts & 0xFFFFF).to(tl.int32)
+                reach_middle = ((counts >> 20) & 0xFFFFF).to(tl.int32)
+                reach_high = (counts >> 40).to(tl.int32)
+                most = tl.where(reach_high < taken, high, most)
+                most = tl.where(reach_middle < taken, middle, most)
+                most = tl.where(reach_low < taken, low, most)
+                reached = tl.where(reach_low >= taken, reach_low, reached)
+                least = tl.where(reach_low >= taken, low, least)
+                reached = tl.where(reach_middle >= taken, reach_middle, reached)
+                least = tl.where(reach_middle >= taken, middle, least)
+                reached = tl.where(reach_high >= taken, reach_high, reached)
+                least = tl.where(reach_high >= taken, high, least)
+            above = tl.sum((held > least).to(tl.int32), 0)
+            for first in range(begin + DECODE_RANKED, end, DECODE_RANKED):
+                more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
+                above += tl.sum((more > least).to(tl.int32), 0)
+            equals = taken - above  # of the blocks with the key `least`, the first so many
+            seen = begin * 0  # blocks with this key so far, and in the upper half those above it
             for first in range(begin, end, DECODE_RANKED):
-                some = _load_keys(keys_row, first, end, place)
-                flags = (some == least).to(tl.int32)
+                some = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
+                level = (some == least).to(tl.int32)
                 higher = (some > least).to(tl.int32)
-                level = tl.cumsum(flags, 0) + (seen & 0xFFFF)
-                above = tl.cumsum(higher, 0) + (seen >> 16)
-                chosen = (higher != 0) | ((flags != 0) & (level <= equals))
-                at = row + count + above + tl.minimum(level, equals) - 1
+                order = tl.cumsum(level + (higher << 16), 0) + seen
+                rank = order & 0xFFFF
+                chosen = (higher != 0) | ((level != 0) & (rank <= equals))
+                at = row + count + (order >> 16) + tl.minimum(rank, equals) - 1
                 tl.store(blocks + at, first + place, mask=chosen)
-                seen += tl.sum(flags + (higher << 16), 0)
+                seen += tl.sum(level + (higher << 16), 0)
 
 
 @dataclass(frozen=True)

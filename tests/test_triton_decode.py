@@ -46,8 +46,7 @@ CASES = {
     "group 1": {"group": 1},
     "group 3": {"group": 3, "heads": 1},
     "group 7": {"group": 7, "heads": 1},
-    "group 16": {"group": 16, "heads": 1},
-    "group 96": {"group": 96, "heads": 1},
+    "group 17": {"group": 17, "heads": 1},
     "dims 24 and 40": {"dim": 24, "value_dim": 40},
     "exact": {"geometry": replace(SMALL, lse="exact")},
     "blocks of 48": {"geometry": replace(SMALL, block_size=48), "capacity": 400},
@@ -70,7 +69,7 @@ def test_steps_equal_the_oracle(sizes):
 
 
 def test_rows_on_different_sides_of_dense_len():
-    cache([62, 80, 130], starts=[0, 17, 3], dense_len=66, heads=1).grow(*[1] * 6, 3)
+    cache([64, 80, 130], starts=[0, 17, 3], dense_len=66, heads=1).grow(1, 1, 3)
 
 
 def test_many_queries_at_once():
@@ -79,7 +78,7 @@ def test_many_queries_at_once():
 
 
 def test_a_cache_grows_from_nothing():
-    cache([0, 9], starts=[0, 9], dense_len=40, heads=1).grow(3, 20, 50, 1)
+    cache([0, 9], starts=[0, 9], dense_len=25, heads=1).grow(3, 20, 16, 1)
 
 
 def test_queries_before_the_first_key_give_nothing():
@@ -91,8 +90,8 @@ def test_queries_before_the_first_key_give_nothing():
 
 def test_a_prompt_refills_what_single_steps_filled():
     steps = cache([60], heads=1)
-    for _ in range(24):
-        steps.attend(steps.append(1))
+    for count in (1, 2, 1, 1, 5, 1, 9, 1, 1):
+        steps.attend(steps.append(count))
     grown = [tensor.clone() for tensor in steps.state]
     steps.forget()
     steps.check(torch.randn(1, 2, 1, 16, device=DEVICE))

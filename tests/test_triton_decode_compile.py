@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import pytest
 import torch
 import triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.runtime import driver
 
 from infllm_pass.kernels.decode_attention import MAX_SPLITS, _decode_attention_kernel, _decode_merge_kernel
 from infllm_pass.kernels.decode_launch import generic_decode
 from infllm_pass.kernels.decode_rows import DecodeShape
 from infllm_pass.kernels.decode_selection import _decode_compress_kernel, _decode_rank_kernel, _decode_score_kernel
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering import checks
+from infllm_pass.lowering.decode import new_state
+from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
+from .test_triton_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that one program may use, by compute capability."""
@@ -138,3 +148,45 @@ def test_decode_kernels_compile(variant, capability, record_property):
         assert report["shared"] <= SHARED_MEMORY[capability], name
         if variant.hot and capability == 90:
             assert report["spilled"] == 0, name
+
+
+def step(q, k, v, k1, k2, filled, lengths, starts):
+    """A decode step as a rewritten graph has it: the new key and value are written, then attended to."""
+    k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
+    given = (q, k, v, k1, k2, filled, lengths, starts, None, 0.25, 64, *tiled_decode_arguments(GEOMETRY))
+    return tiled_decode_attention(*given)
+
+
+@pytest.fixture
+def imagined(monkeypatch):
+    """Triton compiles for an H100 that is not there, and CPU tensors stand for CUDA tensors."""
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(checks, "_refusal", lambda *_: None)
+
+
+@pytest.mark.usefixtures("imagined")
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
+    """And one graph serves caches of any batch size and capacity."""
+    k, v = torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16)
+    state = new_state(k, GEOMETRY)
+    tensors = [torch.randn(3, 6, 1, 16), k, v, *state, torch.tensor([90]), torch.tensor([0, 3, 5]) if padded else None]
+    for tensor, sizes in zip(tensors, ([0], [0, 2], [0, 2], [0, 2], [0, 2], [0], [], [0]), strict=True):
+        for size in sizes if tensor is not None else ():
+            torch._dynamo.mark_dynamic(tensor, size)
+    recorder = Recorder()
+    # As Inductor does: what a graph writes to its inputs stays in the graph.
+    backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    with caplog.at_level(logging.WARNING), torch.no_grad(), pytest.raises(_Traced):
+        compiled(*tensors)
+    assert "identify_mutated_tensors" not in caplog.text
+    (module,) = recorder.graphs.values()
+    kernels = kernels_of(module)
+    assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
+    assert len(kernels) == 5
+    written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
+    assert written == [{"k1", "k2", "parts"}, {"keys"}, {"blocks", "filled"}, {"part_out", "part_lse"}, {"out", "lse"}]
+    write_in_place(module.graph)
+    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels]
+    print(recorder.guards)
