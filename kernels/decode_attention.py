@@ -46,7 +46,7 @@ def _decode_attention_kernel(
     q,
     k,
     v,
-    blocks,  # int32 [B * Hkv, LINES, BUDGET]
+    blocks,  # int32 [B * Hkv * LINES, BUDGET]
     part_out,  # float32 [B, Hq, Lq, splits, VALUE_DIM]
     part_lse,  # float32 [B, Hq, Lq, splits], base 2
     stride_qb,
@@ -253,8 +253,8 @@ def decode_attend(
     wanted = multiprocessors(q.device) * launch.programs
     splits = torch.sym_max(1, torch.sym_min(MAX_SPLITS, (wanted + programs - 1) // programs))
     count = batch * heads_q * shape.length_q
-    part_out = torch.empty(count, splits, value_dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(count, splits, dtype=torch.float32, device=q.device)
+    part_out = torch.empty(count * splits, value_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(count * splits, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, shape.length_q, heads_q, value_dim)
     lse = q.new_empty(batch, heads_q, shape.length_q, dtype=torch.float32)
     common = {

@@ -256,7 +256,7 @@ def _decode_score_kernel(
     q,
     k1,
     parts,  # float32 [B * Hkv, chunks, columns of all tiles]
-    keys,  # int32 [B * Hkv, lines, num_blocks]
+    keys,  # int32 [B * Hkv * LINES, num_blocks]
     stride_qb,
     stride_qh,
     stride_qt,
@@ -375,7 +375,7 @@ def _decode_rank_kernel(
     lengths_stride,
     starts_stride,
     keys,
-    blocks,  # int32 [B * Hkv, lines, BUDGET]
+    blocks,  # int32 [B * Hkv * LINES, BUDGET]
     filled,
     heads,
     capacity,
@@ -509,7 +509,7 @@ def decode_select(
         window: sliding window in keys, or None.
 
     Returns:
-        int32 ``[B * Hkv, lines, selected_blocks]``, in no particular order. How many entries a line has follows from
+        int32 ``[B * Hkv * lines, selected_blocks]``, in no particular order. How many entries a line has follows from
         its position: all candidates where they are not more than the budget, else the budget.
     """
     g = geometry
@@ -522,9 +522,11 @@ def decode_select(
     chunks = torch.sym_max(1, (state.k1.shape[2] + owned - 1) // owned)
     chunks = torch.sym_max(chunks, (state.k2.shape[2] + launch.chunk - 1) // launch.chunk)
     num_blocks = g.num_blocks(capacity)
-    parts = torch.empty(batch * heads, chunks, shape.tiles * shape.columns, dtype=torch.float32, device=q.device)
-    keys = torch.empty(batch * heads, shape.lines, num_blocks, dtype=torch.int32, device=q.device)
-    blocks = torch.empty(batch * heads, shape.lines, g.selected_blocks, dtype=torch.int32, device=q.device)
+    # No size of 1 and no two equal shapes: compilers specialise on the one and merge the other.
+    pairs = batch * heads
+    parts = torch.empty(pairs * chunks * shape.tiles * shape.columns, 1, dtype=torch.float32, device=q.device)
+    keys = torch.empty(pairs * shape.lines * num_blocks, dtype=torch.int32, device=q.device)
+    blocks = torch.empty(pairs * shape.lines, g.selected_blocks, dtype=torch.int32, device=q.device)
     common = {
         "QUERY_BLOCK": g.query_block,
         "BLOCK": g.block_size,
@@ -547,7 +549,7 @@ def decode_select(
         "LOCAL": g.local_blocks,
         "HAS_WINDOW": window is not None,
     }
-    wrap_triton(_decode_compress_kernel)[(chunks, batch * heads)](
+    wrap_triton(_decode_compress_kernel)[(chunks, pairs)](
         *rows.arguments,
         q,
         k,
@@ -575,7 +577,7 @@ def decode_select(
         num_stages=launch.compress_stages,
     )
     tiles = shape.tiles if g.query_block == 1 else shape.lines
-    wrap_triton(_decode_score_kernel)[((num_blocks + launch.blocks - 1) // launch.blocks, batch * heads, tiles)](
+    wrap_triton(_decode_score_kernel)[((num_blocks + launch.blocks - 1) // launch.blocks, pairs, tiles)](
         *rows.arguments,
         q,
         state.k1,
@@ -602,7 +604,7 @@ def decode_select(
         num_warps=launch.warps(launch.score_warps, shape.columns),
         num_stages=launch.score_stages,
     )
-    wrap_triton(_decode_rank_kernel)[(shape.lines, batch * heads)](
+    wrap_triton(_decode_rank_kernel)[(shape.lines, pairs)](
         *rows.arguments,
         keys,
         blocks,

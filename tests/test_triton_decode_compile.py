@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 import pytest
+import sympy
 import torch
 import triton
 from torch._dynamo.backends.common import aot_autograd
@@ -189,4 +190,6 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
     assert written == [{"k1", "k2", "parts"}, {"keys"}, {"blocks", "filled"}, {"part_out", "part_lse"}, {"out", "lse"}]
     write_in_place(module.graph)
     assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels]
-    print(recorder.guards)
+    # Sizes are compared with each other and with bounds; none is pinned to a number.
+    pinned = [guard for guard in recorder.guards if isinstance(guard, sympy.Eq | sympy.Ne) and guard.rhs.is_number]
+    assert not pinned
