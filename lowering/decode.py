@@ -139,7 +139,7 @@ def decode_attention(
     first valid one. The operator writes those that became complete since, and sets `filled` to the row's length. What
     the caller has to keep: a key that changes after it was compressed, other than those of this call's queries, lowers
     `filled` to its position (0 for another sequence, or another first key). A cache that was cut back needs nothing:
-    the queries' own keys count as new in every call.
+    the queries' own keys count as new in every call. Nothing is differentiated through the operator.
 
     Args:
         q: ``[B, Hq, Lq, D]``; query ``i`` of a row stands in slot ``lengths - Lq + i``.
