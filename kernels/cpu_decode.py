@@ -209,4 +209,7 @@ def _gather(x: Tensor, blocks: Tensor, size: int) -> Tensor:
     """Whole blocks: ``x [Hkv, L, D]``, ``blocks [Hkv, n]`` -> ``[Hkv, n * size, D]``."""
     count = x.shape[1] // size
     whole = x[:, : count * size].unflatten(1, (count, size))  # [Hkv, count, size, D]
-    return torch.stack([part.index_select(0, some).flatten(0, 1) for part, some in zip(whole, blocks, strict=True)])
+    out = x.new_empty(*blocks.shape, size, x.shape[2])
+    for head, some in enumerate(blocks):
+        torch.index_select(whole[head], 0, some, out=out[head])
+    return out.flatten(1, 2)
