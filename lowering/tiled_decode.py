@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def tiled_decode_attention(
         ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
     """
     # Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them.
-    numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
+    sizes = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
+    numbers: tuple[Any, ...] = sizes
     geometry = BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
     check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)
     check_tiled(q, k, v, None, None, None, None, window, scale, geometry)
