@@ -155,7 +155,7 @@ def stage_us(calls: list[Callable[[], object]]) -> dict[str, float]:
     return {
         event.key: event.device_time_total / len(calls)
         for event in profile.key_averages()
-        if event.key.startswith("_decode")
+        if event.key.strip("_").startswith("decode_")
     }
 
 
@@ -234,7 +234,9 @@ def main() -> None:
             torch.cuda.empty_cache()
         stages = sorted({name for row in rows for name in row["stages_us"]})
         flat = [row | row["stages_us"] for row in rows]
-        titles = {"step_ms": "step ms", "below_ms": "below ms"} | {name: name.split("_")[2] + " us" for name in stages}
+        titles = {"step_ms": "step ms", "below_ms": "below ms"} | {
+            name: name.strip("_").split("_")[1] + " us" for name in stages
+        }
         show(console, flat, titles, dict.fromkeys(("step_ms", "below_ms"), ".4f"))
         save("decode_sweep", arguments.results, gpu_header(device), rows)
         return

@@ -81,6 +81,22 @@ class DecodeRows:
         return self.lengths, starts, _row_stride(self.lengths), _row_stride(starts)
 
 
+@dataclass(frozen=True)
+class DecodeState:
+    """Compressed keys of a cache, kept from step to step.
+
+    Attributes:
+        k1: ``[B, Hkv, n1, D]``, contiguous; ``n1`` at least the windows of the cache's capacity.
+        k2: ``[B, Hkv, n2, D]``, contiguous.
+        filled: int32 ``[B]``: so many keys of the row, from its first, have not changed since their windows were
+            written to `k1` and `k2`.
+    """
+
+    k1: Tensor
+    k2: Tensor
+    filled: Tensor
+
+
 def _row_stride(tensor: Tensor) -> int:
     return 0 if tensor.shape[0] == 1 else tensor.stride(0)
 

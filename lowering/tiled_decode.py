@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from infllm_pass.kernels.decode_attention import decode_attend
-from infllm_pass.kernels.decode_rows import DecodeRows
-from infllm_pass.kernels.decode_selection import DecodeState, decode_select
+from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
+from infllm_pass.kernels.decode_selection import decode_select
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import tiled
 from infllm_pass.lowering.checks import check_tiled
@@ -31,6 +31,11 @@ SOURCES = hashlib.sha256(tiled.SOURCES.encode() + Path(__file__).read_bytes()).h
 def tiled_decode_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
     """The last arguments of `tiled_decode_attention`, from ``kernel_size`` on."""
     return (*decode_arguments(geometry), SOURCES)
+
+
+def _geometry(*numbers: Any) -> BlockGeometry:
+    """Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them."""
+    return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
 
 
 @torch.library.triton_op("infllm::tiled_decode_attention", mutates_args={"k1", "k2", "filled"})
@@ -66,10 +71,9 @@ def tiled_decode_attention(
     Raises:
         ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
     """
-    # Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them.
-    sizes = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
-    numbers: tuple[Any, ...] = sizes
-    geometry = BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
+    geometry = _geometry(
+        *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
+    )
     check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)
     check_tiled(q, k, v, None, None, None, None, window, scale, geometry)
     rows = DecodeRows(lengths, starts)

@@ -145,9 +145,10 @@ def test_opcheck(starts):
 
 
 def test_a_compiled_step_writes_the_state():
-    def step(q, k, v, k1, k2, filled, lengths):
-        given = arguments(q=q, k=k, v=v, k1=k1, k2=k2, filled=filled, lengths=lengths)
-        return decode.decode_attention(*given)
+    numbers = (None, None, 0.25, 0, *decode.decode_arguments(SMALL))
+
+    def step(*tensors):
+        return decode.decode_attention(*tensors, *numbers)
 
     given = arguments()[:7]
     expected = [tensor.clone() for tensor in given]

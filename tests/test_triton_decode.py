@@ -9,8 +9,8 @@ import torch
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.decode_attention import decode_attend
-from infllm_pass.kernels.decode_rows import DecodeRows
-from infllm_pass.kernels.decode_selection import DecodeState, decode_select
+from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
+from infllm_pass.kernels.decode_selection import decode_select
 from infllm_pass.kernels.geometry import BlockGeometry
 
 from .conftest import relative_error

@@ -13,9 +13,11 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.runtime import driver
 
 from infllm_pass.kernels.decode_attention import MAX_SPLITS, _decode_attention_kernel, _decode_merge_kernel
+from infllm_pass.kernels.decode_compression import decode_compress_kernel
 from infllm_pass.kernels.decode_launch import generic_decode
+from infllm_pass.kernels.decode_ranking import decode_rank_kernel
 from infllm_pass.kernels.decode_rows import DecodeShape
-from infllm_pass.kernels.decode_selection import _decode_compress_kernel, _decode_rank_kernel, _decode_score_kernel
+from infllm_pass.kernels.decode_selection import _decode_score_kernel
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import checks
 from infllm_pass.lowering.decode import new_state
@@ -130,9 +132,9 @@ def kernels(variant: Variant) -> dict[str, tuple[triton.JITFunction, int, int]]:
     launch = generic_decode(variant.dtype.itemsize, dim)
     columns = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize).columns
     return {
-        "compress": (_decode_compress_kernel, launch.warps(launch.compress_warps, columns), launch.compress_stages),
+        "compress": (decode_compress_kernel, launch.warps(launch.compress_warps, columns), launch.compress_stages),
         "score": (_decode_score_kernel, launch.warps(launch.score_warps, columns), launch.score_stages),
-        "rank": (_decode_rank_kernel, launch.rank_warps, 3),
+        "rank": (decode_rank_kernel, launch.rank_warps, 3),
         "attention": (_decode_attention_kernel, launch.warps(launch.attend_warps, columns), launch.attend_stages),
         "merge": (_decode_merge_kernel, 4, 3),
     }
