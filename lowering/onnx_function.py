@@ -11,6 +11,7 @@ Semantics: arXiv 2509.24663, section 3, as in `kernels.reference`. Arithmetic is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import FunctionProto, TensorProto
@@ -24,7 +25,10 @@ VERSION = 1
 INPUTS = ("q", "k", "v", "key_mask", "offset")
 
 CHUNK_ROWS = 256
-"""Query rows (tokens x group) that go through the body at once: 256 x 128k float32 scores are 128 MB at most."""
+"""Query rows (tokens x group) that go through the body at once: 256 x 8k float32 block scores are 8 MB at 128k."""
+
+STEP_TOKENS = 1024
+"""Keys that attention takes at once."""
 
 HIDDEN = -1e30
 """Score of a key that a query does not see. Finite, so that a row of nothing else has no NaN."""
@@ -300,37 +304,61 @@ class _Writer:
         return logits, ends <= b.op("Unsqueeze", last, [1])
 
     def _attend(self, q: Value, position: Value, at_key: Value, chosen: Value, row_in_batch: Value) -> Value:
-        """Attention of a chunk over the blocks that any of its queries visits, ``[C, G, Dv]``."""
+        """Attention of a chunk over the blocks that any of its queries visits, ``[C, G, Dv]``.
+
+        The blocks come in steps, and softmax is carried from one to the next: ``top`` is the highest score of a row
+        so far, ``total`` and ``sums`` are relative to it.
+        """
         b, size = self.body, self.geometry.block_size
-        visited = b.op("NonZero", b.op("ReduceMax", b.cast(chosen, TensorProto.INT32), [0], keepdims=0))
-        visited = b.reshape(visited, -1)  # [U]
-        tokens = b.reshape(b.op("Unsqueeze", visited * size, [1]) + b.op("Range", 0, size, 1), -1)  # [U * size]
-        index = tokens
-        if self.key_mask is not None:
-            index = tokens + b.op("Gather", self.first, row_in_batch, axis=0)
-        index = b.op("Min", index, self.length_k - 1)
-        keys, values = (
-            b.cast(b.op("Gather", x, self.row * self.length_k + index, axis=0), FLOAT) for x in (self.keys, self.values)
-        )
-
-        visible = b.op("Unsqueeze", b.op("Gather", chosen, visited, axis=1), [2])  # [C, U, 1]
-        visible = b.reshape(b.op("Expand", visible, b.shape(1, 1, size)), self.chunk, -1)
+        visited = b.op("ReduceMax", b.cast(chosen, FLOAT), [0], keepdims=0)  # [n_blocks]
+        _, order = b.op("TopK", visited, self.blocks, outputs=2)  # of equal ones the first block comes first
+        count = b.cast(b.op("ReduceSum", visited, [0], keepdims=1), INT64)
+        width = b.op("Min", self.blocks, [max(1, STEP_TOKENS // size)])  # blocks in a step
+        rows = b.reshape(q, -1, b.size(q, 2))  # [C * G, D]
         place = b.op("Unsqueeze", at_key, [1])
-        visible = visible & (tokens <= place)
-        if self.node.window:
-            visible = visible & (tokens > place - self.node.window)
-        if self.key_mask is not None:
-            mask = b.op("Gather", self.key_mask, row_in_batch, axis=0)  # [1, Lk]
-            visible = visible & b.op("Gather", b.op("Squeeze", mask, [0]), index, axis=0)
+        first_row = self.row * self.length_k
+        begin = b.op("Gather", self.first, row_in_batch, axis=0) if self.key_mask is not None else None
 
-        dim = b.size(q, 2)
-        logits = b.op("MatMul", b.reshape(q, -1, dim), b.op("Transpose", keys, perm=[1, 0]))
-        logits = b.reshape(logits, self.chunk, self.group, -1)
-        logits = b.op("Where", b.op("Unsqueeze", visible, [1]), logits, HIDDEN)
-        weights = b.reshape(b.op("Softmax", logits, axis=2), -1, b.size(tokens, 0))
-        out = b.reshape(b.op("MatMul", weights, values), self.chunk, self.group, -1)
-        some = b.cast(b.op("ReduceMax", b.cast(visible, TensorProto.INT32), [1], keepdims=0), BOOL)
-        return b.op("Where", b.op("Unsqueeze", some & (position >= 0), [1, 2]), out, 0.0)
+        def step(number: Value, state: Sequence[Value]) -> Sequence[Value]:
+            top, total, sums = state
+            slot = number * width + b.arange(width)
+            block = b.op("Gather", order, b.op("Min", slot, self.blocks - 1), axis=0)  # [width]
+            tokens = b.op("Unsqueeze", block * size, [1]) + b.op("Range", 0, size, 1)  # [width, size]
+            index = tokens = b.reshape(tokens, -1)
+            if begin is not None:
+                index = tokens + begin
+            index = b.op("Min", index, self.length_k - 1)
+            keys, values = (
+                b.cast(b.op("Gather", x, first_row + index, axis=0), FLOAT) for x in (self.keys, self.values)
+            )
+            visible = b.op("Gather", chosen, block, axis=1) & (slot < count)  # [C, width]
+            visible = b.op("Expand", b.op("Unsqueeze", visible, [2]), b.shape(1, 1, size))
+            visible = b.reshape(visible, self.chunk, -1) & (tokens <= place)
+            if self.node.window:
+                visible = visible & (tokens > place - self.node.window)
+            if self.key_mask is not None:
+                mask = b.op("Gather", b.reshape(self.key_mask, -1), row_in_batch * self.length_k + index, axis=0)
+                visible = visible & mask
+            logits = b.op("MatMul", rows, b.op("Transpose", keys, perm=[1, 0]))
+            logits = b.reshape(logits, self.chunk, self.group, -1)
+            logits = b.op("Where", b.op("Unsqueeze", visible, [1]), logits, HIDDEN)
+            logits = b.reshape(logits, -1, b.size(tokens, 0))  # [C * G, width * size]
+            higher = b.op("Max", top, b.op("ReduceMax", logits, [1], keepdims=1))
+            weights, fading = b.op("Exp", logits - higher), b.op("Exp", top - higher)
+            total = total * fading + b.op("ReduceSum", weights, [1], keepdims=1)
+            return higher, total, sums * fading + b.op("MatMul", weights, values)
+
+        one = b.shape(b.size(rows, 0), 1)
+        start = (
+            b.op("Expand", HIDDEN, one),
+            b.op("Expand", 0.0, one),
+            b.op("Expand", 0.0, b.shape(b.size(rows, 0), b.size(self.v, 3))),
+        )
+        top, total, sums = b.repeat((count + width - 1) // width, start, step)
+        # A row that saw no key has weighed hidden ones all alike.
+        out = b.op("Where", top > HIDDEN / 2, b.op("Div", sums, total), 0.0)
+        out = b.reshape(out, self.chunk, self.group, -1)
+        return b.op("Where", b.op("Unsqueeze", position >= 0, [1, 2]), out, 0.0)
 
     def _in_order(self, out: Value) -> Value:
         """``[B, Hq, Lq, Dv]`` from the outputs of all chunks."""

@@ -61,11 +61,13 @@ Operand = Value | bool | int | float | Sequence[int]
 
 
 class _Part:
-    """A list of nodes under construction, the constants that it already holds, and what it is nested in."""
+    """Nodes under construction, the constants that they already hold, and what they are nested in."""
 
     def __init__(self, outer: _Part | None) -> None:
         self.outer = outer
+        self.inputs: list[ValueInfoProto] = []
         self.nodes: list[NodeProto] = []
+        self.outputs: list[ValueInfoProto] = []
         self.constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
 
     def constant(self, key: tuple[str, tuple[int, ...], bytes]) -> Value | None:
@@ -150,14 +152,41 @@ class Body:
             dtype: type of the results.
         """
         with self._nested() as part:
-            number, going_on = Value(self, self._name("number")), Value(self, self._name("going_on"))
-            again = self.op("Identity", going_on)
-            result = self.op("Identity", write(self.op("Reshape", number, [1])))
-        inputs = [_typed(number, TensorProto.INT64, ()), _typed(going_on, TensorProto.BOOL, ())]
-        outputs = [_typed(again, TensorProto.BOOL, ()), _typed(result, dtype)]
-        body: GraphProto = helper.make_graph(part.nodes, "each", inputs, outputs)
-        value: Value = self.op("Loop", self.op("Squeeze", count, [0]), None, body=body)
+            result = self.op("Identity", write(self._counter()))
+        value: Value = self._loop(count, part, (), [_typed(result, dtype)])
         return value
+
+    def repeat(
+        self, count: Value, start: Sequence[Value], write: Callable[[Value, Sequence[Value]], Sequence[Value]]
+    ) -> Sequence[Value]:
+        """What float32 values have become after a body ran for ``0, 1, ..., count - 1``, each keeping its shape.
+
+        Args:
+            count: how many, int64 ``[1]``.
+            start: the values before.
+            write: writes the body for a number, int64 ``[1]``, and the values so far.
+        """
+        with self._nested() as part:
+            number = self._counter()
+            part.inputs += [_typed(Value(self, self._name("state")), TensorProto.FLOAT) for _ in start]
+            states = [Value(self, each.name) for each in part.inputs[2:]]
+            results = [self.op("Identity", result) for result in write(number, states)]
+        values: Sequence[Value] = self._loop(count, part, start, [_typed(x, TensorProto.FLOAT) for x in results])
+        return values
+
+    def _counter(self) -> Value:
+        """Begin the body of a loop: its inputs and the condition to go on; gives the number, int64 ``[1]``."""
+        number, going_on = Value(self, self._name("number")), Value(self, self._name("going_on"))
+        again = self.op("Identity", going_on)
+        self._part.inputs += [_typed(number, TensorProto.INT64, ()), _typed(going_on, TensorProto.BOOL, ())]
+        self._part.outputs.append(_typed(again, TensorProto.BOOL, ()))
+        value: Value = self.op("Reshape", number, [1])
+        return value
+
+    def _loop(self, count: Value, part: _Part, start: Sequence[Value], results: list[ValueInfoProto]) -> Any:
+        body: GraphProto = helper.make_graph(part.nodes, "body", part.inputs, [*part.outputs, *results])
+        # TensorRT's parser knows the condition inside the body only if it is given one from outside.
+        return self.op("Loop", self.op("Squeeze", count, [0]), True, *start, outputs=len(results), body=body)
 
     def function(
         self, domain: str, name: str, output: Value, *, opset: int, attributes: Sequence[str], overload: str
