@@ -107,6 +107,15 @@ def attention_function(node: AttentionNode, opset: int, overload: str = "") -> F
     )
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """Compressed keys ``[R, D, n]``, the last position of each window ``[n]``, and that of the first window."""
+
+    means: Value
+    ends: Value
+    first_end: int
+
+
 class _Writer:
     """Writes the body of one node.
 
@@ -131,6 +140,7 @@ class _Writer:
         self.keys = b.reshape(self.k, -1, b.size(self.k, 3))  # [R * Lk, D]
         self.values = b.reshape(self.v, -1, b.size(self.v, 3))  # [R * Lk, Dv]
         self.blocks = (self.length_k + (self.geometry.block_size - 1)) // self.geometry.block_size
+        self.block = b.arange(self.blocks)
         self._compress()
 
         rows = b.op("Max", b.op("Div", CHUNK_ROWS, self.group), [1]) + (m - 1)
@@ -181,20 +191,20 @@ class _Writer:
         k = b.op("Transpose", k, perm=[0, 2, 1])  # [R, D, Lk]
         padding = self.blocks * g.block_size + COARSE_FACTOR * g.kernel_size - self.length_k
         k = b.op("Pad", k, b.shape(0, 0, 0, 0, 0, padding), 0.0)
-        self.windows = self.blocks * (g.block_size // g.kernel_stride)
-        self.k1 = self._pool(k, 1, self.windows)
+        windows = self.blocks * (g.block_size // g.kernel_stride)
+        self.k1 = self._pool(k, 1, windows)
         if g.lse == "coarse":
-            self.coarse_windows = (self.windows + (COARSE_FACTOR - 1)) // COARSE_FACTOR
-            self.k2 = self._pool(k, COARSE_FACTOR, self.coarse_windows)
+            self.k2 = self._pool(k, COARSE_FACTOR, (windows + (COARSE_FACTOR - 1)) // COARSE_FACTOR)
 
-    def _pool(self, k: Value, factor: int, count: Value) -> Value:
+    def _pool(self, k: Value, factor: int, count: Value) -> _Windows:
         """Means of windows, rounded to the type of the keys."""
         b, g = self.body, self.geometry
         pooled = b.op(
             "AveragePool", k, kernel_shape=[factor * g.kernel_size], strides=[factor * g.kernel_stride]
         )
-        pooled = b.op("Slice", pooled, [0], count, [2])
-        return b.cast(b.op("CastLike", pooled, self.k), FLOAT)
+        pooled = b.cast(b.op("CastLike", b.op("Slice", pooled, [0], count, [2]), self.k), FLOAT)
+        ends = b.arange(count) * (factor * g.kernel_stride) + (factor * g.kernel_size - 1)
+        return _Windows(pooled, ends, factor * g.kernel_size - 1)
 
     def _attend_chunk(self, number: Value) -> Value:
         """The output of one chunk of queries of one key/value head, ``[C, G, Dv]``."""
@@ -222,11 +232,10 @@ class _Writer:
     def _candidates(self, last: Value) -> Value:
         """Blocks that begin at or before a position and do not lie wholly before its window, ``[T, n_blocks]``."""
         b, size = self.body, self.geometry.block_size
-        block = b.arange(self.blocks)
         last = b.op("Unsqueeze", last, [1])
-        candidates: Value = block <= last // size
+        candidates: Value = self.block <= last // size
         if self.node.window:
-            candidates = candidates & (block * size + (size - 1) > last - self.node.window)
+            candidates = candidates & (self.block * size + (size - 1) > last - self.node.window)
         return candidates
 
     def _select(self, q: Value, position: Value, at_key: Value, real: Value) -> Value:
@@ -263,12 +272,12 @@ class _Writer:
         q = b.reshape(q, -1, b.size(q, 2))  # [C * G, D]
         row_shape = (tiles, -1)
 
-        logits, visible = self._window_logits(q, self.k1, self.windows, 1, last)  # [T, m * G, n1], [T, n1]
+        logits, visible = self._window_logits(q, self.k1, last)  # [T, m * G, n1], [T, n1]
         if g.lse == "coarse":
-            normaliser, seen = self._window_logits(q, self.k2, self.coarse_windows, COARSE_FACTOR, last)
-            first_end = COARSE_FACTOR * g.kernel_size - 1
+            normaliser, seen = self._window_logits(q, self.k2, last)
+            first_end = self.k2.first_end
         else:
-            normaliser, seen, first_end = logits, visible, g.kernel_size - 1
+            normaliser, seen, first_end = logits, visible, self.k1.first_end
         normaliser = b.op("Where", b.op("Unsqueeze", seen, [1]), normaliser, HIDDEN)
         top = b.op("ReduceMax", normaliser, [2], keepdims=1)
         total = b.op("ReduceSum", b.op("Exp", normaliser - top), [2], keepdims=1)
@@ -290,18 +299,16 @@ class _Writer:
             pads=[before, 0],
         )  # the windows that overlap a block begin up to `before` windows ahead of it
         ranks = b.op("Squeeze", ranks, [1])
-        block, own = b.arange(self.blocks), b.op("Unsqueeze", last // g.block_size, [1])
-        return b.op("Where", (block < g.init_blocks) | (block >= own - g.local_blocks), FORCED, ranks)
+        own = b.op("Unsqueeze", last // g.block_size, [1])
+        forced = (self.block < g.init_blocks) | (self.block >= own - g.local_blocks)
+        return b.op("Where", forced, FORCED, ranks)
 
-    def _window_logits(
-        self, q: Value, pooled: Value, count: Value, factor: int, last: Value
-    ) -> tuple[Value, Value]:
+    def _window_logits(self, q: Value, windows: _Windows, last: Value) -> tuple[Value, Value]:
         """Products with compressed keys ``[T, m * G, n]``, and which of these a tile sees, ``[T, n]``."""
-        b, g = self.body, self.geometry
-        keys = b.op("Squeeze", b.op("Gather", pooled, self.row, axis=0), [0])  # [D, n]
-        logits = b.reshape(b.op("MatMul", q, keys), b.size(last, 0), -1, count)
-        ends = b.arange(count) * (factor * g.kernel_stride) + (factor * g.kernel_size - 1)
-        return logits, ends <= b.op("Unsqueeze", last, [1])
+        b = self.body
+        keys = b.op("Squeeze", b.op("Gather", windows.means, self.row, axis=0), [0])  # [D, n]
+        logits = b.reshape(b.op("MatMul", q, keys), b.size(last, 0), -1, b.size(windows.ends, 0))
+        return logits, windows.ends <= b.op("Unsqueeze", last, [1])
 
     def _attend(self, q: Value, position: Value, at_key: Value, chosen: Value, row_in_batch: Value) -> Value:
         """Attention of a chunk over the blocks that any of its queries visits, ``[C, G, Dv]``.

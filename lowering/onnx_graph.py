@@ -177,7 +177,7 @@ class Body:
     def _counter(self) -> Value:
         """Begin the body of a loop: its inputs and the condition to go on; gives the number, int64 ``[1]``."""
         number, going_on = Value(self, self._name("number")), Value(self, self._name("going_on"))
-        again = self.op("Identity", going_on)
+        again = self.op("Constant", value=numpy_helper.from_array(np.array(True)))
         self._part.inputs += [_typed(number, TensorProto.INT64, ()), _typed(going_on, TensorProto.BOOL, ())]
         self._part.outputs.append(_typed(again, TensorProto.BOOL, ()))
         value: Value = self.op("Reshape", number, [1])
@@ -185,8 +185,7 @@ class Body:
 
     def _loop(self, count: Value, part: _Part, start: Sequence[Value], results: list[ValueInfoProto]) -> Any:
         body: GraphProto = helper.make_graph(part.nodes, "body", part.inputs, [*part.outputs, *results])
-        # TensorRT's parser knows the condition inside the body only if it is given one from outside.
-        return self.op("Loop", self.op("Squeeze", count, [0]), True, *start, outputs=len(results), body=body)
+        return self.op("Loop", self.op("Squeeze", count, [0]), None, *start, outputs=len(results), body=body)
 
     def function(
         self, domain: str, name: str, output: Value, *, opset: int, attributes: Sequence[str], overload: str
