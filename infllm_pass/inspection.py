@@ -107,7 +107,7 @@ def attention_inputs(
         with torch.no_grad():
             run(*example_inputs, **example_kwargs)
     except _Reached as reached:
-        q, k, v, blocks, key_mask, _offset, scale = reached.arguments[:7]
+        q, k, v, blocks, key_mask, *_placement, scale = reached.arguments[:11]
         return AttentionInputs(q, k, v, blocks, key_mask, scale, chosen)
     raise NoAttentionSiteError(
         f"site {site_number} was asked for, but the model made {stop.passed} sparse attention calls: check "

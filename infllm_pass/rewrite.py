@@ -144,7 +144,8 @@ class Rewriter:
         """Selection, if asked for, and attention as torch operators."""
         site, config = plan.site, self.config
         key_mask = self._key_mask(plan)
-        call = (key_mask, None, plan.scale, config.dense_len)
+        nothing = (None for _ in ("offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window"))
+        call = (key_mask, *nothing, plan.scale, config.dense_len)
         blocks = None
         if select:
             select_blocks = torch.ops.infllm.select_blocks.default

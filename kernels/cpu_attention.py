@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infllm_pass.kernels.cpu_layout import BAND_KEY_STEP, BandTile, band_tiles, far_visits, includes_band
+from infllm_pass.kernels.cpu_layout import BAND_KEY_STEP, BandTile, Sight, band_tiles, far_visits, includes_band
 from infllm_pass.kernels.cpu_linear import LN2, LOG2E, MASKED, compute_dtype, round_up, row_product
 from infllm_pass.kernels.geometry import BlockGeometry
 
@@ -68,6 +68,7 @@ def attend_sequence(
     scale: float,
     offset: int,
     mask: Tensor | None,
+    window: int | None,
 ) -> None:
     """Attention of one sequence.
 
@@ -75,16 +76,17 @@ def attend_sequence(
         q: ``[Hkv, G, n, D]``; query ``i`` stands at position ``offset + i``, ``offset + n <= L``.
         k: ``[Hkv, L, D]``.
         v: ``[Hkv, L, Dv]``.
-        blocks: int32 ``[Hkv, n, S]``, distinct but for -1; None for dense causal attention.
+        blocks: int32 ``[Hkv, n, S]``, distinct but for -1; None for attention to all keys that a query may see.
         out: ``[Hkv, G, n, Dv]``, written.
         lse: ``[Hkv, G, n]``, written.
         geometry: the block geometry.
         scale: softmax scale.
         offset: position of the first query.
         mask: bool ``[L]``, False where a key is invalid; None if none is.
+        window: the query at position ``p`` sees keys after ``p - window`` only; None: all up to its own.
     """
     length_q, dim_v = q.shape[2], v.shape[-1]
-    hidden = hidden_keys(mask)
+    sight = Sight(geometry, window, hidden_keys(mask))
     for head in range(q.shape[0]):
         few = blocks is not None and length_q <= GATHER_TOKENS
         keys, values = k[head], v[head]
@@ -95,15 +97,15 @@ def attend_sequence(
             sums = SoftmaxSums(q[head, :, begin:end], scale, dim_v)
             start = offset + begin
             if blocks is None:
-                _add_band(sums, keys, values, start, hidden, geometry, dense=True)
+                _add_band(sums, keys, values, start, sight, dense=True)
             elif few:
-                _add_gathered(sums, keys, values, blocks[head], start, hidden, geometry)
+                _add_gathered(sums, keys, values, blocks[head], start, sight)
             else:
                 visits = blocks[head, begin:end]
-                banded = includes_band(visits, start, geometry)
+                banded = includes_band(visits, start, sight)
                 if banded:
-                    _add_band(sums, keys, values, start, hidden, geometry, dense=False)
-                _add_far(sums, keys, values, visits, start, hidden, geometry, banded=banded)
+                    _add_band(sums, keys, values, start, sight, dense=False)
+                _add_far(sums, keys, values, visits, start, sight, banded=banded)
             part, part_lse = sums.result()
             out[head, :, begin:end] = part.transpose(0, 1)
             lse[head, :, begin:end] = part_lse.t()
@@ -140,6 +142,15 @@ def hidden_keys(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else pad(~mask, (0, -mask.shape[0] % BAND_KEY_STEP))
 
 
+def hide_past(logits: Tensor, tile: BandTile, first_key: int, window: int) -> None:
+    """Mask the keys before each window of a tile's queries, in place: ``logits [n*G, keys]`` from `first_key` on."""
+    tokens = tile.end - tile.begin
+    end = min(first_key + logits.shape[1], tile.end - window)
+    last_hidden = torch.arange(tile.begin, tile.end, device=logits.device) - window
+    past = torch.arange(first_key, end, device=logits.device) <= last_hidden[:, None]
+    logits.view(tokens, -1, logits.shape[1])[:, :, : end - first_key].masked_fill_(past[:, None], MASKED)
+
+
 def hide_future(logits: Tensor, tile: BandTile, first_key: int) -> None:
     """Mask the keys after each query of a tile, in place.
 
@@ -162,13 +173,15 @@ def key_ranges(tile: BandTile) -> Iterator[tuple[int, int]]:
         yield low, min(end, low + KEY_CHUNK)
 
 
-def band_logits(rows: Tensor, k: Tensor, tile: BandTile, low: int, high: int, hidden: Tensor | None) -> Tensor:
+def band_logits(rows: Tensor, k: Tensor, tile: BandTile, low: int, high: int, sight: Sight) -> Tensor:
     """Logits ``[R, high - low]`` of a tile's rows over a range of its keys, masked."""
     logits: Tensor = row_product(rows, k[low:high])
     if high > tile.begin:
         hide_future(logits, tile, low)
-    if hidden is not None:
-        logits.masked_fill_(hidden[low:high], MASKED)
+    if sight.window is not None and low < tile.end - sight.window:
+        hide_past(logits, tile, low, sight.window)
+    if sight.hidden is not None:
+        logits.masked_fill_(sight.hidden[low:high], MASKED)
     return logits
 
 
@@ -177,20 +190,19 @@ def _add_band(
     k: Tensor,
     v: Tensor,
     offset: int,
-    hidden: Tensor | None,
-    geometry: BlockGeometry,
+    sight: Sight,
     *,
     dense: bool,
 ) -> None:
     """Add the keys of every query's band: ``k [L', D + 1]``, ``v [L', Dv]``."""
     tokens, group, dim = sums.x[1:].shape
-    for tile in band_tiles(offset, offset + tokens, group, geometry, dense):
+    for tile in band_tiles(offset, offset + tokens, group, sight, dense=dense):
         part = slice(tile.begin - offset, tile.end - offset)
         rows = sums.x[part].view(-1, dim)
         top, total = sums.top[part].view(-1), sums.total[part].view(-1)
         acc = sums.acc[part].view(-1, v.shape[1])
         for low, high in key_ranges(tile):
-            logits = band_logits(rows, k, tile, low, high, hidden)
+            logits = band_logits(rows, k, tile, low, high, sight)
             _raise_top(top, total, acc, logits.amax(1))
             weights = logits.sub_(top[:, None]).exp2_()
             total += weights.sum(1)
@@ -212,8 +224,7 @@ def _add_far(
     v: Tensor,
     blocks: Tensor,
     offset: int,
-    hidden: Tensor | None,
-    geometry: BlockGeometry,
+    sight: Sight,
     *,
     banded: bool,
 ) -> None:
@@ -221,18 +232,18 @@ def _add_far(
     tokens, group, dim = sums.x.shape
     x, acc = sums.x.view(tokens, -1), sums.acc.view(tokens, -1)
     # With a top in every row, logits come out of the product relative to it.
-    relative = banded and hidden is None
+    relative = banded and sight.hidden is None
     if relative:
         sums.x[..., -1] = -sums.top
-    count = geometry.num_blocks(k.shape[0])
-    for block, visitors in far_visits(blocks, offset, count, group, geometry, beyond_band=banded):
-        keys = slice(block * geometry.block_size, (block + 1) * geometry.block_size)
+    size, count = sight.geometry.block_size, sight.geometry.num_blocks(k.shape[0])
+    for block, visitors in far_visits(blocks, offset, count, group, sight, beyond_band=banded):
+        keys = slice(block * size, (block + 1) * size)
         rows = x.index_select(0, visitors).view(-1, dim)  # [r*G, D + 1]
-        weights = row_product(rows, k[keys]).exp2_() if relative else None
+        weights = far_logits(rows, k, visitors, block, offset, sight, causal=False).exp2_() if relative else None
         total = None if weights is None else weights.sum(1)
         if weights is None or total is None or not float(total.max()) < OVERFLOW:
             rows[:, -1] = 0.0
-            weights = far_logits(rows, k, visitors, block, offset, hidden, geometry, causal=not banded)
+            weights = far_logits(rows, k, visitors, block, offset, sight, causal=not banded)
             top = _raise_visitors(sums, visitors, weights.amax(1).view(-1, group))
             weights.sub_(top.view(-1, 1)).exp2_()
             total = weights.sum(1)
@@ -259,8 +270,7 @@ def far_logits(
     visitors: Tensor,
     block: int,
     offset: int,
-    hidden: Tensor | None,
-    geometry: BlockGeometry,
+    sight: Sight,
     *,
     causal: bool,
 ) -> Tensor:
@@ -272,46 +282,50 @@ def far_logits(
         visitors: int64 ``[r]``.
         block: the block.
         offset: position of visitor 0.
-        hidden: bool ``[L]``, True where a key is invalid.
-        geometry: the block geometry.
+        sight: what the queries see.
         causal: whether the block may have keys after a visitor.
 
     Returns:
         ``[r*G, keys of the block]``, `MASKED` where a key may not be seen.
     """
-    begin = block * geometry.block_size
-    keys = slice(begin, begin + geometry.block_size)
+    begin = block * sight.geometry.block_size
+    keys = slice(begin, begin + sight.geometry.block_size)
     logits: Tensor = row_product(rows, k[keys])
-    if causal:
-        positions = torch.arange(begin, begin + logits.shape[1], device=rows.device)
-        future = positions > visitors[:, None] + offset  # [r, keys]
-        logits.view(visitors.shape[0], -1, logits.shape[1]).masked_fill_(future[:, None], MASKED)
-    if hidden is not None:
-        logits.masked_fill_(hidden[keys], MASKED)
+    # Visitors ascend: the last one's window starts last.
+    windowed = sight.window is not None and begin <= int(visitors[-1]) + offset - sight.window
+    if causal or windowed:
+        ahead = torch.arange(begin, begin + logits.shape[1], device=rows.device) - (visitors[:, None] + offset)
+        unseen = ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)  # [r, keys]
+        if sight.window is not None:
+            unseen |= ahead <= -sight.window
+        logits.view(visitors.shape[0], -1, logits.shape[1]).masked_fill_(unseen[:, None], MASKED)
+    if sight.hidden is not None:
+        logits.masked_fill_(sight.hidden[keys], MASKED)
     return logits
 
 
-def gathered_keys(blocks: Tensor, offset: int, length: int, hidden: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+def gathered_keys(blocks: Tensor, offset: int, length: int, sight: Sight) -> tuple[Tensor, Tensor]:
     """Every query's own keys.
 
     Args:
         blocks: int32 ``[n, S]``; -1 is none.
         offset: position of the first query.
         length: keys in the sequence.
-        hidden: bool ``[length]``, True where a key is invalid.
-        size: tokens in a block.
+        sight: what the queries see.
 
     Returns:
         int64 ``[n, S*size]`` key positions, and bool ``[n, S*size]``, True where that key may not be seen.
     """
-    tokens = blocks.shape[0]
+    tokens, size = blocks.shape[0], sight.geometry.block_size
     keys = blocks.long()[:, :, None] * size + torch.arange(size, device=blocks.device)
     keys = keys.view(tokens, -1)
     positions = torch.arange(offset, offset + tokens, device=blocks.device)
     unseen = (keys < 0) | (keys > positions[:, None])
+    if sight.window is not None:
+        unseen |= keys <= positions[:, None] - sight.window
     keys = keys.clamp_(0, length - 1)
-    if hidden is not None:
-        unseen |= hidden[keys]
+    if sight.hidden is not None:
+        unseen |= sight.hidden[keys]
     return keys, unseen
 
 
@@ -321,11 +335,10 @@ def _add_gathered(
     v: Tensor,
     blocks: Tensor,
     offset: int,
-    hidden: Tensor | None,
-    geometry: BlockGeometry,
+    sight: Sight,
 ) -> None:
     """Add every query's selected blocks, query by query: ``k [L, D]``, ``v [L, Dv]``, ``blocks [n, S]``."""
-    keys, unseen = gathered_keys(blocks, offset, k.shape[0], hidden, geometry.block_size)
+    keys, unseen = gathered_keys(blocks, offset, k.shape[0], sight)
     for token in range(blocks.shape[0]):
         rows = sums.x[token, :, :-1]
         logits = rows @ k[keys[token]].to(rows.dtype).t()  # [G, S*B]

@@ -21,7 +21,7 @@ from infllm_pass.kernels.cpu_attention import (
     padded_keys,
     padded_rows,
 )
-from infllm_pass.kernels.cpu_layout import band_tiles, far_visits, includes_band
+from infllm_pass.kernels.cpu_layout import Sight, band_tiles, far_visits, includes_band
 from infllm_pass.kernels.cpu_linear import LN2, LOG2E, row_product
 from infllm_pass.kernels.geometry import BlockGeometry
 
@@ -98,6 +98,7 @@ def attend_sequence_backward(
     scale: float,
     offset: int,
     mask: Tensor | None,
+    window: int | None,
 ) -> None:
     """Gradient of one sequence.
 
@@ -108,7 +109,7 @@ def attend_sequence_backward(
         lse: ``[Hkv, G, n]``.
         k: ``[Hkv, L, D]``.
         v: ``[Hkv, L, Dv]``.
-        blocks: int32 ``[Hkv, n, S]``, or None for dense causal attention.
+        blocks: int32 ``[Hkv, n, S]``, or None for attention to all keys that a query may see.
         grad_q: ``[Hkv, G, n, D]``, written.
         grad_k: ``[Hkv, L, D]``, written.
         grad_v: ``[Hkv, L, Dv]``, written.
@@ -116,9 +117,10 @@ def attend_sequence_backward(
         scale: softmax scale.
         offset: position of the first query.
         mask: bool ``[L]``, False where a key is invalid; None if none is.
+        window: the query at position ``p`` sees keys after ``p - window`` only; None: all up to its own.
     """
     length_q, length_k = q.shape[2], k.shape[1]
-    hidden = hidden_keys(mask)
+    sight = Sight(geometry, window, hidden_keys(mask))
     for head in range(q.shape[0]):
         sums = _Gradients(k[head], v[head])
         for begin in range(0, length_q, CHUNK_TOKENS):
@@ -126,61 +128,51 @@ def attend_sequence_backward(
             start = offset + begin
             sums.start(q[head, :, part], grad_out[head, :, part], out[head, :, part], lse[head, :, part], scale)
             if blocks is None:
-                _add_band(sums, start, hidden, geometry, dense=True)
+                _add_band(sums, start, sight, dense=True)
             elif length_q <= GATHER_TOKENS:
-                _add_gathered(sums, blocks[head], start, hidden, geometry)
+                _add_gathered(sums, blocks[head], start, sight)
             else:
                 visits = blocks[head, part]
-                banded = includes_band(visits, start, geometry)
+                banded = includes_band(visits, start, sight)
                 if banded:
-                    _add_band(sums, start, hidden, geometry, dense=False)
-                _add_far(sums, visits, start, hidden, geometry, banded=banded)
+                    _add_band(sums, start, sight, dense=False)
+                _add_far(sums, visits, start, sight, banded=banded)
             grad_q[head, :, part] = sums.grad_x[:-1].mul_(scale).transpose(0, 1)
         # Rows carry scale * log2(e): taking log2(e) back leaves the scale of dK.
         grad_k[head] = sums.grad_k[:, :length_k].t() / LOG2E
         grad_v[head] = sums.grad_v[:, :length_k].t()
 
 
-def _add_band(sums: _Gradients, offset: int, hidden: Tensor | None, geometry: BlockGeometry, *, dense: bool) -> None:
+def _add_band(sums: _Gradients, offset: int, sight: Sight, *, dense: bool) -> None:
     """Add the keys of every query's band."""
     tokens, group, dim = sums.grad_x[1:].shape
-    for tile in band_tiles(offset, offset + tokens, group, geometry, dense):
+    for tile in band_tiles(offset, offset + tokens, group, sight, dense=dense):
         part = slice(tile.begin - offset, tile.end - offset)
         rows, grad = sums.x[part].flatten(0, 1), sums.grad_out[part].flatten(0, 1)
         grad_rows = sums.grad_x[part].view(-1, dim)
         for low, high in key_ranges(tile):
-            logits = band_logits(rows, sums.k, tile, low, high, hidden)
+            logits = band_logits(rows, sums.k, tile, low, high, sight)
             grad_rows += sums.piece(logits, rows, grad, slice(low, high))
 
 
-def _add_far(
-    sums: _Gradients,
-    blocks: Tensor,
-    offset: int,
-    hidden: Tensor | None,
-    geometry: BlockGeometry,
-    *,
-    banded: bool,
-) -> None:
+def _add_far(sums: _Gradients, blocks: Tensor, offset: int, sight: Sight, *, banded: bool) -> None:
     """Add the blocks outside the band, or all blocks."""
     tokens, group, dim = sums.x.shape
-    dim_v, size = sums.v.shape[1], geometry.block_size
+    dim_v, size = sums.v.shape[1], sight.geometry.block_size
     x, grad_out = sums.x.view(tokens, -1), sums.grad_out.view(tokens, -1)
     grad_x = sums.grad_x.view(tokens, -1)
-    count = geometry.num_blocks(sums.k.shape[0])
-    for block, visitors in far_visits(blocks, offset, count, group, geometry, beyond_band=banded):
+    count = sight.geometry.num_blocks(sums.k.shape[0])
+    for block, visitors in far_visits(blocks, offset, count, group, sight, beyond_band=banded):
         rows = x.index_select(0, visitors).view(-1, dim)
         grad = grad_out.index_select(0, visitors).view(-1, dim_v)
-        logits = far_logits(rows, sums.k, visitors, block, offset, hidden, geometry, causal=not banded)
+        logits = far_logits(rows, sums.k, visitors, block, offset, sight, causal=not banded)
         grad_rows = sums.piece(logits, rows, grad, slice(block * size, (block + 1) * size))
         grad_x.index_add_(0, visitors, grad_rows.view(visitors.shape[0], -1))
 
 
-def _add_gathered(
-    sums: _Gradients, blocks: Tensor, offset: int, hidden: Tensor | None, geometry: BlockGeometry
-) -> None:
+def _add_gathered(sums: _Gradients, blocks: Tensor, offset: int, sight: Sight) -> None:
     """Add every query's selected blocks, query by query."""
-    keys, unseen = gathered_keys(blocks, offset, sums.k.shape[0], hidden, geometry.block_size)
+    keys, unseen = gathered_keys(blocks, offset, sums.k.shape[0], sight)
     for token in range(blocks.shape[0]):
         seen = keys[token][~unseen[token]]  # distinct
         rows = sums.x[token]

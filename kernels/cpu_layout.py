@@ -1,13 +1,14 @@
 """How the sparse attention of one sequence is cut into dense pieces on the CPU.
 
-Most visits fall into a band: a query's own block and the local blocks before it, or everything before it
-while it has no more blocks than it may visit. The band runs tile by tile of queries. The other visits, the
+Most visits fall into a band: a query's own block and the local blocks before it, or everything that it may see
+while that is no more blocks than it may visit. The band runs tile by tile of queries. The other visits, the
 far ones, run block by block: all queries that chose a block meet its keys in one product, so that the work
 is exactly what was selected however scattered the choices are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,63 +31,94 @@ FAR_STEP_ROWS = 192
 
 
 @dataclass(frozen=True)
+class Sight:
+    """Which keys up to its own position a query of one sequence may see.
+
+    Attributes:
+        geometry: the block geometry.
+        window: the query at ``p`` sees keys after ``p - window`` only; None: all.
+        hidden: bool ``[L']``, True where a key is invalid, which no query sees; None if none is.
+    """
+
+    geometry: BlockGeometry
+    window: int | None
+    hidden: Tensor | None
+
+    def first_block(self, position: int) -> int:
+        """The first block that the window of the query at ``position`` touches."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.geometry.block_size
+
+    def first_band_block(self, position: int, *, dense: bool) -> int:
+        """The first block of the band of the query at ``position``; all queries are `dense` or none is."""
+        g = self.geometry
+        own, first = position // g.block_size, self.first_block(position)
+        takes_all = dense or own < g.selected_blocks or self._window_blocks <= g.selected_blocks
+        return first if takes_all else max(first, own - g.local_blocks)
+
+    def bands(self, begin: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First block of the band, if sparse, and own block of each of the queries ``[begin, end)``: int64 ``[n]``."""
+        g = self.geometry
+        positions = torch.arange(begin, end, device=device)
+        own = positions // g.block_size
+        first = torch.zeros_like(own)
+        if self.window is not None:
+            first = (positions - self.window + 1).clamp_(min=0) // g.block_size
+        if self._window_blocks <= g.selected_blocks:
+            return first, own
+        return torch.where(own < g.selected_blocks, first, torch.maximum(first, own - g.local_blocks)), own
+
+    @property
+    def _window_blocks(self) -> float:
+        """The most blocks that a window touches."""
+        return math.inf if self.window is None else (self.window - 2) // self.geometry.block_size + 2
+
+
+@dataclass(frozen=True)
 class BandTile:
-    """Queries ``[begin, end)``, all of one block, that see keys ``[first_key, end)`` causally."""
+    """Queries ``[begin, end)``, all of one block, that see keys from ``first_key`` on, causally."""
 
     begin: int
     end: int
     first_key: int
 
 
-def includes_band(blocks: Tensor, begin: int, geometry: BlockGeometry) -> bool:
+def includes_band(blocks: Tensor, begin: int, sight: Sight) -> bool:
     """Whether every query visits all blocks of its band.
 
-    A selection forces these blocks, except where tiles of ``query_block`` queries straddle blocks: the
-    forced blocks are then those of a tile's last query.
+    A selection forces these blocks, except where tiles of ``query_block`` queries straddle blocks or the start of a
+    window: the forced blocks are then those of a tile's last query.
 
     Args:
         blocks: int32 ``[n, S]``, distinct but for -1, the blocks of the queries at ``begin, begin + 1, ...``.
         begin: position of the first query.
-        geometry: the block geometry.
+        sight: what the queries see.
     """
-    own, first = _band(blocks, begin, geometry)
+    first, own = sight.bands(begin, begin + blocks.shape[0], blocks.device)
     inside = (blocks >= first[:, None]) & (blocks <= own[:, None])
     return bool((inside.sum(1) == own - first + 1).all())
 
 
-def _band(blocks: Tensor, begin: int, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
-    """Every query's own block and the first block of its band, ``[n]`` each."""
-    own = torch.arange(begin, begin + blocks.shape[0], device=blocks.device) // geometry.block_size
-    return own, torch.where(own < geometry.selected_blocks, 0, own - geometry.local_blocks)
-
-
-def first_band_block(position: int, geometry: BlockGeometry, dense: bool) -> int:
-    """The first block of the band of the query at ``position``."""
-    own = position // geometry.block_size
-    return 0 if dense or own < geometry.selected_blocks else own - geometry.local_blocks
-
-
-def band_tiles(begin: int, end: int, group: int, geometry: BlockGeometry, dense: bool) -> Iterator[BandTile]:
+def band_tiles(begin: int, end: int, group: int, sight: Sight, *, dense: bool) -> Iterator[BandTile]:
     """Tiles that cover the positions ``[begin, end)``.
 
     Args:
         begin: first position.
         end: one past the last position.
         group: query heads per KV head.
-        geometry: the block geometry.
-        dense: whether every query sees every key before it.
+        sight: what the queries see.
+        dense: whether every query sees all that it may see.
     """
-    size = geometry.block_size
+    size = sight.geometry.block_size
     tokens = max(1, min(size, BAND_ROWS // group))
     while begin < end:
         block_end = (begin // size + 1) * size
         stop = min(end, block_end, begin + tokens)
-        yield BandTile(begin, stop, first_band_block(begin, geometry, dense) * size)
+        yield BandTile(begin, stop, sight.first_band_block(begin, dense=dense) * size)
         begin = stop
 
 
 def far_visits(
-    blocks: Tensor, begin: int, count: int, group: int, geometry: BlockGeometry, *, beyond_band: bool
+    blocks: Tensor, begin: int, count: int, group: int, sight: Sight, *, beyond_band: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """Visits block by block, in pieces of few different sizes.
 
@@ -95,7 +127,7 @@ def far_visits(
         begin: position of the first query.
         count: blocks in the sequence.
         group: query heads per KV head.
-        geometry: the block geometry.
+        sight: what the queries see.
         beyond_band: leave out every query's band.
 
     Yields:
@@ -106,7 +138,7 @@ def far_visits(
     chosen = torch.zeros(count + 1, queries, dtype=torch.bool, device=blocks.device)
     chosen.scatter_(0, torch.where(blocks < 0, count, blocks).long().t(), True)
     if beyond_band:
-        _, first = _band(blocks, begin, geometry)
+        first, _ = sight.bands(begin, begin + queries, blocks.device)
         chosen &= torch.arange(count + 1, device=blocks.device)[:, None] < first
     chosen = chosen[:count]
     visits = chosen.nonzero()  # [visits, 2]

@@ -1,16 +1,19 @@
-"""Where every batch row's sequence lies, and which of its queries stand on it."""
+"""Where the sequences of a call lie in its batch rows, and which queries stand on each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
+
+from infllm_pass.errors import ShapeError
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One batch row's sequence: from its first to its last valid key.
+    """A sequence: the valid stretch of a batch row, or one of several packed into it.
 
     Attributes:
         row: the batch row.
@@ -33,24 +36,97 @@ class Sequence:
         return length
 
 
-def sequences(batch: int, length_q: int, length_k: int, offset: int, key_mask: Tensor | None) -> Iterator[Sequence]:
+@dataclass(frozen=True)
+class _Stretch:
+    """Keys ``[start, stop)`` of a row, and its queries ``[begin, end)``, of which ``i`` stands at key ``i + shift``."""
+
+    row: int
+    start: int
+    stop: int
+    begin: int
+    end: int
+    shift: int
+
+
+def sequences(
+    batch: int,
+    length_q: int,
+    length_k: int,
+    offset: int,
+    key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Iterator[Sequence]:
     """The sequences of a batch that some query stands on.
 
     Args:
         batch: rows.
         length_q: queries in a row.
         length_k: keys in a row.
-        offset: key index of the first query.
-        key_mask: bool ``[batch, length_k]``, True where a key is valid; None if all are.
+        offset: key index of a row's first query.
+        key_mask: bool ``[batch, length_k]``, True where a key is valid; None if all are. Without packed bounds a
+            row's sequence runs from its first to its last valid key.
+        offsets: integers ``[1]`` or ``[batch]``, added to `offset`.
+        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
+            stands at its last key.
+        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
+
+    Raises:
+        ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    for row in range(batch):
-        start, stop, mask = 0, length_k, None
+    if cu_seqlens_k is not None:
+        stretches = _packed(batch, length_q, length_k, offset, cu_seqlens_q, cu_seqlens_k)
+    else:
+        stretches = _rows(batch, length_q, length_k, offset, key_mask, offsets)
+    for stretch in stretches:
+        row, start, stop = stretch.row, stretch.start, stretch.stop
+        low = max(stretch.begin, start - stretch.shift)
+        high = min(stretch.end, stop - stretch.shift)
+        if low < high:
+            mask = None if key_mask is None or bool(key_mask[row, start:stop].all()) else key_mask[row, start:stop]
+            yield Sequence(row, slice(start, stop), slice(low, high), low + stretch.shift - start, mask)
+
+
+def _rows(
+    batch: int, length_q: int, length_k: int, offset: int, key_mask: Tensor | None, offsets: Tensor | None
+) -> Iterator[_Stretch]:
+    """One stretch a row."""
+    shifts = [offset] * batch if offsets is None else (offsets + offset).expand(batch).tolist()
+    for row, shift in enumerate(shifts):
+        start, stop = 0, length_k
         if key_mask is not None:
             valid = key_mask[row].nonzero()[:, 0]
             start, stop = (int(valid[0]), int(valid[-1]) + 1) if valid.numel() else (0, 0)
-            if valid.numel() < stop - start:
-                mask = key_mask[row, start:stop]
-        low = max(0, start - offset)
-        high = min(length_q, stop - offset)
-        if low < high:
-            yield Sequence(row, slice(start, stop), slice(low, high), offset + low - start, mask)
+        yield _Stretch(row, start, stop, 0, length_q, shift)
+
+
+def _packed(
+    batch: int, length_q: int, length_k: int, offset: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor
+) -> Iterator[_Stretch]:
+    """The stretches that bounds give, without empty ones."""
+    keys = list(pairwise(_bounds("cu_seqlens_k", cu_seqlens_k, batch * length_k)))
+    queries = None
+    if cu_seqlens_q is not None:
+        queries = list(pairwise(_bounds("cu_seqlens_q", cu_seqlens_q, length_q)))
+    for number, (first, end) in enumerate(keys):
+        if first == end:
+            continue
+        row = first // length_k
+        start, stop = first - row * length_k, end - row * length_k
+        if stop > length_k:
+            raise ShapeError(
+                f"cu_seqlens_k has a sequence of keys {first} to {end}: it crosses a row of {length_k} keys"
+            )
+        if queries is None:
+            yield _Stretch(row, start, stop, 0, length_q, offset)
+        else:
+            yield _Stretch(row, start, stop, *queries[number], stop - queries[number][1])
+
+
+def _bounds(name: str, bounds: Tensor, total: int) -> list[int]:
+    """The numbers of a tensor of bounds, ascending from 0 to `total` at most."""
+    numbers: list[int] = bounds.tolist()
+    if any(one > other for one, other in pairwise([0, *numbers, total])):
+        raise ShapeError(f"{name} descends or leaves 0 to {total}: expected ascending bounds")
+    return numbers

@@ -50,7 +50,9 @@ def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:
     return pooled.mul_(1.0 / size).to(k.dtype)
 
 
-def select_sequence(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int) -> Tensor:
+def select_sequence(
+    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None
+) -> Tensor:
     """The blocks that every query of one unpadded sequence visits.
 
     Args:
@@ -59,6 +61,7 @@ def select_sequence(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: flo
         geometry: the block geometry.
         scale: softmax scale.
         offset: position of the first query.
+        window: blocks without a key after ``p - window`` are no candidates of the query at ``p``; None: all are.
 
     Returns:
         int32 ``[Hkv, n, S]``, ``S = geometry.selected_blocks``; -1 in unused places.
@@ -69,39 +72,43 @@ def select_sequence(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: flo
     positions = torch.arange(offset, offset + length_q, device=q.device)
     last = (positions // g.query_block * g.query_block + g.query_block - 1).clamp_(max=length_k - 1)
     own = last // g.block_size  # [n]
-    slots = torch.arange(g.selected_blocks, device=q.device)
-    # A query with no more blocks than it may visit takes them all.
+    first = torch.zeros_like(own) if window is None else (last - window + 1).clamp_(min=0) // g.block_size  # [n]
+    # A query with no more candidates than it may visit takes them all.
+    slots = first[:, None] + torch.arange(g.selected_blocks, device=q.device)
     chosen = torch.where(slots <= own[:, None], slots, -1).int()  # [n, S]
     chosen = chosen.expand(heads, -1, -1).contiguous()
-    begin = int((own < g.selected_blocks).sum())
-    if begin == length_q:
+    crowded = (own - first >= g.selected_blocks).nonzero()
+    if not crowded.numel():
         return chosen
+    # From here on windows touch as many blocks as this query's or one less: never fewer than may be visited.
+    begin = int(crowded[0])
+    outside = first.clamp(max=g.init_blocks)  # [n], initial blocks that are no candidates
 
     scorer = _Scorer(k, g, scale)
     tokens = max(1, CHUNK_ROWS // (g.query_block * q.shape[1])) * g.query_block
     while begin < length_q:
         end = min(length_q, (begin + offset + tokens) // g.query_block * g.query_block - offset)
-        own_chunk = own[begin:end]
+        skipped = int(outside[begin])
+        end = begin + int((outside[begin:end] == skipped).sum())  # one number of forced blocks in a chunk
+        own_chunk, first_chunk = own[begin:end], first[begin:end]
         forced = torch.cat(
             (
-                torch.arange(g.init_blocks, device=q.device).expand(end - begin, -1),
+                torch.arange(skipped, g.init_blocks, device=q.device).expand(end - begin, -1),
                 own_chunk[:, None] - torch.arange(g.local_blocks + 1, device=q.device),
             ),
             dim=1,
-        )  # [n, init + local + 1]
+        )  # [n, init - skipped + local + 1]
         free = g.selected_blocks - forced.shape[1]
         chosen[:, begin:end, : forced.shape[1]] = forced
         for head in range(heads):
-            scores = scorer.block_scores(head, q[head, :, begin:end], last[begin:end], own_chunk)
-            best = top_blocks(scores, free) + g.init_blocks  # [tiles, free]
-            if g.query_block > 1:
-                best = best[_tile_index(last[begin:end], g.query_block)]
-            chosen[head, begin:end, forced.shape[1] :] = best
+            chosen[head, begin:end, forced.shape[1] :] = scorer.best_blocks(
+                head, q[head, :, begin:end], last[begin:end], own_chunk, first_chunk, free
+            )
         begin = end
     return chosen
 
 
-def top_blocks(scores: Tensor, count: int) -> Tensor:
+def top_blocks(scores: Tensor, count: int, barred: Tensor | None = None) -> Tensor:
     """Numbers of the ``count`` highest scores of every row; of equal scores the lower number wins.
 
     Neighbouring blocks share a compressed key, so that equal scores are common.
@@ -109,15 +116,20 @@ def top_blocks(scores: Tensor, count: int) -> Tensor:
     Args:
         scores: ``[R, n]``, ``n >= count``; not negative, or ``-inf``.
         count: how many to take.
+        barred: bool ``[R, n]``, whose scores are ``-inf`` and come after the other ``-inf``; None: there are none.
 
     Returns:
         int64 ``[R, count]`` in no particular order.
     """
     if scores.dtype == torch.float64:
+        if barred is not None:
+            scores = scores.clamp(min=-1.0).masked_fill_(barred, -torch.inf)
         return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
     # The bits of floats that are not negative are ordered as they are; the sign bit puts -inf below.
     bits = scores.contiguous().view(torch.int32).long() << 32
-    lower_first = torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+    lower_first = torch.arange(scores.shape[1], 0, -1, device=scores.device)
+    if barred is not None:
+        lower_first = torch.where(barred, 0, lower_first)
     return torch.topk(bits | lower_first, count, sorted=False).indices
 
 
@@ -148,23 +160,52 @@ class _Scorer:
         missing = -self.norm_keys.shape[1] % NORM_STEP
         self.norm_keys = pad(self.norm_keys, (0, 0, 0, missing))
 
-    def block_scores(self, head: int, q: Tensor, last: Tensor, own: Tensor) -> Tensor:
-        """Scores of the blocks that are candidates but not forced.
+    def best_blocks(self, head: int, q: Tensor, last: Tensor, own: Tensor, first: Tensor, count: int) -> Tensor:
+        """The best scored of the candidates that are not forced.
 
         Args:
             head: KV head.
             q: ``[G, n, D]``; whole tiles of ``query_block``, except for the first and the last.
             last: int64 ``[n]``, the position of the last query of each query's tile.
             own: int64 ``[n]``, the block of that position.
+            first: int64 ``[n]``, each query's first candidate.
+            count: how many to take, no more than each query has.
 
         Returns:
-            ``[tiles, blocks - init_blocks]``, from block ``init_blocks`` on; ``-inf`` where a block is
-            forced or no compressed key of it is visible.
+            int64 ``[n, count]`` in no particular order.
+        """
+        g = self.geometry
+        low, high = max(g.init_blocks, int(first[0])), int(own[-1]) - g.local_blocks
+        if g.query_block > 1:
+            tile = _tile_index(last, g.query_block)
+            begins = torch.searchsorted(tile, torch.arange(int(tile[-1]) + 1, device=tile.device))
+            own, first = own[begins], first[begins]
+        scores = self._block_scores(head, q, last, low, high)  # [tiles, high - low]
+        candidates = torch.arange(low, high, device=q.device)
+        scores.masked_fill_(candidates >= own[:, None] - g.local_blocks, -torch.inf)
+        barred = None
+        if int(first[-1]) > low:
+            barred = candidates < first[:, None]
+            scores.masked_fill_(barred, -torch.inf)
+        best = top_blocks(scores, count, barred) + low  # [tiles, count]
+        return best[tile] if g.query_block > 1 else best
+
+    def _block_scores(self, head: int, q: Tensor, last: Tensor, low: int, high: int) -> Tensor:
+        """Scores of the blocks ``[low, high)``.
+
+        Args:
+            head: KV head.
+            q: ``[G, n, D]``; whole tiles of ``query_block``, except for the first and the last.
+            last: int64 ``[n]``, the position of the last query of each query's tile.
+            low: the first block.
+            high: one past the last block.
+
+        Returns:
+            ``[tiles, high - low]``; ``-inf`` where no compressed key of a block is visible.
         """
         g = self.geometry
         group, tokens, dim = q.shape
         x = q.transpose(0, 1).to(self.keys.dtype).mul(self.scale * LOG2E).reshape(tokens * group, dim)
-        low, high = g.init_blocks, int(own[-1]) - g.local_blocks
         per_block = self.keys.shape[1]
         overhang = g.kernel_size // g.kernel_stride - 1
         base = max(0, low - -(-overhang // per_block))  # compressed keys of earlier blocks reach into low
@@ -176,8 +217,7 @@ class _Scorer:
         if g.query_block > 1:
             tile = _tile_index(last, g.query_block)
             scores = scores.new_zeros(int(tile[-1]) + 1, *scores.shape[1:]).index_add_(0, tile, scores)
-            first = torch.searchsorted(tile, torch.arange(scores.shape[0], device=tile.device))
-            last, own = last[first], own[first]
+            last = last[torch.searchsorted(tile, torch.arange(scores.shape[0], device=tile.device))]
         if g.kernel_stride * (high * per_block - 1) + g.kernel_size - 1 > int(last[0]):
             block = torch.arange(base, high, device=q.device)
             phase = torch.arange(per_block, device=q.device)[:, None]
@@ -193,8 +233,7 @@ class _Scorer:
                 break
             reaching = scores[:, phase_back, begin - back - base : high - back - base]
             best[:, begin - low :] = torch.maximum(best[:, begin - low :], reaching)
-        candidates = torch.arange(low, high, device=q.device)
-        return best.masked_fill_(candidates >= own[:, None] - g.local_blocks, -torch.inf)
+        return best
 
     def _log2_norm(self, head: int, x: Tensor, last: Tensor) -> Tensor:
         """Binary log-sum-exp of x's logits over the visible normalising keys; ``inf`` where none is.

@@ -7,6 +7,8 @@ tested against it. Formulas: arXiv 2509.24663, sections 3.1 (sparse attention) a
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -113,6 +115,7 @@ def select_sequence(
         last = tile_position(positions, g.query_block, length_k)
         candidate &= (blocks + 1) * g.block_size - 1 > last[:, None] - window
     forced = candidate & ((blocks < g.init_blocks) | (blocks >= own[:, None] - g.local_blocks))
+    scores = scores.clamp(min=-1.0)  # a candidate without a score still comes before what is no candidate
     rank = torch.where(forced, torch.inf, scores).masked_fill(~candidate, NEG_INF)
     order = torch.sort(rank, dim=-1, descending=True, stable=True).indices  # stable: ties go to the lower block
     chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order[..., : g.selected_blocks], True)
@@ -127,6 +130,9 @@ def select_blocks(
     scale: float,
     offset: int,
     key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     dense_len: int = 0,
     window: int | None = None,
 ) -> Tensor:
@@ -139,16 +145,21 @@ def select_blocks(
         scale: softmax scale.
         offset: key index of the first query.
         key_mask: bool ``[B, Lk]``; a row's sequence runs from its first to its last valid key.
-        dense_len: rows whose sequence is shorter select nothing.
+        offsets: integers ``[1]`` or ``[B]``, added to `offset`.
+        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
+            stands at its last key.
+        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
+        dense_len: shorter sequences select nothing.
         window: sliding window, in keys; a block wholly before it is no candidate.
 
     Returns:
-        bool ``[B, Hkv, Lq, n_blocks]``; blocks are numbered from the row's own first key.
+        bool ``[B, Hkv, Lq, n_blocks]``; blocks are numbered from the sequence's own first key.
     """
     batch, _, length_q, _ = q.shape
     _, heads_kv, length_k, _ = k.shape
     chosen = q.new_zeros(batch, heads_kv, length_q, geometry.num_blocks(length_k), dtype=torch.bool)
-    for row, keys, queries in sequences(batch, length_q, length_k, offset, key_mask):
+    placed = sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
+    for row, keys, queries, shift in placed:
         length = keys.stop - keys.start
         if length < max(dense_len, 1) or queries.stop <= queries.start:
             continue
@@ -157,7 +168,7 @@ def select_blocks(
             k[row, :, keys],
             geometry=geometry,
             scale=scale,
-            offset=offset + queries.start - keys.start,
+            offset=shift + queries.start - keys.start,
             window=window,
         )
         chosen[row, :, queries, : part.shape[-1]] = part
@@ -165,20 +176,42 @@ def select_blocks(
 
 
 def sequences(
-    batch: int, length_q: int, length_k: int, offset: int, key_mask: Tensor | None
-) -> list[tuple[int, slice, slice]]:
-    """Per row: its number, the slice of its keys, and the slice of the queries that stand on them."""
-    if key_mask is None:
-        bounds = [(0, length_k)] * batch
+    batch: int,
+    length_q: int,
+    length_k: int,
+    offset: int,
+    key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> list[tuple[int, slice, slice, int]]:
+    """Per sequence: its row, the slice of its keys, that of the queries that stand on them, and what a query's number
+    is less than its key's.
+    """
+    every = slice(0, length_q)
+    if cu_seqlens_k is None:
+        mask = torch.ones(batch, length_k, dtype=torch.bool) if key_mask is None else key_mask
+        bounds = zip(*(number.tolist() for number in sequence_bounds(mask)), strict=True)
+        places = [(row, slice(*bound), every, offset) for row, bound in enumerate(bounds)]
+        if offsets is not None:
+            numbers = offsets.expand(batch).tolist()
+            places = [(row, keys, every, offset + numbers[row]) for row, keys, _, _ in places]
     else:
-        first, end = sequence_bounds(key_mask)
-        bounds = list(zip(first.tolist(), end.tolist(), strict=True))
-    rows = []
-    for row, (start, stop) in enumerate(bounds):
-        low = min(max(start - offset, 0), length_q)
-        high = min(max(stop - offset, low), length_q)
-        rows.append((row, slice(start, stop), slice(low, high)))
-    return rows
+        places = []
+        for number, (begin, end) in enumerate(pairwise(cu_seqlens_k.tolist())):
+            row = begin // max(length_k, 1)
+            keys, queries, shift = slice(begin - row * length_k, end - row * length_k), every, offset
+            if cu_seqlens_q is not None:
+                queries = slice(*cu_seqlens_q[number : number + 2].tolist())
+                shift = keys.stop - queries.stop
+            if begin < end:
+                places.append((row, keys, queries, shift))
+    found = []
+    for row, keys, queries, shift in places:
+        low = min(max(keys.start - shift, queries.start), queries.stop)
+        high = max(min(keys.stop - shift, queries.stop), low)
+        found.append((row, keys, slice(low, high), shift))
+    return found
 
 
 def attention(
@@ -191,6 +224,9 @@ def attention(
     scale: float,
     offset: int,
     key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     dense_len: int = 0,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -205,19 +241,23 @@ def attention(
         scale: softmax scale.
         offset: key index of the first query.
         key_mask: bool ``[B, Lk]``, True where a key is valid.
-        dense_len: rows whose sequence is shorter attend to every visible key.
+        offsets: as in `select_blocks`.
+        cu_seqlens_q: as in `select_blocks`.
+        cu_seqlens_k: as in `select_blocks`.
+        dense_len: queries of shorter sequences attend to every visible key.
         window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, float64. A query without a visible key
-        gives 0 and ``-inf``; so do queries outside their row's sequence.
+        gives 0 and ``-inf``; so do queries outside every sequence.
     """
     batch, heads_q, length_q, dim = q.shape
     _, heads_kv, length_k, _ = k.shape
     group = heads_q // heads_kv
     allowed = torch.zeros(batch, heads_kv, length_q, length_k, dtype=torch.bool, device=q.device)
-    for row, keys, queries in sequences(batch, length_q, length_k, offset, key_mask):
-        positions = torch.arange(length_q, device=q.device)[queries] + offset
+    placed = sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
+    for row, keys, queries, shift in placed:
+        positions = torch.arange(length_q, device=q.device)[queries] + shift
         key_index = torch.arange(length_k, device=q.device)[keys]
         see = key_index <= positions[:, None]  # [queries, keys]
         if key_mask is not None:

@@ -72,6 +72,45 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, key_
             raise ShapeError(f"blocks has shape {tuple(blocks.shape)}: expected [B, Hkv, Lq, S] with {expected}")
 
 
+def check_sequences(
+    q: Tensor,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+) -> None:
+    """Check what says which keys a query stands at and sees: offsets, bounds of packed sequences, a window.
+
+    Raises:
+        ShapeError: a shape or a number does not fit, or two arguments exclude each other.
+        DtypeError: a tensor is not of integers.
+        DeviceError: a tensor is not on q's device.
+    """
+    if window is not None and window < 1:
+        raise ShapeError(f"window={window}: expected at least 1 key")
+    for name, tensor in (("offsets", offsets), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.int32, torch.int64) or (name != "offsets" and tensor.dtype != torch.int32):
+            raise DtypeError(f"{name} is {tensor.dtype}: expected torch.int32")
+        if tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
+        if tensor.dim() != 1:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected one dimension")
+    if offsets is not None and offsets.shape[0] not in (1, q.shape[0]):
+        raise ShapeError(f"offsets has {offsets.shape[0]} numbers: expected 1 or one a row, {q.shape[0]}")
+    if offsets is not None and cu_seqlens_k is not None:
+        raise ShapeError("a tensor offset is given with packed sequences: give the offset as an int")
+    if cu_seqlens_q is not None:
+        if cu_seqlens_k is None:
+            raise ShapeError("cu_seqlens_q is given without cu_seqlens_k: packed sequences need both")
+        if q.shape[0] != 1 or cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+            raise ShapeError(
+                f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, cu_seqlens_k {cu_seqlens_k.shape[0]}, and q batch "
+                f"size {q.shape[0]}: expected equally many numbers and batch size 1"
+            )
+
+
 def _check_match(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise DtypeError(f"{name_a} is {a.dtype} and {name_b} is {b.dtype}: cast them to one dtype")
@@ -156,26 +195,4 @@ def check_tiled(
             f"k has {k.shape[2]} keys: with block_size={geometry.block_size} at most "
             f"{MAX_BLOCK_NUMBER * geometry.block_size} are supported; raise block_size"
         )
-    if window is not None and window < 1:
-        raise ShapeError(f"window={window}: expected at least 1 key")
-    for name, tensor in (("offsets", offsets), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in (torch.int32, torch.int64) or (name != "offsets" and tensor.dtype != torch.int32):
-            raise DtypeError(f"{name} is {tensor.dtype}: expected torch.int32")
-        if tensor.device != q.device:
-            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
-        if tensor.dim() != 1:
-            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected one dimension")
-    if offsets is not None and offsets.shape[0] not in (1, q.shape[0]):
-        raise ShapeError(f"offsets has {offsets.shape[0]} numbers: expected 1 or one a row, {q.shape[0]}")
-    if offsets is not None and cu_seqlens_k is not None:
-        raise ShapeError("a tensor offset is given with packed sequences: give the offset as an int")
-    if cu_seqlens_q is not None:
-        if cu_seqlens_k is None:
-            raise ShapeError("cu_seqlens_q is given without cu_seqlens_k: packed sequences need both")
-        if q.shape[0] != 1 or cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
-            raise ShapeError(
-                f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, cu_seqlens_k {cu_seqlens_k.shape[0]}, and q batch "
-                f"size {q.shape[0]}: expected equally many numbers and batch size 1"
-            )
+    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)

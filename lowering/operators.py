@@ -3,7 +3,7 @@
 ``infllm::select_blocks``
     which key blocks each query visits; nothing is differentiated through it.
 ``infllm::block_attention``
-    causal attention over selected blocks, dense for rows shorter than ``dense_len`` or without a selection.
+    causal attention over selected blocks, dense for sequences shorter than ``dense_len`` or without a selection.
 ``infllm::block_attention_backward``
     its gradient with the selection held fixed.
 
@@ -19,14 +19,16 @@ from torch import Tensor
 
 from infllm_pass.kernels import cpu
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.checks import check_attention, check_queries_keys
+from infllm_pass.lowering.checks import check_attention, check_queries_keys, check_sequences
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-"""The row lengths of a padded batch are read on the host, which a CUDA graph cannot record."""
+"""Where sequences lie is read on the host, which a CUDA graph cannot record."""
 
 
-def _offset(q: Tensor, k: Tensor, offset: int | None) -> int:
-    return k.shape[2] - q.shape[2] if offset is None else offset
+def _offset(q: Tensor, k: Tensor, offsets: Tensor | None, offset: int | None) -> int:
+    if offset is not None:
+        return offset
+    return k.shape[2] - q.shape[2] if offsets is None else 0
 
 
 def selection_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
@@ -56,7 +58,11 @@ def select_blocks(
     q: Tensor,
     k: Tensor,
     key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     offset: int | None,
+    window: int | None,
     scale: float,
     dense_len: int,
     kernel_size: int,
@@ -73,17 +79,26 @@ def select_blocks(
     Args:
         q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i``.
         k: ``[B, Hkv, Lk, D]``.
-        key_mask: bool ``[B, Lk]`` or None; a row's sequence runs from its first to its last valid key, and its
-            blocks are numbered from its first key.
-        offset: key index of the first query; None: ``Lk - Lq``, the queries are the last of the keys.
+        key_mask: bool ``[B, Lk]``, True where a key is valid, or None; a row's sequence runs from its first to its
+            last valid key, and its blocks are numbered from its first key.
+        offsets: int32 or int64 ``[1]`` or ``[B]``: key index of the first query, added to `offset`, or None.
+        cu_seqlens_q: int32 ``[R + 1]``: packed sequences' query bounds, batch 1; only with `cu_seqlens_k`. The last
+            query of a sequence then stands at its last key, and `offset` is not read.
+        cu_seqlens_k: int32 ``[R + 1]``: packed sequences' key bounds, counted through all rows of the batch; no
+            sequence crosses a row. Sequences then are what these bounds say, and `key_mask` only hides keys.
+        offset: key index of the first query; None: ``Lk - Lq``, the queries are the last of the keys (0 with
+            `offsets`).
+        window: sliding window: the query at ``p`` sees keys after ``p - window`` only, and blocks wholly before that
+            are no candidates; or None.
         scale: softmax scale.
-        dense_len: rows with a shorter sequence select nothing: they are dense.
+        dense_len: shorter sequences select nothing: they are dense.
         kernel_size: see `BlockGeometry`, as for the arguments that follow.
 
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is computed.
     """
     check_queries_keys(q, k, key_mask)
+    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
     geometry = BlockGeometry(
         kernel_size=kernel_size,
         kernel_stride=kernel_stride,
@@ -99,8 +114,12 @@ def select_blocks(
         k,
         geometry=geometry,
         scale=scale,
-        offset=_offset(q, k, offset),
+        offset=_offset(q, k, offsets, offset),
         key_mask=key_mask,
+        offsets=offsets,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        window=window,
         dense_len=dense_len,
     )
 
@@ -110,7 +129,11 @@ def _select_blocks_fake(
     q: Tensor,
     k: Tensor,
     key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     offset: int | None,
+    window: int | None,
     scale: float,
     dense_len: int,
     kernel_size: int,
@@ -123,6 +146,7 @@ def _select_blocks_fake(
     query_block: int,
 ) -> Tensor:
     check_queries_keys(q, k, key_mask)
+    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
     return q.new_empty(q.shape[0], k.shape[1], q.shape[2], selected_blocks, dtype=torch.int32)
 
 
@@ -133,7 +157,11 @@ def block_attention(
     v: Tensor,
     blocks: Tensor | None,
     key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     offset: int | None,
+    window: int | None,
     scale: float,
     dense_len: int,
     block_size: int,
@@ -146,11 +174,10 @@ def block_attention(
         q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i`` and sees no later key.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        blocks: int32 ``[B, Hkv, Lq, S]`` from `select_blocks`; None: every row is dense.
-        key_mask: bool ``[B, Lk]``, True where a key is valid, or None.
-        offset: key index of the first query; None: ``Lk - Lq``, the queries are the last of the keys.
+        blocks: int32 ``[B, Hkv, Lq, S]`` from `select_blocks`; None: every sequence is dense.
+        key_mask: as in `select_blocks`, like `offsets`, `cu_seqlens_q`, `cu_seqlens_k`, `offset` and `window`.
         scale: softmax scale.
-        dense_len: rows with a shorter sequence are dense.
+        dense_len: shorter sequences are dense.
         block_size: tokens in a block.
         init_blocks: blocks at the start of a sequence that `blocks` always holds.
         local_blocks: blocks before a query's own that `blocks` always holds.
@@ -164,6 +191,7 @@ def block_attention(
         ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is computed.
     """
     check_attention(q, k, v, blocks, key_mask)
+    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
     return cpu.attention_forward(
         q,
         k,
@@ -171,8 +199,12 @@ def block_attention(
         blocks,
         geometry=_attention_geometry(blocks, block_size, init_blocks, local_blocks),
         scale=scale,
-        offset=_offset(q, k, offset),
+        offset=_offset(q, k, offsets, offset),
         key_mask=key_mask,
+        offsets=offsets,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        window=window,
         dense_len=dense_len,
     )
 
@@ -184,7 +216,11 @@ def _block_attention_fake(
     v: Tensor,
     blocks: Tensor | None,
     key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     offset: int | None,
+    window: int | None,
     scale: float,
     dense_len: int,
     block_size: int,
@@ -192,6 +228,7 @@ def _block_attention_fake(
     local_blocks: int,
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, blocks, key_mask)
+    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
     batch, heads, length, _ = q.shape
     accumulated = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
@@ -208,7 +245,11 @@ def block_attention_backward(
     lse: Tensor,
     blocks: Tensor | None,
     key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     offset: int | None,
+    window: int | None,
     scale: float,
     dense_len: int,
     block_size: int,
@@ -236,8 +277,12 @@ def block_attention_backward(
         blocks,
         geometry=_attention_geometry(blocks, block_size, init_blocks, local_blocks),
         scale=scale,
-        offset=_offset(q, k, offset),
+        offset=_offset(q, k, offsets, offset),
         key_mask=key_mask,
+        offsets=offsets,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        window=window,
         dense_len=dense_len,
     )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -253,7 +298,11 @@ def _block_attention_backward_fake(
     lse: Tensor,
     blocks: Tensor | None,
     key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     offset: int | None,
+    window: int | None,
     scale: float,
     dense_len: int,
     block_size: int,
@@ -264,17 +313,15 @@ def _block_attention_backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, blocks, key_mask, *numbers = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, blocks, key_mask)
+    q, k, v, blocks, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, *numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, blocks, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
     ctx.numbers = numbers
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, blocks, key_mask = ctx.saved_tensors
-    gradients = block_attention_backward(grad_out, q, k, v, out, lse, blocks, key_mask, *ctx.numbers)
-    return (*gradients, None, None, *(None for _ in ctx.numbers))
+    gradients = block_attention_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
+    return (*gradients, *(None for _ in range(5)), *(None for _ in ctx.numbers))
 
 
 block_attention.register_autograd(_backward, setup_context=_save_for_backward)

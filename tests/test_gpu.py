@@ -59,7 +59,8 @@ def test_torch_operators_match_the_oracle(dtype, padded):
     out = switchable_attention(q, k, v, SMALL, key_mask=key_mask)
     grad = torch.randn_like(out)
     g = SMALL.geometry
-    blocks = operators.select_blocks(q, k, key_mask, None, 32**-0.5, SMALL.dense_len, *operators.selection_arguments(g))
+    call = (key_mask, *[None] * 5, 32**-0.5, SMALL.dense_len)
+    blocks = operators.select_blocks(q, k, *call, *operators.selection_arguments(g))
     chosen = (blocks[..., None] == torch.arange(g.num_blocks(301), device="cuda")).any(-2)
     wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     common = {"geometry": g, "scale": 32**-0.5, "offset": 0, "key_mask": key_mask, "dense_len": SMALL.dense_len}

@@ -21,11 +21,11 @@ def qkv(batch=1, heads=6, heads_kv=2, length=77, dim=16, dtype=torch.float32, di
 
 
 def selection_arguments(config=SMALL, dense_len=0):
-    return (None, None, 0.25, dense_len, *operators.selection_arguments(config.geometry))
+    return (*[None] * 6, 0.25, dense_len, *operators.selection_arguments(config.geometry))
 
 
 def attention_arguments(config=SMALL, dense_len=0):
-    return (None, None, 0.25, dense_len, *operators.attention_arguments(config.geometry))
+    return (*[None] * 6, 0.25, dense_len, *operators.attention_arguments(config.geometry))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

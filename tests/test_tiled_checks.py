@@ -141,29 +141,6 @@ def test_only_cuda_devices_with_triton_for_nvidia(monkeypatch, fake):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"window": 32}, "window is only supported by the Triton kernels, which refuse this call: q is on cpu"),
-        ({"segment_ids": torch.zeros(1, 40, dtype=torch.int64)}, "segment_ids is only supported by the Triton kernels"),
-        ({"offset": torch.tensor([3])}, "a tensor offset needs the Triton kernels.*q is on cpu.*give an int"),
-    ],
-    ids=["window", "segment_ids", "tensor offset"],
-)
-def test_what_only_triton_can_do_is_refused_on_the_cpu(arguments, message):
-    with pytest.raises(DeviceError, match=message):
-        infllm_pass.switchable_attention(*(torch.randn(1, 2, 40, 16) for _ in "qkv"), TILED, **arguments)
-
-
-def test_packed_sequences_are_refused_on_the_cpu():
-    tensors = [torch.randn(40, 2, 16) for _ in "qkv"]
-    bounds = torch.tensor([0, 10, 40], dtype=torch.int32)
-    with pytest.raises(DeviceError, match="q is on cpu: the Triton kernels run on CUDA devices"):
-        infllm_pass.switchable_attention_varlen(*tensors, bounds, bounds, TILED)
-    with pytest.raises(ShapeError, match=r"k has shape \(1, 40, 2, 16\): expected three dimensions"):
-        infllm_pass.switchable_attention_varlen(tensors[0], tensors[1][None], tensors[2], bounds, bounds, TILED)
-
-
-@pytest.mark.parametrize(
     ("segment_ids", "error", "message"),
     [
         (torch.zeros(1, 39, dtype=torch.int64), ShapeError, r"segment_ids has shape \(1, 39\): expected \[B, Lk\]"),
