@@ -10,7 +10,7 @@ operators that it becomes and `kernels` the arithmetic. `report` tells what was 
 from infllm_pass.api import dense, dense_mode, explain, report, sparsify
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.functional import switchable_attention, switchable_attention_varlen
-from infllm_pass.plan import Reason
+from infllm_pass.reasons import Reason
 from infllm_pass.report import GraphReport, Report, SiteReport
 from infllm_pass.sites import AttentionSite
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from infllm_pass.masks.values import GraphFacts, overwritten_storages
+from infllm_pass.masks.constants import HeldTensors
+from infllm_pass.masks.values import GraphFacts, example_of, overwritten_storages
 
-_TRANSPARENT_CALLS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}
-"""Higher-order operators ``(body, *args)`` that compute just what their body computes."""
+_TRANSPARENT_CALLS = {
+    "tag_activation_checkpoint",
+    "wrap_activation_checkpoint",
+    "wrap",
+    "wrap_with_set_grad_enabled",
+    "wrap_with_autocast",
+}
+"""Higher-order operators ``(…, body, *args)`` that compute just what their body computes."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,31 @@ class GraphView:
     caller: str
 
 
-def all_graphs(root: fx.GraphModule) -> list[GraphView]:
-    """The root graph first, then nested ones, each with its placeholders bound to the caller's nodes."""
+def all_graphs(root: fx.GraphModule, inputs: Sequence[object] = ()) -> list[GraphView]:
+    """The root graph first, then nested ones, each with its placeholders bound to the caller's nodes.
+
+    Args:
+        root: the module of the root graph.
+        inputs: real values of its placeholders; those that modules hold may be read by value.
+    """
     modules = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
     overwritten = overwritten_storages(module.graph for module in modules)
-    return list(_walk(root, GraphFacts(root.graph, overwritten), True, "", overwritten))
+    facts = GraphFacts(root.graph, overwritten, held=HeldTensors(_held(root, inputs)))
+    return list(_walk(root, facts, True, "", overwritten))
+
+
+def _held(root: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, torch.Tensor]:
+    """The tensors that modules hold, by node: those that Dynamo found in modules, and attributes of the graph's own."""
+    found: dict[fx.Node, torch.Tensor] = {}
+    placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=False):
+        if isinstance(value, torch.Tensor) and "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+            found[node] = value
+    for node in root.graph.nodes:
+        value = _attribute(root, node)
+        if isinstance(value, torch.Tensor):
+            found[node] = value
+    return found
 
 
 def _walk(
@@ -50,23 +77,29 @@ def _walk(
         if body is None or id(body) in seen:
             continue
         seen.add(id(body))
-        name = getattr(user.target, "__name__", str(user.target))
+        name = getattr(user.target, "__name__", None) or str(user.target)
         calls = [call for other, call in bodies if _body(module, other) is body]
         bindings = {}
         transparent = name in _TRANSPARENT_CALLS
         placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        arguments = list(user.args[1:])
+        arguments = list(user.args[user.args.index(node) + 1 :]) if node in user.args else []
         if transparent and len(calls) == 1 and len(placeholders) == len(arguments):
             bindings = {
                 inner: (facts, outer)
                 for inner, outer in zip(placeholders, arguments, strict=True)
                 if isinstance(outer, fx.Node)
             }
-        inner_facts = GraphFacts(body.graph, overwritten, bindings)
+        inner_facts = facts.nested(body.graph, bindings)
         yield from _walk(body, inner_facts, rewritable and transparent, name, overwritten)
 
 
 def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    value = _attribute(module, node)
+    return value if isinstance(value, fx.GraphModule) else None
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> object:
+    """What a ``get_attr`` node reads; None for other nodes."""
     if node.op != "get_attr":
         return None
     try:
@@ -75,9 +108,9 @@ def _body(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
             value = getattr(value, part)
     except AttributeError:
         return None
-    return value if isinstance(value, fx.GraphModule) else None
+    return value
 
 
 def fake_mode_of(node: fx.Node) -> torch._subclasses.FakeTensorMode | None:
     """The fake tensor mode that a node's example tensor belongs to."""
-    return getattr(node.meta.get("example_value"), "fake_mode", None)
+    return getattr(example_of(node), "fake_mode", None)

@@ -44,7 +44,7 @@ def run_pass(
     rows: list[SiteReport] = []
     for view in all_graphs(module):
         rewriter = Rewriter(view.module.graph, config)
-        for plan in plan_graph(view, filter_fn):
+        for plan in plan_graph(view, filter_fn, config.visited_tokens):
             guard = None
             if plan.switchable and switch is Switch.BY_LENGTH:
                 guard = decide_length(plan.site.shape(plan.site.key)[2], config.dense_len)

@@ -4,49 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
-
-import torch
-from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import MaskPredicate, UnprovenMask, prove_mask
+from infllm_pass.masks import MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
-from infllm_pass.sites import AttentionSite, find_sites
+from infllm_pass.reasons import Reason
+from infllm_pass.sites import AttentionSite, PartialSite, find_sites
+from infllm_pass.sites.constants import read_number
 
 SiteFilter = Callable[[AttentionSite], bool]
-
-
-class Reason(Enum):
-    """Why a site is switchable, or why it stays dense. The value says what would change it."""
-
-    SWITCHABLE = "causal attention over its whole key length: dense below dense_len, sparse from there on"
-    EXCLUDED = "filter_fn turned this site down: let it return True to make the site switchable"
-    BIDIRECTIONAL = (
-        "every query sees every key, and only causal attention can be sparse: pass is_causal=True or a causal mask "
-        "if that is what the model means"
-    )
-    UNPROVEN_MASK = (
-        "what the mask computes could not be proved: build it in the graph from aranges, comparisons and a 2-D "
-        "padding mask"
-    )
-    ADDITIVE_BIAS = "the mask is a float tensor added to the scores: use a boolean mask if it only hides keys"
-    PARTIAL_KEYS = (
-        "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
-        "exactly the keys seen so far can be sparse"
-    )
-    DROPOUT = "attention dropout is active: call eval() or set the dropout probability to 0"
-    SCALE_IS_DATA = "the softmax scale is computed from data: use a number"
-    HEAD_DIM = f"the head dimension is outside 1 to {MAX_HEAD_DIM}"
-    HEAD_GROUPS = "the number of query heads is not a multiple of the number of key/value heads"
-    SHAPES = "query, key and value are not [B, H, L, D] tensors of one batch size and key length"
-    DTYPE = "the dtype is not one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    DEVICE = "the operators run on CPU and CUDA tensors of one device"
-    NESTED_GRAPH = "the call sits inside an operator that fixes what its body computes: move the attention out of it"
 
 
 @dataclass(frozen=True)
@@ -61,7 +29,7 @@ class SitePlan:
         scale: softmax scale as a number; None until it is known.
     """
 
-    site: AttentionSite
+    site: AttentionSite | PartialSite
     reason: Reason
     detail: str = ""
     mask: MaskPredicate | None = None
@@ -75,53 +43,68 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or self.mask.key_conditions:
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
             return False
         return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the site stays dense for its window alone, and the operators compute it without the mask tensor."""
+        return self.reason is Reason.WINDOW_WITHIN_BUDGET
 
     @property
     def mask_verdict(self) -> str:
         """What the mask was found to be, in a few words."""
         if self.mask is not None:
-            return "causal, padded keys" if self.mask.key_conditions else "causal"
+            return str(self.mask)
         if self.reason is Reason.BIDIRECTIONAL:
-            return "none" if self.site.mask is None else "not causal"
+            return "not causal" if isinstance(self.site, AttentionSite) and self.site.masks else "none"
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
-def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None) -> list[SitePlan]:
+def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tokens: int = 0) -> list[SitePlan]:
     """A plan for every attention site of a graph, in order.
 
     Args:
         view: the graph.
         filter_fn: sites for which it returns False stay dense.
+        visited_tokens: keys that a sparse query visits; sites with a window no longer than this stay dense.
     """
     interpreter = Interpreter(view.facts)
-    proofs: dict[fx.Node, MaskPredicate | UnprovenMask] = {}
     plans = []
     for site in find_sites(view.facts):
-        if not view.rewritable:
+        if isinstance(site, PartialSite):
+            plans.append(SitePlan(site, site.reason, site.detail))
+        elif not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
-            plans.append(_plan_site(site, interpreter, proofs, filter_fn))
+            try:
+                plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
+            except Exception as error:
+                plans.append(failed(site, error))
     return plans
+
+
+def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
+    """The plan of a site at which the pass itself failed: it stays as it was."""
+    return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}")
 
 
 def _plan_site(
     site: AttentionSite,
     interpreter: Interpreter,
-    proofs: dict[fx.Node, MaskPredicate | UnprovenMask],
     filter_fn: SiteFilter | None,
+    visited_tokens: int,
 ) -> SitePlan:
-    if site.mask is None and site.is_causal is not True:
-        return SitePlan(site, Reason.BIDIRECTIONAL)
-    refused = _check_tensors(site) or _check_dropout(site)
+    if not site.masks and site.is_causal is not True:
+        return _unmasked(site)
+    refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
         return refused
-    proof = _prove_causal(site, interpreter, proofs)
+    proof = _prove_causal(site, interpreter)
     if isinstance(proof, SitePlan):
         return proof
-    scale = _read_scale(site)
+    scale = _read_scale(site, interpreter)
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=proof, scale=scale)
@@ -130,7 +113,18 @@ def _plan_site(
         return refused
     if filter_fn is not None and not filter_fn(site):
         return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
+    if proof.window is not None and int(proof.window) <= visited_tokens:
+        seen = f"the window is {int(proof.window)} keys, and {visited_tokens} are visited"
+        return SitePlan(site, Reason.WINDOW_WITHIN_BUDGET, seen, proof, scale)
     return proved
+
+
+def _unmasked(site: AttentionSite) -> SitePlan:
+    """The plan of a site in which every query sees every key."""
+    length_q, length_k = (size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+    if length_q == 1 or same(length_q, length_k):
+        return SitePlan(site, Reason.BIDIRECTIONAL)
+    return SitePlan(site, Reason.CROSS_ATTENTION, f"{length_q} queries over {length_k} keys")
 
 
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
@@ -139,22 +133,21 @@ def _check_tensors(site: AttentionSite) -> SitePlan | None:
     Sizes are compared as they are: dynamic ones that the call forces to be equal, but that Dynamo gave symbols of
     their own, as it does for the layers of a cache, become one symbol by it.
     """
-    examples = [node.meta["example_value"] for node in (site.query, site.key, site.value)]
+    examples = [tensor.example for tensor in (site.query, site.key, site.value)]
     query, key, value = shapes = [example.shape for example in examples]
     if any(len(shape) != 4 for shape in shapes) or query[0] != key[0] or key[:3] != value[:3]:
         described = ", ".join(str(list(shape)) for shape in shapes)
         return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
-    result = site.node.meta["example_value"].dtype
-    if result not in DTYPES:
-        return SitePlan(site, Reason.DTYPE, f"the dtype is {result}")
+    if site.dtype not in DTYPES:
+        return SitePlan(site, Reason.DTYPE, f"the dtype is {site.dtype}")
     devices = {example.device for example in examples}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         return SitePlan(site, Reason.DEVICE, "devices are " + ", ".join(sorted(map(str, devices))))
     return None
 
 
-def _check_dropout(site: AttentionSite) -> SitePlan | None:
-    probability = _number(site.dropout_p)
+def _check_dropout(site: AttentionSite, interpreter: Interpreter) -> SitePlan | None:
+    probability = read_number(interpreter.facts, site.dropout_p)
     if probability == 0.0:
         return None
     seen = "it is computed from data" if probability is None else f"dropout_p is {probability}"
@@ -174,24 +167,21 @@ def _check_heads(plan: SitePlan) -> SitePlan | None:
     return None
 
 
-def _prove_causal(
-    site: AttentionSite, interpreter: Interpreter, proofs: dict[fx.Node, MaskPredicate | UnprovenMask]
+def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
+    if not site.masks:
+        return _check_predicate(site, MaskPredicate(size(0)), interpreter)
+    if site.is_causal is True:
+        return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
+    proof = prove_terms(interpreter, site.masks)
+    if isinstance(proof, UnprovenMask):
+        return _unproven(site, proof)
+    return _check_predicate(site, proof, interpreter)
+
+
+def _check_predicate(
+    site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
 ) -> MaskPredicate | SitePlan:
-    if site.mask is None:
-        predicate = MaskPredicate(size(0))
-    elif not isinstance(site.mask, fx.Node):
-        return SitePlan(site, Reason.UNPROVEN_MASK, f"the mask is {site.mask!r}")
-    elif site.mask.meta["example_value"].dtype != torch.bool:
-        return SitePlan(site, Reason.ADDITIVE_BIAS, f"its dtype is {site.mask.meta['example_value'].dtype}")
-    else:
-        if site.mask not in proofs:
-            proofs[site.mask] = prove_mask(interpreter, site.mask)
-        proof = proofs[site.mask]
-        if isinstance(proof, UnprovenMask):
-            return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {proof.node.name}: {proof.why}")
-        predicate = proof
-        if site.shape(site.mask)[-1] not in (1, site.shape(site.key)[2]):
-            return SitePlan(site, Reason.SHAPES, f"the mask has shape {list(site.shape(site.mask))}")
+    """Check that the operators take what a site's masks were proved to be."""
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
     length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
@@ -199,24 +189,27 @@ def _prove_causal(
         return SitePlan(
             site,
             Reason.PARTIAL_KEYS,
-            f"query i sees keys up to i + {predicate.causal_offset}, of {length_k} keys for {length_q} queries",
+            f"query i sees keys up to i + {readable(predicate.causal_offset)}, of {length_k} keys for {length_q} "
+            "queries",
         )
-    if any(condition.facts is not interpreter.facts for condition in predicate.key_conditions):
+    if predicate.segments is not None and not same(predicate.segments.offset, predicate.causal_offset):
+        return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
+    if predicate.window is not None and not predicate.window.is_Integer:
+        return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
+    if any(facts is not interpreter.facts for facts in predicate.sources):
         return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
     return predicate
 
 
-def _read_scale(site: AttentionSite) -> float | None:
+def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:
+    """The plan of a site whose mask was not proved: numbers added to the scores, or a mask unknown."""
+    detail = f"at node {proof.node.name}: {proof.why}"
+    reason = Reason.ADDITIVE_BIAS if proof.role is MaskRole.ADDED else Reason.UNPROVEN_MASK
+    return SitePlan(site, reason, detail)
+
+
+def _read_scale(site: AttentionSite, interpreter: Interpreter) -> float | None:
     if site.scale is None:
         head_dim = int(site.shape(site.query)[3])
         return float(head_dim) ** -0.5 if head_dim > 0 else None
-    return _number(site.scale)
-
-
-def _number(value: Any) -> float | None:
-    """A number, or a float that Dynamo made symbolic (reading it guards on its value); None for data."""
-    if isinstance(value, fx.Node):
-        value = value.meta.get("example_value")
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        return None
-    return None if free_unbacked_symbols(value) else float(value)
+    return read_number(interpreter.facts, site.scale)

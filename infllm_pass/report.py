@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from infllm_pass.guard import Branch, LengthGuard
-from infllm_pass.plan import Reason, SitePlan
+from infllm_pass.masks.values import example_of
+from infllm_pass.plan import SitePlan
+from infllm_pass.reasons import Reason
 from infllm_pass.rewrite import Kernels, Outcome
+from infllm_pass.sites import AttentionSite, PartialSite
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,9 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         guard: the outcome of the length switch; None for a site that has none.
     """
     site = plan.site
-    example = site.node.meta["example_value"]
-    shapes = [tuple(_readable_size(extent) for extent in site.shape(node)) for node in (site.query, site.key_heads)]
+    example = example_of(site.node)
+    tensors = () if isinstance(site, PartialSite) else (site.shape(site.query), site.shape(site.key_heads))
+    shapes = [tuple(map(_readable_size, shape)) for shape in tensors] or [(), ()]
     return SiteReport(
         graph=graph,
         site=number,
@@ -204,11 +208,11 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         source=site.source_line,
         query_shape=shapes[0],
         key_shape=shapes[1],
-        dtype=str(example.dtype).removeprefix("torch."),
-        device=str(example.device),
-        group=int(site.query_heads) // int(site.kv_heads) if plan.maskless or plan.switchable else 0,
+        dtype=str(getattr(example, "dtype", "")).removeprefix("torch."),
+        device=str(getattr(example, "device", "")),
+        group=0 if isinstance(site, PartialSite) or not (plan.maskless or plan.switchable) else _group(site),
         mask=plan.mask_verdict,
-        mask_elided=site.mask is None,
+        mask_elided=not isinstance(site, PartialSite) and not site.masks,
         decision="switchable" if plan.switchable else "dense",
         branch=(guard.branch if guard is not None else Branch.DENSE).value,
         kernels=Kernels.SDPA.value,
@@ -218,6 +222,10 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         reason=plan.reason.name,
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
     )
+
+
+def _group(site: AttentionSite) -> int:
+    return int(site.query_heads) // int(site.kv_heads)
 
 
 def _readable_size(extent: int | torch.SymInt) -> int | str:

@@ -4,15 +4,14 @@ A site on a CUDA device becomes the operator of the Triton kernels where these t
 torch operators, which run everywhere.
 
 Invariants: the graph computes what it did (up to the method's own approximation on the sparse side); every
-emitted node carries ``example_value`` and the source location of the site it replaces; a node is erased only
-if the vocabulary knows it to be pure and nothing uses it any more.
+emitted node is of the graph's dialect and carries the example value and the source location of the site it replaces;
+a node is erased only if the vocabulary knows it to be pure and nothing uses it any more.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,14 +21,15 @@ import torch.nn.functional as F
 from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.graphs import fake_mode_of
+from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
 from infllm_pass.masks import KeyCondition
+from infllm_pass.masks.values import example_of
 from infllm_pass.plan import SitePlan
-from infllm_pass.sites import AttentionSite
-from infllm_pass.vocabulary import read
+from infllm_pass.sites import AttentionSite, Operand
+from infllm_pass.vocabulary import read, read_in_place
 
 _GQA_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """On CUDA only the half-precision flash kernels take grouped heads; float32 would fall back to N x N scores."""
@@ -69,6 +69,7 @@ class Rewriter:
     def __init__(self, graph: fx.Graph, config: SparseAttentionConfig) -> None:
         self.graph = graph
         self.config = config
+        self._emitter = Emitter(graph)
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
 
     def rewrite(self, plan: SitePlan, branch: Branch) -> Outcome:
@@ -82,15 +83,15 @@ class Rewriter:
             What became of it.
         """
         site = plan.site
-        if not plan.switchable and not plan.maskless:
+        if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless):
             return Outcome()
         outcome = Outcome(mask_elided=True)
         with self.graph.inserting_before(site.node):
             if plan.maskless and not (plan.switchable and branch is Branch.SPARSE):
-                result = self._causal(plan)
+                result = self._causal(plan, site)
             else:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
-                examples = [node.meta["example_value"] for node in (q, v)]
+                examples = [example_of(node) for node in (q, v)]
                 refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
                 if refusal is None:
                     outcome = Outcome(True, Kernels.TRITON)
@@ -98,40 +99,45 @@ class Rewriter:
                 else:
                     outcome = Outcome(True, Kernels.TORCH, refusal if examples[0].device.type != "cpu" else "")
                     attend = self._block_attention
-                result = attend(plan, q, k, v, select=branch is Branch.SPARSE)
+                result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
+            result = self._emitter.layout(site.node, result, site.output_steps)
+            if example_of(result).dtype != example_of(site.node).dtype:
+                result = self._emit(site, "to", result, example_of(site.node).dtype)
         site.node.replace_all_uses_with(result)
         _erase_unused(self.graph, site.node)
         return outcome
 
-    def _causal(self, plan: SitePlan) -> fx.Node:
-        site = plan.site
-        example = site.node.meta["example_value"]
-        grouped = example.device.type == "cpu" or example.dtype in _GQA_KERNEL_DTYPES
+    def _causal(self, plan: SitePlan, site: AttentionSite) -> fx.Node:
+        grouped = site.query.example.device.type == "cpu" or site.dtype in _GQA_KERNEL_DTYPES
         key, value = (site.key_heads, site.value_heads) if grouped else (site.key, site.value)
         q, k, v = self._operands(site, site.query, key, value)
-        heads = [node.meta["example_value"].shape[1] for node in (q, k, v)]
+        heads = [example_of(node).shape[1] for node in (q, k, v)]
         return self._emit(
             site,
             F.scaled_dot_product_attention,
             q,
             k,
             v,
-            is_causal=True,
+            None,
+            0.0,
+            True,
             scale=plan.scale,
             enable_gqa=heads[0] != heads[1] or heads[0] != heads[2],
         )
 
-    def _tiled_attention(self, plan: SitePlan, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool) -> fx.Node:
+    def _tiled_attention(
+        self, plan: SitePlan, site: AttentionSite, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool
+    ) -> fx.Node:
         """Selection and attention in one operator of Triton kernels; without `select` every row is dense."""
         from infllm_pass.lowering.tiled import tiled_arguments  # needs Triton, which CPU installations lack
 
-        site, config = plan.site, self.config
+        config = self.config
         operands = [self._unit_stride(site, node) for node in (q, k, v)]
         results = self._emit(
             site,
             torch.ops.infllm.tiled_attention.default,
             *operands,
-            self._key_mask(plan),
+            self._key_mask(plan, site),
             *(None for _ in ("offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")),
             plan.scale,
             config.dense_len,
@@ -140,10 +146,12 @@ class Rewriter:
         )
         return self._emit(site, operator.getitem, results, 0)
 
-    def _block_attention(self, plan: SitePlan, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool) -> fx.Node:
+    def _block_attention(
+        self, plan: SitePlan, site: AttentionSite, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool
+    ) -> fx.Node:
         """Selection, if asked for, and attention as torch operators."""
-        site, config = plan.site, self.config
-        key_mask = self._key_mask(plan)
+        config = self.config
+        key_mask = self._key_mask(plan, site)
         nothing = (None for _ in ("offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window"))
         call = (key_mask, *nothing, plan.scale, config.dense_len)
         blocks = None
@@ -156,57 +164,59 @@ class Rewriter:
 
     def _unit_stride(self, site: AttentionSite, node: fx.Node) -> fx.Node:
         """The tensor with its head dimension adjacent in memory, as the Triton kernels read it."""
-        return node if node.meta["example_value"].stride(-1) == 1 else self._emit(site, "contiguous", node)
+        return node if example_of(node).stride(-1) == 1 else self._emit(site, "contiguous", node)
 
-    def _operands(self, site: AttentionSite, *nodes: fx.Node) -> list[fx.Node]:
-        """The site's tensors in the dtype it computes in, which autocast may have made another than theirs."""
-        dtype = site.node.meta["example_value"].dtype
+    def _operands(self, site: AttentionSite, *operands: Operand) -> list[fx.Node]:
+        """The site's tensors ``[B, H, L, D]`` in the dtype it computes in, which autocast may have made another."""
+        nodes = [self._emitter.operand(site.node, operand, site.query) for operand in operands]
         return [
-            node if node.meta["example_value"].dtype == dtype else self._emit(site, "to", node, dtype) for node in nodes
+            node if example_of(node).dtype == site.dtype else self._emit(site, "to", node, site.dtype) for node in nodes
         ]
 
-    def _key_mask(self, plan: SitePlan) -> fx.Node | None:
+    def _key_mask(self, plan: SitePlan, site: AttentionSite) -> fx.Node | None:
         """The keys' validity as a node ``[B, Lk]`` of dtype bool, made once for all sites that share it."""
         conditions = plan.mask.key_conditions if plan.mask is not None else ()
         if not conditions:
             return None
         if conditions not in self._key_masks:
-            site = plan.site
             mask: fx.Node | None = None
             for condition in conditions:
                 test = self._emit(site, condition.relation, condition.source, condition.constant)
                 mask = test if mask is None else self._emit(site, "logical_and", mask, test)
-            batch = self._emit(site, "size", site.key, 0)
-            self._key_masks[conditions] = self._emit(site, "expand", mask, batch, -1)
+            (key,) = self._operands(site, site.key_heads)
+            batch = self._emitter.size(site.node, key, 0)
+            self._key_masks[conditions] = self._emit(site, "expand", mask, [batch, -1])
         return self._key_masks[conditions]
 
     def _emit(self, site: AttentionSite, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert a call, a method for a name, with the metadata that later passes rely on."""
-        insert = self.graph.call_method if isinstance(target, str) else self.graph.call_function
-        node = insert(target, args, kwargs)  # type: ignore[arg-type]
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in site.node.meta:
-                node.meta[key] = site.node.meta[key]
-        values = [arg.meta["example_value"] if isinstance(arg, fx.Node) else arg for arg in args]
-        with fake_mode_of(site.query) or nullcontext(), torch.no_grad():
-            if isinstance(target, str):
-                node.meta["example_value"] = getattr(values[0], target)(*values[1:], **kwargs)
-            else:
-                node.meta["example_value"] = target(*values, **kwargs)
-        return node
+        """Insert a call in the place of a site; see `Emitter.call`."""
+        return self._emitter.call(site.node, target, *args, **kwargs)
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node without users and, after it, those of its inputs that only it used.
 
     Only kinds of the vocabulary are erased: they are pure, which ``Graph.eliminate_dead_code`` wrongly
-    assumes of in-place tensor methods as well.
+    assumes of in-place tensor methods as well. A write to a tensor that nothing else reads goes with the tensor.
     """
     pending = [node]
     while pending:
         candidate = pending.pop()
-        if candidate.users or candidate._erased or read(candidate) is None:
+        if candidate._erased or not _pure(candidate):
+            continue
+        dead = [user for user in candidate.users if not user.users and user.target is operator.getitem]
+        if len(dead) != len(candidate.users):
             continue
         inputs = candidate.all_input_nodes
+        for user in dead:
+            graph.erase_node(user)
         graph.erase_node(candidate)
         pending.extend(inputs)
+
+
+def _pure(node: fx.Node) -> bool:
+    if node.op == "get_attr" or read(node) is not None:
+        return True
+    call = read_in_place(node)
+    target = None if call is None else call.args.get("input")
+    return isinstance(target, fx.Node) and target.op != "placeholder" and list(target.users) == [node]

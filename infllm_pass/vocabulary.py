@@ -1,8 +1,8 @@
 """The one table of what graph targets compute.
 
-Dynamo writes the same computation in many spellings: ``torch.add``, ``operator.add``, ``Tensor.add``. Every
-other module asks `read` what a node computes and sees one `Kind` with named arguments, whatever the spelling.
-To teach the pass a new spelling, add it here and nowhere else.
+The same computation has many spellings: ``torch.add``, ``operator.add``, ``Tensor.add`` in Dynamo graphs,
+``aten.add.Tensor`` in graphs of ``torch.export``. Every other module asks `read` what a node computes and sees one
+`Kind` with named arguments, whatever the spelling. To teach the pass a new spelling, add it here and nowhere else.
 """
 
 from __future__ import annotations
@@ -50,6 +50,27 @@ class Kind(Enum):
     REPEAT_INTERLEAVE = auto()
     DIFF = auto()
     CUMSUM = auto()
+    DIV = auto()
+    MATMUL = auto()
+    BADDBMM = auto()
+    EINSUM = auto()
+    SOFTMAX = auto()
+    DROPOUT = auto()
+    MASKED_FILL = auto()
+    TANH = auto()
+    SQRT = auto()
+    POW = auto()
+    CAT = auto()
+    SIZE = auto()
+    SCALAR_TENSOR = auto()
+    FLEX_ATTENTION = auto()
+    MULTI_HEAD_ATTENTION = auto()
+    XOR = auto()
+    TRIL = auto()
+    TRIU = auto()
+    PAD = auto()
+    HIDE_DIM = auto()
+    SHOW_DIM = auto()
 
 
 @dataclass(frozen=True)
@@ -64,82 +85,240 @@ class Call:
 class _Entry:
     """How a target's positional arguments are named; a leading ``*`` takes all that are left.
 
-    `constants` are arguments that the spelling itself fixes (``Tensor.bool`` is a cast to ``torch.bool``).
+    `constants` are arguments that the spelling itself fixes (``Tensor.bool`` is a cast to ``torch.bool``);
+    `adapt` turns the arguments of a spelling into those that its kind is read with.
     """
 
     kind: Kind
     parameters: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...] = ()
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 _TABLE: dict[object, _Entry] = {}
 
 
-def _spell(kind: Kind, parameters: str, targets: Iterable[Callable[..., Any] | str], **constants: Any) -> None:
-    """Enter spellings of one kind: callables stand for functions, strings for tensor methods."""
-    entry = _Entry(kind, tuple(parameters.split()), tuple(constants.items()))
+def _spell(
+    kind: Kind,
+    parameters: str,
+    targets: Iterable[Callable[..., Any] | str],
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    **constants: Any,
+) -> None:
+    """Enter spellings of one kind: callables stand for functions and overloads, strings for tensor methods."""
+    entry = _Entry(kind, tuple(parameters.split()), tuple(constants.items()), adapt)
     for target in targets:
         _TABLE[target] = entry
 
 
+def _as_index(args: dict[str, Any]) -> dict[str, Any]:
+    """``select``, ``slice`` and ``narrow`` along one dimension, as the index of a subscript."""
+    dim = args.get("dim", 0)
+    entry = args["index"] if "index" in args else slice(args.get("start"), args.get("end"), args.get("step"))
+    full = slice(None)
+    index = (full,) * dim + (entry,) if dim >= 0 else (Ellipsis, entry, *(full,) * (-dim - 1))
+    return {"input": args["input"], "index": index}
+
+
+def _tensors_as_index(args: dict[str, Any]) -> dict[str, Any]:
+    """``aten.index`` leaves a dimension alone where a subscript has a full slice."""
+    return {
+        "input": args["input"],
+        "index": tuple(slice(None) if entry is None else entry for entry in args["indices"]),
+    }
+
+
+def _input_only(args: dict[str, Any]) -> dict[str, Any]:
+    """A reshape whose arguments say no more than the shape of its result does."""
+    return {"input": args["input"]}
+
+
+aten = torch.ops.aten
+
 _spell(
     Kind.ATTENTION,
     "query key value attn_mask dropout_p is_causal scale enable_gqa",
-    [F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention],
+    [
+        F.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        aten.scaled_dot_product_attention.default,
+    ],
 )
-_spell(Kind.ARANGE, "*bounds", [torch.arange])
-_spell(Kind.FULL, "size", [torch.ones], fill_value=1)
-_spell(Kind.FULL, "size", [torch.zeros], fill_value=0)
-_spell(Kind.FULL, "size fill_value", [torch.full])
-_spell(Kind.FULL, "like", [torch.ones_like], fill_value=1)
-_spell(Kind.FULL, "like", [torch.zeros_like], fill_value=0)
-_spell(Kind.FULL, "like fill_value", [torch.full_like])
-_spell(Kind.FULL, "like size", ["new_ones"], fill_value=1)
-_spell(Kind.FULL, "like size", ["new_zeros"], fill_value=0)
-_spell(Kind.FULL, "like size fill_value", ["new_full"])
-_spell(Kind.NEG, "input", [operator.neg, torch.neg, "neg", "__neg__"])
+_spell(Kind.ARANGE, "*bounds", [torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step])
+_spell(Kind.FULL, "size", [torch.ones, aten.ones.default], fill_value=1)
+_spell(Kind.FULL, "size", [torch.zeros, aten.zeros.default], fill_value=0)
+_spell(Kind.FULL, "size fill_value", [torch.full, aten.full.default])
+_spell(Kind.FULL, "like", [torch.ones_like, aten.ones_like.default], fill_value=1)
+_spell(Kind.FULL, "like", [torch.zeros_like, aten.zeros_like.default], fill_value=0)
+_spell(Kind.FULL, "like fill_value", [torch.full_like, aten.full_like.default])
+_spell(Kind.FULL, "like size", ["new_ones", aten.new_ones.default], fill_value=1)
+_spell(Kind.FULL, "like size", ["new_zeros", aten.new_zeros.default], fill_value=0)
+_spell(Kind.FULL, "like size fill_value", ["new_full", aten.new_full.default])
+_spell(Kind.SCALAR_TENSOR, "data", [torch.tensor, torch.as_tensor, torch.scalar_tensor, aten.scalar_tensor.default])
+_spell(Kind.NEG, "input", [operator.neg, torch.neg, "neg", "__neg__", aten.neg.default])
 _BINARY: dict[Kind, list[Callable[..., Any] | str]] = {
-    Kind.ADD: [operator.add, torch.add, "add", "__add__"],
-    Kind.SUB: [operator.sub, torch.sub, "sub", "__sub__"],
-    Kind.MUL: [operator.mul, torch.mul, "mul", "__mul__"],
-    Kind.FLOORDIV: [operator.floordiv, torch.floor_divide, "floor_divide", "__floordiv__"],
-    Kind.EQ: [operator.eq, torch.eq, "eq", "__eq__"],
-    Kind.NE: [operator.ne, torch.ne, torch.not_equal, "ne", "__ne__"],
-    Kind.LT: [operator.lt, torch.lt, torch.less, "lt", "__lt__"],
-    Kind.LE: [operator.le, torch.le, torch.less_equal, "le", "__le__"],
-    Kind.GT: [operator.gt, torch.gt, torch.greater, "gt", "__gt__"],
-    Kind.GE: [operator.ge, torch.ge, torch.greater_equal, "ge", "__ge__"],
-    Kind.AND: [operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and", "__and__"],
-    Kind.OR: [operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or", "__or__"],
+    Kind.ADD: [operator.add, torch.add, "add", "__add__", "__radd__", aten.add.Tensor, aten.add.Scalar],
+    Kind.SUB: [operator.sub, torch.sub, "sub", "__sub__", aten.sub.Tensor, aten.sub.Scalar],
+    Kind.MUL: [operator.mul, torch.mul, "mul", "__mul__", "__rmul__", aten.mul.Tensor, aten.mul.Scalar],
+    Kind.FLOORDIV: [
+        *(operator.floordiv, torch.floor_divide, "floor_divide", "__floordiv__"),
+        *(aten.floor_divide.default, aten.floor_divide.Scalar),
+    ],
+    Kind.DIV: [
+        *(operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide", "true_divide"),
+        *("__truediv__", aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, aten.divide.Tensor),
+    ],
+    Kind.POW: [
+        *(operator.pow, torch.pow, "pow", "__pow__"),
+        *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar),
+    ],
+    Kind.EQ: [operator.eq, torch.eq, "eq", "__eq__", aten.eq.Tensor, aten.eq.Scalar],
+    Kind.NE: [operator.ne, torch.ne, torch.not_equal, "ne", "__ne__", aten.ne.Tensor, aten.ne.Scalar],
+    Kind.LT: [operator.lt, torch.lt, torch.less, "lt", "__lt__", aten.lt.Tensor, aten.lt.Scalar],
+    Kind.LE: [operator.le, torch.le, torch.less_equal, "le", "__le__", aten.le.Tensor, aten.le.Scalar],
+    Kind.GT: [operator.gt, torch.gt, torch.greater, "gt", "__gt__", aten.gt.Tensor, aten.gt.Scalar],
+    Kind.GE: [operator.ge, torch.ge, torch.greater_equal, "ge", "__ge__", aten.ge.Tensor, aten.ge.Scalar],
+    Kind.AND: [
+        *(operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and", "__and__"),
+        *(aten.logical_and.default, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar, aten.__and__.Tensor),
+    ],
+    Kind.OR: [
+        *(operator.or_, torch.logical_or, torch.bitwise_or, "logical_or", "bitwise_or", "__or__"),
+        *(aten.logical_or.default, aten.bitwise_or.Tensor, aten.bitwise_or.Scalar, aten.__or__.Tensor),
+    ],
 }
 for _kind, _targets in _BINARY.items():
     _spell(_kind, "input other", _targets)
 _spell(
     Kind.NOT,
     "input",
-    [operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", "__invert__"],
+    [
+        *(operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", "__invert__"),
+        *(aten.logical_not.default, aten.bitwise_not.default),
+    ],
 )
-_spell(Kind.WHERE, "condition input other", [torch.where])
-_spell(Kind.CAST, "input *targets", ["to", "type"])
+_spell(
+    Kind.WHERE,
+    "condition input other",
+    [torch.where, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar],
+)
+_spell(Kind.WHERE, "input condition other", ["where"])
+_spell(Kind.CAST, "input *targets", ["to", "type", aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout])
+_spell(Kind.CAST, "input other", ["type_as", aten.type_as.default])
+_spell(Kind.CAST, "input", [aten._to_copy.default])
 for _name, _dtype in {
     "bool": torch.bool,
     "int": torch.int32,
     "long": torch.int64,
     "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
 }.items():
     _spell(Kind.CAST, "input", [_name], dtype=_dtype)
-_spell(Kind.IDENTITY, "input", ["contiguous", "clone", "detach", "cpu", "cuda", torch.clone, torch.detach])
+_spell(
+    Kind.IDENTITY,
+    "input",
+    [
+        *("contiguous", "clone", "detach", "cpu", "cuda", torch.clone, torch.detach, aten.contiguous.default),
+        *(aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default),
+    ],
+)
 _spell(Kind.GETITEM, "input index", [operator.getitem, "__getitem__"])
-_spell(Kind.UNSQUEEZE, "input dim", [torch.unsqueeze, "unsqueeze"])
-_spell(Kind.EXPAND, "input *sizes", ["expand"])
-_spell(Kind.EXPAND, "input size", [torch.broadcast_to, "broadcast_to"])
-_spell(Kind.EXPAND, "input other", ["expand_as"])
-_spell(Kind.RESHAPE, "input *shape", [torch.reshape, "reshape", "view"])
-_spell(Kind.TRANSPOSE, "input dim0 dim1", [torch.transpose, "transpose", torch.swapaxes, "swapaxes"])
-_spell(Kind.PERMUTE, "input *dims", [torch.permute, "permute"])
-_spell(Kind.REPEAT_INTERLEAVE, "input repeats dim", [torch.repeat_interleave, "repeat_interleave"])
-_spell(Kind.DIFF, "input n dim prepend append", [torch.diff, "diff"])
-_spell(Kind.CUMSUM, "input dim", [torch.cumsum, "cumsum"])
+_spell(Kind.GETITEM, "input dim index", [torch.select, "select", aten.select.int], _as_index)
+_spell(Kind.GETITEM, "input dim start end step", [aten.slice.Tensor], _as_index)
+_spell(Kind.GETITEM, "input indices", [aten.index.Tensor], _tensors_as_index)
+_spell(Kind.UNSQUEEZE, "input dim", [torch.unsqueeze, "unsqueeze", aten.unsqueeze.default])
+_spell(Kind.EXPAND, "input *sizes", ["expand", aten.expand.default])
+_spell(Kind.EXPAND, "input size", [torch.broadcast_to, "broadcast_to", aten.broadcast_to.default])
+_spell(Kind.EXPAND, "input other", ["expand_as", aten.expand_as.default])
+_spell(
+    Kind.RESHAPE,
+    "input *shape",
+    [
+        *(torch.reshape, "reshape", "view", aten.reshape.default, aten.view.default, aten._unsafe_view.default),
+        *(torch.flatten, "flatten", aten.flatten.using_ints, torch.unflatten, "unflatten", aten.unflatten.int),
+        *(torch.squeeze, "squeeze", aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+        *("view_as", "reshape_as", torch.ravel, "ravel"),
+    ],
+    _input_only,
+)
+_spell(
+    Kind.TRANSPOSE,
+    "input dim0 dim1",
+    [torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.swapdims, "swapdims", aten.transpose.int],
+)
+_spell(Kind.TRANSPOSE, "input", ["t", torch.t, aten.t.default], dim0=0, dim1=1)
+_spell(Kind.PERMUTE, "input *dims", [torch.permute, "permute", aten.permute.default])
+_spell(
+    Kind.REPEAT_INTERLEAVE,
+    "input repeats dim",
+    [torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int],
+)
+_spell(Kind.DIFF, "input n dim prepend append", [torch.diff, "diff", aten.diff.default])
+_spell(Kind.CUMSUM, "input dim", [torch.cumsum, "cumsum", aten.cumsum.default])
+_spell(
+    Kind.MATMUL,
+    "input other",
+    [
+        *(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"),
+        *(aten.matmul.default, aten.bmm.default, aten.mm.default),
+    ],
+)
+_spell(Kind.BADDBMM, "input batch1 batch2 beta alpha", [torch.baddbmm, "baddbmm", aten.baddbmm.default])
+_spell(Kind.EINSUM, "equation *operands", [torch.einsum, torch.functional.einsum, aten.einsum.default])
+_spell(
+    Kind.SOFTMAX,
+    "input dim dtype",
+    [torch.softmax, "softmax", aten.softmax.int, torch.special.softmax],
+)
+_spell(Kind.SOFTMAX, "input dim _stacklevel dtype", [F.softmax])
+_spell(Kind.SOFTMAX, "input dim half_to_float", [aten._softmax.default])
+_spell(Kind.SOFTMAX, "input dim dtype", [aten._safe_softmax.default])
+_spell(Kind.DROPOUT, "input p training", [F.dropout, torch.dropout, aten.dropout.default])
+_spell(
+    Kind.MASKED_FILL,
+    "input mask value",
+    [torch.masked_fill, "masked_fill", aten.masked_fill.Scalar, aten.masked_fill.Tensor],
+)
+_spell(Kind.TANH, "input", [torch.tanh, F.tanh, "tanh", aten.tanh.default])
+_spell(Kind.SQRT, "input", [torch.sqrt, "sqrt", aten.sqrt.default])
+_spell(Kind.CAT, "tensors dim", [torch.cat, torch.concat, torch.concatenate, aten.cat.default])
+_spell(Kind.SIZE, "input dim", ["size", aten.sym_size.int])
+_spell(
+    Kind.FLEX_ATTENTION,
+    "query key value score_mod block_mask scale kernel_options score_mod_buffers mask_mod_buffers",
+    [torch.ops.higher_order.flex_attention],
+)
+_spell(
+    Kind.MULTI_HEAD_ATTENTION,
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias",
+    [F.multi_head_attention_forward],
+)
+_spell(
+    Kind.XOR,
+    "input other",
+    [
+        *(operator.xor, torch.logical_xor, torch.bitwise_xor, "logical_xor", "bitwise_xor", "__xor__"),
+        *(aten.logical_xor.default, aten.bitwise_xor.Tensor),
+    ],
+)
+_spell(Kind.TRIL, "input diagonal", [torch.tril, "tril", aten.tril.default])
+_spell(Kind.TRIU, "input diagonal", [torch.triu, "triu", aten.triu.default])
+_spell(Kind.PAD, "input pad mode value", [F.pad, torch._C._nn.pad, aten.pad.default])
+_spell(Kind.PAD, "input pad value", [aten.constant_pad_nd.default])
+_spell(Kind.GETITEM, "input indices", [aten.index], _tensors_as_index)
+_spell(Kind.HIDE_DIM, "input dim level", [torch._functorch.predispatch._add_batch_dim])
+_spell(Kind.SHOW_DIM, "input level size dim", [torch._functorch.predispatch._remove_batch_dim])
+
+_IN_PLACE: dict[object, Kind] = {}
+"""In-place spellings, by the kind that computes the same into new memory; see `read_in_place`."""
+
+for _name, _kind in {"add": Kind.ADD, "mul": Kind.MUL, "div": Kind.DIV, "masked_fill": Kind.MASKED_FILL}.items():
+    _IN_PLACE[f"{_name}_"] = _kind
+    _IN_PLACE.update((getattr(getattr(aten, f"{_name}_"), overload), _kind) for overload in ("Tensor", "Scalar"))
+_IN_PLACE.update({operator.iadd: Kind.ADD, operator.imul: Kind.MUL, operator.itruediv: Kind.DIV})
 
 
 def read(node: fx.Node) -> Call | None:
@@ -150,8 +329,19 @@ def read(node: fx.Node) -> Call | None:
     if node.op not in ("call_function", "call_method"):
         return None
     entry = _TABLE.get(node.target)
-    if entry is None:
+    return None if entry is None else _named(node, entry)
+
+
+def read_in_place(node: fx.Node) -> Call | None:
+    """What a node that overwrites its input computes, as the kind that computes it into new memory; else None."""
+    kind = _IN_PLACE.get(node.target) if node.op in ("call_function", "call_method") else None
+    if kind is None:
         return None
+    parameters = ("input", "mask", "value") if kind is Kind.MASKED_FILL else ("input", "other")
+    return _named(node, _Entry(kind, parameters))
+
+
+def _named(node: fx.Node, entry: _Entry) -> Call | None:
     args: dict[str, Any] = dict(entry.constants)
     rest = list(node.args)
     for name in entry.parameters:
@@ -163,11 +353,26 @@ def read(node: fx.Node) -> Call | None:
     if rest:
         return None
     args.update(node.kwargs)
-    return Call(entry.kind, args)
+    return Call(entry.kind, args if entry.adapt is None else entry.adapt(args))
 
 
-def written_argument(node: fx.Node) -> fx.Node | None:
-    """The tensor that a node overwrites in place, or None for a node that writes to none.
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node overwrites in place.
+
+    Overloads declare what they write to. Elsewhere names tell: see `_written_argument`.
+    """
+    if isinstance(node.target, torch._ops.OpOverload):
+        declared = zip(node.target._schema.arguments, node.args, strict=False)
+        named = ((argument, node.kwargs.get(argument.name)) for argument in node.target._schema.arguments)
+        written = [value for argument, value in (*declared, *named) if argument.is_write]
+        flat = [item for value in written for item in (value if isinstance(value, (list, tuple)) else [value])]
+        return [item for item in flat if isinstance(item, fx.Node)]
+    found = _written_argument(node)
+    return [] if found is None else [found]
+
+
+def _written_argument(node: fx.Node) -> fx.Node | None:
+    """The tensor that a function or method overwrites in place, or None for one that writes to none.
 
     In-place methods and functions end in one underscore (the table holds none, but ``operator.and_``),
     augmented assignments are ``operator.i*``, and any call with ``out=`` writes to it.

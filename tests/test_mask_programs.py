@@ -17,6 +17,8 @@ from infllm_pass.masks import GraphFacts, MaskPredicate, prove_mask
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import overwritten_storages
 
+from .mask_support import mask_of
+
 PROGRAMS = 600
 BATCH, LENGTH = 2, 6
 
@@ -112,19 +114,6 @@ class Program:
         return self.emit("expand", value, BATCH, -1, -1, -1)
 
 
-def mask_of(predicate: MaskPredicate) -> torch.Tensor:
-    """What a proof says the mask is, ``[BATCH, 1, LENGTH, LENGTH]``."""
-    position = torch.arange(LENGTH)
-    mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
-    if predicate.causal_offset is not None:
-        mask &= position <= position[:, None] + int(predicate.causal_offset)
-    for condition in predicate.key_conditions:
-        source = condition.source.meta["example_value"]
-        valid = getattr(torch, condition.relation)(source, condition.constant)
-        mask &= valid.reshape(-1, 1, 1, LENGTH)
-    return mask
-
-
 @pytest.mark.parametrize("part", range(4))
 def test_no_random_program_is_proved_wrongly(part):
     proved = causal = padded = 0
@@ -134,8 +123,10 @@ def test_no_random_program_is_proved_wrongly(part):
         proof = prove_mask(Interpreter(facts), program.mask)
         if not isinstance(proof, MaskPredicate):
             continue
+        tensors = {node: node.meta["example_value"] for node in program.graph.nodes}
         actual = program.mask.meta["example_value"]
-        assert torch.equal(actual, mask_of(proof)), f"seed {seed}: {proof}\n{program.graph}"
+        expected = mask_of(proof, tensors, (BATCH, LENGTH, LENGTH))
+        assert torch.equal(actual, expected), f"seed {seed}: {proof}\n{program.graph}"
         proved += 1
         causal += proof.causal_offset is not None
         padded += bool(proof.key_conditions)

@@ -1,23 +1,20 @@
 """Proving what a mask computes: symbolic values, an interpreter over graph nodes, and normal forms."""
 
-from infllm_pass.masks.predicate import (
-    KeyCondition,
-    MaskPredicate,
-    MaskRole,
-    MaskTerm,
-    UnprovenMask,
-    prove_mask,
-    prove_terms,
-)
+from infllm_pass.masks.constants import HeldTensors
+from infllm_pass.masks.predicate import KeyCondition, MaskPredicate, MaskRole, MaskTerm, Segments, UnprovenMask
+from infllm_pass.masks.proof import prove_mask, prove_terms, readable
 from infllm_pass.masks.values import GraphFacts
 
 __all__ = [
     "GraphFacts",
+    "HeldTensors",
     "KeyCondition",
     "MaskPredicate",
     "MaskRole",
     "MaskTerm",
+    "Segments",
     "UnprovenMask",
     "prove_mask",
     "prove_terms",
+    "readable",
 ]

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from infllm_pass.vocabulary import written_argument
+from infllm_pass.masks.constants import HeldTensors
+from infllm_pass.vocabulary import written_arguments
+
+
+class NotFollowed(Exception):
+    """A node uses an operator in a way that the interpreter has no exact rule for; the message says which."""
 
 
 @cache
 def axis(dim: int) -> sympy.Symbol:
     """The index along dimension `dim` of whatever tensor an expression belongs to."""
     return sympy.Symbol(f"i{dim}", integer=True, nonnegative=True)
+
+
+@cache
+def hidden_axis(name: str) -> sympy.Symbol:
+    """An index that no dimension of the tensor shows: that of a ``vmap`` level, or an argument of a mask function."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
 def size(value: int | torch.SymInt) -> sympy.Expr:
@@ -38,9 +49,9 @@ class SymbolicTensor:
 
     Attributes:
         shape: sizes, outermost first.
-        value: the element at ``(axis(0), axis(1), …)``: a sympy Boolean for dtype bool, an integer
-            expression for integer dtypes.
-        dtype: torch.bool, or a torch integer dtype.
+        value: the element at ``(axis(0), axis(1), …)``: a sympy Boolean for dtype bool, else a number, an integer
+            expression or `masks.cases.Cases` of them.
+        dtype: the dtype; Python numbers have those of their kind, torch.int64 and torch.float64.
     """
 
     shape: tuple[sympy.Expr, ...]
@@ -61,13 +72,20 @@ class SymbolicTensor:
         return self.at(index)
 
 
-def element(name: str, rank: int, dtype: torch.dtype) -> sympy.Basic:
+def element(name: str, rank: int, dtype: torch.dtype, hidden: Sequence[sympy.Symbol] = ()) -> sympy.Basic:
     """An element of a tensor that nothing is known of: a named function of the index.
 
     Booleans are written as a non-zero test of an integer function, so that casts between the two cancel.
+
+    Args:
+        name: name of the function.
+        rank: dimensions of the tensor.
+        dtype: its dtype.
+        hidden: further indices that the element depends on, see `hidden_axis`.
     """
-    indices = [axis(dim) for dim in range(rank)]
-    known = sympy.Function(name, integer=True)(*indices) if rank else sympy.Symbol(name, integer=True)
+    indices = [*(axis(dim) for dim in range(rank)), *hidden]
+    kind = {"real": True} if dtype.is_floating_point or dtype.is_complex else {"integer": True}
+    known = sympy.Function(name, **kind)(*indices) if indices else sympy.Symbol(name, **kind)
     return sympy.Ne(known, 0) if dtype == torch.bool else known
 
 
@@ -75,9 +93,10 @@ class GraphFacts:
     """What is known of one graph before any proof: example tensors, and which memory is overwritten.
 
     Args:
-        graph: a graph whose nodes carry Dynamo's ``meta["example_value"]``.
+        graph: a graph whose nodes carry example values, see `example_of`.
         overwritten: storages that this graph, or one that it is nested with, writes to.
         bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
+        held: tensors that modules hold, which may be read by value.
     """
 
     def __init__(
@@ -85,28 +104,52 @@ class GraphFacts:
         graph: fx.Graph,
         overwritten: frozenset[int],
         bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
+        held: HeldTensors | None = None,
     ) -> None:
         self.graph = graph
         self.bindings = bindings or {}
+        self.held = HeldTensors({}) if held is None else held
         self._overwritten = overwritten
 
+    def nested(self, graph: fx.Graph, bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]]) -> GraphFacts:
+        """The facts of a graph that this one calls."""
+        return GraphFacts(graph, self._overwritten, bindings, self.held)
+
+    @cached_property
+    def size_sources(self) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
+        """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number."""
+        found: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
+        for node in self.graph.nodes:
+            example = self.example(node) if node.op == "placeholder" else None
+            if isinstance(example, torch.Tensor):
+                for dim, extent in enumerate(example.shape):
+                    found.setdefault(size(extent), (node, dim))
+            elif isinstance(example, torch.SymInt):
+                found[size(example)] = (node, None)
+        return {expr: source for expr, source in found.items() if isinstance(expr, sympy.Symbol)}
+
     def example(self, node: fx.Node) -> Any:
-        """The fake tensor, SymInt or constant that Dynamo recorded for a node; None if it recorded none."""
-        return node.meta.get("example_value")
+        """The fake tensor, SymInt or constant that was recorded for a node; None if none was."""
+        return example_of(node)
 
     def is_overwritten(self, node: fx.Node) -> bool:
         """Whether anything writes to the memory this node's tensor lives in."""
         return storage(node) in self._overwritten
 
 
+def example_of(node: fx.Node) -> Any:
+    """What tracing recorded for a node's value: Dynamo as ``example_value``, ``torch.export`` as ``val``."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def storage(node: fx.Node) -> int | None:
     """Identity of the memory a node's tensor lives in; None for a node that is no tensor."""
-    value = node.meta.get("example_value")
+    value = example_of(node)
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:
     """Memory that any node of the graphs writes to in place."""
-    targets = (written_argument(node) for graph in graphs for node in graph.nodes)
-    found = (storage(target) for target in targets if target is not None)
+    targets = (target for graph in graphs for node in graph.nodes for target in written_arguments(node))
+    found = (storage(target) for target in targets)
     return frozenset(cell for cell in found if cell is not None)

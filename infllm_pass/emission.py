@@ -1,0 +1,108 @@
+"""Inserting calls into a graph, in the dialect of the graph: torch-level calls, or ATen overloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from infllm_pass.graphs import fake_mode_of
+from infllm_pass.masks.values import example_of
+from infllm_pass.sites import Operand, Step
+
+aten = torch.ops.aten
+
+_OVERLOADS: Mapping[Any, Callable[..., Any]] = {
+    **{name: getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "logical_and": aten.logical_and.default,
+    "to": aten.to.dtype,
+    "contiguous": aten.contiguous.default,
+    "size": aten.sym_size.int,
+    "expand": aten.expand.default,
+    "unflatten": aten.unflatten.int,
+    "flatten": aten.flatten.using_ints,
+    "permute": aten.permute.default,
+    "squeeze": aten.squeeze.dims,
+    "unsqueeze": aten.unsqueeze.default,
+    F.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
+}
+"""What stands for a method or function of the torch level in an ATen graph, with the same arguments."""
+
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+class Emitter:
+    """Inserts calls that stand for an older node, at the graph's insertion point.
+
+    Args:
+        graph: the graph.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+
+    def call(self, origin: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call, a method for a name, with the metadata that later passes rely on.
+
+        Args:
+            origin: the node whose place in the user's model the call takes.
+            target: a function, an overload, or the name of a tensor method.
+            args: nodes and constants; sizes and dimensions as lists.
+            kwargs: the same.
+        """
+        traced_by_dynamo = "example_value" in origin.meta
+        if not traced_by_dynamo:
+            target = _OVERLOADS.get(target, target)
+        insert = self.graph.call_method if isinstance(target, str) else self.graph.call_function
+        node = insert(target, args, kwargs)  # type: ignore[arg-type]
+        node.meta.update({key: origin.meta[key] for key in _ORIGIN if key in origin.meta})
+        values = [_value(arg) for arg in args]
+        with fake_mode_of(origin) or nullcontext(), torch.no_grad():
+            value = getattr(values[0], target)(*values[1:], **kwargs) if isinstance(target, str) else None
+            value = target(*values, **kwargs) if callable(target) else value
+        node.meta["example_value" if traced_by_dynamo else "val"] = value
+        return node
+
+    def size(self, origin: fx.Node, node: fx.Node, dim: int) -> fx.Node | int:
+        """The size of a dimension: a number, or a node where it is dynamic."""
+        extent = example_of(node).shape[dim]
+        return extent if isinstance(extent, int) else self.call(origin, "size", node, dim)
+
+    def layout(self, origin: fx.Node, node: fx.Node, steps: tuple[Step, ...], batch: Any = None) -> fx.Node:
+        """Apply layout operations to a node.
+
+        Args:
+            origin: the node whose place they take.
+            node: the tensor.
+            steps: the operations.
+            batch: what "expand" expands the first dimension to: a number or a node.
+        """
+        for name, numbers in steps:
+            if name == "unflatten":
+                node = self.call(origin, name, node, numbers[0], [-1, numbers[1]])
+            elif name == "flatten" or name == "unsqueeze":
+                node = self.call(origin, name, node, *numbers)
+            elif name == "expand":
+                node = self.call(origin, name, node, [batch, -1, -1, -1])
+            else:
+                node = self.call(origin, name, node, list(numbers))
+        return node
+
+    def operand(self, origin: fx.Node, operand: Operand, query: Operand) -> fx.Node:
+        """A site's tensor as a node ``[B, H, L, D]``."""
+        spread = any(name == "expand" for name, _ in operand.steps)
+        batch = None
+        if spread:
+            queries = self.layout(origin, query.node, query.steps)
+            batch = self.size(origin, queries, 0)
+        return self.layout(origin, operand.node, operand.steps, batch)
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        return example_of(argument)
+    return [_value(item) for item in argument] if isinstance(argument, list) else argument

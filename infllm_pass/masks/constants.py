@@ -1,0 +1,142 @@
+"""Tensors that modules hold, read by value once: closed forms that hold for every element.
+
+A causal limit kept in a buffer is compared with its closed form over the buffer's whole extent. Nothing stops a
+program from writing to such a buffer later, so whoever relies on a reading has to watch the tensor: `HeldTensors`
+remembers what was read, `Reading.still_holds` says whether a tensor is unchanged since.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+_ROWS_AT_ONCE = 1024
+_MOST_RUNS = 4
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Every element of a tensor by its index.
+
+    The element depends on ``position``, the last index (`rank` 1) or the last minus the one before it (`rank` 2);
+    for `rank` 0 all elements are equal. It is ``start + step * position`` or constant on runs of positions.
+
+    Attributes:
+        rank: indices that matter.
+        dims: the dimensions of those indices, outermost first.
+        values: the value on each run.
+        ends: last position of each run but the last.
+        step: None for runs; otherwise `values` holds the element at position 0 alone.
+    """
+
+    rank: int
+    dims: tuple[int, ...]
+    values: tuple[float, ...]
+    ends: tuple[int, ...] = ()
+    step: int | None = None
+
+
+@dataclass
+class Reading:
+    """A tensor that was read by value, and its state then."""
+
+    form: ClosedForm
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    def still_holds(self, tensor: object) -> bool:
+        """Whether this is the tensor that was read, and nothing has been written to it since."""
+        return tensor is self.tensor() and isinstance(tensor, Tensor) and tensor._version == self.version
+
+    def holds_again(self, tensor: object) -> bool:
+        """Whether another or a changed tensor has the same closed form; if so, it is the one watched from now on."""
+        if not isinstance(tensor, Tensor) or not _has_version(tensor) or closed_form(tensor) != self.form:
+            return False
+        self.tensor, self.version = weakref.ref(tensor), tensor._version
+        return True
+
+
+@dataclass
+class HeldTensors:
+    """The tensors that modules hold, by the nodes that stand for them.
+
+    Attributes:
+        tensors: real tensors by placeholder or ``get_attr`` node.
+        readings: what was read of them.
+    """
+
+    tensors: Mapping[fx.Node, Tensor]
+    readings: dict[fx.Node, Reading] = field(default_factory=dict)
+
+    def read(self, node: fx.Node) -> ClosedForm | None:
+        """The closed form of a held tensor; None if it has none, or if writing to it would go unseen."""
+        tensor = self.tensors.get(node)
+        if tensor is None or tensor.requires_grad or isinstance(tensor, FakeTensor) or not _has_version(tensor):
+            return None
+        if node not in self.readings:
+            form = closed_form(tensor)
+            if form is None:
+                return None
+            self.readings[node] = Reading(form, weakref.ref(tensor), tensor._version)
+        return self.readings[node].form
+
+
+def _has_version(tensor: Tensor) -> bool:
+    return not tensor.is_inference()
+
+
+def closed_form(tensor: Tensor) -> ClosedForm | None:
+    """The closed form of a tensor, checked against each of its elements; None if it has none."""
+    if tensor.numel() == 0 or tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
+        return None
+    dims = tuple(dim for dim, extent in enumerate(tensor.shape) if extent > 1)
+    with _disable_current_modes(), torch.no_grad():
+        values = tensor.detach()
+        while len(dims) > 1 and _is_repeated(values, dims[0]):
+            values, dims = values.narrow(dims[0], 0, 1), dims[1:]
+        if len(dims) > 2:
+            return None
+        flat = values.reshape([values.shape[dim] for dim in dims])
+        if len(dims) == 2:
+            return _diagonals(flat, dims)
+        return _line(flat.reshape(-1), dims, 0)
+
+
+def _is_repeated(values: Tensor, dim: int) -> bool:
+    """Whether all slices along a dimension are equal."""
+    first = values.narrow(dim, 0, 1)
+    return all(bool((values.narrow(dim, i, 1) == first).all()) for i in range(1, values.shape[dim]))
+
+
+def _diagonals(matrix: Tensor, dims: tuple[int, ...]) -> ClosedForm | None:
+    """The form of a matrix whose element depends on column minus row alone."""
+    rows = matrix.shape[0]
+    for start in range(1, rows, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, rows)
+        if not bool((matrix[start:stop, 1:] == matrix[start - 1 : stop - 1, :-1]).all()):
+            return None
+    line = torch.cat([matrix[:, 0].flip(0), matrix[0, 1:]])
+    return _line(line, dims, 1 - rows)
+
+
+def _line(line: Tensor, dims: tuple[int, ...], first: int) -> ClosedForm | None:
+    """The form of values at the positions ``first, first + 1, …``."""
+    changes = (line[1:] != line[:-1]).nonzero().flatten()
+    if line.isnan().any():
+        return None
+    if len(changes) < _MOST_RUNS:
+        starts = [0, *(int(place) + 1 for place in changes)]
+        values = tuple(line[place].item() for place in starts)
+        return ClosedForm(len(dims) if changes.numel() else 0, dims, values, tuple(first + s - 1 for s in starts[1:]))
+    if line.dtype not in (torch.int64, torch.int32):
+        return None
+    step = int(line[1] - line[0])
+    if not bool((line[1:] - line[:-1] == step).all()):
+        return None
+    return ClosedForm(len(dims), dims, (int(line[0]) - step * first,), (), step)

@@ -1,0 +1,291 @@
+"""From the symbolic value of a site's masks to their normal form.
+
+The value is split at its top-level ``and``. Where a part says that two positions have one number of a cumulative sum,
+what follows from it is put into the other parts; then each part must be a causal limit, a window, such an equality
+or a test of the key. What is none of them leaves the mask unproven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import sympy
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+from infllm_pass.masks.emission import is_expressible
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.predicate import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    KeyCondition,
+    MaskPredicate,
+    MaskRole,
+    MaskTerm,
+    Segments,
+    UnprovenMask,
+)
+from infllm_pass.masks.scans import Scan
+from infllm_pass.masks.terms import first_unknown, visible
+from infllm_pass.masks.values import axis
+
+_MOST_ATOMS = 6
+"""Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""
+
+
+def prove_mask(interpreter: Interpreter, mask: fx.Node) -> MaskPredicate | UnprovenMask:
+    """Prove what one boolean attention mask computes, True where a query sees a key; see `prove_terms`."""
+    return prove_terms(interpreter, [MaskTerm(mask, MaskRole.KEEP)])
+
+
+def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPredicate | UnprovenMask:
+    """Prove what the tensors that mask a site compute together.
+
+    Args:
+        interpreter: the interpreter of the graph that they belong to. It keeps proofs, so that sites with the same
+            masks share one.
+        terms: at least one.
+
+    Returns:
+        The normal form, or the reason why there is none.
+    """
+    values: list[sympy.Basic] = []
+    for term in terms:
+        value = visible(interpreter, term)
+        if isinstance(value, UnprovenMask):
+            return replace(value, role=term.role)
+        values.append(value)
+    key = tuple(values)
+    if key not in interpreter.proofs:
+        interpreter.proofs[key] = _Reader(interpreter, terms[0].node).read(sympy.And(*values))
+    return interpreter.proofs[key]
+
+
+@dataclass
+class _Reader:
+    """Reads the parts of one mask, see `read`."""
+
+    interpreter: Interpreter
+    mask: fx.Node
+    offset: sympy.Expr | None = None
+    first: sympy.Expr | None = None  # a query i sees no key before i + first
+    segments: list[tuple[str, tuple[sympy.Expr, ...], sympy.Expr]] = field(default_factory=list)
+    conditions: list[KeyCondition] = field(default_factory=list)
+
+    def read(self, value: sympy.Basic) -> MaskPredicate | UnprovenMask:
+        """The normal form of a mask's value over ``(BATCH, HEAD, QUERY, KEY)``."""
+        parts = list(sympy.And.make_args(value))
+        rest = [part for part in parts if not self._read_segments(part)]
+        consequences = self._consequences()
+        rest = [part.xreplace(consequences) if QUERY in part.free_symbols else part for part in rest]
+        rest = [smaller for part in rest for smaller in sympy.And.make_args(_conjunction(part))]
+        known: set[sympy.Basic] = set()
+        for part in sorted(rest, key=lambda part: isinstance(part, sympy.Or)):
+            implied = isinstance(part, sympy.Or) and not known.isdisjoint(map(_canonical, part.args))
+            if part == sympy.true or implied:
+                continue
+            refusal = self._read_part(part)
+            if refusal is not None:
+                return refusal
+            known.add(_canonical(part))
+        return self._normal_form()
+
+    def _read_part(self, part: sympy.Basic) -> UnprovenMask | None:
+        limit = _limit(part)
+        if limit is not None and limit.upper:
+            return self._tighten("offset", limit.distance, lambda new, old: new - old)
+        if limit is not None:
+            return self._tighten("first", limit.distance, lambda new, old: old - new)
+        if part == sympy.false:
+            return UnprovenMask(self.mask, "it hides every key")
+        if not part.free_symbols & {HEAD, QUERY}:
+            return self._read_condition(part)
+        unknown = first_unknown(self.interpreter, part)
+        if unknown is None:
+            return UnprovenMask(self.mask, f"it tests {readable(part)}")
+        return UnprovenMask(unknown.node, f"the mask tests {readable(part)}, and of {unknown.node.name} {unknown.why}")
+
+    def _tighten(self, name: str, new: sympy.Expr, looser: object) -> UnprovenMask | None:
+        """Keep the tighter of two limits, if one is tighter for all sizes."""
+        old = getattr(self, name)
+        if old is None:
+            setattr(self, name, new)
+            return None
+        excess = sympy.expand(looser(new, old))  # type: ignore[operator]
+        if excess.is_nonpositive is True:
+            setattr(self, name, new)
+        elif excess.is_nonnegative is not True:
+            return UnprovenMask(self.mask, f"it has two limits, {old} and {new}, of which neither is always the tighter")
+        return None
+
+    def _read_condition(self, part: sympy.Basic) -> UnprovenMask | None:
+        leaves = []
+        sizes = self.interpreter.facts.size_sources
+        for name in sorted(_names(part)):
+            unknown = self.interpreter.unknowns.get(name)
+            if unknown is not None and not unknown.readable:
+                return UnprovenMask(unknown.node, f"a test of keys reads it, and {unknown.why}")
+            if unknown is not None:
+                leaves.append((name, unknown.facts, unknown.node))
+        named = {name for name, _, _ in leaves}
+        free = {symbol for symbol in part.free_symbols - {BATCH, KEY} if symbol.name not in named}
+        tests = part.atoms(sympy.core.relational.Relational)
+        of_sizes = any(test.free_symbols <= free and not test.atoms(AppliedUndef) for test in tests)
+        if of_sizes or not is_expressible(part) or not free <= set(sizes):
+            return UnprovenMask(self.mask, f"its test of keys, {readable(part)}, cannot be made of graph inputs")
+        self.conditions.append(KeyCondition(part, tuple(leaves)))
+        return None
+
+    def _read_segments(self, part: sympy.Basic) -> bool:
+        """Whether a part says that query and key have one number of a cumulative sum of a condition."""
+        if not isinstance(part, sympy.Eq):
+            return False
+        terms = sympy.Add.make_args(sympy.expand(part.lhs - part.rhs))
+        if len(terms) != 2 or terms[0] + terms[1] == 0:
+            return False
+        plus = [term for term in terms if isinstance(term, AppliedUndef)]
+        minus = [-term for term in terms if isinstance(-term, AppliedUndef)]
+        if len(plus) != 1 or len(minus) != 1 or plus[0].func != minus[0].func:
+            return False
+        name = plus[0].func.__name__
+        scan = self.interpreter.scans.get(name)
+        if scan is None:
+            return False
+        for of_query, of_key in ((plus[0].args, minus[0].args), (minus[0].args, plus[0].args)):
+            offset = sympy.expand(of_query[scan.dim] - QUERY)
+            others = [pair for dim, pair in enumerate(zip(of_query, of_key, strict=True)) if dim != scan.dim]
+            aligned = of_key[scan.dim] == KEY and not offset.free_symbols & {BATCH, HEAD, QUERY, KEY}
+            if aligned and all(a == b and not a.free_symbols & {HEAD, QUERY, KEY} for a, b in others):
+                self.segments.append((name, tuple(of_key), offset))
+                return True
+        return False
+
+    def _consequences(self) -> dict[sympy.Basic, sympy.Basic]:
+        """What equal numbers say of the elements of other tensors, as replacements for elements at the key.
+
+        The packed-sequence theorem: if a cumulative sum steps wherever ``x[t] - x[t - 1] != c``, equal sums at k and q
+        mean that no step lies between them, so that ``x[q] - x[k] == c * (q - k)``, whichever of the two is larger.
+        """
+        found: dict[sympy.Basic, sympy.Basic] = {}
+        for name, of_key, offset in self.segments:
+            scan = self.interpreter.scans[name]
+            for function, index, step in _steady(scan):
+                at_key = function(*(_at(expr, scan, of_key, KEY) for expr in index))
+                at_query = function(*(_at(expr, scan, of_key, QUERY + offset) for expr in index))
+                found[at_key] = at_query - step * (QUERY + offset - KEY)
+        return found
+
+    def _normal_form(self) -> MaskPredicate | UnprovenMask:
+        window = None
+        if self.first is not None:
+            if self.offset is None:
+                return UnprovenMask(self.mask, "it has a limit towards earlier keys but none towards later ones")
+            window = sympy.expand(self.offset - self.first + 1)
+            if window.is_positive is not True or window.has(AppliedUndef):
+                return UnprovenMask(self.mask, f"its window of {window} keys is not known to be positive")
+        segments = None
+        for name, of_key, offset in self.segments:
+            unknown = self.interpreter.unknowns[name]
+            found = Segments(unknown.facts, unknown.node, offset)
+            expected = (KEY,) if len(of_key) == 1 else (of_key[0], KEY)
+            if not unknown.readable or tuple(of_key) != expected or (len(of_key) == 2 and of_key[0] not in (BATCH, 0)):
+                return UnprovenMask(unknown.node, "its sequence numbers are not laid out as [B, L]")
+            if segments is not None and segments != found:
+                return UnprovenMask(unknown.node, "keys are numbered by more than one tensor of sequence numbers")
+            segments = found
+        return MaskPredicate(self.offset, tuple(self.conditions), window, segments)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """``KEY <= QUERY + distance`` if `upper`, else ``KEY >= QUERY + distance``."""
+
+    distance: sympy.Expr
+    upper: bool
+
+
+def _slack(part: sympy.Basic) -> sympy.Expr | None:
+    """For an inequality between integers, the expression that it says not to be negative."""
+    if isinstance(part, (sympy.Ge, sympy.Gt)):
+        slack = part.lhs - part.rhs
+    elif isinstance(part, (sympy.Le, sympy.Lt)):
+        slack = part.rhs - part.lhs
+    else:
+        return None
+    if slack.is_integer is not True:
+        return None
+    return sympy.expand(slack - 1 if isinstance(part, (sympy.Gt, sympy.Lt)) else slack)
+
+
+def _limit(part: sympy.Basic) -> _Limit | None:
+    """Read a limit of the distance between query and key off an inequality, whichever way it is written."""
+    slack = _slack(part)
+    if slack is None:
+        return None
+    weight = slack.coeff(QUERY)
+    rest = sympy.expand(slack - weight * QUERY - slack.coeff(KEY) * KEY)
+    if slack.coeff(KEY) != -weight or not weight.is_Integer or weight == 0:
+        return None
+    if rest.free_symbols & {HEAD, QUERY, KEY}:
+        return None
+    if abs(weight) > 1:
+        if not rest.is_Integer:
+            return None
+        rest = sympy.floor(rest / abs(weight))
+    return _Limit(rest, True) if weight > 0 else _Limit(-rest, False)
+
+
+def _canonical(part: sympy.Basic) -> sympy.Basic:
+    """One spelling for the inequalities that say the same of integers."""
+    slack = _slack(part)
+    return part if slack is None else sympy.Ge(slack, 0, evaluate=False)
+
+
+def _conjunction(part: sympy.Basic) -> sympy.Basic:
+    """A small disjunction as a conjunction of disjunctions, its inequalities spelled one way."""
+    if not isinstance(part, sympy.Or):
+        return part
+    atoms = part.atoms(sympy.core.relational.Relational)
+    if len(atoms) > _MOST_ATOMS or not part.free_symbols & {QUERY}:
+        return part
+    return sympy.to_cnf(part.xreplace({atom: _canonical(atom) for atom in atoms}))
+
+
+def _steady(scan: Scan) -> Iterable[tuple[type[AppliedUndef], tuple[sympy.Expr, ...], sympy.Expr]]:
+    """Tensors that grow by a constant wherever a scan does not step: ``x(index at t) - x(index at t - 1) == c``."""
+    here = axis(scan.dim)
+    inside = scan.condition.xreplace({sympy.Eq(here, 0): sympy.false, sympy.Ne(here, 0): sympy.true})
+    for part in sympy.And.make_args(sympy.Not(inside)):
+        if not isinstance(part, sympy.Eq):
+            continue
+        difference = sympy.expand(part.lhs - part.rhs)
+        for element in difference.atoms(AppliedUndef):
+            before = element.xreplace({here: here - 1})
+            for sign in (1, -1):
+                step = sympy.expand(element - before - sign * difference)
+                if before != element and not step.free_symbols & {axis(dim) for dim in range(8)} and step.is_Integer:
+                    yield element.func, element.args, step
+
+
+def _at(expr: sympy.Expr, scan: Scan, index: Sequence[sympy.Expr], position: sympy.Expr) -> sympy.Expr:
+    """An index expression over the scan's dimensions, read at an index with `position` along the scan."""
+    return expr.xreplace({axis(dim): position if dim == scan.dim else at for dim, at in enumerate(index)})
+
+
+def _names(value: sympy.Basic) -> set[str]:
+    return {atom.func.__name__ for atom in value.atoms(AppliedUndef)} | {symbol.name for symbol in value.free_symbols}
+
+
+def readable(part: sympy.Basic) -> str:
+    """A part in words a user can place: index symbols become batch, head, query and key."""
+    names = dict(zip((BATCH, HEAD, QUERY, KEY), sympy.symbols("batch head query key"), strict=True))
+    spelled = part.xreplace(names)
+    functions = {
+        atom: sympy.Function(atom.func.__name__.split("@")[0])(*atom.args) for atom in spelled.atoms(AppliedUndef)
+    }
+    symbols = {symbol: sympy.Symbol(symbol.name.split("@")[0]) for symbol in spelled.free_symbols}
+    return str(spelled.xreplace(functions).xreplace(symbols))
+

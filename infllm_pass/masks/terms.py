@@ -1,0 +1,130 @@
+"""What one tensor that masks a site lets a query see, whatever it does to the scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.masks.cases import Rounded, as_number, pairs
+from infllm_pass.masks.arithmetic import unrounded
+from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
+from infllm_pass.masks.predicate import BATCH, HEAD, KEY, QUERY, MaskRole, MaskTerm, UnprovenMask
+from infllm_pass.masks.values import SymbolicTensor, axis, hidden_axis
+
+HIDING_NUMBER = -1e9
+"""Scores of one row would have to lie this far apart for a key with such a number added to them to be seen.
+
+Scores that large have lost all precision (adjacent float32 numbers are 64 apart there). The lowest float16, -65504,
+hides where it is added in float16, which holds no larger scores.
+"""
+
+
+def visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenMask:
+    """Where one term lets a query see a key, as a Boolean of ``(BATCH, HEAD, QUERY, KEY)``.
+
+    Args:
+        interpreter: the interpreter of the graph that the term belongs to.
+        term: the term.
+    """
+    if term.role is MaskRole.BLOCK_MASK:
+        return _of_mask_function(interpreter, term)
+    example = interpreter.facts.example(term.node)
+    if not isinstance(example, torch.Tensor) or (term.index is None and example.dim() > 4):
+        return UnprovenMask(term.node, "it is not a tensor of at most four dimensions")
+    value = _evaluate(interpreter, term.node)
+    if isinstance(value, UnprovenMask):
+        return value
+    lifted = lift(value) if term.index is None else value.at(term.index)
+    if term.role is MaskRole.ADDED:
+        return _where_nothing_is_hidden(interpreter, term.node, lifted, value.dtype)
+    if value.dtype != torch.bool:
+        return UnprovenMask(term.node, f"it is a {value.dtype} tensor where a boolean one is expected")
+    return sympy.Not(lifted) if term.role is MaskRole.HIDE else lifted
+
+
+def _evaluate(interpreter: Interpreter, node: fx.Node) -> SymbolicTensor | UnprovenMask:
+    try:
+        value = interpreter.evaluate(node)
+    except Overwritten as stop:
+        return UnprovenMask(stop.node, "the graph overwrites its memory, so its value depends on when it is read")
+    return UnprovenMask(node, "it is not a tensor") if value is None else value
+
+
+def lift(mask: SymbolicTensor) -> sympy.Basic:
+    """A mask's value over ``(batch, head, query, key)``; a dimension of size 1 does not matter."""
+    pad = 4 - len(mask.shape)
+    index = [sympy.Integer(0) if extent == 1 else axis(dim + pad) for dim, extent in enumerate(mask.shape)]
+    return mask.at(index)
+
+
+def _where_nothing_is_hidden(
+    interpreter: Interpreter, node: fx.Node, value: sympy.Basic, dtype: torch.dtype
+) -> sympy.Basic | UnprovenMask:
+    """Where a term that is added to the scores adds 0, provided that it hides the key everywhere else."""
+    kept: list[sympy.Basic] = []
+    for number, condition in pairs(value):
+        if number == 0 or _is_zero_under(number, condition):
+            kept.append(condition)
+        elif not as_number(number):
+            origin = first_unknown(interpreter, number)
+            if origin is None:
+                return UnprovenMask(node, "what it adds to the scores depends on the index")
+            return UnprovenMask(origin.node, f"its numbers are added to the scores; {origin.why}")
+        elif not hides(number, dtype):
+            return UnprovenMask(
+                node, f"{float(number):g} is added to the scores, which hides nothing for certain: use -inf"
+            )
+    return sympy.Or(*kept)
+
+
+def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:
+    """Whether a number added to a score takes its key out of the softmax."""
+    lowest = torch.finfo(dtype).min if dtype.is_floating_point else HIDING_NUMBER
+    return bool(number <= max(HIDING_NUMBER, lowest))
+
+
+def _is_zero_under(number: sympy.Basic, condition: sympy.Basic) -> bool:
+    """Whether a condition says that a rounded integer expression is 0."""
+    if not number.has(Rounded):
+        return False
+    plain = sympy.expand(unrounded(number))
+    equations = (part for part in sympy.And.make_args(condition) if isinstance(part, sympy.Eq))
+    return any(sympy.expand(part.lhs - part.rhs) in (plain, sympy.expand(-plain)) for part in equations)
+
+
+def first_unknown(interpreter: Interpreter, value: sympy.Basic) -> Unknown | None:
+    """The earliest tensor that the interpreter could not follow among those a value depends on."""
+    names = {atom.func.__name__ for atom in value.atoms(sympy.core.function.AppliedUndef)}
+    names |= {symbol.name for symbol in value.free_symbols}
+    return next((unknown for name, unknown in interpreter.unknowns.items() if name in names), None)
+
+
+def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenMask:
+    """What a mask function returns, as `flex_attention` calls it for every index."""
+    body = term.body
+    if body is None:
+        return UnprovenMask(term.node, "its mask function is not known")
+    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in body.graph.nodes if node.op == "output")
+    result: Any = output.args[0]
+    result = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
+    if len(placeholders) != 4 + len(term.arguments) or not isinstance(result, fx.Node):
+        return UnprovenMask(term.node, "its mask function does not take batch, head, query and key")
+    indices = [hidden_axis(name) for name in ("batch", "head", "query", "key")]
+    bindings = {
+        inner: (interpreter.facts, outer) for inner, outer in zip(placeholders[4:], term.arguments, strict=True)
+    }
+    facts = interpreter.facts.nested(body.graph, bindings)
+    inside = Interpreter(facts, seeds=dict(zip(placeholders[:4], indices, strict=True)), outer=interpreter)
+    value = _evaluate(inside, result)
+    interpreter.unknowns.update(inside.unknowns)
+    interpreter.scans.update(inside.scans)
+    if isinstance(value, UnprovenMask):
+        return value
+    if value.dtype != torch.bool or value.shape:
+        return UnprovenMask(term.node, "its mask function does not return one boolean")
+    return value.value.xreplace(dict(zip(indices, (BATCH, HEAD, QUERY, KEY), strict=True)))
+

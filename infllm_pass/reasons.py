@@ -1,0 +1,69 @@
+"""Why a site is switchable, or why it stays dense."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
+
+
+class Reason(Enum):
+    """Why a site is switchable, or why it stays dense. The value says what would change it."""
+
+    SWITCHABLE = "causal attention over its whole key length: dense below dense_len, sparse from there on"
+    EXCLUDED = "filter_fn turned this site down: let it return True to make the site switchable"
+    BIDIRECTIONAL = (
+        "every query sees every key, and only causal attention can be sparse: pass is_causal=True or a causal mask "
+        "if that is what the model means"
+    )
+    UNPROVEN_MASK = (
+        "what the mask computes could not be proved: build it in the graph from aranges, comparisons and a 2-D "
+        "padding mask"
+    )
+    ADDITIVE_BIAS = (
+        "numbers are added to the scores that do more than hide keys: add 0 and -inf (or torch.finfo(dtype).min), or "
+        "use a boolean mask"
+    )
+    WINDOW_WITHIN_BUDGET = (
+        "its own sliding window is no longer than what sparse attention visits, so that dense attention within the "
+        "window reads no more: lower topk or window_size if the site is to be sparse all the same"
+    )
+    PARTIAL_KEYS = (
+        "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
+        "exactly the keys seen so far can be sparse"
+    )
+    DROPOUT = "attention dropout is active: call eval() or set the dropout probability to 0"
+    SCALE_IS_DATA = "the softmax scale is computed from data: use a number"
+    HEAD_DIM = f"the head dimension is outside 1 to {MAX_HEAD_DIM}"
+    HEAD_GROUPS = "the number of query heads is not a multiple of the number of key/value heads"
+    SHAPES = "query, key and value are not [B, H, L, D] tensors of one batch size and key length"
+    DTYPE = "the dtype is not one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    DEVICE = "the operators run on CPU and CUDA tensors of one device"
+    NESTED_GRAPH = "the call sits inside an operator that fixes what its body computes: move the attention out of it"
+    CROSS_ATTENTION = (
+        "queries and keys have lengths of their own and no causal mask relates them, as in attention to an encoder: "
+        "only causal self-attention can be sparse"
+    )
+    SOFT_CAP = "the scores are capped by a tanh, which sparse attention does not compute: turn soft-capping off"
+    SINK = "the softmax has attention sinks, columns that belong to no key: only scores of keys can be sparse"
+    RETURNED_WEIGHTS = (
+        "the attention weights are used beside the output, and sparse attention makes none: do not ask for them "
+        "(output_attentions=False, need_weights=False)"
+    )
+    SOFT_MASK = (
+        "masked scores are set to a finite number, which leaves hidden keys a weight: fill with -inf or with "
+        "torch.finfo(dtype).min"
+    )
+    OVERWRITTEN = (
+        "queries, keys or values are overwritten between being read and the end of the attention: write to them "
+        "before or after it"
+    )
+    LAYOUT = (
+        "the dimensions could not be told apart as batch, heads, queries and keys: write the attention as products "
+        "of [B, H, L, D] tensors, or call scaled_dot_product_attention"
+    )
+    PARTIAL_MATCH = (
+        "a softmax between two products looks like attention, but what lies between them is not followed: call "
+        "scaled_dot_product_attention, or leave the scores to scaling, masking and softmax alone"
+    )
+    INTERNAL = "internal error of infllm_pass, the site runs as it was: please report it with the text below"

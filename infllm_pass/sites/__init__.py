@@ -1,0 +1,39 @@
+"""Finding attention sites in a graph, however the attention is written, and reading what each computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from infllm_pass.masks.values import GraphFacts
+from infllm_pass.reasons import Reason
+from infllm_pass.sites.flex import read_flex
+from infllm_pass.sites.fused import read_fused
+from infllm_pass.sites.layouts import Layouts
+from infllm_pass.sites.site import AttentionSite, Operand, PartialSite, Step
+from infllm_pass.sites.softmax import read_handwritten
+
+_READERS = (read_fused, read_flex, read_handwritten)
+
+
+def find_sites(facts: GraphFacts) -> Iterator[AttentionSite | PartialSite]:
+    """Every attention of a graph, in order: those that were read to the end, and those that were not.
+
+    A failure of a reader is a site of its own, and no exception.
+
+    Args:
+        facts: the graph's facts.
+    """
+    layouts = Layouts(facts)
+    for node in facts.graph.nodes:
+        for reader in _READERS:
+            try:
+                site = reader(layouts, node)
+            except Exception as error:
+                yield PartialSite(node, Reason.INTERNAL, node, f"{type(error).__name__}: {error}")
+                break
+            if site is not None:
+                yield site
+                break
+
+
+__all__ = ["AttentionSite", "Operand", "PartialSite", "Step", "find_sites"]

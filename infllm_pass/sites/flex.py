@@ -1,0 +1,91 @@
+"""Reading the ``flex_attention`` operator: its score function a scale at most, its mask function a mask."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from infllm_pass.masks.predicate import MaskRole, MaskTerm
+from infllm_pass.masks.values import GraphFacts
+from infllm_pass.reasons import Reason
+from infllm_pass.sites.constants import number_of
+from infllm_pass.sites.fused import fused_reads, site_of
+from infllm_pass.sites.layouts import Layouts
+from infllm_pass.sites.site import AttentionSite, PartialSite
+from infllm_pass.vocabulary import Call, Kind, read
+
+
+def read_flex(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | None:
+    """Read a node as a call of flex attention; None for one that is none.
+
+    The block tables of a mask hold, by their contract, every block in which the mask function lets a query see a
+    key; the mask function alone is read.
+    """
+    call = read(node)
+    if call is None or call.kind is not Kind.FLEX_ATTENTION:
+        return None
+    outputs = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    result = outputs.get(0)
+    if result is None or not layouts.is_tensor(result):
+        return None
+    used = [user for place, user in outputs.items() if place != 0 and user.users]
+    if used:
+        return PartialSite(node, Reason.RETURNED_WEIGHTS, used[0], "flex_attention, whose log-sum-exp is used")
+    block_mask = call.args.get("block_mask")
+    score_body = _body(layouts, call.args.get("score_mod"))
+    mask_node = block_mask[-1] if isinstance(block_mask, (tuple, list)) and block_mask else None
+    mask_body = _body(layouts, mask_node)
+    scale = number_of(layouts.example(call.args.get("scale")))
+    if score_body is None or mask_body is None or scale is None or not isinstance(mask_node, fx.Node):
+        return PartialSite(node, Reason.PARTIAL_MATCH, node, "flex_attention, whose arguments are not followed")
+    factor = _score_factor(score_body)
+    if isinstance(factor, PartialSite):
+        return PartialSite(node, factor.reason, factor.stopped, "flex_attention, its score function")
+    buffers = call.args.get("mask_mod_buffers") or ()
+    arguments = tuple(buffer for buffer in buffers if isinstance(buffer, fx.Node))
+    term = MaskTerm(mask_node, MaskRole.BLOCK_MASK, None, mask_body, arguments)
+    grouped = Call(call.kind, {**call.args, "enable_gqa": True, "is_causal": False, "dropout_p": 0.0})
+    dtype = layouts.facts.example(result).dtype
+    reads = fused_reads(layouts, result, grouped, terms=(term,), scale=scale * factor, dtype=dtype)
+    if reads is None:
+        return PartialSite(node, Reason.SHAPES, node, "flex_attention")
+    return site_of(layouts, reads, Reason.SHAPES, "flex_attention")
+
+
+def _body(layouts: Layouts, node: Any) -> fx.GraphModule | None:
+    """The graph that a node names."""
+    owner = layouts.facts.graph.owning_module
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or owner is None:
+        return None
+    body = getattr(owner, str(node.target), None)
+    return body if isinstance(body, fx.GraphModule) else None
+
+
+def _score_factor(body: fx.GraphModule) -> float | PartialSite:
+    """The number that a score function multiplies the scores with, or the node at which it does something else."""
+    facts = GraphFacts(body.graph, frozenset())
+    layouts = Layouts(facts)
+    score = next(node for node in body.graph.nodes if node.op == "placeholder")
+    current: Any = next(node for node in body.graph.nodes if node.op == "output").args[0]
+    if isinstance(current, (tuple, list)) and len(current) == 1:
+        current = current[0]
+    factor = 1.0
+    while current is not score:
+        call = read(current) if isinstance(current, fx.Node) else None
+        if call is not None and call.kind is Kind.CAST:
+            current = call.args.get("input")
+            continue
+        source, number = (
+            layouts.scaling(call.kind, call.args)
+            if call is not None and call.kind in (Kind.MUL, Kind.DIV)
+            else (None, None)
+        )
+        if source is None or number is None:
+            kinds = {found.kind for node in body.graph.nodes if (found := read(node)) is not None}
+            reason = Reason.SOFT_CAP if Kind.TANH in kinds else Reason.ADDITIVE_BIAS
+            stopped = current if isinstance(current, fx.Node) else score
+            return PartialSite(stopped, reason, stopped, "")
+        current, factor = source, factor * number
+    return factor

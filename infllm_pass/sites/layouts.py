@@ -1,0 +1,161 @@
+"""Where the elements of a tensor came from: chains of layout operators, read as index expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.values import GraphFacts, axis, size, storage
+from infllm_pass.sites.constants import read_number
+from infllm_pass.vocabulary import Kind, read, written_arguments
+
+LAYOUT_KINDS = {
+    Kind.IDENTITY,
+    Kind.GETITEM,
+    Kind.UNSQUEEZE,
+    Kind.EXPAND,
+    Kind.RESHAPE,
+    Kind.TRANSPOSE,
+    Kind.PERMUTE,
+    Kind.REPEAT_INTERLEAVE,
+}
+"""Kinds that move elements and compute nothing; their source is the argument ``input``."""
+
+Index = tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An element of a product's operand, as an element of another node.
+
+    Attributes:
+        node: the node.
+        index: the place in it, one expression for a dimension.
+        factor: what the element is multiplied with on its way to the product.
+    """
+
+    node: fx.Node
+    index: Index
+    factor: float = 1.0
+
+
+class Layouts:
+    """The layout operators of one graph.
+
+    Args:
+        facts: the graph's facts.
+    """
+
+    def __init__(self, facts: GraphFacts) -> None:
+        self.facts = facts
+        self._plain = GraphFacts(facts.graph, frozenset(), facts.bindings)
+        self._positions = {node: number for number, node in enumerate(facts.graph.nodes)}
+        self._writes: list[tuple[int, int | None]] = [
+            (number, storage(target)) for node, number in self._positions.items() for target in written_arguments(node)
+        ]
+
+    def example(self, node: Any) -> Any:
+        """The example value of an argument: a node's, or the argument itself."""
+        return self.facts.example(node) if isinstance(node, fx.Node) else node
+
+    def is_tensor(self, argument: Any) -> bool:
+        """Whether an argument is a node that holds a tensor."""
+        return isinstance(argument, fx.Node) and isinstance(self.facts.example(argument), torch.Tensor)
+
+    def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        """A tensor's sizes as symbolic expressions."""
+        return tuple(size(extent) for extent in self.facts.example(node).shape)
+
+    def broadcast(self, operand: fx.Node, index: Index, shape: Sequence[sympy.Expr]) -> Index | None:
+        """Where an operand of an elementwise operator is read for one element of its result.
+
+        Args:
+            operand: the operand.
+            index: the place in the result.
+            shape: the result's sizes.
+        """
+        own = self.shape(operand)
+        pad = len(shape) - len(own)
+        if pad < 0:
+            return None
+        zero = sympy.Integer(0)
+        return tuple(
+            zero if extent == 1 and shape[pad + dim] != 1 else index[pad + dim] for dim, extent in enumerate(own)
+        )
+
+    def step(self, node: fx.Node, source: fx.Node, index: Index) -> Index | None:
+        """The place in `source` of the element of `node` at `index`, for one layout operator between the two."""
+        if not self.is_tensor(source):
+            return None
+        if self.facts.example(source).dim() == 0:
+            return ()
+        interpreter = Interpreter(self._plain, leaves=frozenset([source]))
+        value = interpreter.evaluate(node)
+        element: Any = None if value is None else value.value
+        if isinstance(element, sympy.Ne):
+            element = element.lhs  # how an element of a boolean tensor is written
+        if not isinstance(element, sympy.core.function.AppliedUndef):
+            return None
+        _, owner = interpreter.unknowns.get(element.func.__name__, (None, None))
+        if owner is not source:
+            return None
+        return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
+
+    def readings(self, node: fx.Node, index: Index, *, scaled: bool) -> Iterator[Reading]:
+        """The node itself, and what it views, copies, repeats, widens or (if `scaled`) scales, nearest first."""
+        reading = Reading(node, index)
+        while True:
+            yield reading
+            call = read(reading.node)
+            if call is None:
+                return
+            source, factor, moved = call.args.get("input"), 1.0, None
+            if call.kind in LAYOUT_KINDS and isinstance(source, fx.Node):
+                moved = self.step(reading.node, source, reading.index)
+            elif call.kind is Kind.CAST and isinstance(source, fx.Node):
+                moved = reading.index if self._widens(source, reading.node) else None
+            elif scaled and call.kind in (Kind.MUL, Kind.DIV):
+                source, number = self.scaling(call.kind, call.args)
+                if source is not None and number is not None:
+                    moved, factor = reading.index, number
+            if moved is None or not isinstance(source, fx.Node) or not self.is_tensor(source):
+                return
+            reading = Reading(source, moved, reading.factor * factor)
+
+    def scaling(self, kind: Kind, args: dict[str, Any]) -> tuple[fx.Node | None, float | None]:
+        """For a product or quotient of a tensor and a number, the tensor and what it is multiplied with."""
+        if set(args) - {"input", "other"}:
+            return None, None
+        left, right = args.get("input"), args.get("other")
+        number = read_number(self.facts, right)
+        if isinstance(left, fx.Node) and number is not None:
+            if kind is Kind.MUL:
+                return left, number
+            return (left, 1.0 / number) if number else (None, None)
+        number = read_number(self.facts, left)
+        if kind is Kind.MUL and isinstance(right, fx.Node) and number is not None:
+            return right, number
+        return None, None
+
+    def _widens(self, source: fx.Node, result: fx.Node) -> bool:
+        """Whether a cast keeps every value as it is."""
+        if not self.is_tensor(source):
+            return False
+        before, after = self.facts.example(source).dtype, self.facts.example(result).dtype
+        floats = before.is_floating_point and after.is_floating_point
+        return bool(floats and torch.promote_types(before, after) == after)
+
+    def stable(self, node: fx.Node, later: fx.Node) -> bool:
+        """Whether nothing writes to a node's memory between it and a later node."""
+        if not self.facts.is_overwritten(node):
+            return True
+        cell = storage(node)
+        times = [number for number, written in self._writes if written == cell]
+        first, last = self._positions[node], self._positions[later]
+        return bool(times) and not any(first < number <= last for number in times)

@@ -1,0 +1,144 @@
+"""What a matcher finds: an attention site, or the part of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from infllm_pass.masks.predicate import MaskTerm
+from infllm_pass.masks.values import example_of
+from infllm_pass.reasons import Reason
+
+Step = tuple[str, tuple[int, ...]]
+"""One layout operation on a tensor.
+
+``("unflatten", (dim, inner))``: split a dimension, `inner` elements adjacent; ``("flatten", (first, last))``,
+``("permute", dims)``, ``("squeeze", dims)``, ``("unsqueeze", (dim,))``; ``("expand", ())``: to the queries' batch.
+"""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of a site: a node of the graph, and the layout operations that bring it to ``[B, H, L, D]``.
+
+    Attributes:
+        node: the node.
+        steps: the operations, none for a node that has the layout already.
+        example: fake tensor of the result.
+    """
+
+    node: fx.Node
+    steps: tuple[Step, ...] = ()
+    example: torch.Tensor = field(compare=False, repr=False, default=None)  # type: ignore[assignment]
+
+
+class Located:
+    """A place in the user's model, read off a node."""
+
+    node: fx.Node
+
+    @property
+    def module_path(self) -> str:
+        """Dotted path of the module the call was traced in, or "" outside any module."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        path = ""
+        for name, _ in stack.values():
+            path = str(name)
+        return _clean_path(path)
+
+    @property
+    def source_line(self) -> str:
+        """``file:line`` of the user-level call, or "" if the graph does not record it."""
+        return source_line(self.node)
+
+
+@dataclass(frozen=True)
+class AttentionSite(Located):
+    """One attention computation of a graph: ``softmax(scale * q k^T + masks) v``.
+
+    Attributes:
+        node: the node that holds the result, in whatever layout the model chose.
+        query: the queries, ``[B, Hq, Lq, D]``.
+        key: the keys as the products see them, ``[B, Hq or Hkv, Lk, D]``.
+        value: the values as the products see them.
+        key_heads: the keys before they were repeated for a group, ``[B, Hkv, Lk, D]``.
+        value_heads: the same for the values.
+        masks: what restricts the keys that a query sees, beside `is_causal`.
+        is_causal: the causal flag as the call gives it, aligned top-left.
+        dropout_p: dropout probability: a number or a node.
+        scale: softmax scale: None for ``D ** -0.5``, a number or a node.
+        output_steps: layout operations from ``[B, Hq, Lq, Dv]`` to the layout of `node`.
+        dtype: the dtype that attention is computed in.
+    """
+
+    node: fx.Node
+    query: Operand
+    key: Operand
+    value: Operand
+    key_heads: Operand
+    value_heads: Operand
+    masks: tuple[MaskTerm, ...]
+    is_causal: Any
+    dropout_p: Any
+    scale: Any
+    output_steps: tuple[Step, ...]
+    dtype: torch.dtype
+
+    def shape(self, tensor: Operand | fx.Node) -> tuple[int | torch.SymInt, ...]:
+        """The example shape of one of the site's tensors."""
+        return tuple(tensor.example.shape if isinstance(tensor, Operand) else example_of(tensor).shape)
+
+    @property
+    def query_heads(self) -> int | torch.SymInt:
+        """Number of query heads ``Hq``."""
+        return self.shape(self.query)[1]
+
+    @property
+    def kv_heads(self) -> int | torch.SymInt:
+        """Number of key/value heads ``Hkv`` before any repetition."""
+        return self.shape(self.key_heads)[1]
+
+
+@dataclass(frozen=True)
+class PartialSite(Located):
+    """Something that computes attention, or looks like it, and was not read to the end.
+
+    Attributes:
+        node: the softmax, or the fused call.
+        reason: what kept it from being a site.
+        stopped: the node at which reading stopped.
+        reached: how far it had come, in words.
+    """
+
+    node: fx.Node
+    reason: Reason
+    stopped: fx.Node
+    reached: str
+
+    @property
+    def detail(self) -> str:
+        """How far the matcher got, and what stopped it."""
+        line = source_line(self.stopped)
+        place = f" ({line})" if line else ""
+        return f"{self.reached}; stopped at node {self.stopped.name}{place}"
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the user-level call behind a node, or "" if the graph does not record it."""
+    location = ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        line = line.strip()
+        if line.startswith('File "') and ", line " in line:
+            file, rest = line[len('File "') :].split('"', 1)
+            location = f"{file}:{rest.removeprefix(', line ').split(',', 1)[0]}"
+    return location
+
+
+def _clean_path(path: str) -> str:
+    """``L['self']._modules['model'].layers[0]`` and its relatives as ``model.layers.0``."""
+    for old, new in (("L['self']", ""), ("_modules['", "."), ("']", ""), ("['", "."), ("[", "."), ("]", "")):
+        path = path.replace(old, new)
+    return ".".join(part for part in path.split(".") if part and part not in ("L", "self", "_orig_mod"))

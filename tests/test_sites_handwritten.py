@@ -1,0 +1,219 @@
+"""Attention written by hand: found in every spelling and layout, and rewritten to the same numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from infllm_pass import Reason, SparseAttentionConfig
+from infllm_pass.graphs import all_graphs
+from infllm_pass.kernels import reference
+from infllm_pass.pipeline import run_pass
+from infllm_pass.plan import plan_graph
+
+from .conftest import SMALL, capture, relative_error
+
+ALWAYS = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "dense_len": 0})
+COVERING = SparseAttentionConfig.from_dict({**ALWAYS.to_dict(), "topk": 40})
+INF = float("-inf")
+B, HQ, HKV, L, D, DV = 2, 6, 2, 57, 8, 12
+G = HQ // HKV
+
+
+def qkv(heads_kv=HQ, dtype=torch.float64):
+    shapes = ((HQ, D), (heads_kv, D), (heads_kv, DV))
+    return tuple(torch.randn(B, heads, L, dim, dtype=dtype) for heads, dim in shapes)
+
+
+def hidden(length):
+    index = torch.arange(length)
+    return index[None, :] > index[:, None]
+
+
+def matmul_attention(q, k, v, *, product=None, scale=None, mask=None, softmax=None, output=None):
+    """Attention by matrices, of which each part can be written otherwise."""
+    scores = (product or (lambda q, k: q @ k.transpose(-1, -2)))(q, k)
+    scores = (scale or (lambda s: s * D**-0.5))(scores)
+    scores = (mask or (lambda s: s.masked_fill(hidden(s.shape[-1]), INF)))(scores)
+    weights = (softmax or (lambda s: s.softmax(-1)))(scores)
+    return (output or (lambda p, v: p @ v))(weights, v)
+
+
+def part(**parts):
+    return lambda q, k, v: matmul_attention(q, k, v, **parts)
+
+
+def unscaled(q, k, v):
+    return matmul_attention(q, k, v, scale=lambda s: s)
+
+
+def merged(x):
+    return x.reshape(-1, *x.shape[2:])
+
+
+def in_place(s):
+    s *= D**-0.5
+    return s.masked_fill_(hidden(s.shape[-1]), INF)
+
+
+SPELLINGS = {
+    "matmul": part(product=lambda q, k: torch.matmul(q, k.transpose(2, 3))),
+    "method": part(product=lambda q, k: q.matmul(k.mT)),
+    "permuted keys": part(product=lambda q, k: q @ k.permute(0, 1, 3, 2)),
+    "swapped axes": part(product=lambda q, k: q @ k.swapaxes(-2, -1).contiguous()),
+    "keys times queries": part(product=lambda q, k: (k @ q.transpose(-1, -2)).transpose(-1, -2)),
+    "einsum": part(product=lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k)),
+    "einsum with an ellipsis": part(product=lambda q, k: torch.einsum("...id,...jd->...ij", q, k)),
+    "output by einsum": part(output=lambda p, v: torch.einsum("bhij,bhjd->bhid", p, v)),
+    "values first": part(output=lambda p, v: (v.transpose(-1, -2) @ p.transpose(-1, -2)).transpose(-1, -2)),
+    "divided": part(scale=lambda s: s / math.sqrt(D)),
+    "divided by a tensor": part(scale=lambda s: s / torch.tensor(D**0.5, dtype=s.dtype)),
+    "divided by a filled tensor": part(scale=lambda s: s / torch.full([], D**0.5, dtype=s.dtype)),
+    "divided by a root": part(scale=lambda s: s / torch.sqrt(torch.tensor(float(D), dtype=s.dtype))),
+    "scaled queries": lambda q, k, v: unscaled(q * D**-0.5, k, v),
+    "scaled keys": lambda q, k, v: unscaled(q, k / D**0.5, v),
+    "scaled both": lambda q, k, v: unscaled(q * D**-0.25, k * D**-0.25, v),
+    "scaled in place": part(scale=lambda s: s, mask=in_place),
+    "where": part(mask=lambda s: torch.where(hidden(s.shape[-1]), INF, s)),
+    "where kept": part(mask=lambda s: torch.where(~hidden(s.shape[-1]), s, torch.finfo(s.dtype).min)),
+    "least number": part(mask=lambda s: s.masked_fill(hidden(s.shape[-1])[None, None], torch.finfo(s.dtype).min)),
+    "two masks": part(
+        mask=lambda s: s.masked_fill(hidden(s.shape[-1]), INF).masked_fill(hidden(s.shape[-1])[None], INF)
+    ),
+    "functional softmax": part(softmax=lambda s: F.softmax(s, dim=-1)),
+    "torch softmax": part(softmax=lambda s: torch.softmax(s, 3)),
+    "softmax in another dtype": part(softmax=lambda s: F.softmax(s, dim=-1, dtype=torch.float64).to(s.dtype)),
+    "inactive dropout": part(softmax=lambda s: F.dropout(s.softmax(-1), 0.1, False)),
+    "dropout of nothing": part(softmax=lambda s: F.dropout(s.softmax(-1), 0.0, True)),
+}
+
+
+def bmm(q, k, v):
+    scores = torch.bmm(merged(q), merged(k).transpose(1, 2)) * D**-0.5
+    weights = scores.masked_fill(hidden(q.shape[2]), INF).softmax(-1)
+    return torch.bmm(weights, merged(v)).view(q.shape[0], q.shape[1], q.shape[2], -1)
+
+
+def baddbmm(q, k, v):
+    empty = torch.empty(1, 1, 1, dtype=q.dtype)
+    scores = torch.baddbmm(empty, merged(q), merged(k).transpose(1, 2), beta=0.0, alpha=D**-0.5)
+    scores = scores.view(q.shape[0], q.shape[1], q.shape[2], -1)
+    weights = scores.masked_fill(hidden(q.shape[2]), INF).softmax(-1)
+    return torch.bmm(weights.view(-1, *weights.shape[2:]), merged(v)).view(q.shape[0], q.shape[1], q.shape[2], -1)
+
+
+def bshd(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * D**-0.5
+    weights = scores.masked_fill(hidden(q.shape[1]), INF).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).transpose(1, 2)
+
+
+def bshd_scores(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = torch.einsum("bqhd,bkhd->bqhk", q, k) * D**-0.5
+    weights = scores.masked_fill(hidden(q.shape[1])[:, None], INF).softmax(-1)
+    return torch.einsum("bqhk,bkhd->bqhd", weights, v).transpose(1, 2)
+
+
+def no_batch(q, k, v):
+    rows = [matmul_attention(q[row], k[row], v[row]) for row in range(2)]
+    return torch.stack(rows)
+
+
+LAYOUTS = {"(BH)LD": bmm, "baddbmm": baddbmm, "BLHD": bshd, "BLHD, scores BLHL": bshd_scores}
+
+
+def repeated(attention, repeat):
+    return lambda q, k, v: attention(q, repeat(k), repeat(v))
+
+
+def expand_reshape(x):
+    return x[:, :, None].expand(-1, -1, G, -1, -1).reshape(x.shape[0], HQ, x.shape[2], x.shape[3])
+
+
+def grouped_5d(q, k, v):
+    q = q.reshape(q.shape[0], HKV, G, q.shape[2], D)
+    scores = q @ k[:, :, None].transpose(-1, -2) * D**-0.5
+    weights = scores.masked_fill(hidden(q.shape[3]), INF).softmax(-1)
+    return (weights @ v[:, :, None]).reshape(q.shape[0], HQ, q.shape[3], -1)
+
+
+def grouped_einsum(q, k, v):
+    q = q.reshape(q.shape[0], HKV, G, q.shape[2], D)
+    scores = torch.einsum("bkgqd,bksd->bkgqs", q, k) / D**0.5
+    weights = scores.masked_fill(hidden(q.shape[3]), INF).softmax(-1)
+    return torch.einsum("bkgqs,bksd->bkgqd", weights, v).flatten(1, 2)
+
+
+def grouped_blhd(q, k, v):
+    q = q.transpose(1, 2).reshape(q.shape[0], q.shape[2], HKV, G, D)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    scores = torch.einsum("bqkgd,bskd->bkgqs", q, k) / D**0.5
+    weights = scores.masked_fill(hidden(q.shape[1]), INF).softmax(-1)
+    return torch.einsum("bkgqs,bskd->bqkgd", weights, v).flatten(2, 3).transpose(1, 2)
+
+
+GROUPS = {
+    "expand and reshape": repeated(matmul_attention, expand_reshape),
+    "repeat_interleave": repeated(matmul_attention, lambda x: x.repeat_interleave(G, dim=1)),
+    "repeat_interleave, (BH)LD": repeated(bmm, lambda x: x.repeat_interleave(G, dim=1)),
+    "expand and reshape, (BH)LD": repeated(bmm, expand_reshape),
+    "repeated along BLHD": lambda q, k, v: bshd(q, *(x.repeat_interleave(G, dim=1) for x in (k, v))),
+    "five dimensions": grouped_5d,
+    "five dimensions, einsum": grouped_einsum,
+    "five dimensions, BL": grouped_blhd,
+}
+
+
+def run(module, tensors):
+    """Run a captured graph: placeholders are the tensors by name, and sizes of the first."""
+    names = dict(zip("qkv", tensors, strict=True))
+    values = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            name = node.name.lower().strip("l_")
+            example = node.meta.get("example_value")
+            values.append(names[name] if name in names else int(example))
+    return module(*values)[0]
+
+
+def oracle(q, k, v):
+    common = {"geometry": ALWAYS.geometry, "scale": D**-0.5, "offset": 0}
+    blocks = reference.select_blocks(q, k, **common, dense_len=0)
+    return reference.attention(q, k, v, blocks, **common, dense_len=0)[0].to(q.dtype)
+
+
+def check(function, heads_kv, dynamic, kv_heads):
+    """Found, proved, equal to the dense model under a covering budget and to the oracle under a small one."""
+    q, k, v = qkv(heads_kv)
+    expected = {COVERING: function(q, k, v), ALWAYS: oracle(q, k, v)}
+    for config, wanted in expected.items():
+        module = capture(function, q, k, v, dynamic=dynamic)
+        (site,) = run_pass(module, config).sites
+        assert site.decision == "switchable", site.explanation
+        assert int(site.key_shape[1]) == kv_heads if not dynamic else True
+        assert not any(node.target in (torch.softmax, "softmax", F.softmax) for node in module.graph.nodes)
+        assert relative_error(run(module, (q, k, v)), wanted) < 1e-10
+        torch._dynamo.reset()
+    assert relative_error(expected[ALWAYS], expected[COVERING]) > 1e-3  # the selection does leave keys out
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dynamic):
+    check(LAYOUTS[layout], HQ, dynamic, HQ)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings(spelling):
+    check(SPELLINGS[spelling], HQ, False, HQ)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups(group, dynamic):
+    check(GROUPS[group], HKV, dynamic, HKV)
