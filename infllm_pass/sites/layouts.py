@@ -102,8 +102,8 @@ class Layouts:
             element = element.lhs  # how an element of a boolean tensor is written
         if not isinstance(element, sympy.core.function.AppliedUndef):
             return None
-        _, owner = interpreter.unknowns.get(element.func.__name__, (None, None))
-        if owner is not source:
+        owner = interpreter.unknowns.get(element.func.__name__)
+        if owner is None or owner.node is not source:
             return None
         return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
 
