@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -28,9 +29,29 @@ _OVERLOADS: Mapping[Any, Callable[..., Any]] = {
     "permute": aten.permute.default,
     "squeeze": aten.squeeze.dims,
     "unsqueeze": aten.unsqueeze.default,
+    "select": aten.select.int,
+    "clamp": aten.clamp.default,
+    torch.arange: aten.arange.default,
+    torch.logical_and: aten.logical_and.default,
+    torch.logical_or: aten.logical_or.default,
+    torch.logical_not: aten.logical_not.default,
     F.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
 }
 """What stands for a method or function of the torch level in an ATen graph, with the same arguments."""
+
+_OPERATORS: Mapping[Any, tuple[Callable[..., Any], Callable[..., Any], Any]] = {
+    operator.eq: (aten.eq.Tensor, aten.eq.Scalar, operator.eq),
+    operator.ne: (aten.ne.Tensor, aten.ne.Scalar, operator.ne),
+    operator.lt: (aten.lt.Tensor, aten.lt.Scalar, operator.gt),
+    operator.le: (aten.le.Tensor, aten.le.Scalar, operator.ge),
+    operator.gt: (aten.gt.Tensor, aten.gt.Scalar, operator.lt),
+    operator.ge: (aten.ge.Tensor, aten.ge.Scalar, operator.le),
+    operator.add: (aten.add.Tensor, aten.add.Scalar, operator.add),
+    operator.mul: (aten.mul.Tensor, aten.mul.Scalar, operator.mul),
+    operator.floordiv: (aten.floor_divide.default, aten.floor_divide.Scalar, None),
+    torch.remainder: (aten.remainder.Tensor, aten.remainder.Scalar, None),
+}
+"""For an operator: its overloads for a tensor and for a number on the right, and what it is with sides exchanged."""
 
 _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -56,7 +77,7 @@ class Emitter:
         """
         traced_by_dynamo = "example_value" in origin.meta
         if not traced_by_dynamo:
-            target = _OVERLOADS.get(target, target)
+            target, args = _overload(target, args)
         insert = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = insert(target, args, kwargs)  # type: ignore[arg-type]
         node.meta.update({key: origin.meta[key] for key in _ORIGIN if key in origin.meta})
@@ -102,7 +123,22 @@ class Emitter:
         return self.layout(origin, operand.node, operand.steps, batch)
 
 
+def _overload(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The overload that stands for a call in an ATen graph; calls on sizes stay what they are."""
+    tensors = [isinstance(_value(arg), torch.Tensor) for arg in args[:2]]
+    if target is operator.getitem and isinstance(args[1], tuple):
+        return aten.index.Tensor, (args[0], list(args[1]))
+    if target not in _OPERATORS or not any(tensors):
+        return _OVERLOADS.get(target, target), args
+    of_tensor, of_number, exchanged = _OPERATORS[target]
+    if all(tensors):
+        return of_tensor, args
+    if tensors[0]:
+        return of_number, args
+    return _OPERATORS[exchanged][1], (args[1], args[0])
+
+
 def _value(argument: Any) -> Any:
     if isinstance(argument, fx.Node):
         return example_of(argument)
-    return [_value(item) for item in argument] if isinstance(argument, list) else argument
+    return type(argument)(map(_value, argument)) if isinstance(argument, (list, tuple)) else argument

@@ -25,8 +25,8 @@ from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
-from infllm_pass.masks import KeyCondition
 from infllm_pass.masks.values import example_of
+from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
 from infllm_pass.vocabulary import read, read_in_place
@@ -70,7 +70,7 @@ class Rewriter:
         self.graph = graph
         self.config = config
         self._emitter = Emitter(graph)
-        self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
+        self._masks = MaskOperands(self._emitter)
 
     def rewrite(self, plan: SitePlan, branch: Branch) -> Outcome:
         """Rewrite one site for one side of the length switch.
@@ -83,7 +83,7 @@ class Rewriter:
             What became of it.
         """
         site = plan.site
-        if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless):
+        if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
         outcome = Outcome(mask_elided=True)
         with self.graph.inserting_before(site.node):
@@ -137,8 +137,7 @@ class Rewriter:
             site,
             torch.ops.infllm.tiled_attention.default,
             *operands,
-            self._key_mask(plan, site),
-            *(None for _ in ("offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")),
+            *self._masks.arguments(plan, site),
             plan.scale,
             config.dense_len,
             select,
@@ -151,9 +150,7 @@ class Rewriter:
     ) -> fx.Node:
         """Selection, if asked for, and attention as torch operators."""
         config = self.config
-        key_mask = self._key_mask(plan, site)
-        nothing = (None for _ in ("offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window"))
-        call = (key_mask, *nothing, plan.scale, config.dense_len)
+        call = (*self._masks.arguments(plan, site), plan.scale, config.dense_len)
         blocks = None
         if select:
             select_blocks = torch.ops.infllm.select_blocks.default
@@ -172,21 +169,6 @@ class Rewriter:
         return [
             node if example_of(node).dtype == site.dtype else self._emit(site, "to", node, site.dtype) for node in nodes
         ]
-
-    def _key_mask(self, plan: SitePlan, site: AttentionSite) -> fx.Node | None:
-        """The keys' validity as a node ``[B, Lk]`` of dtype bool, made once for all sites that share it."""
-        conditions = plan.mask.key_conditions if plan.mask is not None else ()
-        if not conditions:
-            return None
-        if conditions not in self._key_masks:
-            mask: fx.Node | None = None
-            for condition in conditions:
-                test = self._emit(site, condition.relation, condition.source, condition.constant)
-                mask = test if mask is None else self._emit(site, "logical_and", mask, test)
-            (key,) = self._operands(site, site.key_heads)
-            batch = self._emitter.size(site.node, key, 0)
-            self._key_masks[conditions] = self._emit(site, "expand", mask, [batch, -1])
-        return self._key_masks[conditions]
 
     def _emit(self, site: AttentionSite, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call in the place of a site; see `Emitter.call`."""

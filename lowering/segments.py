@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("infllm::segment_bounds", mutates_args=())
 def segment_bounds(segment_ids: Tensor) -> Tensor:
     """Cumulative key numbers of the segments of ``[B, L]`` ids: int32 ``[B * L + 1]``, padded with ``B * L``."""
     batch, length = segment_ids.shape
@@ -17,3 +18,9 @@ def segment_bounds(segment_ids: Tensor) -> Tensor:
     index = torch.arange(total, device=segment_ids.device, dtype=torch.int32)
     bounds = torch.full((total + 2,), total, device=segment_ids.device, dtype=torch.int32)
     return bounds.scatter_(0, place, index)[: total + 1]
+
+
+@segment_bounds.register_fake
+def _segment_bounds_fake(segment_ids: Tensor) -> Tensor:
+    batch, length = segment_ids.shape
+    return segment_ids.new_empty(batch * length + 1, dtype=torch.int32)

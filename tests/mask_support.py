@@ -5,8 +5,10 @@ from __future__ import annotations
 import sympy
 import torch
 
-from infllm_pass.masks import KeyCondition, MaskPredicate
+from infllm_pass.graphs import all_graphs
+from infllm_pass.masks import KeyCondition, MaskPredicate, MaskRole, MaskTerm, prove_terms
 from infllm_pass.masks.emission import Site, build
+from infllm_pass.masks.interpreter import Interpreter
 
 
 def call(target, *args, **kwargs):
@@ -21,7 +23,10 @@ def key_mask(condition: KeyCondition, tensors, batch: int, length: int, sizes=No
     def size(symbol):
         return leaves[symbol.name] if symbol.name in leaves else sizes[symbol]
 
-    site = Site(call, lambda name: (leaves[name], leaves[name].shape), size, batch, length, torch.device("cpu"))
+    def leaf(name):
+        return leaves[name], leaves[name].shape
+
+    site = Site(call, leaf, size, batch, length, (batch, length), torch.device("cpu"))
     return torch.as_tensor(build(condition.expression, site)).expand(batch, length)
 
 
@@ -49,3 +54,58 @@ def mask_of(proof: MaskPredicate, tensors, shape, sizes=None) -> torch.Tensor:
         place = (query[:, 0] + number(proof.segments.offset)).clamp(0, ids.shape[1] - 1)
         mask &= (runs[:, place][:, :, None] == runs[:, None, :length_k])[:, None]
     return mask
+
+
+class _Recorder(torch.fx.Interpreter):
+    def __init__(self, module):
+        super().__init__(module)
+        self.values = {}
+
+    def run_node(self, node):
+        self.values[node] = super().run_node(node)
+        return self.values[node]
+
+
+def captured(function, *inputs, dynamic=None, **kwargs):
+    """The graph that Dynamo hands to a backend, and the values of its inputs."""
+    seen = []
+
+    def backend(module, example_inputs):
+        seen.append((module, list(example_inputs)))
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs, **kwargs)
+    (found,) = seen
+    return found
+
+
+def prove_output(module, inputs):
+    """The proof of the tensors that a graph returns, taken as masks of one site, and the graph's facts."""
+    facts = all_graphs(module, inputs)[0].facts
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    terms = []
+    for node in output.args[0]:
+        boolean = node.meta["example_value"].dtype == torch.bool
+        terms.append(MaskTerm(node, MaskRole.KEEP if boolean else MaskRole.ADDED))
+    return prove_terms(Interpreter(facts), tuple(terms)), facts
+
+
+def check_proof(proof, module, inputs) -> None:
+    """Compare a proof with the masks that the graph computes for real inputs."""
+    recorder = _Recorder(module)
+    masks = recorder.run(*inputs)
+    sizes = {}
+    for node, value in recorder.values.items():
+        example = node.meta.get("example_value")
+        if isinstance(example, torch.SymInt):
+            sizes[example.node.expr] = int(value)
+        elif isinstance(example, torch.Tensor) and node.op == "placeholder":
+            pairs = zip(example.shape, value.shape, strict=True)
+            sizes.update({a.node.expr: b for a, b in pairs if isinstance(a, torch.SymInt)})
+    visible = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    for mask in masks:
+        visible = visible & (mask if mask.dtype == torch.bool else mask == 0)
+    batch, _, length_q, length_k = visible.shape
+    expected = mask_of(proof, recorder.values, (batch, length_q, length_k), sizes)
+    assert torch.equal(visible, expected.expand_as(visible)), proof

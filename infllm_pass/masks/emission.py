@@ -13,6 +13,7 @@ import torch
 from sympy.core.function import AppliedUndef
 
 from infllm_pass.masks.predicate import BATCH, KEY
+from infllm_pass.masks.values import same, size
 
 _RELATIONS: dict[type, Callable[..., Any]] = {
     sympy.Eq: operator.eq,
@@ -44,10 +45,11 @@ class Site:
 
     Attributes:
         call: calls a function, or a tensor method for a name, with values or nodes.
-        leaf: the tensor of a name, and its shape as far as it is known without a call.
+        leaf: the tensor of a name, and its shape.
         size: a dynamic size, or the 0-d tensor of a name.
-        batch: number of rows.
-        length: number of keys.
+        batch: number of rows, for calls.
+        length: number of keys, for calls.
+        extents: both as sizes that can be compared with those of leaves.
         device: where the test is computed.
     """
 
@@ -56,6 +58,7 @@ class Site:
     size: Callable[[sympy.Symbol], Any]
     batch: Any
     length: Any
+    extents: tuple[Any, Any]
     device: torch.device
 
 
@@ -97,18 +100,23 @@ def _element(element: AppliedUndef, site: Site) -> Any:
     Indices that the original program never read, because a condition excludes them, are moved inside the tensor.
     """
     leaf, shape = site.leaf(element.func.__name__)
-    whole = ((BATCH, site.batch), (KEY, site.length))[2 - len(element.args) :]
-    if len(element.args) <= 2 and all(
-        (index == symbol and extent == expected) or (index == 0 and extent == 1)
-        for index, extent, (symbol, expected) in zip(element.args, shape, whole, strict=True)
+    index = element.args
+    whole = list(zip((BATCH, KEY), site.extents, strict=True))[2 - len(index) :]
+    if len(index) <= 2 and all(
+        (at == symbol and same(size(extent), size(expected))) or (at == 0 and extent == 1)
+        for at, extent, (symbol, expected) in zip(index, shape, whole, strict=True)
     ):
-        return leaf if len(element.args) == 2 else site.call("unsqueeze", leaf, 0)
-    indices = []
-    for dim, index in enumerate(element.args):
-        position = build(index, site)
-        if isinstance(position, int):
-            indices.append(position)
-            continue
-        last = site.call(operator.sub, site.call("size", leaf, dim), 1)
-        indices.append(site.call("clamp", position, 0, last))
-    return site.call(operator.getitem, leaf, tuple(indices))
+        return leaf if len(index) == 2 else site.call("unsqueeze", leaf, 0)
+    positions = []
+    for dim in reversed(range(len(index))):
+        if index[dim].is_Integer:
+            leaf = site.call("select", leaf, dim, int(index[dim]))
+        else:
+            positions.append(build(index[dim], site))
+    if not positions:
+        return leaf
+    inside = [
+        site.call("clamp", position, 0, site.call(operator.sub, site.call("size", leaf, dim), 1))
+        for dim, position in enumerate(reversed(positions))
+    ]
+    return site.call(operator.getitem, leaf, tuple(inside))

@@ -18,10 +18,12 @@ class KeyCondition:
     """A test that a key must pass, whatever the query; `masks.emission` makes it a tensor again.
 
     Attributes:
+        facts: the graph in which it was proved.
         expression: a Boolean of `BATCH`, `KEY`, sizes and elements of `leaves`, named functions of their index.
-        leaves: the graph tensors that it reads, by name.
+        leaves: the graph tensors that it reads, by name, and the graphs that they belong to.
     """
 
+    facts: GraphFacts
     expression: sympy.Basic
     leaves: tuple[tuple[str, GraphFacts, fx.Node], ...] = ()
 

@@ -1,0 +1,366 @@
+"""Masks in every form that the prover follows: floats, fills, buffers, packed sequences, windows, and near misses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from infllm_pass.masks import MaskPredicate, UnprovenMask
+
+from .mask_support import captured, check_proof, prove_output
+
+LENGTH = 19
+MIN = torch.finfo(torch.float32).min
+
+
+def causal(n):
+    index = torch.arange(n)
+    return index[None, :] <= index[:, None]
+
+
+def padding(x):
+    return (x[..., 0] > 0).long()
+
+
+FLOATS = {
+    "where": lambda x: torch.where(causal(x.shape[1]), 0.0, float("-inf")),
+    "where with the lowest number": lambda x: torch.where(causal(x.shape[1]), torch.zeros(()), MIN),
+    "where method": lambda x: torch.zeros(()).where(causal(x.shape[1]), torch.tensor(MIN)),
+    "masked_fill": lambda x: torch.zeros(x.shape[1], x.shape[1]).masked_fill(~causal(x.shape[1]), float("-inf")),
+    "masked_fill with a large number": lambda x: torch.zeros(x.shape[1], x.shape[1]).masked_fill(
+        ~causal(x.shape[1]), -1e9
+    ),
+    "triu of -inf": lambda x: torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1),
+    "triu function": lambda x: torch.triu(torch.full((x.shape[1], x.shape[1]), float("-inf")), diagonal=1)[None, None],
+    "tril of ones": lambda x: torch.ones(x.shape[1], x.shape[1]).tril() == 1,
+    "tril of booleans": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(),
+    "tril, inverted and scaled": lambda x: (1.0 - torch.tril(torch.ones(x.shape[1], x.shape[1]))) * MIN,
+    "inverted booleans, scaled": lambda x: (~causal(x.shape[1])).float() * MIN,
+    "integers": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.uint8).tril().bool(),
+    "triu, transposed": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu().t(),
+    "not triu": lambda x: ~torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1),
+    "half precision": lambda x: torch.where(causal(x.shape[1]), 0.0, -65504.0).half(),
+    "cast to bfloat16": lambda x: torch.where(causal(x.shape[1]), 0.0, MIN).to(torch.bfloat16),
+    "two floats added": lambda x: torch.where(causal(x.shape[1]), 0.0, MIN) + torch.full((), 0.0),
+    "exclusive or": lambda x: causal(x.shape[1]) ^ torch.zeros((), dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", FLOATS)
+def test_causal_masks_of_numbers_are_proved(form, dynamic):
+    module, inputs = captured(FLOATS[form], torch.randn(2, LENGTH, 4), dynamic=dynamic)
+    proof, _ = prove_output(module, inputs)
+    assert str(proof) == "causal", proof
+    assert proof.causal_offset == 0
+    check_proof(proof, module, inputs)
+
+
+def packed_ids(positions):
+    before = positions[:, :1] - 1
+    return (torch.diff(positions, prepend=before, dim=-1) != 1).cumsum(-1)
+
+
+def same_sequence(ids):
+    return ids[:, None, :, None] == ids[:, None, None, :]
+
+
+def packed(positions):
+    order = positions[:, None, None, :] <= positions[:, None, :, None]
+    return same_sequence(packed_ids(positions)) & order
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4], [5, 6, 7, 0, 1, 2, 3, 4, 5, 0, 1]])
+
+COMBINED = {
+    "padding": (
+        lambda x: causal(x.shape[1]) & padding(x).bool()[:, None, None, :],
+        "causal, padded keys",
+    ),
+    "padding, added as numbers": (
+        lambda x: torch.where(causal(x.shape[1]), 0.0, MIN) + (~padding(x).bool())[:, None, None, :].float() * MIN,
+        "causal, padded keys",
+    ),
+    "padding as inverted integers": (
+        lambda x: torch.where(causal(x.shape[1]), 0.0, MIN).masked_fill(
+            (1.0 - padding(x)[:, None, None, :].float()).bool(), MIN
+        ),
+        "causal, padded keys",
+    ),
+    "padding as numbers that are filled where they are not 0": (
+        lambda x: (1.0 - padding(x)[:, None, None, :].float()).masked_fill(
+            (1.0 - padding(x)[:, None, None, :].float()).bool() | ~causal(x.shape[1]), MIN
+        ),
+        "causal, padded keys",
+    ),
+    "padding of floats": (
+        lambda x: causal(x.shape[1]) & (x[:, None, None, :, 0] != 0),
+        "causal, padded keys",
+    ),
+    "lengths of the rows": (
+        lambda x: causal(x.shape[1]) & (torch.arange(x.shape[1]) < padding(x).sum(1)[:, None])[:, None, None, :],
+        "causal, padded keys",
+    ),
+    "left padding by lengths": (
+        lambda x: causal(x.shape[1]) & (torch.arange(x.shape[1]) >= padding(x).sum(1)[:, None])[:, None, None, :],
+        "causal, padded keys",
+    ),
+    "two tests of keys": (
+        lambda x: causal(x.shape[1])
+        & ((padding(x) != 0) | (torch.arange(x.shape[1]) < 2))[:, None, None, :]
+        & (x[:, None, None, :, 0] != 1),
+        "causal, padded keys",
+    ),
+    "a padding mask padded to the keys": (
+        lambda x: causal(x.shape[1])
+        & torch.nn.functional.pad(padding(x)[:, 3:].bool(), (3, 0), value=True)[:, None, None, :],
+        "causal, padded keys",
+    ),
+    "a padding mask behind ones": (
+        lambda x: causal(x.shape[1])
+        & torch.cat([torch.ones_like(padding(x)[:, :4]), padding(x)[:, 4:]], 1).bool()[:, None, None, :],
+        "causal, padded keys",
+    ),
+    "window": (
+        lambda x: causal(x.shape[1]) & ~causal(x.shape[1]).tril(-5),
+        "causal, window 5",
+    ),
+    "window by index": (
+        lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1]) < 5) & causal(x.shape[1]),
+        "causal, window 5",
+    ),
+    "window of numbers": (
+        lambda x: torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+        + torch.full((x.shape[1], x.shape[1]), float("-inf")).tril(-5),
+        "causal, window 5",
+    ),
+    "the tighter of two windows": (
+        lambda x: causal(x.shape[1]) & ~causal(x.shape[1]).tril(-5) & ~causal(x.shape[1]).tril(-7),
+        "causal, window 5",
+    ),
+    "window and padding": (
+        lambda x: causal(x.shape[1]) & ~causal(x.shape[1]).tril(-5) & padding(x).bool()[:, None, None, :],
+        "causal, window 5, padded keys",
+    ),
+    "sequences numbered by their starts": (
+        lambda x: causal(x.shape[1]) & same_sequence((x[..., 0] == 0).cumsum(-1)),
+        "causal, packed sequences",
+    ),
+    "sequences, padding and a window": (
+        lambda x: causal(x.shape[1])
+        & same_sequence((x[..., 0] == 0).cumsum(-1))
+        & padding(x).bool()[:, None, None, :]
+        & ~causal(x.shape[1]).tril(-5),
+        "causal, window 5, padded keys, packed sequences",
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", COMBINED)
+def test_what_a_causal_mask_is_combined_with_is_proved(form, dynamic):
+    build, expected = COMBINED[form]
+    module, inputs = captured(build, torch.randint(0, 3, (2, LENGTH, 4)).float(), dynamic=dynamic)
+    proof, _ = prove_output(module, inputs)
+    assert str(proof) == expected, proof
+    assert proof.causal_offset == 0
+    check_proof(proof, module, inputs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_order_of_positions_within_packed_sequences_is_order_of_indices(window, dynamic):
+    def build(positions):
+        mask = packed(positions)
+        if window is not None:
+            mask = mask & (positions[:, None, None, :] > positions[:, None, :, None] - window)
+        return mask
+
+    module, inputs = captured(build, POSITIONS, dynamic=dynamic)
+    proof, _ = prove_output(module, inputs)
+    assert str(proof) == ("causal, packed sequences" if window is None else "causal, window 3, packed sequences"), proof
+    check_proof(proof, module, inputs)
+
+
+NEAR_MISSES = {
+    "positions without sequences": (
+        lambda p: p[:, None, None, :] <= p[:, None, :, None],
+        "it is an input of the graph",
+    ),
+    "sequence numbers that are data": (
+        lambda p: same_sequence(p) & causal(p.shape[1]),
+        "it is an input of the graph",
+    ),
+    "a cumulative sum of data": (
+        lambda p: same_sequence(p.cumsum(-1)) & causal(p.shape[1]),
+        "it sums data that may be other than 0 and 1",
+    ),
+    "steps of two": (
+        lambda p: same_sequence((torch.diff(p, prepend=p[:, :1] - 1) == 2).cumsum(-1))
+        & (p[:, None, None, :] <= p[:, None, :, None]),
+        "it is an input of the graph",
+    ),
+    "sequences of another tensor": (
+        lambda p: same_sequence(packed_ids(p)) & (p[:, None, None, :] * 2 <= p[:, None, :, None]),
+        "it is an input of the graph",
+    ),
+    "other sequences": (
+        lambda p: (packed_ids(p)[:, None, :, None] != packed_ids(p)[:, None, None, :]) & causal(p.shape[1]),
+        "it numbers sequences",
+    ),
+    "sequences of neighbours": (
+        lambda p: (packed_ids(p)[:, None, :, None] == packed_ids(p).roll(1, 1)[:, None, None, :])
+        & causal(p.shape[1]),
+        "no rule for this operator",
+    ),
+    "sequences of keys alone": (
+        lambda p: (packed_ids(p)[:, None, :, None] == packed_ids(p)[:, None, None, :] + 1) & causal(p.shape[1]),
+        "it numbers sequences",
+    ),
+    "a mask that is data": (lambda p: p[:, None, :, None] + p[:, None, None, :] > 3, "it is an input of the graph"),
+    "numbers that are data": (
+        lambda p: (p[:, None, :, None] + p[:, None, None, :]).float(),
+        "its numbers are added to the scores",
+    ),
+    "data times the lowest number": (
+        lambda p: (1.0 - p[:, None, None, :].float()) * MIN + torch.where(causal(p.shape[1]), 0.0, MIN),
+        "make the data bool first",
+    ),
+    "a number that hides too little": (
+        lambda p: torch.where(causal(p.shape[1]), 0.0, -1e4),
+        "hides nothing for certain",
+    ),
+    "a number that is not 0": (lambda p: torch.where(causal(p.shape[1]), 1.0, float("-inf")), "hides nothing"),
+    "linear biases": (
+        lambda p: torch.where(causal(p.shape[1]), 0.0, MIN)
+        - (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs().float(),
+        "its numbers are added to the scores",
+    ),
+    "chunks": (
+        lambda p: causal(p.shape[1]) & (torch.arange(p.shape[1])[:, None] // 4 == torch.arange(p.shape[1]) // 4),
+        "it tests",
+    ),
+    "a window around the query": (
+        lambda p: (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs() < 5,
+        "no rule for this operator",
+    ),
+    "a window without a causal limit": (
+        lambda p: torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1]) < 5,
+        "none towards later ones",
+    ),
+    "an empty window": (lambda p: causal(p.shape[1]) & ~causal(p.shape[1]), "hides every key"),
+    "heads that differ": (
+        lambda p: causal(p.shape[1]) & (torch.arange(4)[:, None, None] + torch.arange(p.shape[1]) < 9),
+        "it tests",
+    ),
+    "float data compared": (
+        lambda p: causal(p.shape[1]) & (p.float() * 0.5 > 1.0)[:, None, None, :],
+        "it computes with data",
+    ),
+    "a prefix": (
+        lambda p: causal(p.shape[1]) | (torch.arange(p.shape[1]) < 4),
+        "it tests",
+    ),
+    "a prefix of each row": (
+        lambda p: causal(p.shape[1]) | (torch.arange(p.shape[1]) < p[:, :1])[:, None, None, :],
+        "it is an input of the graph",
+    ),
+    "a list as index": (
+        lambda p: causal(p.shape[1])[[0, 1, 0]][:, :3],
+        "list",
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", NEAR_MISSES)
+def test_near_misses_stay_unproven_and_say_why(form, dynamic):
+    build, words = NEAR_MISSES[form]
+    module, inputs = captured(build, POSITIONS, dynamic=dynamic)
+    proof, _ = prove_output(module, inputs)
+    assert isinstance(proof, UnprovenMask), proof
+    assert words in proof.why
+
+
+def test_a_limit_for_each_row_keeps_its_offsets():
+    def build(starts):
+        index = torch.arange(LENGTH)
+        return index <= index[:5, None] + starts[:, None, None, None]
+
+    module, inputs = captured(build, torch.tensor([3, 7]))
+    proof, _ = prove_output(module, inputs)
+    assert isinstance(proof, MaskPredicate)
+    assert proof.causal_offset.is_number is False
+
+
+class Buffers(nn.Module):
+    """A mask from buffers, as nanoGPT, GPT-2, llama2.c and gpt-fast keep them."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        size = 32
+        self.register_buffer("lower", torch.tril(torch.ones(size, size)).view(1, 1, size, size))
+        self.register_buffer("mask", torch.full((1, 1, size, size), float("-inf")).triu(1), persistent=False)
+        self.register_buffer("bias", torch.ones(size, size, dtype=torch.uint8).tril().bool()[None, None])
+        self.register_buffer("hidden", torch.tensor(MIN))
+        self.register_buffer("positions", torch.arange(size)[None])
+        self.register_buffer("band", torch.ones(size, size).tril().bool() & ~torch.ones(size, size).tril(-6).bool())
+        self.register_buffer("scattered", torch.rand(size, size) > 0.5)
+        self.register_buffer("spoiled", self.bias.clone())
+        self.spoiled[0, 0, 30, 2] = False
+        self.plain = torch.ones(size, size).tril().bool()
+
+    def forward(self, x):
+        return self.form(self, x, x.shape[1])
+
+
+BUFFERS = {
+    "nanoGPT": (lambda m, x, n: m.lower[:, :, :n, :n] != 0, "causal"),
+    "nanoGPT, filled": (
+        lambda m, x, n: torch.zeros(n, n).masked_fill(m.lower[:, :, :n, :n] == 0, float("-inf")),
+        "causal",
+    ),
+    "llama2.c": (lambda m, x, n: m.mask[:, :, :n, :n], "causal"),
+    "GPT-2": (lambda m, x, n: torch.where(m.bias[:, :, n - n : n, :n], 0.0, m.hidden), "causal"),
+    "an attribute": (lambda m, x, n: m.plain[None, None, :n, :n], "causal"),
+    "gpt-fast, positions in the graph": (lambda m, x, n: m.plain[None, None, torch.arange(n)][..., :n], "causal"),
+    "positions from a buffer": (
+        lambda m, x, n: m.positions[:, None, None, :n] <= m.positions[:, None, :n, None],
+        "causal",
+    ),
+    "positions from a buffer, packed": (lambda m, x, n: packed(m.positions[:, :n]), "causal"),
+    "a band": (lambda m, x, n: m.band[:n, :n], "causal, window 6"),
+    "a band added": (lambda m, x, n: torch.where(m.band[:n, :n], 0.0, MIN) + m.mask[:, :, :n, :n], "causal, window 6"),
+    "two of them": (lambda m, x, n: (m.bias[:, :, :n, :n], m.mask[:, :, :n, :n]), "causal"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", BUFFERS)
+def test_buffers_are_read_by_value(form, dynamic):
+    build, expected = BUFFERS[form]
+    model = Buffers(build)
+    module, inputs = captured(model, torch.randn(2, LENGTH, 4), dynamic=dynamic)
+    proof, facts = prove_output(module, inputs)
+    assert str(proof) == expected, proof
+    assert facts.held.readings
+    check_proof(proof, module, inputs)
+
+
+NOT_READ = {
+    "a scattered mask": (lambda m, x, n: m.scattered[:n, :n], "closed form"),
+    "one element away": (lambda m, x, n: m.spoiled[:, :, :n, :n], "closed form"),
+    "written by the graph": (lambda m, x, n: (m.plain.mul_(1) > 0)[:n, :n], "overwrites"),
+    "an argument": (lambda m, x, n: x[0, :, :1] != 0, "input of the graph"),
+}
+
+
+@pytest.mark.parametrize("form", NOT_READ)
+def test_other_tensors_are_not_read_by_value(form):
+    build, words = NOT_READ[form]
+    module, inputs = captured(Buffers(build), torch.randn(2, LENGTH, 4))
+    proof, _ = prove_output(module, inputs)
+    assert isinstance(proof, UnprovenMask)
+    assert words in proof.why
