@@ -85,7 +85,8 @@ class _Handle:
         why = (
             "; ".join(seen)
             if seen
-            else "the compiled graphs call no fused attention (torch.nn.functional.scaled_dot_product_attention)"
+            else "the compiled graphs call no fused attention (torch.nn.functional.scaled_dot_product_attention), and "
+            "no softmax in them stands between a product of queries and keys and one with values"
         )
         message = f"infllm_pass found nothing to make switchable, the model runs dense: {why}"
         if self.strict:

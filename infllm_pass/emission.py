@@ -65,6 +65,22 @@ class Emitter:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self._fresh: list[fx.Node] = []
+        self._replaced: dict[fx.Node, fx.Node] = {}
+
+    def keep(self, replaced: Mapping[fx.Node, fx.Node]) -> None:
+        """Let the calls stand that were inserted since the last `keep` or `undo`.
+
+        Args:
+            replaced: older nodes that are read no more, and what is read in their place.
+        """
+        self._fresh.clear()
+        self._replaced.update(replaced)
+
+    def undo(self) -> None:
+        """Erase the calls that were inserted since the last `keep` or `undo`."""
+        while self._fresh:
+            self.graph.erase_node(self._fresh.pop())
 
     def call(self, origin: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call, a method for a name, with the metadata that later passes rely on.
@@ -80,6 +96,7 @@ class Emitter:
             target, args = _overload(target, args)
         insert = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = insert(target, args, kwargs)  # type: ignore[arg-type]
+        self._fresh.append(node)
         node.meta.update({key: origin.meta[key] for key in _ORIGIN if key in origin.meta})
         values = [_value(arg) for arg in args]
         with fake_mode_of(origin) or nullcontext(), torch.no_grad():
@@ -118,9 +135,12 @@ class Emitter:
         spread = any(name == "expand" for name, _ in operand.steps)
         batch = None
         if spread:
-            queries = self.layout(origin, query.node, query.steps)
+            queries = self.layout(origin, self._current(query), query.steps)
             batch = self.size(origin, queries, 0)
-        return self.layout(origin, operand.node, operand.steps, batch)
+        return self.layout(origin, self._current(operand), operand.steps, batch)
+
+    def _current(self, operand: Operand) -> fx.Node:
+        return self._replaced.get(operand.node, operand.node)
 
 
 def _overload(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

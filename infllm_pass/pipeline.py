@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.expand import Expansion, expand_composites
 from infllm_pass.graphs import all_graphs
-from infllm_pass.guard import Branch, decide_length
-from infllm_pass.plan import SiteFilter, plan_graph
+from infllm_pass.guard import Branch, LengthGuard, decide_length
+from infllm_pass.plan import SiteFilter, SitePlan, failed, plan_graph
 from infllm_pass.report import GraphReport, SiteReport, describe_site
-from infllm_pass.rewrite import Rewriter
+from infllm_pass.rewrite import Outcome, Rewriter
+from infllm_pass.sites import AttentionSite
 
 
 class Switch(Enum):
@@ -42,16 +45,83 @@ def run_pass(
         What was found and done.
     """
     rows: list[SiteReport] = []
+
+    def decide(plan: SitePlan) -> LengthGuard | None:
+        if not plan.switchable or switch is not Switch.BY_LENGTH or not isinstance(plan.site, AttentionSite):
+            return None
+        return decide_length(plan.site.shape(plan.site.key)[2], config.dense_len)
+
+    for plan, guard, outcome in _run(module, config, filter_fn, decide):
+        rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))
+    return GraphReport(number, tuple(rows))
+
+
+def run_on_export(
+    module: fx.GraphModule,
+    config: SparseAttentionConfig,
+    *,
+    branch: Branch | None = None,
+    filter_fn: SiteFilter | None = None,
+) -> GraphReport:
+    """Decide about every attention site of an exported graph, and rewrite them for one side of the switch.
+
+    Args:
+        module: the graph of a ``torch.export.ExportedProgram``: ATen operators before any decomposition.
+        config: what sparse attention selects; its `dense_len` decides nothing here.
+        branch: the side that every switchable site is rewritten for; None: decide only, and leave the graph alone.
+        filter_fn: sites for which it returns False stay dense.
+
+    Returns:
+        What was found and done.
+    """
+    rows: list[SiteReport] = []
+    if branch is None:
+        plans = [plan for view in all_graphs(module) for plan in plan_graph(view, filter_fn, config.visited_tokens)]
+        rows += [describe_site(0, place, plan, None) for place, plan in enumerate(plans)]
+        return GraphReport(0, tuple(rows))
+    chosen = LengthGuard(branch, "", False)
+    for plan, guard, outcome in _run(module, config, filter_fn, lambda plan: chosen if plan.switchable else None):
+        rows.append(describe_site(0, len(rows), plan, guard).with_outcome(outcome))
+    return GraphReport(0, tuple(rows))
+
+
+Decision = tuple[SitePlan, LengthGuard | None, Outcome]
+
+
+def _run(
+    module: fx.GraphModule,
+    config: SparseAttentionConfig,
+    filter_fn: SiteFilter | None,
+    decide: Callable[[SitePlan], LengthGuard | None],
+) -> list[Decision]:
+    """Find, plan, decide and rewrite, site by site; a site at which that fails stays as it was."""
+    done: list[Decision] = []
+    expansions = expand_composites(module)
+    calls = {expansion.call for expansion in expansions}
+    used: set[Expansion] = set()
     for view in all_graphs(module):
         rewriter = Rewriter(view.module.graph, config)
         for plan in plan_graph(view, filter_fn, config.visited_tokens):
-            guard = None
-            if plan.switchable and switch is Switch.BY_LENGTH:
-                guard = decide_length(plan.site.shape(plan.site.key)[2], config.dense_len)
-            row = describe_site(number, len(rows), plan, guard)
-            outcome = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
-            rows.append(row.with_outcome(outcome))
-        if rows:
+            if plan.site.node in calls:
+                continue
+            within = next((expansion for expansion in expansions if plan.site.node in expansion.nodes), None)
+            guard, outcome = None, Outcome()
+            try:
+                guard = decide(plan)
+                outcome = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
+            except Exception as error:
+                plan, guard = failed(plan.site, error), None
+            if within is not None and outcome.rewritten:
+                used.add(within)
+            done.append((plan, guard, outcome))
+        if done:
             view.module.graph.lint()
+    for expansion in expansions:
+        if expansion in used:
+            expansion.accept()
+        else:
+            expansion.withdraw()
+    if done or expansions:
+        for view in all_graphs(module):
             view.module.recompile()
-    return GraphReport(number, tuple(rows))
+    return done

@@ -57,6 +57,11 @@ class Outcome:
     kernels: Kernels = Kernels.SDPA
     refusal: str = ""
 
+    @property
+    def rewritten(self) -> bool:
+        """Whether the site was changed at all: every rewriting does without its mask tensor."""
+        return self.mask_elided
+
 
 class Rewriter:
     """Rewrites the sites of one graph.
@@ -85,6 +90,20 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
+        key_masks = dict(self._key_masks)
+        try:
+            result, outcome = self._compute(plan, site, branch)
+        except Exception:
+            self._emitter.undo()
+            self._key_masks = key_masks
+            raise
+        self._emitter.keep({site.node: result})
+        site.node.replace_all_uses_with(result)
+        _erase_unused(self.graph, site.node)
+        return outcome
+
+    def _compute(self, plan: SitePlan, site: AttentionSite, branch: Branch) -> tuple[fx.Node, Outcome]:
+        """Emit what replaces a site, in its layout and dtype."""
         outcome = Outcome(mask_elided=True)
         with self.graph.inserting_before(site.node):
             if plan.maskless and not (plan.switchable and branch is Branch.SPARSE):
@@ -103,9 +122,7 @@ class Rewriter:
             result = self._emitter.layout(site.node, result, site.output_steps)
             if example_of(result).dtype != example_of(site.node).dtype:
                 result = self._emit(site, "to", result, example_of(site.node).dtype)
-        site.node.replace_all_uses_with(result)
-        _erase_unused(self.graph, site.node)
-        return outcome
+        return result, outcome
 
     def _causal(self, plan: SitePlan, site: AttentionSite) -> fx.Node:
         grouped = site.query.example.device.type == "cpu" or site.dtype in _GQA_KERNEL_DTYPES

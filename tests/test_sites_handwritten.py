@@ -8,11 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infllm_pass import Reason, SparseAttentionConfig
-from infllm_pass.graphs import all_graphs
+from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels import reference
 from infllm_pass.pipeline import run_pass
-from infllm_pass.plan import plan_graph
 
 from .conftest import SMALL, capture, relative_error
 
@@ -214,3 +212,87 @@ def test_spellings(spelling):
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups(group, dynamic):
     check(GROUPS[group], HKV, dynamic, HKV)
+
+
+class Attention(torch.nn.Module):
+    """``nn.MultiheadAttention`` over its own past."""
+
+    def __init__(self, need_weights=False, batch_first=True, bias=True, kdim=None, returned=False):
+        super().__init__()
+        self.inner = torch.nn.MultiheadAttention(24, 6, batch_first=batch_first, bias=bias, kdim=kdim, vdim=kdim)
+        self.need_weights, self.batch_first, self.returned = need_weights, batch_first, returned
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        mask = hidden(x.shape[1 if self.batch_first else 0])
+        if not self.need_weights:
+            out, weights = self.inner(x, x, x, attn_mask=mask, need_weights=False, is_causal=True)
+        else:
+            bias = torch.where(mask, INF, 0.0).to(x.dtype)
+            out, weights = self.inner(x, x, x, attn_mask=bias, need_weights=True)
+        out = out if self.batch_first else out.transpose(0, 1)
+        return (out, weights) if self.returned else out
+
+
+def compiled(model, config, *inputs):
+    """The outputs of a compiled model, and the rows of its sites."""
+    rows = []
+
+    def backend(module, _example_inputs):
+        rows.extend(run_pass(module, config).sites)
+        return module.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend)(*inputs), rows
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_first": False}, {"bias": False}, {"kdim": 24}],
+    ids=["batch first", "length first", "no bias", "own projections"],
+)
+def test_multihead_attention_is_spelled_out(options, training):
+    model = Attention(**options).double().train(training)
+    x = torch.randn(2, L, 24, dtype=torch.float64)
+    out, (row,) = compiled(model, COVERING, x)
+    assert row.decision == "switchable", row.explanation
+    assert relative_error(out, model(x)) < 1e-10
+    sparse, _ = compiled(model, ALWAYS, x)
+    assert relative_error(sparse, model(x)) > 1e-3
+
+
+def test_multihead_attention_that_returns_its_weights_stays_as_it_was():
+    model = Attention(need_weights=True, returned=True).double().train()
+    x = torch.randn(2, L, 24, dtype=torch.float64)
+    module = capture(model, x)
+    before = str(module.graph)
+    (row,) = run_pass(module, ALWAYS).sites
+    assert row.reason == "RETURNED_WEIGHTS"
+    assert str(module.graph) == before
+
+
+def test_an_attention_of_an_attention():
+    def twice(q, k, v):
+        return matmul_attention(F.scaled_dot_product_attention(q, k, k, is_causal=True), k, v)
+
+    q, k, v = qkv()
+    module = capture(twice, q, k, v)
+    assert [row.decision for row in run_pass(module, COVERING).sites] == ["switchable"] * 2
+    assert relative_error(run(module, (q, k, v)), twice(q, k, v)) < 1e-10
+
+
+def test_low_precision_with_an_upcast_softmax():
+    def attention(q, k, v):
+        scores = (q.float() @ k.float().transpose(-1, -2)) * D**-0.5
+        weights = scores.masked_fill(hidden(L), INF).softmax(-1).to(v.dtype)
+        return weights @ v
+
+    q, k, v = qkv(dtype=torch.bfloat16)
+    module = capture(attention, q, k, v)
+    (row,) = run_pass(module, COVERING).sites
+    assert (row.decision, row.dtype) == ("switchable", "bfloat16")
+    exact = attention(*(x.double() for x in (q, k, v)))
+    out = run(module, (q, k, v))
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, exact) < 2 * relative_error(attention(q, k, v), exact)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from infllm_pass.masks.values import GraphFacts
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.flex import read_flex
@@ -11,8 +13,18 @@ from infllm_pass.sites.fused import read_fused
 from infllm_pass.sites.layouts import Layouts
 from infllm_pass.sites.site import AttentionSite, Operand, PartialSite, Step
 from infllm_pass.sites.softmax import read_handwritten
+from infllm_pass.vocabulary import Kind, read
 
-_READERS = (read_fused, read_flex, read_handwritten)
+
+def read_composite(layouts: Layouts, node: fx.Node) -> PartialSite | None:
+    """A call that holds a whole attention inside; what can be spelled out was so before sites are looked for."""
+    call = read(node)
+    if call is None or call.kind is not Kind.MULTI_HEAD_ATTENTION:
+        return None
+    return PartialSite(node, Reason.PARTIAL_MATCH, node, "multi_head_attention_forward, which could not be traced")
+
+
+_READERS = (read_fused, read_flex, read_handwritten, read_composite)
 
 
 def find_sites(facts: GraphFacts) -> Iterator[AttentionSite | PartialSite]:
