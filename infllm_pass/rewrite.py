@@ -90,12 +90,11 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
-        key_masks = dict(self._key_masks)
         try:
             result, outcome = self._compute(plan, site, branch)
         except Exception:
             self._emitter.undo()
-            self._key_masks = key_masks
+            self._masks = MaskOperands(self._emitter)  # what it made for this site is gone
             raise
         self._emitter.keep({site.node: result})
         site.node.replace_all_uses_with(result)

@@ -11,8 +11,9 @@ Semantics: arXiv 2509.24663, section 3, as in `kernels.reference`. Arithmetic is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from onnx import FunctionProto, TensorProto
 
@@ -59,19 +60,29 @@ class AttentionNode:
     masked: bool = False
     placed: bool = False
 
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], present: Sequence[bool]) -> AttentionNode:
+        """The node with these attributes.
+
+        Args:
+            attributes: by name, as `attributes` gives them; others are ignored.
+            present: whether the node has each of `INPUTS`; inputs at the end may be missing.
+        """
+        given = [*present, *(False for _ in INPUTS[len(present) :])]
+        return cls(
+            BlockGeometry(**{field.name: attributes[field.name] for field in fields(BlockGeometry)}),
+            scale=attributes["scale"],
+            dense_len=attributes["dense_len"],
+            window=attributes["window"],
+            masked=given[3],
+            placed=given[4],
+        )
+
     @property
     def attributes(self) -> dict[str, int | float | str]:
         """The node's attributes, with those by which TensorRT finds a plugin."""
-        g = self.geometry
         return {
-            "kernel_size": g.kernel_size,
-            "kernel_stride": g.kernel_stride,
-            "block_size": g.block_size,
-            "init_blocks": g.init_blocks,
-            "local_blocks": g.local_blocks,
-            "selected_blocks": g.selected_blocks,
-            "lse": g.lse,
-            "query_block": g.query_block,
+            **asdict(self.geometry),
             "dense_len": self.dense_len,
             "window": self.window,
             "scale": float(self.scale),

@@ -1,0 +1,210 @@
+"""Writing an exported program as an ONNX file.
+
+Each call of this package's operators becomes one node ``infllm::InfLLMV2Attention``; the bodies of these nodes are
+functions of the file (`onnx_function`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering import joined
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+OPSETS = range(18, 24)
+DTYPES = (torch.float32, torch.float16)
+
+LARGE_WEIGHTS = 1 << 30
+"""Bytes from which weights go to a file of their own: one file of protocol buffers ends at 2 GB."""
+
+
+def require_onnx() -> None:
+    """Check that the packages that write ONNX files are installed.
+
+    Raises:
+        MissingDependencyError: one of them is not.
+    """
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "onnx", "exporting to ONNX")
+
+
+class OnnxTarget:
+    """A file to be written, checked before any work is done for it.
+
+    Args:
+        path: the file.
+        opset: version of the default operators.
+        external_data: whether weights go to a file of their own, ``<path>.data``; None: if they are large.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        ExportError: the file exists, or its folder cannot be written to, or the opset is not supported.
+    """
+
+    def __init__(
+        self, path: str | PathLike[str], *, opset: int = 18, external_data: bool | None = None, overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.opset = opset
+        self.external_data = external_data
+        if opset not in OPSETS:
+            raise ExportError(f"opset {opset} is not supported: expected {OPSETS.start} to {OPSETS.stop - 1}")
+        if self.path.is_dir():
+            raise ExportError(f"{self.path} is a folder: give the name of a file")
+        if not overwrite:
+            for file in (self.path, self.data_path):
+                if file.exists():
+                    raise ExportError(f"{file} exists: choose another path, or pass overwrite=True")
+        if not os.access(self.path.parent, os.W_OK):
+            raise ExportError(f"{self.path.parent} is no folder that can be written to")
+
+    @property
+    def data_path(self) -> Path:
+        """The file for weights."""
+        return self.path.with_name(self.path.name + ".data")
+
+    def write(
+        self,
+        program: ExportedProgram,
+        *,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+    ) -> None:
+        """Write a program; the file appears whole, or not at all.
+
+        Args:
+            program: the program, from `infllm_pass.export`. Its graph is changed.
+            input_names: names of the graph's inputs.
+            output_names: names of the graph's outputs.
+
+        Raises:
+            ExportError: a part of the program has no ONNX form, or the file cannot be written.
+            DtypeError: a site's dtype has none.
+        """
+        model = _translate(program, self.opset, input_names, output_names)
+        try:
+            # In the same folder, so that moving it into place is one step.
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
+                self._save(model, Path(folder) / self.path.name)
+                for file in (Path(folder) / self.data_path.name, Path(folder) / self.path.name):
+                    if file.exists():
+                        file.replace(self.path.with_name(file.name))
+        except OSError as error:
+            raise ExportError(f"{self.path} cannot be written: {error}") from error
+
+    def _save(self, model: onnx_ir.Model, path: Path) -> None:
+        import onnx
+        import onnx_ir
+
+        external = self.external_data
+        if external is None:
+            values = model.graph.initializers.values()
+            external = sum(value.const_value.nbytes for value in values if value.const_value is not None) > LARGE_WEIGHTS
+        onnx_ir.save(model, path, external_data=self.data_path.name if external else None)
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def _translate(
+    program: ExportedProgram, opset: int, input_names: Sequence[str] | None, output_names: Sequence[str] | None
+) -> onnx_ir.Model:
+    joined.join_sites(program.graph)
+    _check_dtypes(program)
+    program = program.run_decompositions({torch.ops.infllm.switchable_attention.default: _as_node})
+    try:
+        exported = torch.onnx.export(
+            program,
+            (),
+            input_names=input_names,
+            output_names=output_names,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"the model has no ONNX form: {error}") from error
+    assert exported is not None
+    model = exported.model
+    _add_functions(model, opset)
+    return model
+
+
+def _check_dtypes(program: ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        if node.target is torch.ops.infllm.switchable_attention.default and node.meta["val"].dtype not in DTYPES:
+            raise DtypeError(
+                f"{node.name} computes in {node.meta['val'].dtype}: ONNX export takes "
+                f"{' and '.join(map(str, DTYPES))}; cast the model first"
+            )
+
+
+def _as_node(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    offsets: Tensor | None,
+    offset: int | None,
+    window: int | None,
+    scale: float,
+    dense_len: int,
+    *geometry: Any,
+) -> Tensor:
+    """What a call of ``infllm::switchable_attention`` is decomposed to: a node of the ONNX operator."""
+    from infllm_pass.lowering.onnx_function import DOMAIN, NAME, VERSION, AttentionNode
+
+    place = None if offsets is None else offsets.long()
+    if offset is not None:
+        place = torch.full((1,), offset, dtype=torch.int64, device=q.device) if place is None else place + offset
+    node = AttentionNode(
+        BlockGeometry(*geometry),
+        scale=float(scale),
+        dense_len=dense_len,
+        window=window or 0,
+        masked=key_mask is not None,
+        placed=place is not None,
+    )
+    tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask, "offset": place}
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{NAME}",
+        [tensors.get(name) for name in node.inputs],
+        attrs=node.attributes,
+        dtype=q.dtype,
+        shape=(*q.shape[:3], v.shape[3]),
+        version=VERSION,
+    )
+
+
+def _add_functions(model: onnx_ir.Model, opset: int) -> None:
+    """Give the model the body of every node of the operator; nodes that differ get bodies of their own."""
+    import onnx_ir
+
+    from infllm_pass.lowering.onnx_function import DOMAIN, NAME, AttentionNode, attention_function
+
+    overloads: dict[AttentionNode, str] = {}
+    for node in model.graph.all_nodes():
+        if (node.domain, node.op_type) != (DOMAIN, NAME):
+            continue
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        present = [value is not None for value in node.inputs]
+        described = AttentionNode.from_attributes(attributes, present)
+        if described not in overloads:
+            overloads[described] = f"variant_{len(overloads)}" if overloads else ""
+            function = attention_function(described, opset, overloads[described])
+            deserialized = onnx_ir.serde.deserialize_function(function)
+            model.functions[deserialized.identifier()] = deserialized
+        node.overload = overloads[described]
