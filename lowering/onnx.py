@@ -122,6 +122,8 @@ class OnnxTarget:
 def _translate(
     program: ExportedProgram, opset: int, input_names: Sequence[str] | None, output_names: Sequence[str] | None
 ) -> onnx_ir.Model:
+    import onnxscript.optimizer
+
     joined.join_sites(program.graph)
     _check_dtypes(program)
     program = program.run_decompositions({torch.ops.infllm.switchable_attention.default: _as_node})
@@ -134,11 +136,13 @@ def _translate(
             opset_version=opset,
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has no ONNX form: {error}") from error
     assert exported is not None
-    model = exported.model
+    # What torch would do beside this at opset 23 makes rotary tables that broadcast over the batch invalid.
+    model: onnx_ir.Model = onnxscript.optimizer.optimize(exported.model)
     _add_functions(model, opset)
     return model
 
@@ -196,9 +200,11 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
     from infllm_pass.lowering.onnx_function import DOMAIN, NAME, AttentionNode, attention_function
 
     overloads: dict[AttentionNode, str] = {}
+    count = -1
     for node in model.graph.all_nodes():
         if (node.domain, node.op_type) != (DOMAIN, NAME):
             continue
+        count += 1
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         present = [value is not None for value in node.inputs]
         described = AttentionNode.from_attributes(attributes, present)
@@ -208,3 +214,4 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
             deserialized = onnx_ir.serde.deserialize_function(function)
             model.functions[deserialized.identifier()] = deserialized
         node.overload = overloads[described]
+        node.name = f"{NAME}_{count}"
