@@ -113,8 +113,8 @@ class OnnxTarget:
 
         external = self.external_data
         if external is None:
-            values = model.graph.initializers.values()
-            external = sum(value.const_value.nbytes for value in values if value.const_value is not None) > LARGE_WEIGHTS
+            weights = (value.const_value for value in model.graph.initializers.values())
+            external = sum(weight.nbytes for weight in weights if weight is not None) > LARGE_WEIGHTS
         onnx_ir.save(model, path, external_data=self.data_path.name if external else None)
         onnx.checker.check_model(str(path), full_check=True)
 

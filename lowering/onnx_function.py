@@ -113,9 +113,7 @@ def attention_function(node: AttentionNode, opset: int, overload: str = "") -> F
     """
     writer = _Writer(node)
     out = writer.write()
-    return writer.body.function(
-        DOMAIN, NAME, out, opset=opset, attributes=tuple(node.attributes), overload=overload
-    )
+    return writer.body.function(DOMAIN, NAME, out, opset=opset, attributes=tuple(node.attributes), overload=overload)
 
 
 @dataclass(frozen=True)
@@ -210,9 +208,7 @@ class _Writer:
     def _pool(self, k: Value, factor: int, count: Value) -> _Windows:
         """Means of windows, rounded to the type of the keys."""
         b, g = self.body, self.geometry
-        pooled = b.op(
-            "AveragePool", k, kernel_shape=[factor * g.kernel_size], strides=[factor * g.kernel_stride]
-        )
+        pooled = b.op("AveragePool", k, kernel_shape=[factor * g.kernel_size], strides=[factor * g.kernel_stride])
         pooled = b.cast(b.op("CastLike", b.op("Slice", pooled, [0], count, [2]), self.k), FLOAT)
         ends = b.arange(count) * (factor * g.kernel_stride) + (factor * g.kernel_size - 1)
         return _Windows(pooled, ends, factor * g.kernel_size - 1)

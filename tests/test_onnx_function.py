@@ -18,9 +18,7 @@ from infllm_pass.lowering.onnx_function import DOMAIN, NAME, VERSION, AttentionN
 
 from .conftest import relative_error  # noqa: E402
 
-SMALL = BlockGeometry(
-    kernel_size=4, kernel_stride=2, block_size=8, init_blocks=1, local_blocks=2, selected_blocks=5
-)
+SMALL = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=8, init_blocks=1, local_blocks=2, selected_blocks=5)
 """Five blocks of eight in all: above 40 tokens the selection leaves keys out."""
 
 DENSE_LEN = 64
@@ -266,5 +264,3 @@ def walk(nodes):
         yield node
         for attribute in node.attribute:
             yield from walk(attribute.g.node)
-
-
