@@ -159,7 +159,7 @@ def _with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedPr
         graph_signature=ExportGraphSignature(list(signature.input_specs), specs),
         state_dict=program.state_dict,
         range_constraints=program.range_constraints,
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
         constants=program.constants,
         verifiers=program.verifiers,

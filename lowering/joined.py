@@ -114,7 +114,9 @@ def _switchable_attention_fake(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
-_OPERATORS = {"block_attention", "tiled_attention"}
+OPERATOR = torch.ops.infllm.switchable_attention.default
+
+_PARTS = {"block_attention", "tiled_attention"}
 
 
 def join_sites(graph: fx.Graph) -> int:
@@ -129,23 +131,25 @@ def join_sites(graph: fx.Graph) -> int:
     Raises:
         ExportError: a call has no such form: packed sequences, or a log-sum-exp that the graph reads.
     """
-    joined = torch.ops.infllm.switchable_attention.default
     for node in list(graph.nodes):
-        if _name(node) not in _OPERATORS:
+        if _name(node) not in _PARTS:
             continue
         arguments, blocks = _joined_arguments(node)
         for user in list(node.users):
+            if not user.users:
+                graph.erase_node(user)
+                continue
             if user.target is not operator.getitem or user.args[1] != 0:
                 raise ExportError(f"{user.name} reads the log-sum-exp of {node.name}, which is not exported")
             with graph.inserting_before(user):
-                call = graph.call_function(joined, arguments)
+                call = graph.call_function(OPERATOR, arguments)
             call.meta = dict(user.meta)
             user.replace_all_uses_with(call)
             graph.erase_node(user)
         graph.erase_node(node)
         if blocks is not None and not blocks.users:
             graph.erase_node(blocks)
-    return sum(node.target is joined for node in graph.nodes)
+    return sum(node.target is OPERATOR for node in graph.nodes)
 
 
 def _joined_arguments(node: fx.Node) -> tuple[tuple[Any, ...], fx.Node | None]:
@@ -167,8 +171,7 @@ def _joined_arguments(node: fx.Node) -> tuple[tuple[Any, ...], fx.Node | None]:
             )
     if not select:
         args["dense_len"] = ALWAYS_DENSE
-    schema = torch.ops.infllm.switchable_attention.default._schema
-    return tuple(args[argument.name] for argument in schema.arguments), blocks
+    return tuple(args[argument.name] for argument in OPERATOR._schema.arguments), blocks
 
 
 def _named_arguments(node: fx.Node) -> dict[str, Any]:

@@ -10,13 +10,17 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
 from infllm_pass.kernels.geometry import BlockGeometry
@@ -24,6 +28,8 @@ from infllm_pass.lowering import joined
 
 if TYPE_CHECKING:
     import onnx_ir
+
+aten = torch.ops.aten
 
 OPSETS = range(18, 24)
 DTYPES = (torch.float32, torch.float16)
@@ -126,7 +132,7 @@ def _translate(
 
     joined.join_sites(program.graph)
     _check_dtypes(program)
-    program = program.run_decompositions({torch.ops.infllm.switchable_attention.default: _as_node})
+    _write_nodes(program.graph)
     try:
         exported = torch.onnx.export(
             program,
@@ -143,54 +149,90 @@ def _translate(
     assert exported is not None
     # What torch would do beside this at opset 23 makes rotary tables that broadcast over the batch invalid.
     model: onnx_ir.Model = onnxscript.optimizer.optimize(exported.model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names files of this machine
     _add_functions(model, opset)
     return model
 
 
 def _check_dtypes(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
-        if node.target is torch.ops.infllm.switchable_attention.default and node.meta["val"].dtype not in DTYPES:
+        if node.target is joined.OPERATOR and node.meta["val"].dtype not in DTYPES:
             raise DtypeError(
                 f"{node.name} computes in {node.meta['val'].dtype}: ONNX export takes "
                 f"{' and '.join(map(str, DTYPES))}; cast the model first"
             )
 
 
-def _as_node(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    offsets: Tensor | None,
-    offset: int | None,
-    window: int | None,
-    scale: float,
-    dense_len: int,
-    *geometry: Any,
-) -> Tensor:
-    """What a call of ``infllm::switchable_attention`` is decomposed to: a node of the ONNX operator."""
+def _write_nodes(graph: fx.Graph) -> None:
+    """Replace each call of ``infllm::switchable_attention`` by what torch translates to a node of the operator."""
     from infllm_pass.lowering.onnx_function import DOMAIN, NAME, VERSION, AttentionNode
 
-    place = None if offsets is None else offsets.long()
-    if offset is not None:
-        place = torch.full((1,), offset, dtype=torch.int64, device=q.device) if place is None else place + offset
-    node = AttentionNode(
-        BlockGeometry(*geometry),
-        scale=float(scale),
-        dense_len=dense_len,
-        window=window or 0,
-        masked=key_mask is not None,
-        placed=place is not None,
-    )
-    tensors = {"q": q, "k": k, "v": v, "key_mask": key_mask, "offset": place}
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{NAME}",
-        [tensors.get(name) for name in node.inputs],
-        attrs=node.attributes,
-        dtype=q.dtype,
-        shape=(*q.shape[:3], v.shape[3]),
-        version=VERSION,
-    )
+    names = [argument.name for argument in joined.OPERATOR._schema.arguments]
+    for call in list(graph.nodes):
+        if call.target is not joined.OPERATOR:
+            continue
+        given = dict(zip(names, call.args, strict=True))
+        with graph.inserting_before(call):
+            place = _offset(graph, given["offsets"], given["offset"], call.meta["val"])
+            node = AttentionNode(
+                BlockGeometry(**{field.name: given[field.name] for field in fields(BlockGeometry)}),
+                scale=given["scale"],
+                dense_len=given["dense_len"],
+                window=given["window"] or 0,
+                masked=given["key_mask"] is not None,
+                placed=place is not None,
+            )
+            inputs = [{**given, "offset": place}.get(name) for name in node.inputs]
+            with detect_fake_mode(call.meta["val"]), _Recorder() as recorder:
+                torch.onnx.ops.symbolic(
+                    f"{DOMAIN}::{NAME}",
+                    [None if tensor is None else tensor.meta["val"] for tensor in inputs],
+                    attrs=node.attributes,
+                    dtype=call.meta["val"].dtype,
+                    shape=call.meta["val"].shape,
+                    version=VERSION,
+                )
+            target, args, kwargs = recorder.calls[0]
+            sizes = [_size(graph, given["v" if dim == 3 else "q"], dim) for dim in range(4)]
+            written = graph.call_function(target, (inputs, *args[1:]), {**kwargs, "shape": sizes})
+        written.meta = dict(call.meta)
+        call.replace_all_uses_with(written)
+        graph.erase_node(call)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of operators that are made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _offset(graph: fx.Graph, offsets: fx.Node | None, offset: fx.Node | int | None, like: Tensor) -> fx.Node | None:
+    """The key index of the first query as one int64 tensor, or None where it follows from the lengths."""
+    if offsets is not None:
+        offsets = _call(graph, aten.to.dtype, offsets, torch.int64)
+        return offsets if offset is None else _call(graph, aten.add.Tensor, offsets, offset)
+    return None if offset is None else _call(graph, aten.full.default, [1], offset, dtype=torch.int64, device=like.device)
+
+
+def _size(graph: fx.Graph, tensor: fx.Node, dim: int) -> fx.Node | int:
+    size = tensor.meta["val"].shape[dim]
+    return size if isinstance(size, int) else _call(graph, aten.sym_size.int, tensor, dim)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call, with the fake tensor or number that it gives as ``val``."""
+    node = graph.call_function(target, args, kwargs)
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    with detect_fake_mode(values) or nullcontext():
+        node.meta["val"] = target(*values, **kwargs)
+    return node
 
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:
