@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import joined
+from infllm_pass.lowering.node import DOMAIN, NAME, VERSION, AttentionNode
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -166,8 +167,6 @@ def _check_dtypes(program: ExportedProgram) -> None:
 
 def _write_nodes(graph: fx.Graph) -> None:
     """Replace each call of ``infllm::switchable_attention`` by what torch translates to a node of the operator."""
-    from infllm_pass.lowering.onnx_function import DOMAIN, NAME, VERSION, AttentionNode
-
     names = [argument.name for argument in joined.OPERATOR._schema.arguments]
     for call in list(graph.nodes):
         if call.target is not joined.OPERATOR:
@@ -187,7 +186,7 @@ def _write_nodes(graph: fx.Graph) -> None:
             with detect_fake_mode(call.meta["val"]), _Recorder() as recorder:
                 torch.onnx.ops.symbolic(
                     f"{DOMAIN}::{NAME}",
-                    [None if tensor is None else tensor.meta["val"] for tensor in inputs],
+                    [tensor.meta["val"] for tensor in inputs],
                     attrs=node.attributes,
                     dtype=call.meta["val"].dtype,
                     shape=call.meta["val"].shape,
@@ -218,7 +217,9 @@ def _offset(graph: fx.Graph, offsets: fx.Node | None, offset: fx.Node | int | No
     if offsets is not None:
         offsets = _call(graph, aten.to.dtype, offsets, torch.int64)
         return offsets if offset is None else _call(graph, aten.add.Tensor, offsets, offset)
-    return None if offset is None else _call(graph, aten.full.default, [1], offset, dtype=torch.int64, device=like.device)
+    return (
+        None if offset is None else _call(graph, aten.full.default, [1], offset, dtype=torch.int64, device=like.device)
+    )
 
 
 def _size(graph: fx.Graph, tensor: fx.Node, dim: int) -> fx.Node | int:
@@ -239,7 +240,7 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
     """Give the model the body of every node of the operator; nodes that differ get bodies of their own."""
     import onnx_ir
 
-    from infllm_pass.lowering.onnx_function import DOMAIN, NAME, AttentionNode, attention_function
+    from infllm_pass.lowering.onnx_function import attention_function
 
     overloads: dict[AttentionNode, str] = {}
     count = -1
@@ -247,9 +248,7 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
         if (node.domain, node.op_type) != (DOMAIN, NAME):
             continue
         count += 1
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        present = [value is not None for value in node.inputs]
-        described = AttentionNode.from_attributes(attributes, present)
+        described = AttentionNode.from_attributes({name: each.value for name, each in node.attributes.items()})
         if described not in overloads:
             overloads[described] = f"variant_{len(overloads)}" if overloads else ""
             function = attention_function(described, opset, overloads[described])

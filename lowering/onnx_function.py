@@ -11,19 +11,14 @@ Semantics: arXiv 2509.24663, section 3, as in `kernels.reference`. Arithmetic is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from onnx import FunctionProto, TensorProto
 
-from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
+from infllm_pass.kernels.geometry import COARSE_FACTOR
+from infllm_pass.lowering.node import DOMAIN, NAME, AttentionNode
 from infllm_pass.lowering.onnx_graph import Body, Value
-
-DOMAIN = "infllm"
-NAME = "InfLLMV2Attention"
-VERSION = 1
-INPUTS = ("q", "k", "v", "key_mask", "offset")
 
 CHUNK_ROWS = 256
 """Query rows (tokens x group) that go through the body at once: 256 x 8k float32 block scores are 8 MB at 128k."""
@@ -38,65 +33,6 @@ FORCED, HIGHEST, UNSCORED, NO_CANDIDATE = 3e38, 1e38, -1.0, -2.0
 """Ranks of blocks that are always taken, and of those that no score makes comparable: scores are not negative."""
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
-
-
-@dataclass(frozen=True)
-class AttentionNode:
-    """What one node of the operator computes.
-
-    Attributes:
-        geometry: which blocks are selected.
-        scale: softmax scale.
-        dense_len: length from which a sequence is sparse.
-        window: sliding window in keys; 0: none.
-        masked: whether the node has the input ``key_mask``.
-        placed: whether the node has the input ``offset``; without it the queries are the last of the keys.
-    """
-
-    geometry: BlockGeometry
-    scale: float
-    dense_len: int
-    window: int = 0
-    masked: bool = False
-    placed: bool = False
-
-    @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any], present: Sequence[bool]) -> AttentionNode:
-        """The node with these attributes.
-
-        Args:
-            attributes: by name, as `attributes` gives them; others are ignored.
-            present: whether the node has each of `INPUTS`; inputs at the end may be missing.
-        """
-        given = [*present, *(False for _ in INPUTS[len(present) :])]
-        return cls(
-            BlockGeometry(**{field.name: attributes[field.name] for field in fields(BlockGeometry)}),
-            scale=attributes["scale"],
-            dense_len=attributes["dense_len"],
-            window=attributes["window"],
-            masked=given[3],
-            placed=given[4],
-        )
-
-    @property
-    def attributes(self) -> dict[str, int | float | str]:
-        """The node's attributes, with those by which TensorRT finds a plugin."""
-        return {
-            **asdict(self.geometry),
-            "dense_len": self.dense_len,
-            "window": self.window,
-            "scale": float(self.scale),
-            "plugin_namespace": DOMAIN,
-            "plugin_version": str(VERSION),
-        }
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the node's inputs, "" for one that is left out before another."""
-        names = [*INPUTS[:3], "key_mask" if self.masked else "", "offset" if self.placed else ""]
-        while not names[-1]:
-            names.pop()
-        return tuple(names)
 
 
 def attention_function(node: AttentionNode, opset: int, overload: str = "") -> FunctionProto:
@@ -134,7 +70,7 @@ class _Writer:
     def __init__(self, node: AttentionNode) -> None:
         self.node = node
         self.geometry = node.geometry
-        self.body = Body([name or f"unused_{place}" for place, name in enumerate(node.inputs)])
+        self.body = Body(node.inputs)
 
     def write(self) -> Value:
         b, m = self.body, self.geometry.query_block

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper  # noqa: E402
 
 from infllm_pass.kernels import reference  # noqa: E402
 from infllm_pass.kernels.geometry import BlockGeometry  # noqa: E402
-from infllm_pass.lowering.onnx_function import DOMAIN, NAME, VERSION, AttentionNode, attention_function  # noqa: E402
+from infllm_pass.lowering.node import DOMAIN, NAME, VERSION, AttentionNode  # noqa: E402
+from infllm_pass.lowering.onnx_function import attention_function  # noqa: E402
 
 from .conftest import relative_error  # noqa: E402
 
@@ -35,7 +36,7 @@ def model(node: AttentionNode, *, dtype=torch.float32, opset=18):
         "key_mask": (TensorProto.BOOL, ["b", "lk"]),
         "offset": (TensorProto.INT64, ["rows"]),
     }
-    inputs = [helper.make_tensor_value_info(name, *types[name]) for name in node.inputs if name]
+    inputs = [helper.make_tensor_value_info(name, *types[name]) for name in node.inputs]
     output = helper.make_tensor_value_info("out", kind, ["b", "hq", "lq", "dv"])
     call = helper.make_node(NAME, node.inputs, ["out"], domain=DOMAIN, **node.attributes)
     built = helper.make_model(
