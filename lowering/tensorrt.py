@@ -120,6 +120,7 @@ def plugin_creator(trt: ModuleType) -> Any:
             self.node = node
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, str(VERSION), DOMAIN
             self.num_outputs = 1
+            self.fields = field_values(node)
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -160,7 +161,7 @@ def plugin_creator(trt: ModuleType) -> Any:
             return 0  # torch's caching allocator holds what the operator needs
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection([_field(trt, *item) for item in self.node.attributes.items()])
+            return field_collection(trt, self.fields)
 
         def set_tactic(self, tactic: int) -> None:
             pass
@@ -183,10 +184,8 @@ def plugin_creator(trt: ModuleType) -> Any:
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = NAME, str(VERSION), DOMAIN
-            example = AttentionNode(BlockGeometry(), scale=1.0, dense_len=0)
-            self.field_names = trt.PluginFieldCollection(
-                [_field(trt, name, value, empty=True) for name, value in example.attributes.items()]
-            )
+            self.example = field_values(AttentionNode(BlockGeometry(), scale=1.0, dense_len=0))
+            self.field_names = field_collection(trt, self.example)
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
             return Plugin(AttentionNode.from_attributes(_attributes(trt, collection)))
@@ -194,15 +193,27 @@ def plugin_creator(trt: ModuleType) -> Any:
     return Creator()
 
 
-def _field(trt: ModuleType, name: str, value: int | float | str, *, empty: bool = False) -> Any:
-    """An attribute as a field; without its value if only its name and type are asked for."""
-    if isinstance(value, str):
-        kind, data = trt.PluginFieldType.CHAR, np.frombuffer(value.encode(), dtype=np.int8)
-    elif isinstance(value, float):
-        kind, data = trt.PluginFieldType.FLOAT32, np.array([value], dtype=np.float32)
-    else:
-        kind, data = trt.PluginFieldType.INT32, np.array([value], dtype=np.int32)
-    return trt.PluginField(name, data[:0] if empty else data, kind)
+def field_values(node: AttentionNode) -> dict[str, np.ndarray[Any, Any]]:
+    """A node's attributes as arrays, from which TensorRT's fields read: they must outlive the fields."""
+    dtypes = {int: np.int32, float: np.float32}
+    return {
+        name: np.frombuffer(value.encode(), dtype=np.int8)
+        if isinstance(value, str)
+        else np.array([value], dtype=dtypes[type(value)])
+        for name, value in node.attributes.items()
+    }
+
+
+def field_collection(trt: ModuleType, values: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+    """A ``PluginFieldCollection`` that reads from these arrays."""
+    kinds = {
+        np.dtype(np.int8): trt.PluginFieldType.CHAR,
+        np.dtype(np.int32): trt.PluginFieldType.INT32,
+        np.dtype(np.float32): trt.PluginFieldType.FLOAT32,
+    }
+    return trt.PluginFieldCollection(
+        [trt.PluginField(name, array, kinds[array.dtype]) for name, array in values.items()]
+    )
 
 
 def _attributes(trt: ModuleType, collection: Any) -> Mapping[str, Any]:
