@@ -13,6 +13,8 @@ from torch import fx
 from infllm_pass.compiled import bound_compiler
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, UntunedDeviceWarning
+from infllm_pass.graphs import held_tensors
+from infllm_pass.held import WatchedGraph, unchanged_copy, watch
 from infllm_pass.log import CompileLog
 from infllm_pass.pipeline import Switch, run_pass
 from infllm_pass.plan import SiteFilter
@@ -54,16 +56,21 @@ class SwitchableBackend:
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
         """Rewrite and compile one graph; the contract of a Dynamo backend."""
+        held = held_tensors(module, example_inputs)
+        original = unchanged_copy(module) if held.tensors else module
         report = run_pass(
             module,
             self.config,
             switch=self.switch,
             filter_fn=self.filter_fn,
             number=self.log.next_number(),
+            held=held,
         )
         self.log.add(report, module)
         _warn_untuned(report)
-        return self.compiler(module, example_inputs)
+        watched = watch(module.graph, held.readings)
+        compiled = self.compiler(module, example_inputs)
+        return WatchedGraph(compiled, original, watched) if watched else compiled
 
     def reset(self) -> None:
         """Called by ``torch._dynamo.reset``: lets the compiler behind drop its state."""

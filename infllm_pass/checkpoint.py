@@ -175,7 +175,10 @@ def load_local(path: str | Path, *, layers: int | None = None) -> nn.Module:
             if type(config) in transformers.AutoModelForCausalLM._model_mapping
             else transformers.AutoModel
         )
-        model: nn.Module = kind.from_config(config, attn_implementation="sdpa")
+        built = kind._model_mapping.get(type(config), ())
+        classes = built if isinstance(built, tuple) else (built,)
+        fused = all(getattr(model_class, "_supports_sdpa", False) for model_class in classes)
+        model: nn.Module = kind.from_config(config, attn_implementation="sdpa" if fused else "eager")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} describes no model that can be built: {reason}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,13 +10,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from rich.console import Console
 
 import infllm_pass
-from infllm_pass.checkpoint import load_local
 from infllm_pass.config import LSE_MODES, SparseAttentionConfig
-from infllm_pass.errors import CheckpointError, ConfigError, InfLLMError
+from infllm_pass.errors import ConfigError, InfLLMError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -43,6 +40,7 @@ examples:
   infllm-pass demo --tokens 2048 --window-size 128 --topk 6
   infllm-pass explain ~/models/Llama-3.1-8B      which attention sites become switchable, and why not
   infllm-pass explain ./model --length 32768 --dense-len 16384 --json
+  infllm-pass explain my_package.models:build    the model that a function returns
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
@@ -137,12 +135,18 @@ def _demo(options: argparse.Namespace) -> int:
 def _add_explain(commands: Any) -> None:
     parser = commands.add_parser(
         "explain",
-        help="report every attention site of a model folder",
+        help="report every attention site of a model",
         description="Builds the architecture of a local Hugging Face folder from its config.json, without "
-        "weights, traces it at one length, and reports which attention sites become switchable and why others "
-        "stay dense. A sparse_config in config.json is used; options override its fields.",
+        "weights, or the model that a function returns, traces it at one length, and reports which attention sites "
+        "become switchable and why others stay dense. A sparse_config in config.json is used; options override its "
+        "fields.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="model folder, or its config.json")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="model folder, its config.json, or module:callable for a function that returns a torch.nn.Module, alone "
+        "or with its inputs as (module, inputs); the current folder is searched for the module",
+    )
     parser.add_argument("--length", type=_positive, metavar="N", help="tokens of the input (dense_len)")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="rows of the input (1)")
     parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to build (all)")
@@ -152,48 +156,9 @@ def _add_explain(commands: Any) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from torch._subclasses import FakeTensorMode
+    from infllm_pass.cli_explain import explain
 
-    # Fake tensors have shapes and no data: a model of any size is analysed in seconds.
-    with FakeTensorMode(), torch.no_grad():
-        model = load_local(options.path, layers=options.layers)
-        own: Any = model.config
-        base = (
-            SparseAttentionConfig.from_model_config(own)
-            if getattr(own, "sparse_config", None) is not None
-            else SparseAttentionConfig()
-        )
-        config = _configured(base, options)
-        length = options.length or config.dense_len or config.visited_tokens
-        inputs = {"input_ids": torch.zeros(options.batch, length, dtype=torch.int64)}
-        if getattr(own, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        try:
-            found = infllm_pass.explain(model, config=config, **inputs)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
-            first = str(error).strip().splitlines()[:1]
-            raise CheckpointError(
-                f"{type(model).__name__} of {options.path} could not be traced on token ids "
-                f"[{options.batch}, {length}]: {''.join(first)}"
-            ) from error
-    if options.json:
-        facts = {
-            "model": type(model).__name__,
-            "path": str(options.path),
-            "batch": options.batch,
-            "length": length,
-            "config": config.to_dict(),
-        }
-        print(json.dumps(facts | found.to_dict(), indent=2))
-        return 0
-    console = _console()
-    console.print(
-        f"{type(model).__name__}, built from config.json without weights, on token ids "
-        f"[{options.batch}, {length}], dense_len {config.dense_len}",
-        markup=False,
-        highlight=False,
-    )
-    console.print(found)
+    explain(options, lambda base: _configured(base, options), _console())
     return 0
 
 

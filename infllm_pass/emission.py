@@ -14,6 +14,7 @@ from torch import fx
 from infllm_pass.graphs import fake_mode_of
 from infllm_pass.masks.values import example_of
 from infllm_pass.sites import Operand, Step
+from infllm_pass.vocabulary import Kind, read
 
 aten = torch.ops.aten
 
@@ -130,6 +131,17 @@ class Emitter:
                 node = self.call(origin, name, node, list(numbers))
         return node
 
+    def strided_as(self, origin: fx.Node, node: fx.Node) -> fx.Node:
+        """A tensor in the memory order of the older node that it stands for, where later views rely on that order."""
+        if not _is_viewed(origin):
+            return node
+        strides = [_hint(stride) for stride in example_of(origin).stride()]
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        if order == list(range(len(order))):
+            return self.call(origin, "contiguous", node)
+        moved = self.call(origin, "contiguous", self.call(origin, "permute", node, order))
+        return self.call(origin, "permute", moved, [order.index(dim) for dim in range(len(order))])
+
     def operand(self, origin: fx.Node, operand: Operand, query: Operand) -> fx.Node:
         """A site's tensor as a node ``[B, H, L, D]``."""
         spread = any(name == "expand" for name, _ in operand.steps)
@@ -156,6 +168,26 @@ def _overload(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> tuple[
     if tensors[0]:
         return of_number, args
     return _OPERATORS[exchanged][1], (args[1], args[0])
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether an operator that needs its input's strides to fit reads a node, or the node moved."""
+    for user in node.users:
+        if user.target in _STRICT_VIEWS:
+            return True
+        call = read(user)
+        if call is not None and call.kind in _MOVING and _is_viewed(user):
+            return True
+    return False
+
+
+_STRICT_VIEWS = ("view", "view_as", "unflatten", aten.view.default, aten.unflatten.int)
+_MOVING = (Kind.TRANSPOSE, Kind.PERMUTE, Kind.UNSQUEEZE, Kind.GETITEM)
+
+
+def _hint(stride: int | torch.SymInt) -> int:
+    """A stride as the traced call had it; comparing symbols would guard on them."""
+    return stride if isinstance(stride, int) else stride.node.hint or 0
 
 
 def _value(argument: Any) -> Any:

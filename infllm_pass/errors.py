@@ -66,5 +66,9 @@ class NoAttentionSiteWarning(UserWarning):
     """A sparsified model was compiled and nothing in it became switchable."""
 
 
+class MaskBufferChangedWarning(UserWarning):
+    """A buffer that a compiled graph's mask was read from was overwritten: the graph runs uncompiled and dense."""
+
+
 class UncompiledGenerateWarning(UserWarning):
     """``generate`` of a compiled module runs the original, unchanged model."""

@@ -1,7 +1,7 @@
 """Functions that hold a whole attention inside: spelled out in the graph, so that their parts can be read.
 
 Dynamo keeps ``multi_head_attention_forward`` as one call. It is traced once more, by itself, and its operators are put
-before the call. If the attention among them is rewritten they take the call's place; otherwise they go again.
+before the call, whose place they take. If the attention among them is not rewritten the call gets its place back.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 @dataclass(frozen=True)
 class Expansion:
-    """A call spelled out in front of itself.
+    """A call spelled out in front of itself; what used its results uses theirs.
 
     Attributes:
         graph: the graph.
         call: the call.
         nodes: what it was spelled out to, in order.
-        results: what stands for each of the call's results.
+        results: for each used result of the call, the node that held it and the one that stands for it.
     """
 
     graph: fx.Graph
     call: fx.Node
     nodes: tuple[fx.Node, ...]
-    results: tuple[fx.Node | None, ...]
+    results: tuple[tuple[fx.Node, fx.Node], ...]
 
     def accept(self) -> None:
-        """Let the operators take the call's place."""
-        for user in list(self.call.users):
-            result = self.results[user.args[1]]  # type: ignore[index]
-            if result is not None:
-                user.replace_all_uses_with(result)
-                self.graph.erase_node(user)
-        self.graph.erase_node(self.call)
+        """Erase the call."""
+        for node in (*self.call.users, self.call):
+            if not node._erased:  # a rewriting erases what nothing uses any more
+                self.graph.erase_node(node)
 
     def withdraw(self) -> None:
         """Take the operators out of the graph again."""
+        within = set(self.nodes)
+        for held, result in self.results:
+            result.replace_all_uses_with(held, delete_user_cb=lambda user: user not in within)
         for node in reversed(self.nodes):
             self.graph.erase_node(node)
 
@@ -79,8 +79,8 @@ def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
     except Exception:
         return None
     results: Any = next(node.args[0] for node in traced.graph.nodes if node.op == "output")
-    asked = max((int(user.args[1]) for user in call.users), default=0)  # type: ignore[arg-type]
-    if len(results) <= asked or any(node.op == "get_attr" for node in traced.graph.nodes):
+    asked = [results[held.args[1]] for held in call.users]
+    if None in asked or any(node.op == "get_attr" for node in traced.graph.nodes):
         return None
     copies: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(call):
@@ -90,7 +90,10 @@ def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
             elif node.op != "output":
                 copies[node] = _copy(graph, call, node, copies)
     made = tuple(copy for node, copy in copies.items() if node.op != "placeholder")
-    return Expansion(graph, call, made, tuple(None if result is None else copies[result] for result in results))
+    pairs = tuple((held, copies[results[held.args[1]]]) for held in call.users)
+    for held, result in pairs:
+        held.replace_all_uses_with(result)
+    return Expansion(graph, call, made, pairs)
 
 
 def _trace(call: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:

@@ -39,21 +39,25 @@ class GraphView:
     caller: str
 
 
-def all_graphs(root: fx.GraphModule, inputs: Sequence[object] = ()) -> list[GraphView]:
+def all_graphs(root: fx.GraphModule, held: HeldTensors | None = None) -> list[GraphView]:
     """The root graph first, then nested ones, each with its placeholders bound to the caller's nodes.
 
     Args:
         root: the module of the root graph.
-        inputs: real values of its placeholders; those that modules hold may be read by value.
+        held: tensors that may be read by value; None: none.
     """
     modules = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
     overwritten = overwritten_storages(module.graph for module in modules)
-    facts = GraphFacts(root.graph, overwritten, held=HeldTensors(_held(root, inputs)))
-    return list(_walk(root, facts, True, "", overwritten))
+    return list(_walk(root, GraphFacts(root.graph, overwritten, held=held), True, "", overwritten))
 
 
-def _held(root: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, torch.Tensor]:
-    """The tensors that modules hold, by node: those that Dynamo found in modules, and attributes of the graph's own."""
+def held_tensors(root: fx.GraphModule, inputs: Sequence[object]) -> HeldTensors:
+    """The tensors that modules hold: those that Dynamo found in modules, and attributes of the graph's own module.
+
+    Args:
+        root: the module of the root graph.
+        inputs: real values of its placeholders.
+    """
     found: dict[fx.Node, torch.Tensor] = {}
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
@@ -63,7 +67,7 @@ def _held(root: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, torch
         value = _attribute(root, node)
         if isinstance(value, torch.Tensor):
             found[node] = value
-    return found
+    return HeldTensors(found)
 
 
 def _walk(

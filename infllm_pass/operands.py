@@ -64,7 +64,7 @@ class MaskOperands:
             return node if dim is None else self._call(site, "size", node, dim)
 
         sources = condition.facts.size_sources
-        return build(
+        test: fx.Node = build(
             condition.expression,
             Site(
                 call=lambda target, *args, **kwargs: self._call(site, target, *args, **kwargs),
@@ -72,10 +72,11 @@ class MaskOperands:
                 size=size,
                 batch=batch,
                 length=length,
-                extents=site.shape(site.key)[0:3:2],
+                extents=(site.shape(site.key)[0], site.shape(site.key)[2]),
                 device=site.key.example.device,
             ),
         )
+        return test
 
     def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
         """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""

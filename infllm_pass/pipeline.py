@@ -11,6 +11,7 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.expand import Expansion, expand_composites
 from infllm_pass.graphs import all_graphs
 from infllm_pass.guard import Branch, LengthGuard, decide_length
+from infllm_pass.masks import HeldTensors
 from infllm_pass.plan import SiteFilter, SitePlan, failed, plan_graph
 from infllm_pass.report import GraphReport, SiteReport, describe_site
 from infllm_pass.rewrite import Outcome, Rewriter
@@ -31,6 +32,7 @@ def run_pass(
     switch: Switch = Switch.BY_LENGTH,
     filter_fn: SiteFilter | None = None,
     number: int = 0,
+    held: HeldTensors | None = None,
 ) -> GraphReport:
     """Rewrite every attention site of a Dynamo graph, and of the graphs nested in it, in place.
 
@@ -40,6 +42,7 @@ def run_pass(
         switch: ALWAYS_DENSE rewrites to attention without mask tensors only.
         filter_fn: sites for which it returns False stay dense.
         number: number of the graph, for the report.
+        held: tensors that masks may be read from. Whoever runs the graph has to watch what was read, see `held`.
 
     Returns:
         What was found and done.
@@ -51,7 +54,7 @@ def run_pass(
             return None
         return decide_length(plan.site.shape(plan.site.key)[2], config.dense_len)
 
-    for plan, guard, outcome in _run(module, config, filter_fn, decide):
+    for plan, guard, outcome in _run(module, config, filter_fn, decide, held):
         rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))
     return GraphReport(number, tuple(rows))
 
@@ -93,13 +96,14 @@ def _run(
     config: SparseAttentionConfig,
     filter_fn: SiteFilter | None,
     decide: Callable[[SitePlan], LengthGuard | None],
+    held: HeldTensors | None = None,
 ) -> list[Decision]:
     """Find, plan, decide and rewrite, site by site; a site at which that fails stays as it was."""
     done: list[Decision] = []
     expansions = expand_composites(module)
     calls = {expansion.call for expansion in expansions}
     used: set[Expansion] = set()
-    for view in all_graphs(module):
+    for view in all_graphs(module, held):
         rewriter = Rewriter(view.module.graph, config)
         for plan in plan_graph(view, filter_fn, config.visited_tokens):
             if plan.site.node in calls:

@@ -108,7 +108,7 @@ def _plan_site(
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=proof, scale=scale)
-    refused = _check_heads(proved)
+    refused = _check_heads(site, proved)
     if refused is not None:
         return refused
     if filter_fn is not None and not filter_fn(site):
@@ -154,9 +154,8 @@ def _check_dropout(site: AttentionSite, interpreter: Interpreter) -> SitePlan | 
     return SitePlan(site, Reason.DROPOUT, seen)
 
 
-def _check_heads(plan: SitePlan) -> SitePlan | None:
+def _check_heads(site: AttentionSite, plan: SitePlan) -> SitePlan | None:
     """Check the sizes that kernels are built for; where Dynamo made them dynamic, reading them guards on them."""
-    site = plan.site
     heads_q, heads_kv = int(site.query_heads), int(site.kv_heads)
     for node in (site.query, site.value):
         head_dim = int(site.shape(node)[3])

@@ -55,8 +55,12 @@ class Reason(Enum):
         "torch.finfo(dtype).min"
     )
     OVERWRITTEN = (
-        "queries, keys or values are overwritten between being read and the end of the attention: write to them "
-        "before or after it"
+        "queries, keys, values or scores are overwritten between being read and the end of the attention: write to "
+        "them before or after it"
+    )
+    DETACHED = (
+        "gradients are kept from a part of the attention: move detach() and no_grad() to before the product of queries "
+        "and keys or to after the product with the values"
     )
     LAYOUT = (
         "the dimensions could not be told apart as batch, heads, queries and keys: write the attention as products "

@@ -5,7 +5,7 @@ torch operators, which run everywhere.
 
 Invariants: the graph computes what it did (up to the method's own approximation on the sparse side); every
 emitted node is of the graph's dialect and carries the example value and the source location of the site it replaces;
-a node is erased only if the vocabulary knows it to be pure and nothing uses it any more.
+a node is erased only if it is known to be pure and nothing uses it any more.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import fx
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
+from infllm_pass.liveness import dead_users, pure
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
 from infllm_pass.masks.values import example_of
 from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
-from infllm_pass.vocabulary import read, read_in_place
 
 _GQA_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """On CUDA only the half-precision flash kernels take grouped heads; float32 would fall back to N x N scores."""
@@ -90,16 +90,24 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
+        if plan.windowed and self._is_left_to_untuned_kernels(plan, site):
+            return Outcome()
         try:
             result, outcome = self._compute(plan, site, branch)
         except Exception:
             self._emitter.undo()
-            self._masks = MaskOperands(self._emitter)  # what it made for this site is gone
+            self._masks = MaskOperands(self._emitter)  # it may hold nodes that are gone
             raise
         self._emitter.keep({site.node: result})
         site.node.replace_all_uses_with(result)
         _erase_unused(self.graph, site.node)
         return outcome
+
+    def _is_left_to_untuned_kernels(self, plan: SitePlan, site: AttentionSite) -> bool:
+        """Whether a site on a GPU would be computed by operators tuned for the CPU, slower than with its mask."""
+        examples = site.query.example, site.value_heads.example
+        refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
+        return refusal is not None and examples[0].device.type != "cpu"
 
     def _compute(self, plan: SitePlan, site: AttentionSite, branch: Branch) -> tuple[fx.Node, Outcome]:
         """Emit what replaces a site, in its layout and dtype."""
@@ -109,18 +117,19 @@ class Rewriter:
                 result = self._causal(plan, site)
             else:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
-                examples = [example_of(node) for node in (q, v)]
-                refusal = refused_by_tiled(*examples, float(plan.scale or 0.0), self.config.geometry)
+                example = example_of(q)
+                refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
                 if refusal is None:
                     outcome = Outcome(True, Kernels.TRITON)
                     attend = self._tiled_attention
                 else:
-                    outcome = Outcome(True, Kernels.TORCH, refusal if examples[0].device.type != "cpu" else "")
+                    outcome = Outcome(True, Kernels.TORCH, refusal if example.device.type != "cpu" else "")
                     attend = self._block_attention
                 result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
             result = self._emitter.layout(site.node, result, site.output_steps)
             if example_of(result).dtype != example_of(site.node).dtype:
                 result = self._emit(site, "to", result, example_of(site.node).dtype)
+            result = self._emitter.strided_as(site.node, result)
         return result, outcome
 
     def _causal(self, plan: SitePlan, site: AttentionSite) -> fx.Node:
@@ -192,29 +201,16 @@ class Rewriter:
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node without users and, after it, those of its inputs that only it used.
-
-    Only kinds of the vocabulary are erased: they are pure, which ``Graph.eliminate_dead_code`` wrongly
-    assumes of in-place tensor methods as well. A write to a tensor that nothing else reads goes with the tensor.
-    """
+    """Erase a node without effect and, after it, those of its inputs that only it used."""
     pending = [node]
     while pending:
         candidate = pending.pop()
-        if candidate._erased or not _pure(candidate):
+        if candidate._erased or not pure(candidate):
             continue
-        dead = [user for user in candidate.users if not user.users and user.target is operator.getitem]
-        if len(dead) != len(candidate.users):
+        users = dead_users(candidate)
+        if users is None:
             continue
-        inputs = candidate.all_input_nodes
-        for user in dead:
-            graph.erase_node(user)
-        graph.erase_node(candidate)
+        inputs = [source for erased in (*users, candidate) for source in erased.all_input_nodes]
+        for erased in (*users, candidate):
+            graph.erase_node(erased)
         pending.extend(inputs)
-
-
-def _pure(node: fx.Node) -> bool:
-    if node.op == "get_attr" or read(node) is not None:
-        return True
-    call = read_in_place(node)
-    target = None if call is None else call.args.get("input")
-    return isinstance(target, fx.Node) and target.op != "placeholder" and list(target.users) == [node]

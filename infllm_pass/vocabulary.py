@@ -41,6 +41,7 @@ class Kind(Enum):
     WHERE = auto()
     CAST = auto()
     IDENTITY = auto()
+    DETACH = auto()
     GETITEM = auto()
     UNSQUEEZE = auto()
     EXPAND = auto()
@@ -62,6 +63,7 @@ class Kind(Enum):
     POW = auto()
     CAT = auto()
     SIZE = auto()
+    CHECK = auto()
     SCALAR_TENSOR = auto()
     FLEX_ATTENTION = auto()
     MULTI_HEAD_ATTENTION = auto()
@@ -145,14 +147,15 @@ _spell(
     ],
 )
 _spell(Kind.ARANGE, "*bounds", [torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step])
-_spell(Kind.FULL, "size", [torch.ones, aten.ones.default], fill_value=1)
-_spell(Kind.FULL, "size", [torch.zeros, aten.zeros.default], fill_value=0)
+_spell(Kind.SCALAR_TENSOR, "data", [torch._refs.tensor])  # what Dynamo writes for a dynamic number
+_spell(Kind.FULL, "*size", [torch.ones, aten.ones.default], fill_value=1)
+_spell(Kind.FULL, "*size", [torch.zeros, aten.zeros.default], fill_value=0)
 _spell(Kind.FULL, "size fill_value", [torch.full, aten.full.default])
 _spell(Kind.FULL, "like", [torch.ones_like, aten.ones_like.default], fill_value=1)
 _spell(Kind.FULL, "like", [torch.zeros_like, aten.zeros_like.default], fill_value=0)
 _spell(Kind.FULL, "like fill_value", [torch.full_like, aten.full_like.default])
-_spell(Kind.FULL, "like size", ["new_ones", aten.new_ones.default], fill_value=1)
-_spell(Kind.FULL, "like size", ["new_zeros", aten.new_zeros.default], fill_value=0)
+_spell(Kind.FULL, "like *size", ["new_ones", aten.new_ones.default], fill_value=1)
+_spell(Kind.FULL, "like *size", ["new_zeros", aten.new_zeros.default], fill_value=0)
 _spell(Kind.FULL, "like size fill_value", ["new_full", aten.new_full.default])
 _spell(Kind.SCALAR_TENSOR, "data", [torch.tensor, torch.as_tensor, torch.scalar_tensor, aten.scalar_tensor.default])
 _spell(Kind.NEG, "input", [operator.neg, torch.neg, "neg", "__neg__", aten.neg.default])
@@ -220,10 +223,11 @@ _spell(
     Kind.IDENTITY,
     "input",
     [
-        *("contiguous", "clone", "detach", "cpu", "cuda", torch.clone, torch.detach, aten.contiguous.default),
-        *(aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default),
+        *("contiguous", "clone", "cpu", "cuda", torch.clone, aten.contiguous.default),
+        *(aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default),
     ],
 )
+_spell(Kind.DETACH, "input", ["detach", torch.detach, aten.detach.default])
 _spell(Kind.GETITEM, "input index", [operator.getitem, "__getitem__"])
 _spell(Kind.GETITEM, "input dim index", [torch.select, "select", aten.select.int], _as_index)
 _spell(Kind.GETITEM, "input dim start end step", [aten.slice.Tensor], _as_index)
@@ -275,7 +279,7 @@ _spell(
 _spell(Kind.SOFTMAX, "input dim _stacklevel dtype", [F.softmax])
 _spell(Kind.SOFTMAX, "input dim half_to_float", [aten._softmax.default])
 _spell(Kind.SOFTMAX, "input dim dtype", [aten._safe_softmax.default])
-_spell(Kind.DROPOUT, "input p training", [F.dropout, torch.dropout, aten.dropout.default])
+_spell(Kind.DROPOUT, "input p training inplace", [F.dropout, torch.dropout, aten.dropout.default])
 _spell(
     Kind.MASKED_FILL,
     "input mask value",
@@ -285,6 +289,7 @@ _spell(Kind.TANH, "input", [torch.tanh, F.tanh, "tanh", aten.tanh.default])
 _spell(Kind.SQRT, "input", [torch.sqrt, "sqrt", aten.sqrt.default])
 _spell(Kind.CAT, "tensors dim", [torch.cat, torch.concat, torch.concatenate, aten.cat.default])
 _spell(Kind.SIZE, "input dim", ["size", aten.sym_size.int])
+_spell(Kind.CHECK, "input", [aten._assert_tensor_metadata.default])
 _spell(
     Kind.FLEX_ATTENTION,
     "query key value score_mod block_mask scale kernel_options score_mod_buffers mask_mod_buffers",

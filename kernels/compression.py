@@ -10,6 +10,7 @@ from torch import Tensor
 from infllm_pass.kernels.configurations import launch_for
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 from infllm_pass.kernels.launch import wrap_triton
+from infllm_pass.kernels.planning import find_sequence
 from infllm_pass.kernels.tiles import SEQ_BATCH, SEQ_KEY_BEGIN, SEQ_KEY_END, TABLE_COLUMNS, TilePlan
 
 _FINE_ROWS = 48
@@ -23,22 +24,6 @@ COMPRESS_FINE = tl.constexpr(_FINE_ROWS)
 COMPRESS_COARSE = tl.constexpr(_FINE_ROWS // COARSE_FACTOR)
 COMPRESS_FACTOR = tl.constexpr(COARSE_FACTOR)
 COMPRESS_ROWS = tl.constexpr(64)
-
-
-@triton.jit
-def _find_key(sequences, count, length_k, index):
-    """The last sequence whose first key, counted through all rows of the batch, is at most ``index``."""
-    low = index * 0
-    high = index * 0 + count  # the answer lies in [low, high)
-    for _ in range(32):
-        middle = (low + high) // 2
-        row = sequences + middle * TABLE_COLUMNS
-        batch = tl.load(row + SEQ_BATCH, mask=middle < count, other=0)
-        begin = batch * length_k + tl.load(row + SEQ_KEY_BEGIN, mask=middle < count, other=0)
-        before = (middle < count) & (begin <= index)
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
 
 
 @triton.jit(do_not_specialize=["count", "length_k", "fine_slots", "coarse_slots"])
@@ -78,7 +63,9 @@ def _compress_kernel(
 
     # A complete window covers the last key of its slot, whatever the sequence's first key is.
     probe = tl.minimum(slot * stride + stride - 1, length_k - 1)
-    sequence = _find_key(sequences, count, length_k, batch * length_k + probe) if PACKED else row * 0 + batch
+    sequence = row * 0 + batch
+    if PACKED:
+        sequence = find_sequence(sequences, count, batch * length_k + probe, SEQ_KEY_BEGIN, length_k, True)
     table = sequences + sequence * TABLE_COLUMNS
     key_begin = tl.load(table + SEQ_KEY_BEGIN)
     key_end = tl.load(table + SEQ_KEY_END)

@@ -103,13 +103,19 @@ def _sequences_kernel(
 
 
 @triton.jit
-def find_sequence(sequences, count, index, COLUMN: tl.constexpr):
-    """The last sequence whose base in ``COLUMN`` is at most ``index``; `index` may be a vector."""
+def find_sequence(sequences, count, index, COLUMN: tl.constexpr, row_step=0, ROWS: tl.constexpr = False):
+    """The last sequence whose base in ``COLUMN`` is at most ``index``; `index` may be a vector.
+
+    ``ROWS``: bases count from the start of a batch row, and `index` through all rows, which lie ``row_step`` apart.
+    """
     low = index * 0
     high = index * 0 + count  # the answer lies in [low, high)
     for _ in range(32):
         middle = (low + high) // 2
-        base = tl.load(sequences + middle * TABLE_COLUMNS + COLUMN, mask=middle < count, other=2147483647)
+        row = sequences + middle * TABLE_COLUMNS
+        base = tl.load(row + COLUMN, mask=middle < count, other=2147483647)
+        if ROWS:
+            base += row_step * tl.load(row + SEQ_BATCH, mask=middle < count, other=0)
         low = tl.where(base <= index, middle, low)
         high = tl.where(base <= index, high, middle)
     return low

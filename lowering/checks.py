@@ -97,6 +97,8 @@ def check_sequences(
             raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
         if tensor.dim() != 1:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected one dimension")
+        if tensor.shape[0] < 1:
+            raise ShapeError(f"{name} has no number: expected at least one")
     if offsets is not None and offsets.shape[0] not in (1, q.shape[0]):
         raise ShapeError(f"offsets has {offsets.shape[0]} numbers: expected 1 or one a row, {q.shape[0]}")
     if offsets is not None and cu_seqlens_k is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from infllm_pass.graphs import all_graphs
+from infllm_pass.graphs import all_graphs, held_tensors
 from infllm_pass.masks import KeyCondition, MaskPredicate, MaskRole, MaskTerm, prove_terms
 from infllm_pass.masks.emission import Site, build
 from infllm_pass.masks.interpreter import Interpreter
@@ -35,7 +35,7 @@ def mask_of(proof: MaskPredicate, tensors, shape, sizes=None) -> torch.Tensor:
     batch, length_q, length_k = shape
     query, key = torch.arange(length_q)[:, None], torch.arange(length_k)[None, :]
     mask = torch.ones(batch, 1, length_q, length_k, dtype=torch.bool)
-    values = {symbol: value for symbol, value in (sizes or {}).items()}
+    values = dict(sizes or {})
 
     def number(expr):
         return int(sympy.sympify(expr).xreplace(values))
@@ -76,13 +76,13 @@ def captured(function, *inputs, dynamic=None, **kwargs):
 
     torch._dynamo.reset()
     torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs, **kwargs)
-    (found,) = seen
-    return found
+    ((module, values),) = seen
+    return module, [value.node.hint if isinstance(value, torch.SymInt) else value for value in values]
 
 
 def prove_output(module, inputs):
     """The proof of the tensors that a graph returns, taken as masks of one site, and the graph's facts."""
-    facts = all_graphs(module, inputs)[0].facts
+    facts = all_graphs(module, held_tensors(module, inputs))[0].facts
     output = next(node for node in module.graph.nodes if node.op == "output")
     terms = []
     for node in output.args[0]:
@@ -109,3 +109,10 @@ def check_proof(proof, module, inputs) -> None:
     batch, _, length_q, length_k = visible.shape
     expected = mask_of(proof, recorder.values, (batch, length_q, length_k), sizes)
     assert torch.equal(visible, expected.expand_as(visible)), proof
+
+
+def node_values(module, inputs) -> dict:
+    """What every node of a graph holds for real inputs."""
+    recorder = _Recorder(module)
+    recorder.run(*inputs)
+    return recorder.values

@@ -150,6 +150,86 @@ def test_explain_refuses_a_model_that_takes_no_token_ids(run, tmp_path):
     assert err.count("\n") == 1
 
 
+MODULE = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+class Model(nn.Module):
+    def __init__(self, read=False):
+        super().__init__()
+        self.table = nn.Embedding(8, 16)
+        rates = torch.linspace(0, 1, 3)
+        self.rates = [rate.item() for rate in rates] if read else None
+
+    def forward(self, ids):
+        x = self.table(ids).unflatten(-1, (2, 8)).transpose(1, 2)
+        index = torch.arange(x.shape[2])
+        scores = (x @ x.mT * 8**-0.5).masked_fill(index > index[:, None], float("-inf"))
+        return scores.softmax(-1) @ x
+
+def build():
+    return Model()
+
+def reading():
+    return Model(True)
+
+def with_inputs():
+    return Model(), (torch.zeros(3, 70, dtype=torch.int64),)
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module in the current folder with functions that return models."""
+    (tmp_path / "own_models.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+    yield
+    sys.modules.pop("own_models", None)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [("build", [1, 2, 64, 8]), ("reading", [1, 2, 64, 8]), ("with_inputs", [3, 2, 70, 8])],
+)
+def test_explain_takes_a_function_that_returns_a_model(run, function, shape):
+    code, out, err = run("explain", f"own_models:{function}", "--length", 64, "--dense-len", 64, "--json")
+    assert code == 0, err
+    (graph,) = json.loads(out)["graphs"]
+    (site,) = graph["sites"]
+    assert (site["decision"], site["query_shape"]) == ("switchable", shape)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_models:nothing", "gives a int: expected a torch.nn.Module"),
+        ("own_models:absent", "has no attribute 'absent'"),
+        ("no_such_module:build", "No module named 'no_such_module'"),
+    ],
+)
+def test_explain_refuses_what_is_no_model(run, name, message):
+    code, _, err = run("explain", name)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_explain_builds_models_whose_constructor_reads_values(run, tmp_path):
+    """Fake tensors have no values: the model is built on the CPU then. This one takes images, and is refused later."""
+    transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]).save_pretrained(tmp_path)
+    code, _, err = run("explain", tmp_path)
+    assert code == 2
+    assert "ConvNextModel" in err
+    assert "could not be traced on token ids" in err
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A source checkout with benchmarks."""

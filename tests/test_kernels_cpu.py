@@ -33,7 +33,7 @@ GEOMETRIES = [
     BlockGeometry(2, 2, 16, init_blocks=0, local_blocks=3, selected_blocks=5),  # windows that do not overlap
 ]
 PROPERTY = settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 
@@ -217,7 +217,7 @@ def test_attends_to_the_reference_set(case, mode):
         assert actual.dtype == dtype
         # A query that sees one key has no gradient but rounding: measure against what cancels in it.
         cancelled = grad.double().norm() * case.v.double().norm()
-        size = source.grad.norm() + (1e-2 if dtype.itemsize > 2 else 1e-1) * cancelled
+        size = source.grad.norm() + (5e-2 if dtype.itemsize > 2 else 2e-1) * cancelled
         assert (actual.double() - source.grad).norm() <= TOLERANCE[dtype] * size
 
 

@@ -147,7 +147,9 @@ def test_a_padding_mask_becomes_a_key_condition(spelling):
     (condition,) = proof.key_conditions
     (leaf,) = condition.leaves
     assert leaf[2].op == "placeholder"
-    assert torch.equal(key_mask(condition, {leaf[2]: mask}, 3, 21)[:, None, None, :], PADDED[spelling](mask).expand(3, -1, -1, -1))
+    assert torch.equal(
+        key_mask(condition, {leaf[2]: mask}, 3, 21)[:, None, None, :], PADDED[spelling](mask).expand(3, -1, -1, -1)
+    )
 
 
 def test_a_padding_mask_over_queries_is_not_a_key_condition():
@@ -181,13 +183,14 @@ def test_the_mask_of_transformers_is_proved_with_and_without_padding():
         assert len(proof.key_conditions) == len(inputs)
 
 
-def test_packed_position_ids_are_not_proved_yet():
-    """Segments restart positions: the mask is not causal over the whole length."""
-    module = capture(llama(), tokens(21), use_cache=False, position_ids=torch.arange(21)[None] % 9)
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_packed_position_ids_of_transformers_are_sequences(dynamic):
+    module = capture(llama(), tokens(21), use_cache=False, position_ids=torch.arange(21)[None] % 9, dynamic=dynamic)
     facts = all_graphs(module)[0].facts
     attention = next(n for n in module.graph.nodes if "scaled_dot_product" in str(n.target))
     proof = prove_mask(Interpreter(facts), attention.kwargs["attn_mask"])
-    assert isinstance(proof, UnprovenMask)
+    assert str(proof) == "causal, packed sequences", proof
+    assert proof.segments.node.meta["example_value"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8])

@@ -125,7 +125,7 @@ class Dropout(nn.Module):
 REFUSED = {
     "no mask": (lambda q, k, v: sdpa(q, k, v), Reason.BIDIRECTIONAL),
     "float mask": (
-        lambda q, k, v: sdpa(q, k, v, torch.zeros(q.shape[2], q.shape[2]).masked_fill(~causal(q.shape[2]), -1e9)),
+        lambda q, k, v: sdpa(q, k, v, torch.zeros(q.shape[2], q.shape[2]).masked_fill(~causal(q.shape[2]), -1e4)),
         Reason.ADDITIVE_BIAS,
     ),
     "strict mask": (lambda q, k, v: sdpa(q, k, v, causal(q.shape[2] + 1)[:-1, 1:]), Reason.PARTIAL_KEYS),
@@ -232,3 +232,24 @@ def test_the_body_of_a_custom_autograd_function_is_left_alone():
     q, k, v = (t.requires_grad_() for t in qkv(heads_kv=6))
     results = plans(Attention.apply, q, k, v)
     assert [plan.reason for plan in results] == [Reason.NESTED_GRAPH]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_views_that_rely_on_the_strides_of_fused_attention_stay_valid(dynamic):
+    """On CPUs fused attention returns memory ordered [B, L, H, D]; the operators order it [B, H, L, D]."""
+
+    def function(q, k, v):
+        out = sdpa(q, k, v, is_causal=True).transpose(1, 2)
+        return out.view(out.shape[0], out.shape[1], -1)
+
+    q, k, v = (torch.randn(2, 50, 6, 8).transpose(1, 2) for _ in range(3))
+    expected = function(q, k, v)
+    rows = []
+
+    def backend(module, _example_inputs):
+        rows.extend(run_pass(module, SparseAttentionConfig.from_dict({**ALWAYS_SPARSE.to_dict(), "topk": 40})).sites)
+        return module.forward
+
+    actual = torch.compile(function, backend=backend, dynamic=dynamic)(q, k, v)
+    assert [row.branch for row in rows] == ["sparse"]
+    assert relative_error(actual, expected) < 1e-5

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from infllm_pass.masks.cases import Rounded, as_number, combine, computed, pairs, rounded_to, truth
+from infllm_pass.masks.cases import Rounded, as_number, combine, computed, negation, pairs, rounded_to, truth, unrounded
 from infllm_pass.masks.rules import EXACT_INTEGERS, ONE, ZERO, Rule, boolean, integer_value, numeric, rule, shape_of
 from infllm_pass.masks.values import NotFollowed, SymbolicTensor, axis
 from infllm_pass.vocabulary import Kind
@@ -163,17 +163,10 @@ def compare(
     return relation(unrounded(a if a.has(Rounded) else as_rounded(a)), b)
 
 
-def unrounded(value: sympy.Basic) -> sympy.Expr:
-    """The integer expression that a rounded one equals as far as small numbers can tell."""
-    return value.replace(Rounded, lambda inner: inner)
-
-
 def _is_data(tensor: SymbolicTensor) -> bool:
     """Whether a tensor holds elements nothing is known of, in a dtype that is not computed with."""
     known = tensor.dtype in (torch.bool, *EXACT_INTEGERS)
-    return not known and all(
-        not as_number(value) and not value.has(Rounded) for value, _ in pairs(tensor.value)
-    )
+    return not known and all(not as_number(value) and not value.has(Rounded) for value, _ in pairs(tensor.value))
 
 
 def _compare_data(
@@ -218,12 +211,12 @@ def _logic(connective: Callable[..., sympy.Basic]) -> Rule:
 
 rule(Kind.AND)(_logic(sympy.And))
 rule(Kind.OR)(_logic(sympy.Or))
-rule(Kind.XOR)(_logic(lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b))))
+rule(Kind.XOR)(_logic(lambda a, b: sympy.Or(sympy.And(a, negation(b)), sympy.And(negation(a), b))))
 
 
 @rule(Kind.NOT)
 def _not(run: Interpreter, example: torch.Tensor, input: Any) -> sympy.Basic:
-    return sympy.Not(boolean(run.operand(input), shape_of(example)))
+    return negation(boolean(run.operand(input), shape_of(example)))
 
 
 @rule(Kind.CAST)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import sympy
 import torch
@@ -16,7 +17,7 @@ from infllm_pass.masks.values import NotFollowed
 _MOST_CASES = 12
 
 
-class Cases(sympy.Basic):
+class Cases(sympy.Basic):  # type: ignore[misc]
     """``Cases(v1, c1, v2, c2, …)``: the value whose condition holds; exactly one does, whatever the index."""
 
 
@@ -27,6 +28,15 @@ class Rounded(sympy.Function):  # type: ignore[misc]
 
 
 Pair = tuple[sympy.Basic, sympy.Basic]
+
+
+def negation(condition: sympy.Basic) -> sympy.Basic:
+    """Where a condition does not hold, with the negations at its tests, so that contradictions cancel."""
+    if isinstance(condition, sympy.And):
+        return sympy.Or(*map(negation, condition.args))
+    if isinstance(condition, sympy.Or):
+        return sympy.And(*map(negation, condition.args))
+    return sympy.Not(condition)
 
 
 def pairs(value: sympy.Basic) -> list[Pair]:
@@ -45,12 +55,27 @@ def choose(cases: Iterable[Pair]) -> sympy.Basic:
     merged: dict[sympy.Basic, sympy.Basic] = {}
     for value, condition in cases:
         if condition != sympy.false:
+            value = sympy.Integer(0) if _is_zero_under(value, condition) else value
             merged[value] = sympy.Or(merged[value], condition) if value in merged else condition
     if len(merged) == 1:
         return next(iter(merged))
     if not merged or len(merged) > _MOST_CASES:
         raise NotFollowed("it takes too many different values")
     return Cases(*itertools.chain.from_iterable(merged.items()))
+
+
+def unrounded(value: sympy.Basic) -> sympy.Expr:
+    """The integer expression that a rounded one equals as far as small numbers can tell."""
+    return value.replace(Rounded, lambda inner: inner)
+
+
+def _is_zero_under(value: sympy.Basic, condition: sympy.Basic) -> bool:
+    """Whether a condition says that a rounded integer expression is 0."""
+    if not value.has(Rounded):
+        return False
+    plain = sympy.expand(unrounded(value))
+    equations = (part for part in sympy.And.make_args(condition) if isinstance(part, sympy.Eq))
+    return any(sympy.expand(part.lhs - part.rhs) in (plain, sympy.expand(-plain)) for part in equations)
 
 
 def combine(function: Callable[..., sympy.Basic], *values: sympy.Basic) -> sympy.Basic:
@@ -118,9 +143,7 @@ def rounded_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Basic:
 
 
 @cache
-def computed(
-    operation: Callable[..., torch.Tensor], dtype: torch.dtype, a: sympy.Expr, b: sympy.Expr
-) -> sympy.Expr:
+def computed(operation: Callable[..., Any], dtype: torch.dtype, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     """What an operation on two numbers gives in a dtype.
 
     Operands may be rounded to the dtype before the operation or not, as kernels differ in it.

@@ -83,7 +83,9 @@ def build(expression: sympy.Basic, site: Site) -> Any:
         parts = sympy.fraction(sympy.together(expression.args[0]))
         return site.call(operator.floordiv, *(build(part, site) for part in parts))
     parts = [build(part, site) for part in expression.args]
-    kind = next(kind for kind in (*_RELATIONS, *_LOGIC, *_ARITHMETIC, sympy.Not, sympy.Mod) if isinstance(expression, kind))
+    kind = next(
+        kind for kind in (*_RELATIONS, *_LOGIC, *_ARITHMETIC, sympy.Not, sympy.Mod) if isinstance(expression, kind)
+    )
     if kind is sympy.Not:
         return site.call(torch.logical_not, *parts)
     if kind is sympy.Mod:

@@ -64,7 +64,8 @@ def _shared_rank(run: Interpreter, entries: list[Any], tensors: list[int]) -> in
     plain = all(entry is None or isinstance(entry, slice) for i, entry in enumerate(entries) if i not in tensors)
     if not adjacent or not plain:
         raise NotFollowed("it mixes index tensors with other indices")
-    return max(run.facts.example(entries[place]).dim() for place in tensors)
+    ranks: list[int] = [run.facts.example(entries[place]).dim() for place in tensors]
+    return max(ranks)
 
 
 def _gathered(run: Interpreter, entry: fx.Node, block: tuple[sympy.Expr, ...], first: int) -> sympy.Expr:

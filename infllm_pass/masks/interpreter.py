@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import sympy
@@ -47,12 +46,19 @@ class Unknown:
         node: its node.
         why: what could not be followed, in words.
         readable: whether other code of the graph can read it; not what lives inside ``vmap`` or a mask function.
+        cause: another tensor, computed by the graph, that is unknown as well and that this one is computed from.
     """
 
     facts: GraphFacts
     node: fx.Node
     why: str
     readable: bool
+    cause: Unknown | None = None
+
+    @property
+    def origin(self) -> Unknown:
+        """The first tensor that could not be followed on the way to this one."""
+        return self if self.cause is None else self.cause.origin
 
 
 class Interpreter:
@@ -80,10 +86,6 @@ class Interpreter:
         self._seeds = dict(seeds or {})
         self._values: dict[fx.Node, SymbolicTensor] = {}
         self._outer = {} if outer is None else {outer.facts: outer}
-
-    @cached_property
-    def _hidden(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
-        return vmaps.hidden_axes(self.facts.graph)
 
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
         """The symbolic value of a node, or None if it is not a tensor.
@@ -142,16 +144,24 @@ class Interpreter:
 
     def _name(self, node: fx.Node, why: str) -> tuple[str, Sequence[sympy.Symbol]]:
         """A name for a node's element, and the hidden indices that it may depend on."""
-        name = f"{node.name}@{id(self.facts):x}"
-        hidden = () if node.op in ("placeholder", "get_attr") else (*self._hidden.get(node, ()), *self._seeds.values())
-        self.unknowns[name] = Unknown(self.facts, node, why, not hidden and not self._hidden.get(node))
+        name = self._name_of(node)
+        under = self.facts.hidden_axes.get(node, ())
+        hidden = () if node.op in ("placeholder", "get_attr") else (*under, *self._seeds.values())
+        inputs = (self._name_of(source) for source in node.all_input_nodes if source in self._values)
+        causes = (self.unknowns[source] for source in inputs if source in self.unknowns and source not in self.scans)
+        cause = next((unknown for unknown in causes if unknown.node.op not in ("placeholder", "get_attr")), None)
+        readable = not hidden and not self.facts.hidden_axes.get(node)
+        self.unknowns[name] = Unknown(self.facts, node, why, readable, cause)
         return name, hidden
 
+    def _name_of(self, node: fx.Node) -> str:
+        return f"{node.name}@{id(self.facts):x}"
+
     def _apply_rule(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor:
+        if node in self.facts.held.tensors:
+            raise NotFollowed("a module holds it, and its values are none of the forms that the prover knows")
         if node in self.leaves or node.op == "placeholder":
             raise NotFollowed("it is an input of the graph, so it is data")
-        if node.op == "get_attr":
-            raise NotFollowed("it is a tensor without a closed form that the prover knows")
         call = read(node)
         rule = None if call is None else RULES.get(call.kind)
         if call is None or rule is None:

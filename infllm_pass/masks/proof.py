@@ -14,6 +14,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from infllm_pass.masks.cases import negation
 from infllm_pass.masks.emission import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.predicate import (
@@ -61,7 +62,8 @@ def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPred
     key = tuple(values)
     if key not in interpreter.proofs:
         interpreter.proofs[key] = _Reader(interpreter, terms[0].node).read(sympy.And(*values))
-    return interpreter.proofs[key]
+    proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
+    return proof
 
 
 @dataclass
@@ -84,14 +86,33 @@ class _Reader:
         rest = [smaller for part in rest for smaller in sympy.And.make_args(_conjunction(part))]
         known: set[sympy.Basic] = set()
         for part in sorted(rest, key=lambda part: isinstance(part, sympy.Or)):
-            implied = isinstance(part, sympy.Or) and not known.isdisjoint(map(_canonical, part.args))
-            if part == sympy.true or implied:
+            smaller = self._without_impossible(part)
+            implied = isinstance(smaller, sympy.Or) and not known.isdisjoint(map(_canonical, smaller.args))
+            if smaller == sympy.true or implied:
                 continue
-            refusal = self._read_part(part)
+            refusal = self._read_part(smaller)
             if refusal is not None:
                 return refusal
-            known.add(_canonical(part))
+            known.add(_canonical(smaller))
         return self._normal_form()
+
+    def _without_impossible(self, part: sympy.Basic) -> sympy.Basic:
+        """A disjunction without the limits that the limits read so far rule out, nor those that another implies."""
+        if not isinstance(part, sympy.Or):
+            return part
+        kept: list[tuple[sympy.Basic, _Limit | None]] = []
+        for test in part.args:
+            limit = _limit(test)
+            if limit is None or not self._is_impossible(limit):
+                kept.append((test, limit))
+        return sympy.Or(
+            *(test for test, limit in kept if not any(_is_looser(other, limit) for _, other in kept)), evaluate=False
+        )
+
+    def _is_impossible(self, limit: _Limit) -> bool:
+        if limit.upper:
+            return self.first is not None and sympy.expand(self.first - limit.distance).is_positive is True
+        return self.offset is not None and sympy.expand(limit.distance - self.offset).is_positive is True
 
     def _read_part(self, part: sympy.Basic) -> UnprovenMask | None:
         limit = _limit(part)
@@ -118,7 +139,9 @@ class _Reader:
         if excess.is_nonpositive is True:
             setattr(self, name, new)
         elif excess.is_nonnegative is not True:
-            return UnprovenMask(self.mask, f"it has two limits, {old} and {new}, of which neither is always the tighter")
+            return UnprovenMask(
+                self.mask, f"it has two limits, {old} and {new}, of which neither is always the tighter"
+            )
         return None
 
     def _read_condition(self, part: sympy.Basic) -> UnprovenMask | None:
@@ -238,6 +261,14 @@ def _limit(part: sympy.Basic) -> _Limit | None:
     return _Limit(rest, True) if weight > 0 else _Limit(-rest, False)
 
 
+def _is_looser(a: _Limit | None, b: _Limit | None) -> bool:
+    """Whether a limit allows all that another one in the same direction allows, and more."""
+    if a is None or b is None or a.upper is not b.upper:
+        return False
+    slack = sympy.expand(a.distance - b.distance)
+    return bool((slack if a.upper else -slack).is_positive)
+
+
 def _canonical(part: sympy.Basic) -> sympy.Basic:
     """One spelling for the inequalities that say the same of integers."""
     slack = _slack(part)
@@ -258,7 +289,7 @@ def _steady(scan: Scan) -> Iterable[tuple[type[AppliedUndef], tuple[sympy.Expr, 
     """Tensors that grow by a constant wherever a scan does not step: ``x(index at t) - x(index at t - 1) == c``."""
     here = axis(scan.dim)
     inside = scan.condition.xreplace({sympy.Eq(here, 0): sympy.false, sympy.Ne(here, 0): sympy.true})
-    for part in sympy.And.make_args(sympy.Not(inside)):
+    for part in sympy.And.make_args(negation(inside)):
         if not isinstance(part, sympy.Eq):
             continue
         difference = sympy.expand(part.lhs - part.rhs)
@@ -288,4 +319,3 @@ def readable(part: sympy.Basic) -> str:
     }
     symbols = {symbol: sympy.Symbol(symbol.name.split("@")[0]) for symbol in spelled.free_symbols}
     return str(spelled.xreplace(functions).xreplace(symbols))
-

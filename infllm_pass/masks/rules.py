@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from infllm_pass.masks.cases import Cases, Rounded, as_number, choose, pairs
+from infllm_pass.masks.cases import Cases, Rounded, as_number, choose, negation, pairs
 from infllm_pass.masks.values import NotFollowed, SymbolicTensor, size
 from infllm_pass.vocabulary import Kind
 
@@ -71,7 +71,7 @@ def numeric(tensor: SymbolicTensor, shape: tuple[sympy.Expr, ...]) -> sympy.Basi
     """
     value = tensor.broadcast_to(shape)
     if tensor.dtype == torch.bool:
-        return choose([(ONE, value), (ZERO, sympy.Not(value))])
+        return choose([(ONE, value), (ZERO, negation(value))])
     if tensor.dtype in EXACT_INTEGERS:
         return value
     for case, _ in pairs(value):

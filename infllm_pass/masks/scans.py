@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from infllm_pass.masks.arithmetic import compare
-from infllm_pass.masks.cases import Cases, choose, combine, pairs, truth
+from infllm_pass.masks.cases import Cases, choose, combine, negation, pairs, truth
 from infllm_pass.masks.rules import EXACT_INTEGERS, ONE, ZERO, dim_of, numeric, rule, shape_of
 from infllm_pass.masks.values import NotFollowed, SymbolicTensor, axis, same
 from infllm_pass.vocabulary import Kind
@@ -58,14 +58,14 @@ def _diff(
     at_start = values.value.xreplace({axis(along): ZERO})
     inner = combine(lambda a, b: sympy.expand(a - b), values.value, previous)
     outer = combine(lambda a, b: sympy.expand(a - b), at_start, head)
-    if not isinstance(inner, Cases) and not isinstance(outer, Cases):
-        if same(inner.xreplace({axis(along): ZERO}), outer):
-            return inner
+    plain = not isinstance(inner, Cases) and not isinstance(outer, Cases)
+    if plain and same(inner.xreplace({axis(along): ZERO}), outer):
+        return inner
     start = sympy.Eq(axis(along), 0)
     return choose(
         [
             *((value, sympy.And(start, test)) for value, test in pairs(outer)),
-            *((value, sympy.And(sympy.Not(start), test)) for value, test in pairs(inner)),
+            *((value, sympy.And(negation(start), test)) for value, test in pairs(inner)),
         ]
     )
 
@@ -85,4 +85,3 @@ def _cumsum(
         raise NotFollowed("it sums data that may be other than 0 and 1")
     condition = truth(lambda a: compare(sympy.Ne, a, ZERO, rounds=False), value)
     return Scan(along, condition)
-

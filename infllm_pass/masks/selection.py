@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from infllm_pass.masks.arithmetic import cast
-from infllm_pass.masks.cases import choose, exact, pairs, rounded_to
+from infllm_pass.masks.cases import choose, exact, negation, pairs, rounded_to
 from infllm_pass.masks.constants import ClosedForm
 from infllm_pass.masks.rules import Rule, boolean, rule, shape_of
 from infllm_pass.masks.values import NotFollowed, SymbolicTensor, axis
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def select(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
     """``yes`` where the condition holds, else ``no``."""
     if dtype == torch.bool:
-        return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+        return sympy.Or(sympy.And(condition, yes), sympy.And(negation(condition), no))
     return choose(
         [
             *((value, sympy.And(condition, test)) for value, test in pairs(yes)),
-            *((value, sympy.And(sympy.Not(condition), test)) for value, test in pairs(no)),
+            *((value, sympy.And(negation(condition), test)) for value, test in pairs(no)),
         ]
     )
 
@@ -75,7 +75,9 @@ def held_value(form: ClosedForm, dtype: torch.dtype) -> sympy.Basic:
     for number, value in enumerate(form.values):
         after = sympy.Gt(position, form.ends[number - 1]) if number else sympy.true
         until = sympy.Le(position, form.ends[number]) if number < len(form.ends) else sympy.true
-        runs.append((rounded_to(exact(value if isinstance(value, float) else int(value)), dtype), sympy.And(after, until)))
+        runs.append(
+            (rounded_to(exact(value if isinstance(value, float) else int(value)), dtype), sympy.And(after, until))
+        )
     if dtype == torch.bool:
         return sympy.Or(*(condition for value, condition in runs if value == sympy.true))
     if dtype.is_complex:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @rule(Kind.IDENTITY)
+@rule(Kind.DETACH)
 def _identity(run: Interpreter, example: torch.Tensor, input: Any, **_placement: Any) -> sympy.Basic:
     return run.operand(input).value
 

@@ -8,8 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.masks.cases import Rounded, as_number, pairs
-from infllm_pass.masks.arithmetic import unrounded
+from infllm_pass.masks.cases import as_number, negation, pairs
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
 from infllm_pass.masks.predicate import BATCH, HEAD, KEY, QUERY, MaskRole, MaskTerm, UnprovenMask
 from infllm_pass.masks.values import SymbolicTensor, axis, hidden_axis
@@ -42,7 +41,7 @@ def visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenM
         return _where_nothing_is_hidden(interpreter, term.node, lifted, value.dtype)
     if value.dtype != torch.bool:
         return UnprovenMask(term.node, f"it is a {value.dtype} tensor where a boolean one is expected")
-    return sympy.Not(lifted) if term.role is MaskRole.HIDE else lifted
+    return negation(lifted) if term.role is MaskRole.HIDE else lifted
 
 
 def _evaluate(interpreter: Interpreter, node: fx.Node) -> SymbolicTensor | UnprovenMask:
@@ -66,7 +65,7 @@ def _where_nothing_is_hidden(
     """Where a term that is added to the scores adds 0, provided that it hides the key everywhere else."""
     kept: list[sympy.Basic] = []
     for number, condition in pairs(value):
-        if number == 0 or _is_zero_under(number, condition):
+        if number == 0:
             kept.append(condition)
         elif not as_number(number):
             origin = first_unknown(interpreter, number)
@@ -86,20 +85,13 @@ def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:
     return bool(number <= max(HIDING_NUMBER, lowest))
 
 
-def _is_zero_under(number: sympy.Basic, condition: sympy.Basic) -> bool:
-    """Whether a condition says that a rounded integer expression is 0."""
-    if not number.has(Rounded):
-        return False
-    plain = sympy.expand(unrounded(number))
-    equations = (part for part in sympy.And.make_args(condition) if isinstance(part, sympy.Eq))
-    return any(sympy.expand(part.lhs - part.rhs) in (plain, sympy.expand(-plain)) for part in equations)
-
-
 def first_unknown(interpreter: Interpreter, value: sympy.Basic) -> Unknown | None:
-    """The earliest tensor that the interpreter could not follow among those a value depends on."""
+    """The first tensor that could not be followed among those a value depends on."""
     names = {atom.func.__name__ for atom in value.atoms(sympy.core.function.AppliedUndef)}
     names |= {symbol.name for symbol in value.free_symbols}
-    return next((unknown for name, unknown in interpreter.unknowns.items() if name in names), None)
+    found = [name for name in interpreter.unknowns if name in names]
+    found.sort(key=lambda name: name in interpreter.scans)  # sums are followed, to some extent
+    return interpreter.unknowns[found[0]].origin if found else None
 
 
 def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenMask:
@@ -127,4 +119,3 @@ def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic |
     if value.dtype != torch.bool or value.shape:
         return UnprovenMask(term.node, "its mask function does not return one boolean")
     return value.value.xreplace(dict(zip(indices, (BATCH, HEAD, QUERY, KEY), strict=True)))
-

@@ -116,6 +116,13 @@ class GraphFacts:
         return GraphFacts(graph, self._overwritten, bindings, self.held)
 
     @cached_property
+    def hidden_axes(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
+        """For each node inside ``vmap`` calls, the indices that are hidden there."""
+        from infllm_pass.masks.vmaps import hidden_axes  # which imports this module
+
+        return hidden_axes(self.graph)
+
+    @cached_property
     def size_sources(self) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
         """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number."""
         found: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
@@ -145,7 +152,12 @@ def example_of(node: fx.Node) -> Any:
 def storage(node: fx.Node) -> int | None:
     """Identity of the memory a node's tensor lives in; None for a node that is no tensor."""
     value = example_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # a tensor under vmap has no memory of its own
+    cell: int = value.untyped_storage()._cdata
+    return cell
 
 
 def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:

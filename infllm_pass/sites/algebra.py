@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import sympy
 
@@ -39,6 +40,7 @@ def simplify(expr: sympy.Expr, extents: Extents) -> sympy.Expr:
     return sympy.expand(expr.func(*parts))
 
 
+@lru_cache(maxsize=4096)
 def _divide(number: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """Quotient and remainder, term by term: ``number == quotient * divisor + remainder``."""
     quotient = rest = sympy.Integer(0)

@@ -45,7 +45,8 @@ class Reads:
         dtypes: dtypes that the two products are computed in.
         is_causal: causal flag of a fused call.
         dropout_p: dropout probability.
-        last: the node at which the tensors are read for the last time.
+        first: the node at which the tensors are read for the first time.
+        last: the node at which they are read for the last time.
     """
 
     node: fx.Node
@@ -55,6 +56,7 @@ class Reads:
     terms: tuple[MaskTerm, ...]
     scale: Any
     dtypes: tuple[torch.dtype, torch.dtype]
+    first: fx.Node
     last: fx.Node
     is_causal: Any = False
     dropout_p: Any = 0.0
@@ -72,6 +74,14 @@ class LayoutError(Exception):
     """The dimensions of an attention could not be told apart; never leaves the matchers."""
 
 
+class NoAttention(Exception):
+    """No dimension of the result belongs to queries alone, or to values alone; never leaves the matchers."""
+
+
+class OwnQueries(Exception):
+    """The queries are the same in every row of the batch, and the keys are not; never leaves the matchers."""
+
+
 class Overwrite(Exception):
     """A tensor of an attention is overwritten before the attention ends; never leaves the matchers."""
 
@@ -84,38 +94,31 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
     """The site that an attention's reads make.
 
     Raises:
-        LayoutError: its dimensions could not be told apart.
+        LayoutError, NoAttention, OwnQueries: its dimensions could not be told apart, or are not an attention's.
         Overwrite: one of its tensors is overwritten while it runs.
     """
     for reading in (reads.query, reads.key, reads.value):
-        if not layouts.stable(reading.node, reads.last):
+        if not layouts.stable(reading.node, reads.first, reads.last):
             raise Overwrite(reading.node)
     scalable = isinstance(reads.scale, float)
     chains = [
         [
             reading
-            for reading in layouts.readings(start.node, start.index, scaled=scaled)
-            if layouts.stable(reading.node, reads.last)
+            for reading, reader in layouts.readings(start.node, start.index, scaled=scaled)
+            if layouts.stable(reading.node, reader or reads.first, reads.last)
         ]
         for start, scaled in ((reads.query, scalable), (reads.key, scalable), (reads.value, False))
     ]
     plan = _plan(layouts, reads, *chains)
-    query = _choose(layouts, plan, chains[0], QUERY, FEATURE)
-    keys = _choose(layouts, plan, chains[1], KEY, FEATURE)
-    values = _choose(layouts, plan, chains[2], KEY, VALUE_FEATURE)
-    if query is None or keys is None or values is None or query.heads != plan.extents[HEAD]:
+    query = _fewest_heads(_choices(layouts, plan, chains[0], QUERY, FEATURE))
+    key_choices = _choices(layouts, plan, chains[1], KEY, FEATURE)
+    value_choices = _choices(layouts, plan, chains[2], KEY, VALUE_FEATURE)
+    keys, values = _of_equal_heads(key_choices, value_choices, plan.extents[HEAD])
+    if query is None or query.heads != plan.extents[HEAD]:
         raise LayoutError
-    if keys.heads != values.heads:
-        keys, values = (
-            _choose(layouts, plan, chain, KEY, feature, heads=max(keys.heads, values.heads, key=str))
-            or _choose(layouts, plan, chain, KEY, feature, heads=plan.extents[HEAD])
-            for chain, feature in ((chains[1], FEATURE), (chains[2], VALUE_FEATURE))
-        )
-        if keys is None or values is None or keys.heads != values.heads:
-            raise LayoutError
     full = [
-        _choose(layouts, plan, chain, KEY, feature, heads=plan.extents[HEAD]) or found
-        for chain, feature, found in ((chains[1], FEATURE, keys), (chains[2], VALUE_FEATURE, values))
+        _with_heads(choices, plan.extents[HEAD]) or found
+        for choices, found in ((key_choices, keys), (value_choices, values))
     ]
     if full[0].reading.factor != keys.reading.factor:
         full = [keys, values]
@@ -139,7 +142,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
 
 def _computed_in(layouts: Layouts, reads: Reads, chains: Sequence[Sequence[Reading]]) -> torch.dtype:
     """The dtype that the attention's precision comes to: the tensors' own, or what autocast makes of them."""
-    found = layouts.facts.example(reads.node).dtype
+    found: torch.dtype = layouts.facts.example(reads.node).dtype
     for chain, product in zip(chains, (reads.dtypes[0], reads.dtypes[0], reads.dtypes[1]), strict=True):
         own = [layouts.facts.example(reading.node).dtype for reading in (chain[0], chain[-1])]
         narrowest = min((*own, product), key=lambda dtype: dtype.itemsize)
@@ -157,7 +160,9 @@ def _plan(
     in_query, in_key, in_value = (_symbols(chain[0].index) for chain in (query, key, value))
     features = [axis for axis in axes if axis in in_value - in_query - in_key]
     queries = [axis for axis in axes if axis in in_query - in_key - in_value]
-    if len(features) != 1 or not queries:
+    if not features or not queries:
+        raise NoAttention
+    if len(features) > 1:
         raise LayoutError
     masked = [axis for axis in queries if any(axis in _symbols(term.index or ()) for term in reads.terms)]
     length = masked[0] if len(masked) == 1 else queries[-1]
@@ -165,6 +170,8 @@ def _plan(
     if any(axis not in in_query | in_key | in_value for axis in outer):
         raise LayoutError
     meaning, batch, heads = _batch_and_heads(outer, extent, in_key, query, key)
+    if any(axis not in in_query for axis in outer):
+        raise OwnQueries
     meaning |= {length: QUERY, features[0]: VALUE_FEATURE}
     key_length = layouts.shape(key[0].node)[key[0].index.index(KEY)] if KEY in key[0].index else None
     depth = layouts.shape(query[0].node)[query[0].index.index(FEATURE)] if FEATURE in query[0].index else None
@@ -242,32 +249,44 @@ class _Choice:
     heads: sympy.Expr
 
 
-def _choose(
-    layouts: Layouts,
-    plan: _Plan,
-    chain: Sequence[Reading],
-    length: sympy.Symbol,
-    feature: sympy.Symbol,
-    heads: sympy.Expr | None = None,
-) -> _Choice | None:
-    """The reading with the fewest heads (or with `heads`), then the fewest operations, then nearest to the product."""
+def _choices(
+    layouts: Layouts, plan: _Plan, chain: Sequence[Reading], length: sympy.Symbol, feature: sympy.Symbol
+) -> list[_Choice]:
+    """Every reading of a tensor that layout operators can bring to ``[B, H, L, D]``, nearest to the product first."""
     extents = dict(plan.extents)
     for part, extent in zip(chain[0].index, layouts.shape(chain[0].node), strict=True):
         symbol = simplify(part.xreplace(plan.meaning), plan.extents)
-        if symbol in extents:
+        if length is KEY and symbol in extents:
             extents[symbol] = extent  # Dynamo may give sizes that a call forces to be equal symbols of their own
     plan = _Plan(plan.meaning, extents)
-    found = [choice for reading in chain if (choice := _bring(layouts, plan, reading, length, feature)) is not None]
-    if heads is not None:
-        found = [choice for choice in found if choice.heads == heads]
-    if not found:
+    return [choice for reading in chain if (choice := _bring(layouts, plan, reading, length, feature)) is not None]
+
+
+def _of_equal_heads(keys: Sequence[_Choice], values: Sequence[_Choice], heads: sympy.Expr) -> tuple[_Choice, _Choice]:
+    """Keys and values with the fewest heads that both can have."""
+    found = _fewest_heads(keys), _fewest_heads(values)
+    counts = [choice.heads for choice in found if choice is not None]
+    for count in (*counts, heads):
+        pair = _with_heads(keys, count), _with_heads(values, count)
+        if pair[0] is not None and pair[1] is not None:
+            return pair[0], pair[1]
+    raise LayoutError
+
+
+def _fewest_heads(choices: Sequence[_Choice]) -> _Choice | None:
+    """The choice with the fewest heads, then the fewest operations, then nearest to the product."""
+    if not choices:
         return None
-    fewest = found[0].heads
-    for choice in found:
+    fewest = choices[0].heads
+    for choice in choices:
         if bool((fewest / choice.heads).is_integer):
             fewest = choice.heads
-    found = [choice for choice in found if choice.heads == fewest]
-    return min(found, key=lambda choice: len(choice.steps))
+    return _with_heads(choices, fewest)
+
+
+def _with_heads(choices: Sequence[_Choice], heads: sympy.Expr) -> _Choice | None:
+    """The choice with so many heads that takes the fewest operations, then nearest to the product."""
+    return min((choice for choice in choices if choice.heads == heads), key=lambda c: len(c.steps), default=None)
 
 
 def _bring(

@@ -11,7 +11,15 @@ from torch import fx
 from infllm_pass.masks.predicate import MaskRole, MaskTerm
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.algebra import FEATURE, KEY
-from infllm_pass.sites.assembly import LayoutError, Overwrite, Reads, assemble, out_axis
+from infllm_pass.sites.assembly import (
+    LayoutError,
+    NoAttention,
+    Overwrite,
+    OwnQueries,
+    Reads,
+    assemble,
+    out_axis,
+)
 from infllm_pass.sites.layouts import Index, Layouts, Reading
 from infllm_pass.sites.site import AttentionSite, PartialSite
 from infllm_pass.vocabulary import Call, Kind, read
@@ -36,12 +44,25 @@ def read_fused(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite |
     return site_of(layouts, reads, Reason.SHAPES, _shapes(layouts, args))
 
 
-def site_of(layouts: Layouts, reads: Reads, otherwise: Reason, reached: str) -> AttentionSite | PartialSite:
-    """The site that reads make, or how far reading them came."""
+def site_of(
+    layouts: Layouts, reads: Reads, otherwise: Reason | None, reached: str
+) -> AttentionSite | PartialSite | None:
+    """The site that reads make, or how far reading them came.
+
+    Args:
+        layouts: the graph's layout operators.
+        reads: how the attention reads its tensors.
+        otherwise: the reason where their dimensions are not those of any attention; None: then it is none.
+        reached: how far the matcher had come.
+    """
     try:
         return assemble(layouts, reads)
+    except OwnQueries:
+        return PartialSite(reads.node, Reason.CROSS_ATTENTION, reads.query.node, reached)
     except LayoutError:
-        return PartialSite(reads.node, otherwise, reads.node, reached)
+        return PartialSite(reads.node, otherwise or Reason.LAYOUT, reads.node, reached)
+    except NoAttention:
+        return None if otherwise is None else PartialSite(reads.node, otherwise, reads.node, reached)
     except Overwrite as overwrite:
         return PartialSite(reads.node, Reason.OVERWRITTEN, overwrite.node, reached)
 
@@ -74,6 +95,7 @@ def fused_reads(
         terms=tuple(term for term in terms if term is not None),
         scale=float(scale) if isinstance(scale, (int, float)) else scale,
         dtypes=(dtype, dtype),
+        first=node,
         last=node,
         is_causal=args.get("is_causal", False),
         dropout_p=args.get("dropout_p", 0.0),

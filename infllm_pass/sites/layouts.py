@@ -56,8 +56,14 @@ class Layouts:
         self.facts = facts
         self._plain = GraphFacts(facts.graph, frozenset(), facts.bindings)
         self._positions = {node: number for number, node in enumerate(facts.graph.nodes)}
+        self._steps: dict[Any, Index | None] = {}
         self._writes: list[tuple[int, int | None]] = [
             (number, storage(target)) for node, number in self._positions.items() for target in written_arguments(node)
+        ]
+        self._switches: list[tuple[int, Any]] = [
+            (number, node.args[0])
+            for node, number in self._positions.items()
+            if node.target is torch._C._set_grad_enabled
         ]
 
     def example(self, node: Any) -> Any:
@@ -95,6 +101,27 @@ class Layouts:
             return None
         if self.facts.example(source).dim() == 0:
             return ()
+        key = self._signature(node, source)
+        if key not in self._steps:
+            self._steps[key] = self._evaluate_step(node, source)
+        moved = self._steps[key]
+        place = {axis(dim): expr for dim, expr in enumerate(index)}
+        return None if moved is None else tuple(part.xreplace(place) for part in moved)
+
+    def _signature(self, node: fx.Node, source: fx.Node) -> Any:
+        """All that a layout operator's index map depends on, equal for the layers of a model."""
+
+        def described(argument: fx.Node) -> Any:
+            example = self.facts.example(argument)
+            if isinstance(example, torch.Tensor):
+                return ("source",) if argument is source else argument
+            return size(example) if isinstance(example, (int, torch.SymInt)) else argument
+
+        arguments = fx.map_arg((node.args, node.kwargs), described)
+        return node.target, repr(arguments), self.shape(source), self.shape(node)
+
+    def _evaluate_step(self, node: fx.Node, source: fx.Node) -> Index | None:
+        """The place in `source` of each element of `node`, in terms of ``axis(d)`` of `node`."""
         interpreter = Interpreter(self._plain, leaves=frozenset([source]))
         value = interpreter.evaluate(node)
         element: Any = None if value is None else value.value
@@ -102,16 +129,19 @@ class Layouts:
             element = element.lhs  # how an element of a boolean tensor is written
         if not isinstance(element, sympy.core.function.AppliedUndef):
             return None
-        owner = interpreter.unknowns.get(element.func.__name__)
-        if owner is None or owner.node is not source:
+        unknown = interpreter.unknowns.get(element.func.__name__)
+        if unknown is None or unknown.node is not source or len(element.args) != self.facts.example(source).dim():
             return None
-        return tuple(part.xreplace({axis(dim): expr for dim, expr in enumerate(index)}) for part in element.args)
+        return element.args  # type: ignore[no-any-return]
 
-    def readings(self, node: fx.Node, index: Index, *, scaled: bool) -> Iterator[Reading]:
-        """The node itself, and what it views, copies, repeats, widens or (if `scaled`) scales, nearest first."""
-        reading = Reading(node, index)
+    def readings(self, node: fx.Node, index: Index, *, scaled: bool) -> Iterator[tuple[Reading, fx.Node | None]]:
+        """The node itself, and what it views, copies, repeats, widens or (if `scaled`) scales, nearest first.
+
+        With each the node of the chain that reads it, None for the first.
+        """
+        reading, reader = Reading(node, index), None
         while True:
-            yield reading
+            yield reading, reader
             call = read(reading.node)
             if call is None:
                 return
@@ -126,7 +156,9 @@ class Layouts:
                     moved, factor = reading.index, number
             if moved is None or not isinstance(source, fx.Node) or not self.is_tensor(source):
                 return
-            reading = Reading(source, moved, reading.factor * factor)
+            if self.gradients(reading.node) != self.gradients(node):
+                return
+            reading, reader = Reading(source, moved, reading.factor * factor), reading.node
 
     def scaling(self, kind: Kind, args: dict[str, Any]) -> tuple[fx.Node | None, float | None]:
         """For a product or quotient of a tensor and a number, the tensor and what it is multiplied with."""
@@ -151,11 +183,24 @@ class Layouts:
         floats = before.is_floating_point and after.is_floating_point
         return bool(floats and torch.promote_types(before, after) == after)
 
-    def stable(self, node: fx.Node, later: fx.Node) -> bool:
-        """Whether nothing writes to a node's memory between it and a later node."""
+    def gradients(self, node: fx.Node) -> Any:
+        """Whether a node is computed with gradients; None where the graph does not say, as everywhere in most."""
+        return next((mode for number, mode in reversed(self._switches) if number < self._positions[node]), None)
+
+    def disturbed(self, path: Sequence[fx.Node], end: fx.Node) -> fx.Node | None:
+        """A node of a path that something beside the path writes to before the path ends."""
+        inside, last = {self._positions[node] for node in path}, self._positions[end]
+        for node in path:
+            cell, first = storage(node), self._positions[node]
+            if any(first < at <= last and at not in inside and written == cell for at, written in self._writes):
+                return node
+        return None
+
+    def stable(self, node: fx.Node, reader: fx.Node, later: fx.Node) -> bool:
+        """Whether nothing writes to a node's memory between a node that reads it and a later one."""
         if not self.facts.is_overwritten(node):
             return True
         cell = storage(node)
         times = [number for number, written in self._writes if written == cell]
-        first, last = self._positions[node], self._positions[later]
+        first, last = self._positions[reader], self._positions[later]
         return bool(times) and not any(first < number <= last for number in times)

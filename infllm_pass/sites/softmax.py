@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import sympy
 from torch import fx
 
+from infllm_pass.liveness import live_users
 from infllm_pass.masks.predicate import MaskRole, MaskTerm
+from infllm_pass.masks.terms import hides
 from infllm_pass.masks.values import axis
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.algebra import FEATURE, KEY
@@ -48,10 +50,17 @@ def read_handwritten(layouts: Layouts, node: fx.Node) -> AttentionSite | Partial
     reached = "scores, softmax and product with values found"
     if weights.stop is not None:
         return PartialSite(node, weights.stop.reason, weights.stop.node, reached)
+    path, end = (*scores.path, *weights.path), weights.product.node
+    overwritten = layouts.disturbed(path, end)
+    if overwritten is not None:
+        return PartialSite(node, Reason.OVERWRITTEN, overwritten, reached)
+    detached = next((part for part in path if layouts.gradients(part) != layouts.gradients(end)), None)
+    if detached is not None:
+        return PartialSite(node, Reason.DETACHED, detached, reached)
     reads = _reads(layouts, weights, scores)
     if reads is None:
         return None
-    return site_of(layouts, reads, Reason.LAYOUT, reached)
+    return site_of(layouts, reads, None, reached)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def _follow_weights(layouts: Layouts, softmax: fx.Node) -> _Weights | None:
     stop: _Stop | None = None
     while True:
         current = path[-1]
-        users = [user for user in current.users if not _reads_size(user)]
+        users = [user for user in live_users(current) if not _reads_size(user)]
         onward = [user for user in users if _carries(layouts, user, current)]
         products = [product for user in users if (product := read_product(layouts, user)) is not None]
         if len(users) > 1 and stop is None:
@@ -110,7 +119,8 @@ def _follow_weights(layouts: Layouts, softmax: fx.Node) -> _Weights | None:
             if call.args.get("training", True) is not False:
                 dropout_p = call.args.get("p", 0.5)
         elif not onward and stop is None:
-            stop = _Stop(nearest, Reason.PARTIAL_MATCH, True)
+            detached = call is not None and call.kind is Kind.DETACH
+            stop = _Stop(nearest, Reason.DETACHED if detached else Reason.PARTIAL_MATCH, True)
         path.append(nearest)
 
 
@@ -158,12 +168,14 @@ class _Scores:
         index: where its result is read, in terms of `out_axis` and `KEY`.
         factor: what the product is multiplied with.
         terms: what masks the scores.
+        path: the nodes from the product to what the softmax reads.
     """
 
     product: Product
     index: Index
     factor: float
     terms: tuple[MaskTerm, ...] = ()
+    path: tuple[fx.Node, ...] = ()
 
 
 def _follow_scores(layouts: Layouts, node: Any, index: Index, factor: float) -> _Scores | _Stop:
@@ -175,6 +187,11 @@ def _follow_scores(layouts: Layouts, node: Any, index: Index, factor: float) -> 
         index: where it is read.
         factor: what its elements are multiplied with before the softmax.
     """
+    found = _scores_behind(layouts, node, index, factor)
+    return replace(found, path=(*found.path, node)) if isinstance(found, _Scores) else found
+
+
+def _scores_behind(layouts: Layouts, node: Any, index: Index, factor: float) -> _Scores | _Stop:
     if not layouts.is_tensor(node):
         return _Stop(node, Reason.PARTIAL_MATCH, False)
     product = read_product(layouts, node)
@@ -194,7 +211,7 @@ def _written(layouts: Layouts, node: fx.Node) -> Call | None:
     """An in-place operator on memory that nothing else reads, as what it computes."""
     call = read_in_place(node)
     target = None if call is None else call.args.get("input")
-    if not isinstance(target, fx.Node) or len(target.users) != 1:
+    if not isinstance(target, fx.Node) or len(live_users(target)) != 1:
         return None
     source = read(target)
     fresh = source is not None and source.kind not in LAYOUT_KINDS | {Kind.CAST}
@@ -261,6 +278,11 @@ def _where(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: fl
     return max(stops, key=lambda stop: stop.behind_product)
 
 
+def _detached(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
+    found = _follow_scores(layouts, call.args.get("input"), index, factor)
+    return _Stop(node, Reason.DETACHED, True) if isinstance(found, _Scores) else found
+
+
 def _capped(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
     found = _follow_scores(layouts, call.args.get("input"), index, factor)
     return _Stop(node, Reason.SOFT_CAP, True) if isinstance(found, _Scores) else found
@@ -283,6 +305,7 @@ _SCORE_RULES: dict[Kind, Any] = {
     Kind.MASKED_FILL: _filled,
     Kind.WHERE: _where,
     Kind.TANH: _capped,
+    Kind.DETACH: _detached,
     Kind.CAT: _joined,
 }
 
@@ -320,10 +343,9 @@ def _hide(
 ) -> _Scores | _Stop:
     """Scores of which some are set to a number, which hides their keys if it is the least there is."""
     value = read_number(layouts.facts, fill)
-    least = torch.finfo(layouts.facts.example(node).dtype).min
     if value is None:
         return _Stop(node, Reason.PARTIAL_MATCH, True)
-    if not value * factor <= least or factor <= 0.0:
+    if not hides(sympy.sympify(value * factor), layouts.facts.example(node).dtype) or factor <= 0.0:
         return _Stop(node, Reason.SOFT_MASK, True, f", masked scores are set to {value}")
     return _with_term(layouts, found, node, mask, role, index, factor)
 
@@ -363,7 +385,8 @@ def _reads(layouts: Layouts, weights: _Weights, scores: _Scores) -> Reads | None
         value=Reading(product.operands[1 - weights.side], value),
         terms=scores.terms,
         scale=scores.factor,
-        dtypes=tuple(layouts.facts.example(node).dtype for node in (scores.product.node, product.node)),  # type: ignore[arg-type]
+        dtypes=(layouts.facts.example(scores.product.node).dtype, layouts.facts.example(product.node).dtype),
+        first=scores.product.node,
         last=product.node,
         dropout_p=weights.dropout_p,
     )

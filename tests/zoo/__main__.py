@@ -1,0 +1,46 @@
+"""``python -m tests.zoo``: examine the zoo, write the table and the decisions; with names, show those alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from .running import Result, names, run_zoo, serve
+from .table import DECISIONS, TABLE, decisions, markdown
+
+
+def main() -> int:
+    """Run as the arguments say; the exit status is 1 where numbers differ."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", help="architectures to examine; without any: all, and the files are written"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve()
+        return 0
+    wanted = [place for place in names() if not arguments.names or place[1] in arguments.names]
+    results = []
+    for result in run_zoo(wanted, arguments.workers):
+        results.append(result)
+        _show(result)
+    if not arguments.names:
+        TABLE.write_text(markdown(results))
+        DECISIONS.write_text(json.dumps(decisions(results), indent=1) + "\n")
+    return int(any(not finding.equal for r in results for kinds in r.findings.values() for finding in kinds.values()))
+
+
+def _show(result: Result) -> None:
+    if result.unbuilt:
+        print(f"{result.architecture}: cannot be built: {result.unbuilt}", flush=True)
+    for implementation, kinds in result.findings.items():
+        for kind, finding in kinds.items():
+            verdict = "equal" if finding.equal else f"DIFFERS {finding.error}"
+            print(f"{result.architecture}/{implementation} {kind}: {verdict} {finding}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
