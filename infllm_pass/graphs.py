@@ -61,13 +61,19 @@ def held_tensors(root: fx.GraphModule, inputs: Sequence[object]) -> HeldTensors:
     found: dict[fx.Node, torch.Tensor] = {}
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
-        if isinstance(value, torch.Tensor) and "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+        if isinstance(value, torch.Tensor) and _is_held_by_module(node):
             found[node] = value
     for node in root.graph.nodes:
         value = _attribute(root, node)
         if isinstance(value, torch.Tensor):
             found[node] = value
     return HeldTensors(found)
+
+
+def _is_held_by_module(node: fx.Node) -> bool:
+    """Whether Dynamo reached an input through a module; an argument may be another tensor at every call."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return "NN_MODULE" in getattr(getattr(source, "guard_source", None), "name", "")
 
 
 def _walk(

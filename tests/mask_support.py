@@ -71,6 +71,7 @@ def captured(function, *inputs, dynamic=None, **kwargs):
     seen = []
 
     def backend(module, example_inputs):
+        module.meta["held"] = held_tensors(module, example_inputs)  # Dynamo drops the inputs' sources later
         seen.append((module, list(example_inputs)))
         return module.forward
 
@@ -80,9 +81,9 @@ def captured(function, *inputs, dynamic=None, **kwargs):
     return module, [value.node.hint if isinstance(value, torch.SymInt) else value for value in values]
 
 
-def prove_output(module, inputs):
+def prove_output(module):
     """The proof of the tensors that a graph returns, taken as masks of one site, and the graph's facts."""
-    facts = all_graphs(module, held_tensors(module, inputs))[0].facts
+    facts = all_graphs(module, module.meta["held"])[0].facts
     output = next(node for node in module.graph.nodes if node.op == "output")
     terms = []
     for node in output.args[0]:

@@ -54,7 +54,7 @@ FLOATS = {
 @pytest.mark.parametrize("form", FLOATS)
 def test_causal_masks_of_numbers_are_proved(form, dynamic):
     module, inputs = captured(FLOATS[form], torch.randn(2, LENGTH, 4), dynamic=dynamic)
-    proof, _ = prove_output(module, inputs)
+    proof, _ = prove_output(module)
     assert str(proof) == "causal", proof
     assert proof.causal_offset == 0
     check_proof(proof, module, inputs)
@@ -182,7 +182,7 @@ COMBINED = {
 def test_what_a_causal_mask_is_combined_with_is_proved(form, dynamic):
     build, expected = COMBINED[form]
     module, inputs = captured(build, torch.randint(0, 3, (2, LENGTH, 4)).float(), dynamic=dynamic)
-    proof, _ = prove_output(module, inputs)
+    proof, _ = prove_output(module)
     assert str(proof) == expected, proof
     assert proof.causal_offset == 0
     check_proof(proof, module, inputs)
@@ -195,7 +195,7 @@ def test_order_of_positions_within_packed_sequences_is_order_of_indices(window, 
         return packed(positions) & (positions[:, None, None, :] > positions[:, None, :, None] - 3)
 
     module, inputs = captured(packed if window is None else narrow, POSITIONS, dynamic=dynamic)
-    proof, _ = prove_output(module, inputs)
+    proof, _ = prove_output(module)
     assert str(proof) == ("causal, packed sequences" if window is None else "causal, window 3, packed sequences"), proof
     check_proof(proof, module, inputs)
 
@@ -282,6 +282,19 @@ NEAR_MISSES = {
         lambda p: causal(p.shape[1]) | (torch.arange(p.shape[1]) < p[:, :1])[:, None, None, :],
         "it is an input of the graph",
     ),
+    "memory of floats taken for integers": (
+        lambda p: torch.where(causal(p.shape[1]), 1.0, 0.0).view(torch.int32) == 1,
+        "another dtype",
+    ),
+    "a number that a narrow dtype does not hold": (
+        lambda p: torch.ones(p.shape[1], p.shape[1], dtype=torch.uint8).tril() == -255,
+        "does not hold",
+    ),
+    "numbers of a narrow dtype that overflow": (
+        lambda p: causal(p.shape[1]).to(torch.int8) * 127 + 2 < 0,
+        "does not hold",
+    ),
+    "complex numbers": (lambda p: causal(p.shape[1]).to(torch.complex64) == 1, "does not hold"),
     "a list as index": (
         lambda p: causal(p.shape[1])[[0, 1, 0]][:, :3],
         "list",
@@ -293,8 +306,8 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("form", NEAR_MISSES)
 def test_near_misses_stay_unproven_and_say_why(form, dynamic):
     build, words = NEAR_MISSES[form]
-    module, inputs = captured(build, POSITIONS, dynamic=dynamic)
-    proof, _ = prove_output(module, inputs)
+    module, _inputs = captured(build, POSITIONS, dynamic=dynamic)
+    proof, _ = prove_output(module)
     assert isinstance(proof, UnprovenMask), proof
     assert words in proof.why
 
@@ -304,8 +317,8 @@ def test_a_limit_for_each_row_keeps_its_offsets():
         index = torch.arange(LENGTH)
         return index <= index[:5, None] + starts[:, None, None, None]
 
-    module, inputs = captured(build, torch.tensor([3, 7]))
-    proof, _ = prove_output(module, inputs)
+    module, _inputs = captured(build, torch.tensor([3, 7]))
+    proof, _ = prove_output(module)
     assert isinstance(proof, MaskPredicate)
     assert proof.causal_offset.is_number is False
 
@@ -326,6 +339,8 @@ class Buffers(nn.Module):
         self.register_buffer("scattered", torch.rand(size, size) > 0.5)
         self.register_buffer("spoiled", self.bias.clone())
         self.spoiled[0, 0, 30, 2] = False
+        self.weight = nn.Parameter(torch.ones(size, size).tril(), requires_grad=False)
+        self.register_buffer("count", torch.tensor(3))
         self.plain = torch.ones(size, size).tril().bool()
 
     def forward(self, x):
@@ -359,7 +374,7 @@ def test_buffers_are_read_by_value(form, dynamic):
     build, expected = BUFFERS[form]
     model = Buffers(build)
     module, inputs = captured(model, torch.randn(2, LENGTH, 4), dynamic=dynamic)
-    proof, facts = prove_output(module, inputs)
+    proof, facts = prove_output(module)
     assert str(proof) == expected, proof
     assert facts.held.readings
     check_proof(proof, module, inputs)
@@ -370,14 +385,15 @@ NOT_READ = {
     "one element away": (lambda m, x, n: m.spoiled[:, :, :n, :n], "none of the forms"),
     "written by the graph": (lambda m, x, n: m.plain.logical_not_()[:n, :n], "overwrites"),
     "an argument": (lambda m, x, n: x[0, :, :1] != 0, "input of the graph"),
+    "a parameter": (lambda m, x, n: m.weight[:n, :n] == 1, "none of the forms"),
 }
 
 
 @pytest.mark.parametrize("form", NOT_READ)
 def test_other_tensors_are_not_read_by_value(form):
     build, words = NOT_READ[form]
-    module, inputs = captured(Buffers(build), torch.randn(2, LENGTH, 4))
-    proof, _ = prove_output(module, inputs)
+    module, _inputs = captured(Buffers(build), torch.randn(2, LENGTH, 4))
+    proof, _ = prove_output(module)
     assert isinstance(proof, UnprovenMask)
     assert words in proof.why
 
@@ -413,7 +429,7 @@ def test_mask_functions_expanded_by_vmap_are_followed(form, dynamic):
     build, expected = EXPANDED[form]
     x = torch.randint(0, 2, (2, LENGTH, 4)).float()
     module, inputs = captured(lambda x: expanded_mask(x, build(x)), x, dynamic=dynamic)
-    proof, _ = prove_output(module, inputs)
+    proof, _ = prove_output(module)
     assert str(proof) == expected, proof
     if dynamic is False:
         visible = expanded_mask(x, build(x)).expand(2, 1, LENGTH, LENGTH)
@@ -423,8 +439,8 @@ def test_mask_functions_expanded_by_vmap_are_followed(form, dynamic):
 def test_what_is_unknown_inside_vmap_depends_on_every_index():
     """`roll` is not followed: its element may be another one for each query and key."""
     build = lambda b, h, q, k: (k <= q) & (torch.stack([k, q]).roll(1)[0] > 3)  # noqa: E731
-    module, inputs = captured(lambda x: expanded_mask(x, build), torch.randn(2, LENGTH, 4))
-    proof, _ = prove_output(module, inputs)
+    module, _inputs = captured(lambda x: expanded_mask(x, build), torch.randn(2, LENGTH, 4))
+    proof, _ = prove_output(module)
     assert isinstance(proof, UnprovenMask), proof
 
 
@@ -446,3 +462,15 @@ def test_a_mask_function_of_flex_attention_is_read_with_its_indices_and_tensors(
     (site,) = find_sites(facts)
     proof = prove_terms(Interpreter(facts), site.masks)
     assert str(proof) == "causal, window 7, padded keys, packed sequences", proof
+
+
+def test_a_counter_in_a_buffer_is_not_read():
+    """It would change from call to call; the offset stays its name."""
+
+    def build(module, x, n):
+        return torch.arange(n) <= torch.arange(n)[:, None] + module.count
+
+    module, _inputs = captured(Buffers(build), torch.randn(2, LENGTH, 4))
+    proof, facts = prove_output(module)
+    assert "count" in str(proof.causal_offset)
+    assert not facts.held.readings

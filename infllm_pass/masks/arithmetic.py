@@ -140,9 +140,20 @@ def _comparison(relation: Callable[[sympy.Expr, sympy.Expr], sympy.Basic]) -> Ru
             return _compare_data(relation, a, b, shape)
         rounds = a.dtype.is_floating_point or b.dtype.is_floating_point
         values = numeric(a, shape), numeric(b, shape)
+        for side, other_value in ((a, values[1]), (b, values[0])):
+            _check_held(side.dtype, other_value)
         return truth(lambda x, y: compare(relation, x, y, rounds), *values)
 
     return apply
+
+
+def _check_held(dtype: torch.dtype, value: sympy.Basic) -> None:
+    """Check that a narrow integer dtype holds what its tensor is compared with, which may be cast to it."""
+    if dtype.is_floating_point or dtype in (torch.bool, *EXACT_INTEGERS):
+        return
+    for number, _ in pairs(value):
+        if as_number(number) and rounded_to(number, dtype) != number:
+            raise NotFollowed(f"it compares a {dtype} tensor with {number}, which that dtype does not hold")
 
 
 def compare(

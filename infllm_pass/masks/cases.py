@@ -133,7 +133,7 @@ def rounded_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Basic:
     if dtype.is_floating_point:
         with _disable_current_modes():
             return exact(float(torch.tensor(float(number), dtype=torch.float64).to(dtype)))
-    if not number.is_finite:
+    if dtype.is_complex or not number.is_finite:
         raise NotFollowed(f"{dtype} does not hold {number}")
     whole = int(number)  # towards zero, as a cast does
     bounds = torch.iinfo(dtype)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 _ROWS_AT_ONCE = 1024
@@ -56,7 +55,7 @@ class Reading:
 
     def holds_again(self, tensor: object) -> bool:
         """Whether another or a changed tensor has the same closed form; if so, it is the one watched from now on."""
-        if not isinstance(tensor, Tensor) or not _has_version(tensor) or closed_form(tensor) != self.form:
+        if not isinstance(tensor, Tensor) or not _may_be_read(tensor) or closed_form(tensor) != self.form:
             return False
         self.tensor, self.version = weakref.ref(tensor), tensor._version
         return True
@@ -77,7 +76,7 @@ class HeldTensors:
     def read(self, node: fx.Node) -> ClosedForm | None:
         """The closed form of a held tensor; None if it has none, or if writing to it would go unseen."""
         tensor = self.tensors.get(node)
-        if tensor is None or tensor.requires_grad or isinstance(tensor, FakeTensor) or not _has_version(tensor):
+        if tensor is None or not _may_be_read(tensor):
             return None
         if node not in self.readings:
             form = closed_form(tensor)
@@ -87,8 +86,11 @@ class HeldTensors:
         return self.readings[node].form
 
 
-def _has_version(tensor: Tensor) -> bool:
-    return not tensor.is_inference()
+def _may_be_read(tensor: object) -> bool:
+    """Whether a tensor is plain data whose writes are counted; single integers are counters, which change."""
+    if type(tensor) is not Tensor or tensor.requires_grad or tensor.is_inference():  # no parameter, no subclass
+        return False
+    return tensor.numel() > 1 or tensor.is_floating_point()
 
 
 def closed_form(tensor: Tensor) -> ClosedForm | None:

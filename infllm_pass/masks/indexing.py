@@ -114,6 +114,8 @@ def _slice_start(run: Interpreter, entry: slice, extent: sympy.Expr) -> sympy.Ex
 @rule(Kind.CAT)
 def _cat(run: Interpreter, example: torch.Tensor, tensors: Any, dim: Any = 0) -> sympy.Basic:
     along = dim_of(dim, example.dim())
+    if not isinstance(tensors, (list, tuple)):
+        raise NotFollowed("what it puts together is not listed")
     value: sympy.Basic | None = None
     start: sympy.Expr = ZERO
     for part in tensors:
@@ -137,7 +139,7 @@ def _pad(
     run: Interpreter, example: torch.Tensor, input: Any, pad: Any, mode: Any = "constant", value: Any = None
 ) -> sympy.Basic:
     source = run.operand(input)
-    if mode != "constant" or len(pad) != 2:
+    if mode != "constant" or not isinstance(pad, (list, tuple)) or len(pad) != 2:
         raise NotFollowed("it pads more than the last dimension, or with other than a number")
     last = axis(example.dim() - 1)
     before = run.integer(pad[0])

@@ -64,6 +64,8 @@ def _repeat_interleave(
 @rule(Kind.RESHAPE)
 def _reshape(run: Interpreter, example: torch.Tensor, input: Any, shape: Any = ()) -> sympy.Basic:
     source = run.operand(input)
+    if source.dtype != example.dtype:
+        raise NotFollowed("it takes the memory of its numbers for another dtype")
     if ZERO in (*source.shape, *shape_of(example)):
         raise NotFollowed("it reshapes a tensor without elements")
     return source.at(_reshaped_index(source.shape, shape_of(example)))
