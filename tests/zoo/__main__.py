@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from .running import Result, names, run_zoo, serve
-from .table import DECISIONS, TABLE, decisions, markdown
+from .table import DECISIONS, TABLE, decisions, dump, markdown
 
 
 def main() -> int:
@@ -29,7 +28,7 @@ def main() -> int:
         _show(result)
     if not arguments.names:
         TABLE.write_text(markdown(results))
-        DECISIONS.write_text(json.dumps(decisions(results), indent=1) + "\n")
+        DECISIONS.write_text(dump(decisions(results)))
     return int(any(not finding.equal for r in results for kinds in r.findings.values() for finding in kinds.values()))
 
 
