@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 from infllm_pass.plan import Reason
 
-from .examination import COVERING, TOLERANCE, Finding
+from .examination import COVERING, TOLERANCES, Finding
 from .running import ROOT, Result
 from .specimens import LENGTH, Kind
-from .truth import cause_of
+from .truth import CAUSES
 
 TABLE = ROOT / "docs" / "zoo.md"
 DECISIONS = Path(__file__).parent / "expected.json"
@@ -99,8 +100,8 @@ def _bound(kinds: dict[str, Finding]) -> str:
     worst = [finding.worst for finding in kinds.values() if finding.worst is not None]
     if not worst or any(finding.error for finding in kinds.values()):
         return "-"
-    bound = next((bound for bound in (1e-12, 1e-9, 1e-6, 1e-5, TOLERANCE) if max(worst) <= bound), None)
-    return f"**{max(worst):.0e}**" if bound is None else f"{bound:.0e}"
+    bound = next(bound for bound in (1e-12, 1e-9, *sorted(TOLERANCES.values()), math.inf) if max(worst) <= bound)
+    return f"{bound:.0e}" if all(finding.equal for finding in kinds.values()) else f"**{max(worst):.0e}**"
 
 
 def _dense(architecture: str, kinds: dict[str, Finding]) -> str:
@@ -110,8 +111,8 @@ def _dense(architecture: str, kinds: dict[str, Finding]) -> str:
     if not reasons and not missed and not errors:
         return ""
     named = reasons + ["not a site"] * missed + errors
-    cause = cause_of(architecture)
-    return _cell(", ".join(named) + (f": {cause.text}" if cause is not None else ""))
+    causes = "; ".join(cause.text for cause in CAUSES.get(architecture, ()))
+    return _cell(", ".join(named) + (f": {causes}" if causes else ""))
 
 
 def _cell(text: str) -> str:
