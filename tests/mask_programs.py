@@ -363,7 +363,7 @@ class Program:
 
 @dataclass
 class Result:
-    """What became of a program: "no program", "unproven", or what it was proved to be."""
+    """What became of a program: "no program", "unproven", "not compared", or what it was proved to be."""
 
     verdict: str
 
@@ -387,21 +387,27 @@ def run_program(seed: int) -> Result:
         if not isinstance(proof, MaskPredicate):
             verdict = "unproven"
             continue
-        for checked in LENGTHS if symbolic else [length]:
-            for draw in range(DRAWS):
-                check(program, proof, checked, draw)
-        verdict = str(proof)
+        compared = [
+            check(program, proof, checked, draw)
+            for checked in (LENGTHS if symbolic else [length])
+            for draw in range(DRAWS)
+        ]
+        verdict = str(proof) if any(compared) else "not compared"
     return Result(verdict)
 
 
-def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> None:
-    """Compare a proof with the masks that the program computes for one length and one draw of values."""
+def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> bool:
+    """Compare a proof with the masks that the program computes for one length and one draw of values.
+
+    Returns:
+        Whether there was anything to compare: the program runs for the length, and its masks are those of a site.
+    """
     values = {**program.inputs(length, draw), **program.buffers}
     recorded: dict[fx.Node, object] = {}
     sizes = {}
     if program.mode is not None:
         if not _guards_hold(program.mode.shape_env, length):
-            return
+            return False
         extents = (n.meta["example_value"].shape[1].node.expr for n in program.nodes.values() if _is_dynamic(n))
         sizes = dict.fromkeys(extents, length)
     for node in program.graph.nodes:
@@ -415,14 +421,14 @@ def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> Non
                 getattr(args[0], node.target)(*args[1:], **kwargs) if method else node.target(*args, **kwargs)
             )
         except IndexError:  # the program does not run for this length
-            return
+            return False
     visible = torch.ones(BATCH, 1, length, length, dtype=torch.bool)
     for term in program.terms:
         mask = recorded[term.node]
         try:
-            mask = mask.expand(BATCH, -1, length, length)
+            mask = mask[(None,) * (4 - mask.dim())].expand(BATCH, -1, length, length)
         except RuntimeError:  # not a mask of this site
-            return
+            return False
         if term.role is MaskRole.KEEP:
             visible = visible & mask
         elif term.role is MaskRole.HIDE:
@@ -437,11 +443,12 @@ def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> Non
     offsets = {s: int(recorded[n]) for n in recorded for s in _symbols(proof) if s.name.startswith(f"{n.name}@")}
     rows = _rowwise(proof)
     if rows:
-        return
+        return False
     expected = mask_of(proof, recorded, (BATCH, length, length), {**sizes, **offsets})
     assert torch.equal(visible, expected), (
         f"seed {program.seed}, length {length}, draw {draw}: {proof} {proof.causal_offset}\n{program.graph}"
     )
+    return True
 
 
 def _is_dynamic(node: fx.Node) -> bool:
@@ -476,7 +483,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()
     verdicts = run_many(range(arguments.first, arguments.first + arguments.programs))
-    proved = sum(count for verdict, count in verdicts.items() if verdict not in ("no program", "unproven"))
+    proved = sum(
+        count for verdict, count in verdicts.items() if verdict not in ("no program", "unproven", "not compared")
+    )
     print(f"{arguments.programs} programs, {proved} proved, none wrongly")
     for verdict, count in verdicts.most_common():
         print(f"{count:7} {verdict}")
