@@ -6,11 +6,13 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help install demo test test-gpu zoo lint bench bench-gpu lock clean
+.PHONY: help install demo test test-gpu zoo sanitize lint bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
 	@echo "make test   the test suite"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make sanitize  the kernels under compute-sanitizer"
 	@echo "make zoo    every causal architecture through the pass: docs/zoo.md and the record that tests compare with"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, results in benchmarks/results/"
@@ -36,6 +38,12 @@ test: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# Out-of-bounds accesses and shared-memory races of the kernels; needs compute-sanitizer of the CUDA toolkit.
+sanitize: install
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.sanitized \
+			|| exit 1; done
 
 zoo: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-zoo.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,13 @@ SMOLLM2 = Heads(9, 3, 64)
 
 
 def make_data(
-    kind: str, heads: Heads, length: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    kind: str,
+    heads: Heads,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    file: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[1, heads, length, dim]``.
 
@@ -73,9 +80,12 @@ def make_data(
         length: tokens.
         device: where the data go.
         dtype: their type.
+        file: where ``checkpoint`` data were saved by ``checkpoint_inputs.py``; None: the model runs.
     """
     if kind == "checkpoint":
-        return checkpoint_data(heads, length, device, dtype)
+        return (
+            checkpoint_data(heads, length, device, dtype) if file is None else saved_data(file, heads, length, device)
+        )
     generator = torch.Generator(device).manual_seed(0)
     tensors = []
     for count, local in ((heads.queries, kind == "local"), (heads.keys, kind == "local"), (heads.keys, False)):
@@ -129,6 +139,23 @@ def checkpoint_data(
     model = load_model(dtype).model.to(device)
     pieces = [_layer_inputs(model, window.to(device)) for window in ids.split(CHECKPOINT_WINDOW, dim=1)]
     q, k, v = (torch.cat(parts, dim=2).to(dtype) for parts in zip(*pieces, strict=True))
+    return q, k, v
+
+
+def saved_data(file: Path, heads: Heads, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`checkpoint_data` from a file, repeated along the tokens where it is shorter than `length`.
+
+    Raises:
+        CheckpointError: the file holds other sizes.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    found = Heads(tensors["q"].shape[1], tensors["k"].shape[1], tensors["q"].shape[3])
+    if found != heads:
+        raise CheckpointError(f"{file} has heads {found}, {heads} were asked for")
+    copies = -(-length // tensors["q"].shape[2])
+    q, k, v = (tensors[name].repeat(1, 1, copies, 1)[:, :, :length].to(device) for name in ("q", "k", "v"))
     return q, k, v
 
 

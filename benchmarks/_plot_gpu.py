@@ -115,15 +115,18 @@ def draw_model(results: dict[str, Any]) -> Any:
     """Time and peak memory of a whole model's prefill against the length."""
     rows = results["rows"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        mine = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["length"])
-        style = {"color": "#d9531e", "linewidth": 2} if variant == "sparsified" else {"linestyle": "--"}
+    for variant, data in dict.fromkeys((row["variant"], row["data"]) for row in rows):
+        mine = [row for row in rows if (row["variant"], row["data"]) == (variant, data)]
+        mine.sort(key=lambda row: row["length"])
+        sparse = variant == "sparsified"
+        label = f"{variant}, {data} data" if sparse else variant.replace("_", " ")
+        style = {"linestyle": "--"}
+        if sparse:
+            style = {"color": "#d9531e" if data == "local" else "#8c2d04", "linestyle": "-", "linewidth": 2}
         for axes, name in ((left, "ms"), (right, "peak_gb")):
             points = [(row["length"], row[name]) for row in mine if row[name] is not None]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), "o", **{"linestyle": "-"} | style, label=variant.replace("_", " ")
-                )
+                axes.plot(*zip(*points, strict=True), marker="o", label=label, **style)
     left.set(yscale="log", ylabel="ms", title="time")
     right.set(ylim=(0, None), ylabel="GB", title="peak of allocated memory")
     for axes in (left, right):

@@ -2,7 +2,8 @@
 
 Prefill of one sequence through the base model (no language model head, no cache): Transformers' eager ``sdpa``, the
 same compiled (compiling builds the N x N mask), compiled ``flex_attention``, and
-``infllm_pass.sparsify(torch.compile(model))`` with 96 visited blocks. With ``--train`` one training step instead:
+``infllm_pass.sparsify(torch.compile(model))`` with 96 visited blocks. Embeddings are those of random tokens or, with
+``--data local``, change slowly along the tokens (`_data.py`). With ``--train`` one training step instead:
 forward and backward with gradient checkpointing. Times are medians by CUDA events; the peak is of allocated memory,
 weights included. What cannot run is listed with its reason.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from _data import CORRELATION, correlated
 from _gpu import (
     BASELINE_ERRORS,
     Row,
@@ -77,22 +80,33 @@ def build(layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch
     return model.eval()
 
 
-def prefill_call(model: Any, ids: Tensor) -> Callable[[], object]:
+def embeddings(plain: nn.Module, length: int, data: str) -> Tensor:
+    """What the first layer receives, ``[1, length, hidden]``."""
+    sizes: Any = plain.config
+    weight: Tensor = plain.get_input_embeddings().weight  # type: ignore[operator]
+    if data == "local":
+        noise = torch.randn(length, sizes.hidden_size, device=weight.device)
+        return correlated(noise, CORRELATION).mul_(weight.float().std()).to(weight.dtype)[None]
+    ids = torch.randint(0, sizes.vocab_size, (1, length), device=weight.device)
+    return weight.detach()[ids]
+
+
+def prefill_call(model: Any, inputs: Tensor) -> Callable[[], object]:
     """One forward pass without gradients."""
 
     @torch.no_grad()
     def call() -> object:
-        return model(ids, use_cache=False).last_hidden_state
+        return model(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
     return call
 
 
-def train_call(model: Any, plain: nn.Module, ids: Tensor) -> Callable[[], object]:
+def train_call(model: Any, plain: nn.Module, inputs: Tensor) -> Callable[[], object]:
     """One forward and one backward pass for a fixed gradient of the last hidden states."""
 
     def call() -> object:
         plain.zero_grad(set_to_none=True)
-        states = model(ids, use_cache=False).last_hidden_state
+        states = model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         states.backward(torch.ones_like(states))
         return None
 
@@ -100,9 +114,9 @@ def train_call(model: Any, plain: nn.Module, ids: Tensor) -> Callable[[], object
 
 
 def measure(
-    variant: str, plain: nn.Module, lengths: list[int], config: SparseAttentionConfig, *, train: bool
+    variant: str, plain: nn.Module, lengths: list[int], config: SparseAttentionConfig, *, data: list[str], train: bool
 ) -> list[Row]:
-    """The rows of one variant, one a length."""
+    """The rows of one variant, one a length and kind of data; those of dense variants do not depend on the data."""
     device = next(plain.parameters()).device
     attention, transform = VARIANTS[variant]
     sizes: Any = plain.config
@@ -110,11 +124,13 @@ def measure(
     torch._dynamo.reset()
     model = transform(plain, config)
     rows = []
-    for length in sorted(lengths):
-        row: Row = {"case": f"{'train' if train else 'model'}/{variant}/{sizes.num_hidden_layers}/{length}"}
-        row |= {"variant": variant, "layers": sizes.num_hidden_layers, "length": length, "ms": None, "peak_gb": None}
-        ids = torch.randint(0, sizes.vocab_size, (1, length), device=device)
-        call = train_call(model, plain, ids) if train else prefill_call(model, ids)
+    kinds = data if variant == "sparsified" else data[:1]
+    for length, kind in itertools.product(sorted(lengths), kinds):
+        row: Row = {"case": f"{'train' if train else 'model'}/{variant}/{sizes.num_hidden_layers}/{length}/{kind}"}
+        row |= {"variant": variant, "layers": sizes.num_hidden_layers, "length": length, "data": kind}
+        row |= {"ms": None, "peak_gb": None}
+        inputs = embeddings(plain, length, kind)
+        call = train_call(model, plain, inputs) if train else prefill_call(model, inputs)
         try:
             begin = time.perf_counter()
             call()
@@ -163,6 +179,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     options.add_argument("--blocks", type=blocks_option, default=96, metavar="N", help="visited blocks (96)")
+    options.add_argument(
+        "--data", nargs="+", choices=["random", "local"], default=["random", "local"], help="embeddings (both)"
+    )
     options.add_argument("--train", action="store_true", help="a training step in place of prefill")
     return options
 
@@ -178,7 +197,7 @@ def main() -> None:
         plain.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     rows: list[Row] = []
     for variant in track(arguments.variants, "measuring", console=Console(stderr=True)):
-        rows += measure(variant, plain, lengths, config, train=arguments.train)
+        rows += measure(variant, plain, lengths, config, data=arguments.data, train=arguments.train)
     add_ratios(rows)
     rows.sort(key=lambda row: (row["length"], list(VARIANTS).index(row["variant"])))
     show(Console(), rows, COLUMNS, FORMATS)

@@ -8,7 +8,7 @@ selected (its lists are per 128 queries; a bit for every query and block masks t
 32 768 tokens. ``floor_ms`` is what the measured matrix and copy rates allow (``_work.py`` has the formula).
 
 ``random`` data pick far blocks evenly; in ``local`` data queries and keys change slowly along the sequence;
-``checkpoint`` data are those of a layer of SmolLM2-135M on text.
+``checkpoint`` data are those of a layer of SmolLM2-135M on text, computed or read from a file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import _baselines as baselines
@@ -80,6 +81,7 @@ class Point:
     length: int
     data: str
     flex: bool = False
+    file: Path | None = None
 
 
 def points(arguments: argparse.Namespace) -> Iterator[Point]:
@@ -92,16 +94,16 @@ def points(arguments: argparse.Namespace) -> Iterator[Point]:
         for length in arguments.lengths:
             for data in arguments.data:
                 flex = arguments.flex and data == "local" and length <= FLEX_LIMIT
-                yield Point(heads, tuple(arguments.blocks), length, data, flex)
+                yield Point(heads, tuple(arguments.blocks), length, data, flex, arguments.checkpoint_file)
     if not arguments.heads:
         for heads in EXTRA:
             yield Point(heads, (96,), 65536, "local")
-        yield Point(SMOLLM2, (96,), 65536, "checkpoint")
+        yield Point(SMOLLM2, (96,), 65536, "checkpoint", file=arguments.checkpoint_file)
 
 
 def measure(point: Point, ceilings: Ceilings, device: torch.device) -> list[Row]:
     """Rows of all stages and budgets of blocks of a point."""
-    q, k, v = make_data(point.data, point.heads, point.length, device)
+    q, k, v = make_data(point.data, point.heads, point.length, device, file=point.file)
     common: Row = {}
     dense, common["dense_kernel"] = baselines.dense(q, k, v)
     common["dense_ms"] = milliseconds(dense, device)
@@ -229,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="QxKxD",
         help="these geometries alone, such as 32x8x128 (all, and a padded batch)",
     )
+    options.add_argument("--checkpoint-file", type=Path, metavar="FILE", help="saved by checkpoint_inputs.py")
     options.add_argument("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out")
     options.add_argument("--quick", action="store_true", help="two cases of 32 768 tokens, under a minute")
     options.add_argument("--million", action="store_true", help="1 048 576 tokens and nothing else")

@@ -9,6 +9,7 @@ operators that it becomes and `kernels` the arithmetic. `report` tells what was 
 
 from infllm_pass.api import dense, dense_mode, explain, report, sparsify
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.export import export, export_onnx
 from infllm_pass.functional import switchable_attention, switchable_attention_varlen
 from infllm_pass.reasons import Reason
 from infllm_pass.report import GraphReport, Report, SiteReport
@@ -26,6 +27,8 @@ __all__ = [
     "dense",
     "dense_mode",
     "explain",
+    "export",
+    "export_onnx",
     "report",
     "sparsify",
     "switchable_attention",

@@ -116,8 +116,9 @@ def sparsify(
 ) -> ModelT:
     """Make the attention of a dense model switchable: dense for short inputs, InfLLM-V2 sparse for long ones.
 
-    Every provably causal attention in the compiled graphs, fused or written by hand, is rewritten (arXiv 2509.24663);
-    one that stays dense is reported with its reason. The original model is not changed and shares its parameters.
+    Every provably causal attention in the compiled graphs, fused or written by hand, is rewritten (arXiv
+    2509.24663); one that stays dense is reported with its reason. The original model is not changed and shares its
+    parameters.
 
     Args:
         model: a module or function, plain or compiled by ``torch.compile``, whose backend, mode, options,

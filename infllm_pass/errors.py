@@ -50,6 +50,10 @@ class CheckpointError(InfLLMError, RuntimeError):
     """A model folder or checkpoint file is missing, damaged or not of a kind that can be loaded."""
 
 
+class ExportError(InfLLMError, RuntimeError):
+    """A model, or a part of it, cannot be exported to a format, or a file cannot be written."""
+
+
 class MeasurementError(InfLLMError, RuntimeError):
     """A measuring process ended before it had measured anything."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -125,7 +126,8 @@ def _attend(
     """The call through the Triton kernels where they take it, through torch operators elsewhere."""
     check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
-    sparse = bool(k.shape[2] >= config.dense_len)
+    # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
+    sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)
     call = (key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, window, factor, config.dense_len)
     out: Tensor
     if refused_by_tiled(q, v, factor, config.geometry) is not None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infllm_pass.backend import SwitchableBackend
 from infllm_pass.compiled import compile_with, settings_of
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import NoAttentionSiteError
+from infllm_pass.errors import NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.kernels.geometry import BlockGeometry
 
 CHUNK_ELEMENTS = 1 << 24
@@ -89,7 +89,8 @@ def attention_inputs(
 
     Raises:
         NoAttentionSiteError: the model ran fewer sparse attention calls.
-        UnsupportedModelError: `model` cannot be sparsified.
+        UnsupportedModelError: `model` cannot be sparsified, or the site has a sliding window, packed sequences, or
+            queries that are not the last of the keys, which `AttentionInputs` does not tell.
     """
     chosen = SparseAttentionConfig.coerce(config)
     stop = _StopAtSite(site_number)
@@ -107,12 +108,36 @@ def attention_inputs(
         with torch.no_grad():
             run(*example_inputs, **example_kwargs)
     except _Reached as reached:
-        q, k, v, blocks, key_mask, *_placement, scale = reached.arguments[:11]
+        q, k, v, blocks, key_mask, *placement, scale = reached.arguments[:11]
+        _check_placement(site_number, *placement, usual=k.shape[2] - q.shape[2])
         return AttentionInputs(q, k, v, blocks, key_mask, scale, chosen)
     raise NoAttentionSiteError(
         f"site {site_number} was asked for, but the model made {stop.passed} sparse attention calls: check "
         f"infllm_pass.explain(...), and that the input has at least dense_len={chosen.dense_len} tokens"
     )
+
+
+def _check_placement(
+    site_number: int,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    offset: int | None,
+    window: int | None,
+    *,
+    usual: int,
+) -> None:
+    """Refuse a site whose sequences are not whole rows that end with the last query."""
+    found = {
+        "an offset": offsets is not None or offset not in (None, usual),
+        "packed sequences": cu_seqlens_q is not None or cu_seqlens_k is not None,
+        "a sliding window": window is not None,
+    }
+    if any(found.values()):
+        names = " and ".join(name for name, there in found.items() if there)
+        raise UnsupportedModelError(
+            f"site {site_number} has {names}: choose a site whose queries are the last of whole rows of keys"
+        )
 
 
 def recent_blocks(geometry: BlockGeometry, length_q: int, length_k: int) -> Tensor:

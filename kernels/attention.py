@@ -3,6 +3,9 @@
 One program computes one tile: the queries of a few adjacent tokens, for the heads of one key/value head. It walks
 the union of the blocks that its tokens selected, ascending, and leaves out of a block the rows of the tokens that
 did not select it. Only the blocks at an edge (the tile's own tokens, a sliding window) are masked key by key.
+
+Where the tokens of tiles share few blocks, which the device finds out, tiles visit only the blocks that all their
+tokens visit by rule, and `kernels.gathering` adds the others.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_pass.kernels.configurations import launch_for
+from infllm_pass.kernels.gathering import choose_variant, gather_far_blocks
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import is_recorded, precision, wrap_triton
 from infllm_pass.kernels.tiles import TileLists, TilePlan
@@ -21,6 +25,7 @@ from infllm_pass.kernels.walking import (
     LOG2_E,
     LOWEST_SCORE,
     UNBOUNDED,
+    count_forced,
     count_visits,
     in_registers,
     load_attention_tile,
@@ -118,6 +123,7 @@ def _attention_forward_kernel(
     tokens,
     counts,
     key_mask,  # bool [B, Lk], HAS_KEY_MASK only
+    far_gathered,  # int32 [1], MAY_GATHER only: whether tiles leave the blocks that not all queries visit to others
     q_batch_stride,
     q_head_stride,
     q_token_stride,
@@ -145,11 +151,14 @@ def _attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_LISTS: tl.constexpr,
+    MAY_GATHER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -163,6 +172,16 @@ def _attention_forward_kernel(
     dense = length < dense_len
     row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
     visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
+    by_rule = dense
+    initial = 0
+    later = first
+    if MAY_GATHER:
+        left = (tl.load(far_gathered) != 0) & (visits > 0) & (dense == 0)
+        if left:
+            visits, initial, first, later = count_forced(
+                position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
+            )
+        by_rule = dense | left
     blocks += row * capacity
     tokens += row * capacity
 
@@ -253,7 +272,10 @@ def _attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
-        block, bits = load_visit(blocks, tokens, entry, first, dense, HAS_LISTS)
+        start_block = first
+        if MAY_GATHER:
+            start_block = tl.where(entry < initial, first, later)
+        block, bits = load_visit(blocks, tokens, entry, start_block, by_rule, HAS_LISTS)
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
         moved = tl.minimum(start, last_start)
         key = (key_begin + moved).to(tl.int64)
@@ -357,10 +379,10 @@ def attention_forward(
     heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
     out_shape, lse_shape = (batch, length_q, heads_q, value_dim), (batch, heads_q, length_q)
     if every_query:
-        out = q.new_empty(out_shape).transpose(1, 2)
+        out = q.new_empty(out_shape)
         lse = q.new_empty(lse_shape, dtype=torch.float32)
     else:
-        out = q.new_zeros(out_shape).transpose(1, 2)
+        out = q.new_zeros(out_shape)
         lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
@@ -368,6 +390,7 @@ def attention_forward(
     if launch.recorded is not None and is_recorded(_attention_forward_kernel):
         launch = launch.recorded
     parts = shape.tokens * shape.padded_group // launch.rows
+    choice = choose_variant(q, v, lists, plan, geometry=geometry, length_k=k.shape[2], window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,
@@ -379,12 +402,15 @@ def attention_forward(
         plan.panels if lists is None else lists.tokens,
         plan.panels if lists is None else lists.counts,
         plan.panels if key_mask is None else key_mask,
+        plan.panels if choice is None else choice[0],
         *q.stride()[:3],
         *k.stride()[:2],
         int(k.stride(2)),
         *v.stride()[:2],
         int(v.stride(2)),
-        *out.stride()[:3],
+        out.stride(0),
+        out.stride(2),
+        out.stride(1),
         lse.stride(0),
         lse.stride(1),
         0 if key_mask is None else key_mask.stride(0),
@@ -400,15 +426,21 @@ def attention_forward(
         BLOCK_M=launch.rows,
         BLOCK_SIZE=geometry.block_size,
         BLOCK_N=launch.step_keys(geometry.block_size),
+        INIT_BLOCKS=geometry.init_blocks,
+        LOCAL_BLOCKS=geometry.local_blocks,
         HEAD_DIM=dim,
         BLOCK_D=block_d,
         VALUE_DIM=value_dim,
         BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
+        MAY_GATHER=choice is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
         SPLIT=launch.held and block_d >= 32,
         PRECISION=precision(q),
         **launch.options,
     )
-    return out, lse
+    if lists is not None and choice is not None:
+        common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
+        gather_far_blocks(q, k, v, out, lse, lists, plan, *choice, **common)
+    return out.transpose(1, 2), lse

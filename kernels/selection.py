@@ -18,17 +18,24 @@ from infllm_pass.kernels.configurations import SelectionLaunch, selection_launch
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
 from infllm_pass.kernels.ranking import (
-    SCAN_WIDTH,
-    append_blocks,
+    LANES,
+    SLOTS,
+    below,
     bound_keys,
     cut_keys,
     far_range,
+    gather_keys,
+    mark_blocks,
     pool_scores,
+    write_lists,
 )
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape, load_panel
 
-LIST_WIDTH = 256
-"""Blocks of one step of list writing at most; rows of keys in scratch are a multiple of it."""
+FETCHED_KEYS = 128
+"""Pieces of rows, of 32 keys each, that one step of a scan over keys fetches: they take 32 registers of a thread."""
+
+ROW_MULTIPLE = 32
+"""Rows of keys in scratch are a multiple of so many blocks."""
 
 
 @triton.jit
@@ -91,7 +98,7 @@ def _select_kernel(
     heads_kv,
     slots1,
     slots2,
-    num_blocks,  # columns of a row of keys in scratch, a multiple of LIST_WIDTH
+    num_blocks,  # columns of a row of keys in scratch, a multiple of ROW_MULTIPLE
     capacity,
     dense_len,
     window,
@@ -116,7 +123,9 @@ def _select_kernel(
     BC: tl.constexpr,
     BN: tl.constexpr,
     RG: tl.constexpr,
-    INIT_WIDTH: tl.constexpr,
+    PEAKS: tl.constexpr,
+    HELD: tl.constexpr,
+    FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,24 +137,29 @@ def _select_kernel(
     PARTS: tl.constexpr = CHUNKS // PIECES  # and so many add up to one row
     PR: tl.constexpr = R // PIECES
     TILES: tl.constexpr = PANEL // T
-    ROWS: tl.constexpr = T // QUERY_BLOCK if T > QUERY_BLOCK else 1  # rows of one tile
     RATIO: tl.constexpr = BLOCK // STRIDE
     OVERLAP: tl.constexpr = KERNEL // STRIDE - 1  # windows of earlier blocks that reach into a block
     RAW: tl.constexpr = 0 if FUSED_POOL else RATIO
-    STEP: tl.constexpr = LISTED if LISTED < SCAN_WIDTH else SCAN_WIDTH
     EARLY: tl.constexpr = 1 if OVERLAP > 0 else 0
     CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
-    MASK: tl.constexpr = list_tokens.dtype.element_ty
+    SHARED: tl.constexpr = QUERY_BLOCK > T  # one row for all tiles of the panel
+    MARKED: tl.constexpr = 1 if SHARED else TILES
+    MASK: tl.constexpr = tl.int64 if T == 64 else tl.int32
+    K: tl.constexpr = TILES if TILES < 2 else 2  # tiles whose lists are written at once
 
-    # Scratch of one program: keys [R, num_blocks], columns [num_blocks], normalisers [CHUNKS * C], thresholds [R],
-    # equals [R], and, where pooling is a pass of its own, raw scores [R, num_blocks * RATIO].
-    span = tl.cast(num_blocks, tl.int64) * (R * (1 + RAW) + 1) + (R * 2 + CHUNKS * C)
-    keys_at = scratch + tl.program_id(0) * span
-    columns_at = keys_at + tl.cast(num_blocks, tl.int64) * R
-    norms_at = (columns_at + num_blocks).to(tl.pointer_type(tl.float32))
-    thresholds_at = columns_at + num_blocks + CHUNKS * C
-    equals_at = thresholds_at + R
-    raw_at = (equals_at + R).to(tl.pointer_type(tl.float32))
+    # Scratch of one program: candidates of rows as lanes find them and side by side, 64 bits each, normalisers
+    # [CHUNKS * C], keys [R, num_blocks], marks [MARKED, num_blocks] and, where pooling is a pass of its own, raw scores
+    # [R, num_blocks * RATIO]. What has a fixed size comes first: one register then addresses all of it.
+    blocks_wide = tl.cast(num_blocks, tl.int64)
+    mark_words: tl.constexpr = MARKED * (MASK.primitive_bitwidth // 32)
+    fixed: tl.constexpr = RG * (SLOTS + HELD) * LANES * 2 + CHUNKS * C
+    span = blocks_wide * (R * (1 + RAW) + mark_words) + fixed
+    slots_at = (scratch + tl.program_id(0) * span).to(tl.pointer_type(tl.int64))
+    dense_at = slots_at + RG * SLOTS * LANES
+    norms_at = (dense_at + RG * HELD * LANES).to(tl.pointer_type(tl.float32))
+    keys_at = (norms_at + CHUNKS * C).to(tl.pointer_type(tl.int32))
+    marks_at = (keys_at + blocks_wide * R).to(tl.pointer_type(MASK))
+    raw_at = (marks_at + blocks_wide * MARKED).to(tl.pointer_type(tl.float32))
     raw_stride = num_blocks * RAW
 
     rows = tl.arange(0, R)
@@ -165,6 +179,10 @@ def _select_kernel(
         scored = tl.max(far_end - far_begin - wanted, 0) > 0  # some query leaves blocks out
         low = tl.where(scored, tl.min(tl.where(there, far_begin, 2147483647), 0), INIT)
         high = tl.where(scored, tl.max(far_end, 0), INIT)
+        for start in range(low, high, LISTED):
+            marked = tl.arange(0, MARKED)[:, None] * num_blocks + (start + tl.arange(0, LISTED))[None, :]
+            inside = (start + tl.arange(0, LISTED) < high)[None, :] & (marked >= 0)
+            tl.store(marks_at + marked, tl.zeros([MARKED, LISTED], MASK), mask=inside)
         head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
         keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE) * D
         for chunk in tl.static_range(CHUNKS):
@@ -192,6 +210,9 @@ def _select_kernel(
         for piece in range(PIECES):
             piece_rows = piece * PR + tl.arange(0, PR)
             sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
+            piece_begin, piece_end, _piece_wanted = far_range(
+                piece_rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
+            )
             if PARTS == 1:
                 column = piece * C + columns
                 token, member = _select_column(column, PANEL, GP, PIECES)
@@ -236,126 +257,87 @@ def _select_kernel(
                     ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
                     score = tl.where(ahead, -1.0, score)
                 if FUSED_POOL:
-                    pooled = tl.maximum(pooled, score)
-                    if OVERLAP > 0:
+                    if OVERLAP > 1:
                         tail = tl.where(place >= RATIO - OVERLAP, tl.maximum(tail, score), tail)
                     if place == RATIO - 1:
+                        # The maximum is taken here, too, lest every step brings it to the layout of what follows.
+                        best = tl.maximum(pooled, score)
                         if OVERLAP > 0:
                             source = tl.maximum(tl.arange(0, BC) - 1, 0)[:, None] + tl.zeros([1, PR], tl.int32)
-                            pooled = tl.maximum(pooled, tl.gather(tail, source, 0))
-                        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+                            best = tl.maximum(best, tl.gather(tail if OVERLAP > 1 else score, source, 0))
+                        key = tl.where(best >= 0.0, best.to(tl.int32, bitcast=True) + 1, 0)
+                        candidate = block[:, None] < piece_end[None, :]
+                        if HAS_WINDOW:
+                            candidate = candidate & (block[:, None] >= piece_begin[None, :])
+                        key = tl.where(candidate, key, -1)
                         row_keys = keys_at + piece_rows[None, :] * num_blocks
                         mine = (block >= start + EARLY) & (block < high)
                         tl.store(row_keys + block[:, None], key, mask=mine[:, None])
                         pooled = tl.full([BC, PR], -1.0, tl.float32)
                         tail = tl.full([BC, PR], -1.0, tl.float32)
+                    else:
+                        pooled = tl.maximum(pooled, score)
                 else:
                     row_scores = raw_at + piece_rows[None, :] * raw_stride
                     tl.store(row_scores + index[:, None], score, mask=(block < high)[:, None])
         tl.debug_barrier()
-        if not FUSED_POOL:
-            for group in range(R // RG):
-                row = group * RG + tl.arange(0, RG)
-                pool_scores(raw_at + row * raw_stride, keys_at + row * num_blocks, low, high, first, RG, RATIO, OVERLAP)
-
-        for tile in range(TILES):
-            row = tile * T // QUERY_BLOCK + tl.arange(0, ROWS)
-            last_row = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-            place_bits = tl.arange(0, T)
-            tile_token = tile * T + place_bits
-            held = (tile_token // QUERY_BLOCK)[None, :] == row[:, None]
-            held = held & ((tile_token >= begin) & (tile_token < end))[None, :]  # [ROWS, T]
-            bit = tl.full([T], 1, MASK) << place_bits.to(MASK)
-            bits = tl.sum(tl.where(held, bit[None, :], 0), 1).to(MASK)  # tokens of the row within the tile
-            alive = bits != 0
-            ranked = alive & (tl.max(far_end - far_begin - wanted, 0) + tl.zeros([ROWS], tl.int32) > 0)
-            own = last_row // BLOCK
-            reach_row = tl.zeros([ROWS], tl.int32)
-            if HAS_WINDOW:
-                reach_row = tl.maximum(last_row - window + 1, 0) // BLOCK
-            row_begin = tl.maximum(reach_row, INIT)
-            row_end = tl.where(alive, own - LOCAL, 0)
-            first_block = tl.min(tl.where(alive, reach_row, 2147483647), 0)
-            final_block = tl.max(tl.where(alive, own, -1), 0)
+        for group in range(R // RG):
+            row = group * RG + tl.arange(0, RG)
+            if not FUSED_POOL:
+                row_begin, row_end, _row_wanted = far_range(
+                    row, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
+                )
+                pool_scores(
+                    raw_at + row * raw_stride, keys_at + row * num_blocks, row_begin, row_end, low, high, first,
+                    RG, LANES, RATIO, OVERLAP,
+                )  # fmt: skip
+                tl.debug_barrier()
+            line = row[:, None]
+            rows_at = keys_at + line * num_blocks
+            _line_begin, _line_end, line_wanted = far_range(
+                line + tl.zeros([RG, LANES], tl.int32), position, begin, end, length, window,
+                QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
+            )  # fmt: skip
+            bound, top = bound_keys(rows_at, line_wanted, low, high, RG, PEAKS)
+            keys, blocks, rest = gather_keys(rows_at, slots_at, dense_at, bound, low, high, RG, HELD, FETCHED)
+            cut, equals = cut_keys(keys, rows_at, line_wanted, bound, top, rest, high, RG, HELD)
+            if SHARED:
+                bits = tl.full([RG, LANES], 1, MASK)
+                row_marks = marks_at + line * 0
+            else:
+                line_token = line * QUERY_BLOCK
+                bits = (below(tl.full([1, 1], QUERY_BLOCK, tl.int32), MASK) << (line_token % T).to(MASK)) + tl.zeros(
+                    [RG, LANES], MASK
+                )
+                row_marks = marks_at + (line_token // T).to(tl.int64) * num_blocks
+            mark_blocks(row_marks, bits, keys, blocks, rows_at, cut, equals, rest, high, RG, HELD)
+        tl.debug_barrier()
+        for pair in range(TILES // K):
+            tile = pair * K + tl.arange(0, K)[:, None]
             slot = ((panel * TILES + tile) * heads_kv + head).to(tl.int64)
-            blocks_at = list_blocks + slot * capacity
-            tokens_at = list_tokens + slot * capacity
-            rows_at = keys_at + row * num_blocks
-            written = 0
-            seen = tl.zeros([ROWS], tl.int32)
-            threshold = tl.full([ROWS], -1, tl.int32)
-            equals = tl.full([ROWS], 2147483647, tl.int32)
-            tied = False
-            window_begin = first_block  # from here on blocks are looked at one by one
-            if scored & (tl.max(row_end - row_begin, 0) > 0):
-                tile_low = tl.min(tl.where(alive, row_begin, 2147483647), 0)
-                tile_high = tl.max(row_end, 0)
-                for group in range(ROWS // RG):
-                    line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
-                    line_begin, line_end, line_wanted = far_range(
-                        line, position, begin, end, length, window,
-                        QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
-                    )  # fmt: skip
-                    least, top = bound_keys(
-                        keys_at + line * num_blocks, line_begin, line_end, line_wanted, tile_low, tile_high, RG
-                    )
-                    tl.store(thresholds_at + line, least)
-                    tl.store(equals_at + line, top)
-                tl.debug_barrier()
-                bound = tl.load(thresholds_at + row, mask=alive, other=2147483647)
-                kept = 0
-                for start in range(tile_low, tile_high, LISTED):
-                    any_block = start + tl.arange(0, LISTED)
-                    inside = (any_block[None, :] >= row_begin[:, None]) & (any_block[None, :] < row_end[:, None])
-                    keys = tl.load(rows_at[:, None] + any_block[None, :], mask=inside, other=-1)
-                    keep = tl.max((keys >= bound[:, None]).to(tl.int32), 0)
-                    tl.store(columns_at + kept + tl.cumsum(keep, 0) - 1, any_block, mask=keep != 0)
-                    kept += tl.sum(keep, 0)
-                tl.debug_barrier()
-                for group in range(ROWS // RG):
-                    line = tile * T // QUERY_BLOCK + group * RG + tl.arange(0, RG)
-                    line_begin, line_end, line_wanted = far_range(
-                        line, position, begin, end, length, window,
-                        QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
-                    )  # fmt: skip
-                    cut, spared = cut_keys(
-                        keys_at + line * num_blocks,
-                        columns_at,
-                        kept,
-                        line_begin,
-                        line_end,
-                        line_wanted,
-                        tl.load(thresholds_at + line),
-                        tl.load(equals_at + line),
-                        RG,
-                    )
-                    tl.store(thresholds_at + line, cut)
-                    tl.store(equals_at + line, spared)
-                tl.debug_barrier()
-                threshold = tl.load(thresholds_at + row, mask=alive, other=-1)
-                equals = tl.load(equals_at + row, mask=alive, other=2147483647)
-                tied = tl.min(equals, 0) < 2147483647
-                window_begin = tl.maximum(tl.min(tl.where(alive, own - LOCAL, 2147483647), 0), tile_low)
-                initial = first_block + tl.arange(0, INIT_WIDTH)
-                written, seen = append_blocks(
-                    blocks_at, tokens_at, written, seen, initial, initial < tl.minimum(INIT, tile_low), rows_at,
-                    bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
-                )  # fmt: skip
-                for start in range(0, kept, LISTED):
-                    place = start + tl.arange(0, LISTED)
-                    distant = tl.load(columns_at + place, mask=place < kept, other=2147483647)
-                    written, seen = append_blocks(
-                        blocks_at, tokens_at, written, seen, distant, distant < window_begin, rows_at,
-                        bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
-                    )  # fmt: skip
-            for start in range(window_begin, final_block + 1, STEP):
-                ahead = start + tl.arange(0, STEP)
-                written, seen = append_blocks(
-                    blocks_at, tokens_at, written, seen, ahead, ahead >= 0, rows_at,
-                    bits, reach_row, row_begin, row_end, own, threshold, equals, ranked, tied,
-                )  # fmt: skip
-            tl.store(list_counts + slot, written)
-            tl.debug_barrier()
+            write_lists(
+                list_blocks + slot * capacity,
+                list_tokens + slot * capacity,
+                list_counts + slot,
+                marks_at + (tile * 0 if SHARED else tile).to(tl.int64) * num_blocks,
+                tile * T,
+                position,
+                begin,
+                end,
+                length,
+                window,
+                tl.where(scored, LOCAL, length // BLOCK + 1),
+                low,
+                high,
+                T,
+                LISTED,
+                QUERY_BLOCK,
+                BLOCK,
+                INIT,
+                HAS_WINDOW,
+                SHARED,
+            )
+        tl.debug_barrier()
 
 
 def selection_constants(
@@ -363,7 +345,9 @@ def selection_constants(
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for beside the number of programs and the precision."""
     g = geometry
-    rows = max(1, shape.tokens // g.query_block)  # of a tile
+    rows = min(shape.panel_tokens // g.query_block, launch.rows)
+    fetched = min(16, max(4, FETCHED_KEYS // rows))
+    budget = g.selected_blocks - g.local_blocks - 1
     return {
         "G": shape.group,
         "GP": shape.padded_group,
@@ -377,7 +361,7 @@ def selection_constants(
         "BLOCK": g.block_size,
         "INIT": g.init_blocks,
         "LOCAL": g.local_blocks,
-        "BUDGET": g.selected_blocks - g.local_blocks - 1,
+        "BUDGET": budget,
         "EXACT": g.lse == "exact",
         "COARSE": COARSE_FACTOR,
         "HAS_WINDOW": has_window,
@@ -385,9 +369,11 @@ def selection_constants(
         "C": min(launch.columns, shape.panel_tokens * shape.padded_group),
         "BC": launch.windows,
         "BN": launch.coarse,
-        "RG": min(rows, launch.rows),
-        "INIT_WIDTH": max(16, triton.next_power_of_2(g.init_blocks)),
-        "LISTED": max(32, min(LIST_WIDTH, 4096 // rows)),
+        "RG": rows,
+        "PEAKS": max(fetched, 4 if budget <= 48 else 8),
+        "HELD": min(8, triton.cdiv(budget + budget // 4 + 32, 32)),
+        "FETCHED": fetched,
+        "LISTED": 512 if shape.tokens < 64 else 256,
     }
 
 
@@ -435,16 +421,15 @@ def select_tiles(
     list_tokens = torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device)
     list_counts = torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
-    launch = selection_launch(q, padded)
-    constants = selection_constants(shape, g, dim, window is not None, launch)
     rows = shape.panel_tokens // g.query_block
-    programs = multiprocessors(q.device) * (launch.programs if rows <= 32 else 1)
-    blocks = (g.num_blocks(length_k) + LIST_WIDTH - 1) // LIST_WIDTH * LIST_WIDTH
-    span = (
-        blocks * (rows * (1 if constants["FUSED_POOL"] else 1 + g.block_size // g.kernel_stride) + 1)
-        + rows * 2
-        + shape.panel_tokens * shape.padded_group
-    )
+    launch = selection_launch(q, padded).for_panel(rows)
+    constants = selection_constants(shape, g, dim, window is not None, launch)
+    programs = multiprocessors(q.device) * launch.programs
+    blocks = (g.num_blocks(length_k) + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    raw = 0 if constants["FUSED_POOL"] else g.block_size // g.kernel_stride
+    marks = (1 if g.query_block > shape.tokens else shape.tiles) * (2 if shape.tokens == 64 else 1)
+    candidates = constants["RG"] * (SLOTS.value + constants["HELD"]) * LANES.value * 2
+    span = blocks * (rows * (1 + raw) + marks) + candidates + shape.panel_tokens * shape.padded_group
     scratch = torch.empty(programs * span, dtype=torch.int32, device=q.device)
     wrap_triton(_select_kernel)[(programs,)](
         q,

@@ -45,6 +45,12 @@ _ROWS = 256
 _LANES = 2048
 """Entries times tokens that one step of a walk looks at."""
 
+_SCANNED_BLOCKS = 1024
+"""Blocks whose counts one step adds up."""
+
+_SCANNED_WALKS, _COLUMNS = 32, 32
+"""Walks and blocks of one step from counts to places."""
+
 # Columns of `KeyLists.table`. Key and query numbers index the tensors of the batch row.
 BLOCK_BATCH = tl.constexpr(0)
 BLOCK_KEY = tl.constexpr(1)  # number of the block's first key
@@ -170,6 +176,41 @@ def _transpose_kernel(
         tl.debug_barrier()  # the blocks of one tile differ, those of the next may be the same
 
 
+@triton.jit(do_not_specialize=["num_blocks"])
+def _starts_kernel(starts, counts, num_blocks, BLOCKS: tl.constexpr):
+    """Where each block's list begins: sums of the counts before it, one program a head."""
+    starts += tl.program_id(0).to(tl.int64) * num_blocks
+    counts += tl.program_id(0).to(tl.int64) * num_blocks
+    base = 0
+    for first in range(0, num_blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        count = tl.load(counts + block, mask=block < num_blocks, other=0)
+        tl.store(starts + block, base + tl.cumsum(count, 0) - count, mask=block < num_blocks)
+        base += tl.sum(count, 0)
+
+
+@triton.jit(do_not_specialize=["walks", "num_blocks"])
+def _cursors_kernel(
+    cursors,  # int32 [Hkv, walks, num_blocks]: counts, replaced by where each walk's first query goes
+    starts,
+    walks,
+    num_blocks,
+    WALKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    ok = block < num_blocks
+    place = tl.load(starts + head * num_blocks + block, mask=ok, other=0)  # [BLOCKS]
+    for first in range(0, walks, WALKS):
+        walk = first + tl.arange(0, WALKS)
+        at = cursors + (head * walks + walk[:, None]) * num_blocks + block[None, :]
+        there = (walk[:, None] < walks) & ok[None, :]
+        count = tl.load(at, mask=there, other=0)  # [WALKS, BLOCKS]
+        tl.store(at, place[None, :] + tl.cumsum(count, 0) - count, mask=there)
+        place += tl.sum(count, 0)
+
+
 def block_bound(plan: TilePlan, *, batch: int, length_k: int, block_size: int) -> int:
     """A number that the key blocks of a call cannot pass, from shapes alone."""
     count = plan.sequences.shape[0]
@@ -252,11 +293,16 @@ def transpose_lists(
             num_stages=1,
         )
 
-    listed = torch.zeros(heads, walks, num_blocks, dtype=torch.int32, device=device)
-    launch(listed, fill=False)
-    counts = listed.sum(1, dtype=torch.int32)
-    starts = counts.cumsum(1, dtype=torch.int32) - counts
-    launch(listed.cumsum(1, dtype=torch.int32) - listed + starts[:, None], fill=True)
+    cursors = torch.zeros(heads, walks, num_blocks, dtype=torch.int32, device=device)
+    launch(cursors, fill=False)
+    # Kernels of our own add up: Inductor of torch 2.11 fails on cumulative sums along few, long rows.
+    counts = cursors.sum(1, dtype=torch.int32)
+    starts = torch.empty(heads, num_blocks, dtype=torch.int32, device=device)
+    wrap_triton(_starts_kernel)[(heads,)](starts, counts, num_blocks, BLOCKS=_SCANNED_BLOCKS)
+    wrap_triton(_cursors_kernel)[(heads, (num_blocks + _COLUMNS - 1) // _COLUMNS)](
+        cursors, starts, walks, num_blocks, WALKS=_SCANNED_WALKS, BLOCKS=_COLUMNS
+    )
+    launch(cursors, fill=True)
     # A selection of more blocks than promised, from queries that are not numbers, must not lead reads astray.
     starts = starts.clamp(max=bound)
     return KeyLists(table, starts, torch.minimum(counts, bound - starts), queries)

@@ -59,6 +59,27 @@ def count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE: t
 
 
 @triton.jit
+def count_forced(
+    position,
+    begin,
+    end,
+    window,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+):
+    """Blocks that all tokens of a tile visit by rule: how many, how many of them initial, `first` and `later`.
+
+    Visit ``e`` goes to block ``first + e`` if it is initial, else to ``later + e``. The tokens share their own block.
+    """
+    first = tl.maximum(position + begin - window + 1, 0) // BLOCK_SIZE
+    own = (position + end - 1) // BLOCK_SIZE
+    local = tl.maximum(own - LOCAL_BLOCKS, first)
+    initial = tl.maximum(tl.minimum(local, INIT_BLOCKS) - first, 0)
+    return initial + own - local + 1, initial, first, local - initial
+
+
+@triton.jit
 def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
     """One of the blocks that a tile visits, and the bits of the tokens that do."""
     block = first + entry

@@ -181,8 +181,13 @@ def results(bench, monkeypatch):
         "memory": memory.measure(heads, 64, 128, CPU),
         "breakeven": [breakeven.measure(heads, 96, length, "local", ceilings, CPU) for length in (128, 256)],
         "model": [
-            {"variant": variant, "layers": 4, "length": length, "ms": ms, "peak_gb": None if ms is None else 9.0}
-            for variant, ms in (("eager_sdpa", 5.0), ("compiled_sdpa", None), ("sparsified", 2.0))
+            {"variant": variant, "layers": 4, "length": length, "data": data, "ms": ms, "peak_gb": ms and 9.0}
+            for variant, data, ms in (
+                ("eager_sdpa", "random", 5.0),
+                ("compiled_sdpa", "random", None),
+                ("sparsified", "random", 2.0),
+                ("sparsified", "local", 1.0),
+            )
             for length in (128, 256)
         ],
     }
@@ -258,10 +263,11 @@ def test_a_model_is_measured_dense_and_sparse(bench):
     rows = [
         row
         for variant in ("eager_sdpa", "sparsified")
-        for row in model.measure(variant, plain, [128], SMALL, train=False)
+        for row in model.measure(variant, plain, [128], SMALL, data=["random", "local"], train=False)
     ]
     model.add_ratios(rows)
-    assert [row["case"] for row in rows] == ["model/eager_sdpa/1/128", "model/sparsified/1/128"]
+    cases = ["eager_sdpa/1/128/random", "sparsified/1/128/random", "sparsified/1/128/local"]
+    assert [row["case"] for row in rows] == [f"model/{case}" for case in cases]
     assert rows[1]["ratio"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import infllm_pass
-from infllm_pass.errors import NoAttentionSiteError
+from infllm_pass.errors import NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.inspection import attention_inputs, attention_mass, recent_blocks
 from infllm_pass.kernels import reference
 
@@ -67,6 +67,29 @@ def test_sites_are_counted_in_the_order_they_run(model, ids):
         ).past_key_values
     for site, key in enumerate(keys):
         torch.testing.assert_close(key, cache.layers[site].keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"window": 70}, "a sliding window"),
+        ({"segment_ids": torch.arange(LENGTH)[None] // 150}, "packed sequences"),
+        ({"offset": torch.tensor([0]), "window": 70}, "an offset and a sliding window"),
+        ({"offset": 3}, "an offset"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore::infllm_pass.errors.NoAttentionSiteWarning")
+def test_sites_that_the_record_does_not_describe_are_refused(arguments, found):
+    q, k, v = (torch.randn(1, heads, LENGTH, 16) for heads in (4, 2, 2))
+    with pytest.raises(UnsupportedModelError, match=f"site 0 has {found}: choose a site"):
+        attention_inputs(
+            lambda q, k, v: infllm_pass.switchable_attention(q, k, v, CONFIG, **arguments), 0, q, k, v, config=CONFIG
+        )
+    seen = attention_inputs(
+        lambda q, k, v: infllm_pass.switchable_attention(q, k, v, CONFIG, offset=0), 0, q, k, v, config=CONFIG
+    )
+    assert torch.equal(seen.q, q)
 
 
 def test_padding_reaches_the_record(model, ids):

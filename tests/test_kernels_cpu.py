@@ -405,6 +405,18 @@ def test_equal_keys_select_the_lowest_blocks(value, lse):
     assert torch.equal(as_set(blocks, 25), reference.select_blocks(q, k, **keywords))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_candidates_without_a_score_come_before_blocks_out_of_the_window(dtype):
+    """Pooling windows so long that none is visible yet when there are more blocks than may be visited."""
+    geometry = BlockGeometry(64, 8, 8, init_blocks=1, local_blocks=1, selected_blocks=4)
+    q, k = torch.randn(1, 3, 90, 8, dtype=dtype), torch.randn(1, 1, 90, 8, dtype=dtype)
+    keywords = {"geometry": geometry, "scale": 1.0, "offset": 0, "window": 40}
+    blocks = cpu.select_blocks(q, k, **keywords)
+    expected = reference.select_blocks(q, k, **keywords)
+    assert (expected.sum(-1)[:, :, 48:] == 4).all()
+    assert torch.equal(as_set(blocks, 12), expected)
+
+
 @pytest.mark.parametrize(("size", "stride"), [(4, 2), (16, 4), (2, 2), (6, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pooled_keys(size, stride, dtype):
@@ -428,7 +440,10 @@ def test_inputs_are_left_alone():
         assert torch.equal(x, copy)
 
 
-def test_memory_is_linear_in_the_length():
+@pytest.mark.parametrize(
+    "place", ["", "window=3000, cu_seqlens_k=torch.tensor([0, 100, 16384])"], ids=["plain", "packed, window"]
+)
+def test_memory_is_linear_in_the_length(place):
     """Scores of 16k tokens against all keys would take 3 GB, against compressed keys 200 MB a head."""
     script = """
 import resource, torch
@@ -437,12 +452,14 @@ from infllm_pass.kernels.geometry import BlockGeometry
 q, k, v = (torch.randn(1, h, 16384, 16) for h in (3, 1, 1))
 keywords = dict(geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale=0.25, offset=0)
 cpu.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
+keywords |= dict(PLACE)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 blocks = cpu.select_blocks(q, k, **keywords)
 out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
 cpu.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+    script = script.replace("PLACE", place)
     unit = 1 if sys.platform == "darwin" else 1024
     used = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
     assert used * unit < 150e6

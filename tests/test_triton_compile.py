@@ -14,7 +14,15 @@ from infllm_pass.kernels.attention import _attention_forward_kernel
 from infllm_pass.kernels.attention_backward import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.attention_backward_keys import _key_gradients_kernel
 from infllm_pass.kernels.compression import _compress_kernel, chunk_keys
-from infllm_pass.kernels.configurations import MEASURED_SELECTION, Launch, generic_selection, launch_on
+from infllm_pass.kernels.configurations import (
+    MEASURED_GATHERING,
+    MEASURED_SELECTION,
+    GatherLaunch,
+    Launch,
+    generic_selection,
+    launch_on,
+)
+from infllm_pass.kernels.gathering import _choose_kernel, _gather_kernel, gather_constants
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.pieces import _add_pieces_kernel, _schedule_kernel
 from infllm_pass.kernels.selection import _select_kernel, selection_constants
@@ -114,6 +122,10 @@ def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
         "VALUE_DIM": variant.value_dim,
         "BLOCK_DV": max(16, triton.next_power_of_2(variant.value_dim)),
         "HAS_LISTS": variant.lists,
+        "MAY_GATHER": variant.lists and variant.group <= 8,
+        "INIT_BLOCKS": 1,
+        "LOCAL_BLOCKS": 32,
+        "far_gathered": torch.int32,
         "HAS_WINDOW": variant.window,
         "HAS_KEY_MASK": variant.key_mask,
         "SPLIT": launch.held,
@@ -271,6 +283,7 @@ def test_block_selection_compiles(variant, capability, record_property):
     size = variant.dtype.itemsize
     launch = MEASURED_SELECTION.get((capability, size, variant.padded), generic_selection(size, variant.padded))
     shape = TileShape.choose(variant.group)
+    launch = launch.for_panel(shape.panel_tokens)
     geometry = BlockGeometry(block_size=variant.block_size)
     window = 4096 if variant.window else None
     arguments = {
@@ -293,4 +306,57 @@ def test_block_selection_compiles(variant, capability, record_property):
         record_property(name, value)
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
-        assert used["spilled"] == 0
+        # What only a panel's start and end need may spill.
+        assert used["spilled"] <= 64
+
+
+GATHERING = [
+    *(Variant(group=group) for group in (1, 2, 8)),
+    Variant(group=4, hot=True),
+    Variant(dim=64, value_dim=64, group=4, hot=True),
+    Variant(dim=72, value_dim=40, group=7, block_size=16, window=True, key_mask=True),
+    Variant(torch.float32, 64, 64, group=4),
+]
+
+
+@pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
+@pytest.mark.parametrize("launch", [MEASURED_GATHERING, MEASURED_GATHERING.recorded], ids=["", "recorded"])
+def test_gathering_compiles(variant, launch: GatherLaunch, record_property):
+    """Only for sm_90, where alone it is offered; all its programs are resident."""
+    geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
+    shape = TileShape.choose(variant.group)
+    window = 4096 if variant.window else None
+    constants = gather_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
+    known = {
+        **tile_arguments(variant, launch),
+        **dict.fromkeys(("state", "scratch"), torch.int32),
+        "pool": variant.dtype,
+        "sums": torch.float32,
+        **dict.fromkeys(("num_tiles", "num_blocks", "chunk_tiles", "ranges", "heads"), "i32"),
+        **constants,
+    }
+    arguments = {name: known.get(name, "i32:16") for name in _gather_kernel.arg_names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        used = compile_ahead(_gather_kernel, arguments, capability=90, **launch.options)
+    for figure, number in used.items():
+        record_property(figure, number)
+    if variant.dtype != torch.float32:
+        assert launch.programs * (used["shared"] + 1024) <= 228 * 1024
+    if variant.hot:
+        # Where registers are limited, numbers that outlive a ticket may spill.
+        assert used["spilled"] <= (0 if launch.registers is None else 128)
+        assert launch.programs * 128 * used["registers"] <= 1 << 16
+
+
+def test_the_choice_compiles():
+    known = {
+        **tile_arguments(Variant(group=4), Launch()),
+        **dict.fromkeys(("num_tiles", "heads"), "i32"),
+        "state": torch.int32,
+        "above": "fp32",
+        "FAR": 31,
+        "WIDTH": 2048,
+    }
+    arguments = {name: known[name] for name in _choose_kernel.arg_names}
+    assert compile_ahead(_choose_kernel, arguments, capability=90, num_warps=8, num_stages=2)["spilled"] == 0

@@ -26,7 +26,10 @@ class Cause(Enum):
     MULTIPLIED_MASK = "its scores are multiplied with the mask", ("SCALE_IS_DATA",)
     PATCHES = "its patches attend to their own bytes", ("UNPROVEN_MASK",)
     SINK = "its softmax has a sink, a column without a key", ("SINK", "PARTIAL_MATCH")
-    UNREAD = "causal attention, written in a way that the pass does not follow", ("ADDITIVE_BIAS", "LAYOUT")
+    UNREAD = (
+        "causal attention, written in a way that the pass does not follow",
+        ("ADDITIVE_BIAS", "LAYOUT", "OVERWRITTEN", "PARTIAL_MATCH"),
+    )
     WRITTEN_MASK = "its window mask is put together by writing to it", ("ADDITIVE_BIAS",)
 
     def __init__(self, text: str, reasons: tuple[str, ...]) -> None:
@@ -36,12 +39,14 @@ class Cause(Enum):
 
 CAUSES: dict[str, tuple[Cause, ...]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"), (Cause.INDEXER,)),
-    **dict.fromkeys(("bloom", "cpmant", "inkling_text", "mpt"), (Cause.BIAS,)),
-    **dict.fromkeys(("ctrl", "dbrx", "jetmoe", "longcat_flash"), (Cause.BROKEN_GRAPH,)),
-    **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "hy_v4"), (Cause.SINK,)),
+    **dict.fromkeys(("bloom", "cpmant", "inkling_text", "mpt", "prophetnet", "xlnet"), (Cause.BIAS,)),
+    **dict.fromkeys(
+        ("ctrl", "dbrx", "jetmoe", "longcat_flash", "qwen4_exp", "qwen4_exp_text", "xmod"), (Cause.BROKEN_GRAPH,)
+    ),
+    **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "hy_v4", "mimo_v2_flash"), (Cause.SINK,)),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), (Cause.HEADS_OF_512,)),
     **dict.fromkeys(("llama4", "llama4_text"), (Cause.CHUNKS,)),
-    **dict.fromkeys(("codegen", "gpt_neox_japanese"), (Cause.UNREAD,)),
+    **dict.fromkeys(("codegen", "gpt_neox_japanese", "xglm", "xlm"), (Cause.UNREAD,)),
     "blt": (Cause.PATCHES,),
     "doge": (Cause.DYNAMIC_MASK,),
     "gemma2": (Cause.CAP,),
@@ -51,6 +56,7 @@ CAUSES: dict[str, tuple[Cause, ...]] = {
     "litgpt Mistral-7B-v0.1": (Cause.WRITTEN_MASK,),
     "openai-gpt": (Cause.MULTIPLIED_MASK,),
     "torchtune gemma2": (Cause.CAP,),
+    "vaultgemma": (Cause.CAP,),
     "x-transformers alibi": (Cause.BIAS,),
     "x-transformers relative position bias": (Cause.BIAS,),
     "x-transformers soft-clamped scores": (Cause.CAP,),

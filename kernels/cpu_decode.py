@@ -1,0 +1,215 @@
+"""A decode step in torch operators: a few new queries over a cache, with compressed keys kept from step to step.
+
+Of a sparse row only its compressed keys and the visited blocks are read; the forced blocks are used where they lie,
+the chosen ones are gathered. Formulas: arXiv 2509.24663, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infllm_pass.kernels.cpu_linear import LN2, LOG2E, compute_dtype
+from infllm_pass.kernels.cpu_selection import pool_keys, top_blocks
+from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
+
+
+@torch.no_grad()
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    filled: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries of every row over its valid keys, sparse from ``dense_len`` keys on.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``; query ``i`` of a row stands in slot ``lengths - Lq + i``.
+        k: ``[B, Hkv, C, D]``, any strides; only slots of valid keys are read.
+        v: ``[B, Hkv, C, Dv]``.
+        k1: ``[B, Hkv, n1, D]``: means of the windows among a row's first `filled` keys; brought up to date.
+        k2: the same for coarse windows.
+        filled: int32 ``[B]``; set to the rows' lengths.
+        lengths: integers ``[B]`` or ``[1]``: one past the last valid key.
+        starts: the same: the first valid key; None: 0.
+        geometry: the block geometry.
+        scale: softmax scale.
+        dense_len: rows with fewer keys are dense.
+        window: sliding window in keys, or None.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp ``[B, Hq, Lq]``,
+        float32 (float64 for float64 inputs); 0 and ``-inf`` for a query before its row's first key.
+    """
+    batch, heads_q, length_q = q.shape[:3]
+    heads, capacity, dim_v = v.shape[1:]
+    out = q.new_zeros(batch, length_q, heads, heads_q // heads, dim_v)
+    lse = q.new_full((batch, heads, heads_q // heads, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
+    queries = q.unflatten(1, (heads, -1)).to(lse.dtype) * (scale * LOG2E)  # [B, Hkv, G, Lq, D]
+    ends = lengths.clamp(0, capacity).expand(batch).tolist()
+    begins = [0] * batch if starts is None else starts.clamp(min=0).expand(batch).tolist()
+    for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        begin = min(begin, end)
+        length = end - begin
+        row_k, row_v = k[row, :, begin:end], v[row, :, begin:end]
+        old = max(0, min(int(filled[row]), length - length_q))
+        for compressed, factor in ((k1[row], 1), (k2[row], COARSE_FACTOR)):
+            _compress_new(row_k, compressed, old, geometry.kernel_size * factor, geometry.kernel_stride * factor)
+        filled[row] = length
+        lines = _lines(length, length_q, geometry.query_block if length >= dense_len else 1)
+        for line in lines:
+            x = queries[row, :, :, line.tokens]  # [Hkv, G, n, D]
+            chosen = None
+            if length >= dense_len:
+                chosen = _choose(x, k1[row], k2[row], line.last, geometry, window)
+            for number, token in enumerate(range(line.tokens.start, line.tokens.stop)):
+                position = length - length_q + token
+                logits, values = _visit(x[:, :, number], row_k, row_v, chosen, line.last, position, geometry, window)
+                top = logits.amax(-1, keepdim=True)  # [Hkv, G, 1]
+                weights = logits.sub_(top).exp2_()
+                total = weights.sum(-1, keepdim=True)
+                lse[row, :, :, token] = ((top + total.log2()) * LN2)[..., 0]
+                weights /= total
+                parts = weights.split([part.shape[1] for part in values], -1)
+                sums = [torch.bmm(w, part.to(w.dtype)) for w, part in zip(parts, values, strict=True)]
+                out[row, token] = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+    return out.flatten(2, 3).transpose(1, 2), lse.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Queries that share a selection, and the position that decides it."""
+
+    tokens: slice
+    last: int
+
+
+def _lines(length: int, length_q: int, query_block: int) -> list[_Line]:
+    """The lines of a row: only of queries that stand on a key."""
+    base = length - length_q
+    token = max(0, -base)
+    lines = []
+    while token < length_q:
+        end = (base + token) // query_block * query_block + query_block  # one past the line's last position
+        stop = min(end - base, length_q)
+        lines.append(_Line(slice(token, stop), min(end, length) - 1))
+        token = stop
+    return lines
+
+
+def _compress_new(k: Tensor, compressed: Tensor, old: int, size: int, stride: int) -> None:
+    """Write the windows of ``k [Hkv, L, D]`` that end after its first ``old`` keys to ``compressed [Hkv, n, D]``."""
+    begin, end = ((max(0, (length - size) // stride + 1)) for length in (old, k.shape[1]))
+    if begin < end:
+        compressed[:, begin:end] = pool_keys(k[:, begin * stride :], size, stride)
+
+
+def _choose(x: Tensor, k1: Tensor, k2: Tensor, last: int, geometry: BlockGeometry, window: int | None) -> Tensor | None:
+    """Blocks that a line visits beside the forced ones, ascending ``[Hkv, n]``; None: it visits all candidates.
+
+    Args:
+        x: ``[Hkv, G, n, D]``, scaled by ``scale * log2(e)``.
+        k1: ``[Hkv, n1, D]``.
+        k2: ``[Hkv, n2, D]``.
+        last: position that decides what the line sees.
+        geometry: the block geometry.
+        window: sliding window in keys, or None.
+    """
+    g = geometry
+    reach = _reach(last, g.block_size, window)
+    low, high = max(reach, g.init_blocks), last // g.block_size - g.local_blocks
+    taken = g.selected_blocks - g.local_blocks - 1 - max(g.init_blocks - reach, 0)
+    if high - low <= taken:
+        return None
+    rows = x.flatten(1, 2)  # [Hkv, G*n, D]
+    norm_keys, factor = (k1, 1) if g.lse == "exact" else (k2, COARSE_FACTOR)
+    visible = max(0, (last + 1 - factor * g.kernel_size) // (factor * g.kernel_stride) + 1)
+    per_block, overhang = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
+    first = low * per_block - overhang  # window of the first score; before 0 there is none
+    seen = min(high * per_block, max(0, (last + 1 - g.kernel_size) // g.kernel_stride + 1))
+    scores = rows.new_full((x.shape[0], high * per_block - first), -torch.inf)
+    part = scores[:, max(first, 0) - first : max(seen - first, 0)]
+    if visible:
+        norm = _bits(rows @ norm_keys[:, :visible].to(rows.dtype).mT)  # [Hkv, G*n, 1]
+        logits = rows @ k1[:, max(first, 0) : seen].to(rows.dtype).mT  # [Hkv, G*n, windows]
+        part.copy_(logits.sub_(norm).exp2_().sum(1))
+    else:
+        part.zero_()
+    best = scores.unfold(1, per_block + overhang, per_block).amax(-1)  # [Hkv, high - low]
+    return top_blocks(best, taken).add_(low).sort(1).values
+
+
+def _bits(logits: Tensor) -> Tensor:
+    """Binary log-sum-exp over the last dimension, kept; the logits are overwritten."""
+    top = logits.amax(-1, keepdim=True)
+    return logits.sub_(top).exp2_().sum(-1, keepdim=True).log2_().add_(top)
+
+
+def _reach(last: int, block_size: int, window: int | None) -> int:
+    """The first block that a sliding window touches."""
+    return 0 if window is None else max(last - window + 1, 0) // block_size
+
+
+def _visit(
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor | None,
+    last: int,
+    position: int,
+    geometry: BlockGeometry,
+    window: int | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of a query, and the values they belong to.
+
+    Args:
+        x: ``[Hkv, G, D]``, scaled by ``scale * log2(e)``.
+        k: ``[Hkv, L, D]``.
+        v: ``[Hkv, L, Dv]``.
+        chosen: ``[Hkv, n]`` from `_choose`; None: all keys.
+        last: position that decided the selection.
+        position: of the query.
+        geometry: the block geometry.
+        window: sliding window in keys, or None.
+
+    Returns:
+        ``[Hkv, G, keys]``, -inf where a key may not be seen, and the values in pieces ``[Hkv, some keys, Dv]``.
+    """
+    size = geometry.block_size
+    begin = 0 if window is None else max(0, position - window + 1)
+    if chosen is None:
+        spans = [slice(begin, position + 1)]
+    else:
+        initial = min(geometry.init_blocks * size, position + 1)
+        local = (last // size - geometry.local_blocks) * size
+        spans = [slice(begin, initial), slice(max(local, begin), position + 1)]
+    pieces = [(k[:, span], v[:, span]) for span in spans if span.start < span.stop]
+    if chosen is not None:
+        pieces.append((_gather(k, chosen, size), _gather(v, chosen, size)))
+    logits = torch.cat([torch.bmm(x, keys.to(x.dtype).mT) for keys, _ in pieces], -1)
+    if chosen is not None and (begin > 0 or local > position + 1):
+        keys = (chosen[:, :, None] * size + torch.arange(size, device=x.device)).flatten(1)  # [Hkv, n * size]
+        hidden = (keys < begin) | (keys > position)
+        logits[:, :, -keys.shape[1] :].masked_fill_(hidden[:, None], -torch.inf)
+    return logits, [values for _, values in pieces]
+
+
+def _gather(x: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """Whole blocks: ``x [Hkv, L, D]``, ``blocks [Hkv, n]`` -> ``[Hkv, n * size, D]``."""
+    count = x.shape[1] // size
+    whole = x[:, : count * size].unflatten(1, (count, size))  # [Hkv, count, size, D]
+    out = x.new_empty(*blocks.shape, size, x.shape[2])
+    for head, some in enumerate(blocks):
+        torch.index_select(whole[head], 0, some, out=out[head])
+    return out.flatten(1, 2)

@@ -1,0 +1,82 @@
+"""Launch configurations of the decode kernels.
+
+None is measured yet: they follow from the model in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Sizes and launch options of the five kernels of a decode step.
+
+    Attributes:
+        chunk: coarse keys of one program of compression and normaliser; a multiple of 8.
+        keys: keys that compression reads at once.
+        compress_warps: warps of such a program.
+        compress_stages: depth of its software pipeline.
+        blocks: key blocks of one program of scoring.
+        score_warps: warps of such a program.
+        score_stages: depth of its pipeline.
+        rank_warps: warps of a program of ranking.
+        step_keys: most keys, a power of two, of one step of attention.
+        attend_warps: warps of a program of attention.
+        attend_stages: depth of its pipeline.
+        programs: programs of attention for each multiprocessor, about, where the work can be split so far.
+    """
+
+    chunk: int = 64
+    keys: int = 64
+    compress_warps: int = 4
+    compress_stages: int = 3
+    blocks: int = 32
+    score_warps: int = 4
+    score_stages: int = 4
+    rank_warps: int = 4
+    step_keys: int = 64
+    attend_warps: int = 4
+    attend_stages: int = 3
+    programs: int = 2
+
+    @staticmethod
+    def warps(usual: int, columns: int) -> int:
+        """Warps of a program with so many columns (or rows): more where one token's heads are more than 64."""
+        return usual if columns <= 64 else 8
+
+
+MEASURED_DECODE: dict[tuple[int, int, int], DecodeLaunch] = {}
+"""By compute capability (90 for sm_90), bytes of an element, and the larger padded head dimension."""
+
+
+def generic_decode(size: int, head_dim: int) -> DecodeLaunch:
+    """A configuration that fits 99 KB of shared memory, by bytes of an element and the larger padded head dimension."""
+    if size == 4:
+        small = head_dim > 128
+        return DecodeLaunch(
+            chunk=16 if small else 32,
+            keys=16,
+            compress_warps=8,
+            compress_stages=1,
+            blocks=16 if small else 32,
+            score_stages=2,
+            step_keys=32 if head_dim <= 64 else 16,
+            attend_stages=2,
+        )
+    if head_dim > 128:
+        return DecodeLaunch(chunk=32, keys=32, score_stages=3, step_keys=32, attend_stages=2)
+    return DecodeLaunch()
+
+
+def decode_launch(tensor: Tensor, head_dim: int) -> DecodeLaunch:
+    """The configuration on the tensor's device, for its dtype and the larger padded head dimension."""
+    if tensor.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        row = MEASURED_DECODE.get((10 * major + minor, tensor.element_size(), head_dim))
+        if row is not None:
+            return row
+    return generic_decode(tensor.element_size(), head_dim)

@@ -1,0 +1,65 @@
+"""The operator ``infllm::InfLLMV2Attention`` as other runtimes know it: its name, its attributes and its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from infllm_pass.kernels.geometry import BlockGeometry
+
+DOMAIN = "infllm"
+NAME = "InfLLMV2Attention"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class AttentionNode:
+    """What one node of the operator computes.
+
+    Attributes:
+        geometry: which blocks are selected.
+        scale: softmax scale.
+        dense_len: length from which a sequence is sparse.
+        window: sliding window in keys; 0: none.
+        masked: whether the node has the input ``key_mask``.
+        placed: whether the node has the input ``offset``; without it the queries are the last of the keys.
+    """
+
+    geometry: BlockGeometry
+    scale: float
+    dense_len: int
+    window: int = 0
+    masked: bool = False
+    placed: bool = False
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> AttentionNode:
+        """The node with these attributes by name, as `attributes` gives them; others are ignored."""
+        return cls(
+            BlockGeometry(**{field.name: attributes[field.name] for field in fields(BlockGeometry)}),
+            scale=attributes["scale"],
+            dense_len=attributes["dense_len"],
+            window=attributes["window"],
+            masked=bool(attributes["has_key_mask"]),
+            placed=bool(attributes["has_offset"]),
+        )
+
+    @property
+    def attributes(self) -> dict[str, int | float | str]:
+        """The node's attributes, with those by which TensorRT finds a plugin."""
+        return {
+            **asdict(self.geometry),
+            "dense_len": self.dense_len,
+            "window": self.window,
+            "has_key_mask": int(self.masked),
+            "has_offset": int(self.placed),
+            "scale": float(self.scale),
+            "plugin_namespace": DOMAIN,
+            "plugin_version": str(VERSION),
+        }
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the node's inputs. There are no gaps, which TensorRT's parser does not take."""
+        return ("q", "k", "v", *(["key_mask"] if self.masked else []), *(["offset"] if self.placed else []))

@@ -1,0 +1,93 @@
+"""The decode step on CUDA: Triton kernels that Inductor and CUDA graphs see, with no host synchronisation.
+
+``infllm::tiled_decode_attention``
+    as ``infllm::decode_attention``, with the same arguments and `SOURCES`.
+
+Five launches whose grids follow from shapes alone: compressed keys and normaliser, block scores, ranking, attention,
+merge. Which rows are sparse is decided on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infllm_pass.kernels.decode_attention import decode_attend
+from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
+from infllm_pass.kernels.decode_selection import decode_select
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering import tiled
+from infllm_pass.lowering.checks import check_tiled
+from infllm_pass.lowering.decode import check_decode, decode_arguments
+
+SOURCES = hashlib.sha256(tiled.SOURCES.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+"""An argument of every call, so that compile caches, which know an operator by its name, drop what other code made."""
+
+
+def tiled_decode_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
+    """The last arguments of `tiled_decode_attention`, from ``kernel_size`` on."""
+    return (*decode_arguments(geometry), SOURCES)
+
+
+def _geometry(*numbers: Any) -> BlockGeometry:
+    """Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them."""
+    return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
+
+
+@torch.library.triton_op("infllm::tiled_decode_attention", mutates_args={"k1", "k2", "filled"})
+def tiled_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    filled: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    window: int | None,
+    scale: float,
+    dense_len: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    selected_blocks: int,
+    lse: str,
+    query_block: int,
+    sources: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last queries of every row over a cache, sparse from ``dense_len`` keys on.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, float16, bfloat16 or float32 on CUDA, unit last stride, as `k` and `v`. Arguments,
+            results and what the caller has to keep about `filled`: see `decode.decode_attention`.
+        sources: `SOURCES`; nothing is computed from it.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
+    """
+    geometry = _geometry(
+        *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
+    )
+    check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)
+    check_tiled(q, k, v, None, None, None, None, window, scale, geometry)
+    rows = DecodeRows(lengths, starts)
+    blocks = decode_select(
+        *(q, k, DecodeState(k1, k2, filled), rows),
+        geometry=geometry,
+        scale=scale,
+        dense_len=dense_len,
+        window=window,
+    )
+    return decode_attend(
+        *(q, k, v, blocks, rows),
+        geometry=geometry,
+        scale=scale,
+        dense_len=dense_len,
+        window=window,
+    )

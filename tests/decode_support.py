@@ -1,0 +1,145 @@
+"""A cache that grows step by step beside the oracle, for the tests of both decode operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from infllm_pass.kernels import reference
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering.decode import new_state
+
+Operator = Callable[..., tuple[Tensor, Tensor]]
+
+SMALL = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, init_blocks=1, local_blocks=1, selected_blocks=4)
+
+
+@dataclass
+class Cache:
+    """A cache with its state; what holds no valid key is NaN.
+
+    Attributes:
+        operator: takes q, k, v, the state, lengths, starts, window, scale, dense_len and the geometry.
+        lengths: keys of each row so far, padding included.
+        starts: padding of each row.
+        token_first: whether the cache lies in memory as ``[B, C, H, D]``.
+        level: whether keys are all zero, so that all scores of a query are equal.
+    """
+
+    operator: Operator
+    lengths: list[int]
+    starts: list[int] | None = None
+    geometry: BlockGeometry = SMALL
+    group: int = 2
+    heads: int = 2
+    dim: int = 16
+    value_dim: int = 8
+    capacity: int = 160
+    dense_len: int = 0
+    window: int | None = None
+    scale: float = 0.3
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    token_first: bool = False
+    level: bool = False
+
+    def __post_init__(self) -> None:
+        self.k, self.v = (self._empty(size) for size in (self.dim, self.value_dim))
+        self.state = new_state(self.k, self.geometry)
+        self.forget()
+        for row, length in enumerate(self.lengths):
+            self.write(row, self.start(row), length)
+
+    def _empty(self, size: int) -> Tensor:
+        shape = [len(self.lengths), self.heads, self.capacity, size]
+        if self.token_first:
+            shape[1:3] = shape[2:0:-1]
+        cache = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+        return cache.transpose(1, 2) if self.token_first else cache
+
+    def start(self, row: int) -> int:
+        """The row's first valid key."""
+        return 0 if self.starts is None else self.starts[row]
+
+    def write(self, row: int, begin: int, end: int) -> None:
+        """Write random keys and values."""
+        for cache in (self.k, self.v):
+            some = torch.randn(self.heads, max(0, end - begin), cache.shape[3], device=self.device)
+            cache[row, :, begin : max(begin, end)] = (some * (not (self.level and cache is self.k))).to(self.dtype)
+
+    def forget(self) -> None:
+        """Drop the state: nothing is filled, and what there was is poisoned."""
+        self.state[0].fill_(torch.nan)
+        self.state[1].fill_(torch.nan)
+        self.state[2].zero_()
+
+    def crop(self, count: int) -> None:
+        """Take the last keys of every row back; nobody tells the operator."""
+        self.lengths = [max(self.start(row), length - count) for row, length in enumerate(self.lengths)]
+        for row, length in enumerate(self.lengths):
+            self.k[row, :, length:] = torch.nan
+            self.v[row, :, length:] = torch.nan
+
+    def append(self, count: int) -> Tensor:
+        """Append keys and values to every row; the queries that go with them."""
+        for row, length in enumerate(self.lengths):
+            self.write(row, length, length + count)
+        self.lengths = [length + count for length in self.lengths]
+        shape = (len(self.lengths), self.heads * self.group, count, self.dim)
+        return (2 * torch.randn(shape, device=self.device)).to(self.dtype)
+
+    def numbers(self, values: list[int]) -> Tensor:
+        """Lengths or starts on the device, one number where all rows have the same."""
+        return torch.tensor(values[:1] if len(set(values)) == 1 else values, device=self.device)
+
+    def attend(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What the operator gives for the last queries."""
+        return self.operator(
+            *(q, self.k, self.v, *self.state, self.numbers(self.lengths)),
+            None if self.starts is None else self.numbers(self.starts),
+            *(self.window, self.scale, self.dense_len, self.geometry),
+        )
+
+    def expected(self, q: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """What the oracle gives for one row, over its valid keys alone."""
+        keys = slice(self.start(row), self.lengths[row])
+        row_q, row_k, row_v = q[row : row + 1], self.k[row : row + 1, :, keys], self.v[row : row + 1, :, keys]
+        length = keys.stop - keys.start
+        common = {
+            "geometry": self.geometry,
+            "scale": self.scale,
+            "offset": length - q.shape[2],
+            "dense_len": self.dense_len,
+            "window": self.window,
+        }
+        if length == 0:
+            shape = (1, *q.shape[1:3])
+            return row_v.new_zeros(*shape, self.value_dim), row_v.new_full(shape, -torch.inf)
+        selected = reference.select_blocks(row_q, row_k, **common)
+        return reference.attention(row_q, row_k, row_v, selected, **common)
+
+    def check(self, q: Tensor, bound: float = 1e-5) -> None:
+        """Compare a call with the oracle, row by row, and a second call with the first, bit by bit."""
+        out, lse = self.attend(q)
+        assert (out.dtype, lse.dtype) == (q.dtype, torch.promote_types(q.dtype, torch.float32))
+        assert out.transpose(1, 2).is_contiguous()
+        for row, length in enumerate(self.lengths):
+            expected, expected_lse = self.expected(q, row)
+            seen = expected_lse[0] != -torch.inf
+            assert not out[row].isnan().any()
+            error = float((out[row].double() - expected[0]).norm())
+            assert error <= bound * max(float(expected.norm()), 1e-9), (row, length)
+            assert torch.equal(lse[row] != -torch.inf, seen)
+            assert not seen.any() or float((lse[row] - expected_lse[0])[seen].abs().max()) <= 20 * bound
+            assert int(self.state[2][row]) == length - self.start(row)
+        again, lse_again = self.attend(q)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+
+    def grow(self, *counts: int, bound: float = 1e-5) -> None:
+        """Append keys step by step, and check every step."""
+        for count in counts:
+            self.check(self.append(count), bound)

@@ -1,0 +1,45 @@
+"""The decode benchmarks' own logic: floors, rows of the CPU, and no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from infllm_pass.kernels.geometry import BlockGeometry
+
+
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+def test_the_floor_counts_each_byte_once():
+    pytest.importorskip("triton")
+    decode, heads = importlib.import_module("decode"), importlib.import_module("_data").MAIN[0]
+    sizes = (heads, 1, 131072, BlockGeometry(selected_blocks=64))
+    assert decode.floor_bytes(*sizes, sparse=False) == 2 * 2 * 128 * 2 * 131072
+    assert decode.floor_bytes(*sizes, sparse=True) == 2 * 2 * 128 * (8191 + 2047 + 2 * 4096)
+    short = (heads, 1, 100, BlockGeometry(selected_blocks=64))
+    assert decode.floor_bytes(*short, sparse=True) == 2 * 2 * 128 * (5 + 2 * 100)
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["decode"])
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module("decode").main()
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "this benchmark needs a CUDA device, and torch sees none\n"
+
+
+def test_a_row_of_the_cpu():
+    cpu_decode = importlib.import_module("cpu_decode")
+    row = cpu_decode.measure(300, argparse.Namespace(heads=2, heads_kv=1, dim=16, steps=2))
+    assert row["case"] == "decode/2x1x16/96/300"
+    assert row["ratio"] == pytest.approx(row["ms"] / row["dense_ms"])
+    assert row["refill_ms"] > 0

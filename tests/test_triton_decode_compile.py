@@ -1,0 +1,197 @@
+"""The decode kernels compile for every architecture, fit its shared memory, and do not spill where they are hot."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+import sympy
+import torch
+import triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.runtime import driver
+
+from infllm_pass.kernels.decode_attention import MAX_SPLITS, _decode_attention_kernel, _decode_merge_kernel
+from infllm_pass.kernels.decode_compression import decode_compress_kernel
+from infllm_pass.kernels.decode_launch import generic_decode
+from infllm_pass.kernels.decode_ranking import decode_rank_kernel
+from infllm_pass.kernels.decode_rows import DecodeShape
+from infllm_pass.kernels.decode_selection import _decode_score_kernel
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering import checks
+from infllm_pass.lowering.decode import new_state
+from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
+
+from .test_triton_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
+from .triton_device import INTERPRETED
+from .triton_support import compile_ahead
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes that one program may use, by compute capability."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sizes for which the kernels are compiled.
+
+    Attributes:
+        hot: a configuration in which no register may spill on sm_90.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 128
+    value_dim: int = 128
+    group: int = 16
+    length_q: int = 1
+    block_size: int = 64
+    query_block: int = 1
+    exact: bool = False
+    window: bool = False
+    starts: bool = False
+    hot: bool = False
+
+    @property
+    def name(self) -> str:
+        options = [name for name in ("exact", "window", "starts", "hot") if getattr(self, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = [f"dim{self.dim}", f"group{self.group}", f"queries{self.length_q}", f"block{self.block_size}"]
+        return "-".join([dtype, *sizes, f"shared{self.query_block}", *options])
+
+
+VARIANTS = [
+    Variant(hot=True),
+    Variant(group=4, hot=True),
+    Variant(group=3, dim=64, value_dim=64, hot=True),
+    Variant(group=4, length_q=4, hot=True),
+    Variant(length_q=16, hot=True),
+    Variant(group=4, length_q=16, query_block=16, window=True, starts=True),
+    Variant(group=1, exact=True, starts=True),
+    Variant(torch.float16, group=7, dim=72, value_dim=40, block_size=48, length_q=3),
+    Variant(group=128, block_size=128),
+    Variant(dim=256, value_dim=256, group=2, length_q=16),
+    Variant(group=8, dim=16, value_dim=16, block_size=16),
+    *(Variant(torch.float32, dim, dim, group=4, length_q=16) for dim in (64, 128, 256)),
+]
+
+
+def arguments(variant: Variant) -> dict[str, object]:
+    """A value for every parameter of the kernels."""
+    shape = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize)
+    padded, padded_value = (max(16, triton.next_power_of_2(size)) for size in (variant.dim, variant.value_dim))
+    launch = generic_decode(variant.dtype.itemsize, max(padded, padded_value))
+    owned = launch.chunk * 4
+    strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv" for axis in "bht"}
+    return {
+        **dict.fromkeys(("q", "k", "v", "k1", "k2", "out"), variant.dtype),
+        **dict.fromkeys(("parts", "part_out", "part_lse", "lse"), torch.float32),
+        **dict.fromkeys(("lengths", "starts", "filled", "keys", "blocks"), torch.int32),
+        **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity", "fine_slots", "coarse_slots"), "i32"),
+        **dict.fromkeys(("slots", "chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
+        **strides,
+        "scale_log2": "fp32",
+        "G": shape.group,
+        "GP": shape.padded_group,
+        "TOKENS": shape.tokens,
+        "LINES": shape.lines,
+        "QUERY_BLOCK": variant.query_block,
+        "D": variant.dim,
+        "DP": padded,
+        "VALUE_DIM": variant.value_dim,
+        "BLOCK_DV": padded_value,
+        "KERNEL": 32,
+        "STRIDE": 16,
+        "BLOCK": variant.block_size,
+        "INIT": 1,
+        "LOCAL": 32,
+        "BUDGET": 64,
+        "WIDTH": 64,
+        "EXACT": variant.exact,
+        "HAS_WINDOW": variant.window,
+        "HAS_STARTS": variant.starts,
+        "CHUNK": launch.chunk,
+        "KEYS": launch.keys,
+        "NORM_KEYS": owned if variant.exact else launch.chunk,
+        "NORM_SIZE": 32 if variant.exact else 128,
+        "NORM_STRIDE": 16 if variant.exact else 64,
+        "BLOCKS": launch.blocks,
+        "STEP_KEYS": min(variant.block_size & -variant.block_size, launch.step_keys),
+        "MOST": MAX_SPLITS,
+        "DIMS": min(64, padded_value),
+        "PRECISION": "ieee",
+    }
+
+
+def kernels(variant: Variant) -> dict[str, tuple[triton.JITFunction, int, int]]:
+    """The kernels, each with its warps and stages."""
+    dim = max(16, triton.next_power_of_2(max(variant.dim, variant.value_dim)))
+    launch = generic_decode(variant.dtype.itemsize, dim)
+    columns = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize).columns
+    return {
+        "compress": (decode_compress_kernel, launch.warps(launch.compress_warps, columns), launch.compress_stages),
+        "score": (_decode_score_kernel, launch.warps(launch.score_warps, columns), launch.score_stages),
+        "rank": (decode_rank_kernel, launch.rank_warps, 3),
+        "attention": (_decode_attention_kernel, launch.warps(launch.attend_warps, columns), launch.attend_stages),
+        "merge": (_decode_merge_kernel, 4, 3),
+    }
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_decode_kernels_compile(variant, capability, record_property):
+    given = arguments(variant)
+    for name, (kernel, warps, stages) in kernels(variant).items():
+        report = compile_ahead(kernel, given, capability=capability, num_warps=warps, num_stages=stages)
+        record_property(name, report)
+        print(name, report)
+        assert report["shared"] <= SHARED_MEMORY[capability], name
+        if variant.hot and capability == 90:
+            assert report["spilled"] == 0, name
+
+
+def step(q, k, v, k1, k2, filled, lengths, starts):
+    """A decode step as a rewritten graph has it: the new key and value are written, then attended to."""
+    k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
+    given = (q, k, v, k1, k2, filled, lengths, starts, None, 0.25, 64, *tiled_decode_arguments(GEOMETRY))
+    return tiled_decode_attention(*given)
+
+
+@pytest.fixture
+def imagined(monkeypatch):
+    """Triton compiles for an H100 that is not there, and CPU tensors stand for CUDA tensors."""
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(checks, "_refusal", lambda *_: None)
+
+
+@pytest.mark.usefixtures("imagined")
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
+    """And one graph serves caches of any batch size and capacity."""
+    k, v = torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16)
+    state = new_state(k, GEOMETRY)
+    tensors = [torch.randn(3, 6, 1, 16), k, v, *state, torch.tensor([90]), torch.tensor([0, 3, 5]) if padded else None]
+    for tensor, sizes in zip(tensors, ([0], [0, 2], [0, 2], [0, 2], [0, 2], [0], [], [0]), strict=True):
+        for size in sizes if tensor is not None else ():
+            torch._dynamo.mark_dynamic(tensor, size)
+    recorder = Recorder()
+    # As Inductor does: what a graph writes to its inputs stays in the graph.
+    backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    with caplog.at_level(logging.WARNING), torch.no_grad(), pytest.raises(_Traced):
+        compiled(*tensors)
+    assert "identify_mutated_tensors" not in caplog.text
+    (module,) = recorder.graphs.values()
+    kernels = kernels_of(module)
+    assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
+    assert len(kernels) == 5
+    written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
+    assert written == [{"k1", "k2", "parts"}, {"keys"}, {"blocks", "filled"}, {"part_out", "part_lse"}, {"out", "lse"}]
+    write_in_place(module.graph)
+    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels]
+    # Sizes are compared with each other and with bounds; none is pinned to a number.
+    pinned = [guard for guard in recorder.guards if isinstance(guard, sympy.Eq | sympy.Ne) and guard.rhs.is_number]
+    assert not pinned
