@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.backend import SwitchableBackend
+from infllm_pass.errors import MaskBufferChangedWarning
 from infllm_pass.report import Report
 
 from .conftest import SMALL
@@ -385,7 +387,8 @@ def test_a_buffer_that_changes_between_calls_is_read_anew(spelling):
     q, k, v = tensors()
     torch.testing.assert_close(compiled(q, k, v), module(q, k, v))
     module.keep.fill_(True)
-    torch.testing.assert_close(compiled(q, k, v), module(q, k, v))
+    with pytest.warns(MaskBufferChangedWarning):
+        torch.testing.assert_close(compiled(q, k, v), module(q, k, v))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -664,6 +667,10 @@ def keys_repeated_and_detached(q, k, v):
     return fused(q, k, v, _causal(q))
 
 
+def queries_scaled_by_data(q, k, v):
+    return filled(q * k.norm(), k, v, _causal(q))
+
+
 def values_repeated_without_gradients(q, k, v):
     with torch.no_grad():
         v = v[:, :2].repeat_interleave(HEADS // 2, 1)
@@ -705,7 +712,7 @@ PERHAPS_ATTENTION = [
     Case(function, dense=False)
     for function in (
         *(scale_for_each_key, reshaped_keys, keys_of_other_heads, scores_used_twice, last_key_unused),
-        *(keys_detached, keys_repeated_and_detached, values_repeated_without_gradients),
+        *(keys_detached, keys_repeated_and_detached, values_repeated_without_gradients, queries_scaled_by_data),
     )
 ]
 
@@ -807,3 +814,85 @@ def test_what_a_copy_was_made_of_may_change_before_it_is_used(spelling):
         return spelling(q, copied, v[:, :2].repeat_interleave(HEADS // 2, 1), _causal(q))
 
     check(attend, *tensors(), dynamic=False, dense=False)
+
+
+# flex_attention: masks and scores as functions. It has no backward on CPUs.
+
+
+def flex_off_by_one(b, h, q, k):
+    return k <= q + 1
+
+
+def flex_prefix(b, h, q, k):
+    return (k <= q) | (k < 20)
+
+
+def flex_one_head_different(b, h, q, k):
+    return (k <= q) | (h == 1)
+
+
+def flex_one_row_different(b, h, q, k):
+    return (k <= q) & (b == 0) | (k >= q) & (b == 1)
+
+
+def flex_blocks(b, h, q, k):
+    return k // 16 <= q // 16
+
+
+FLEX_MASKS = [flex_off_by_one, flex_prefix, flex_one_head_different, flex_one_row_different, flex_blocks]
+
+
+def check_flex(function, *inputs) -> None:
+    inputs = [tensor.detach() for tensor in inputs]
+    with torch.compiler.set_stance("force_eager"):
+        expected = function(*inputs)
+    actual, report = run(function, *inputs, dynamic=False)
+    assert len(report.sites) == 1
+    assert report.switchable == 0, str(report)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mask", FLEX_MASKS, ids=lambda f: f.__name__)
+def test_flex_masks_that_are_not_causal_stay_dense(mask):
+    def attend(q, k, v):
+        block_mask = create_block_mask(mask, 2, HEADS, q.shape[2], k.shape[2], device="cpu")
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+    check_flex(attend, *tensors())
+
+
+def distance(score, b, h, q, k):
+    return score + 0.1 * (k - q)
+
+
+def cap(score, b, h, q, k):
+    return 5.0 * torch.tanh(score / 5.0)
+
+
+def shown_in_the_score(score, b, h, q, k):
+    return torch.where(k <= q + 1, score, -float("inf"))
+
+
+@pytest.mark.parametrize("score", [distance, cap, shown_in_the_score], ids=lambda f: f.__name__)
+def test_flex_scores_that_are_changed_stay_dense(score):
+    def causal(b, h, q, k):
+        return k <= q
+
+    def attend(q, k, v):
+        block_mask = None
+        if score is not shown_in_the_score:
+            block_mask = create_block_mask(causal, 2, HEADS, q.shape[2], k.shape[2], device="cpu")
+        return flex_attention(q, k, v, score_mod=score, block_mask=block_mask)
+
+    check_flex(attend, *tensors())
+
+
+def test_a_flex_mask_that_reads_data_stays_dense_though_the_example_is_causal():
+    def attend(q, k, v, last):
+        def mask(b, h, q_index, k_index):
+            return k_index <= last[q_index]
+
+        block_mask = create_block_mask(mask, None, None, q.shape[2], k.shape[2], device="cpu")
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+    check_flex(attend, *tensors(), torch.arange(LENGTH))
