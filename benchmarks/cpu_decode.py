@@ -23,7 +23,8 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.decode import decode_arguments, decode_attention, new_state
+from infllm_pass.lowering.decode import decode_attention, new_state
+from infllm_pass.lowering.operators import selection_arguments
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_decode.json"
 
@@ -51,7 +52,7 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, object]:
 
     def sparse(number: int, dense_len: int = 0) -> tuple[Tensor, Tensor]:
         end = torch.tensor([length + number])
-        numbers = (None, None, dim**-0.5, dense_len, *decode_arguments(geometry))
+        numbers = (None, None, dim**-0.5, dense_len, *selection_arguments(geometry))
         return decode_attention(q[number], k, v, *state, end, *numbers)
 
     def dense(number: int) -> Tensor:

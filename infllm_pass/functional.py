@@ -11,8 +11,8 @@ from torch import Tensor
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import DtypeError, ShapeError
-from infllm_pass.lowering import operators
 from infllm_pass.lowering.checks import check_attention, check_sequences, refused_by_tiled
+from infllm_pass.lowering.dispatch import attend
 from infllm_pass.lowering.segments import segment_bounds
 
 
@@ -129,18 +129,9 @@ def _attend(
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
     sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)
     call = (key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, window, factor, config.dense_len)
-    out: Tensor
-    if refused_by_tiled(q, v, factor, config.geometry) is not None:
-        blocks = None
-        if sparse:
-            blocks = operators.select_blocks(q, k, *call, *operators.selection_arguments(config.geometry))
-        out = operators.block_attention(q, k, v, blocks, *call, *operators.attention_arguments(config.geometry))[0]
-        return out
-    from infllm_pass.lowering import tiled  # needs Triton, which CPU installations lack
-
-    if not sparse and q.shape[2] == k.shape[2] and all(x is None for x in call[:6]):
+    taken = refused_by_tiled(q, v, factor, config.geometry) is None
+    if taken and not sparse and q.shape[2] == k.shape[2] and all(x is None for x in call[:6]):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor, enable_gqa=grouped)
-    operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
-    out = tiled.tiled_attention(*operands, *call, sparse, *tiled.tiled_arguments(config.geometry))[0]
+    out: Tensor = attend(q, k, v, call, config.geometry, scale=factor, select=sparse)
     return out

@@ -102,15 +102,6 @@ def check_decode(
         raise ShapeError(f"window={window}: expected at least 1 key")
 
 
-def decode_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
-    """The last arguments of `decode_attention`, from ``kernel_size`` on."""
-    g = geometry
-    return (
-        *(g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks, g.local_blocks),
-        *(g.selected_blocks, g.lse, g.query_block),
-    )
-
-
 @torch.library.custom_op("infllm::decode_attention", mutates_args=("k1", "k2", "filled"))
 def decode_attention(
     q: Tensor,

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from infllm_pass.errors import ExportError
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering import operators
-from infllm_pass.lowering.checks import check_attention, check_sequences, refused_by_tiled
+from infllm_pass.lowering.checks import check_attention, check_sequences
+from infllm_pass.lowering.dispatch import attend
 
 ALWAYS_DENSE = 2**31 - 1
 """The ``dense_len`` of a call that selects nothing."""
@@ -75,18 +75,7 @@ def switchable_attention(
         query_block=query_block,
     )
     call = (key_mask, offsets, None, None, offset, window, scale, dense_len)
-    select = bool(k.shape[2] >= dense_len)
-    if refused_by_tiled(q, v, scale, geometry) is None:
-        from infllm_pass.lowering import tiled  # needs Triton, which CPU installations lack
-
-        operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
-        attended: Tensor = tiled.tiled_attention(*operands, *call, select, *tiled.tiled_arguments(geometry))[0]
-        return attended
-    blocks = None
-    if select:
-        blocks = operators.select_blocks(q, k, *call, *operators.selection_arguments(geometry))
-    out: Tensor = operators.block_attention(q, k, v, blocks, *call, *operators.attention_arguments(geometry))[0]
-    return out
+    return attend(q, k, v, call, geometry, scale=scale, select=bool(k.shape[2] >= dense_len))
 
 
 @switchable_attention.register_fake

@@ -32,7 +32,7 @@ def _offset(q: Tensor, k: Tensor, offsets: Tensor | None, offset: int | None) ->
 
 
 def selection_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
-    """The last arguments of `select_blocks`, from ``kernel_size`` on."""
+    """The last arguments of operators that select blocks, from ``kernel_size`` on: `BlockGeometry`, field by field."""
     g = geometry
     return (
         *(g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks, g.local_blocks),

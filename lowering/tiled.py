@@ -28,6 +28,7 @@ from infllm_pass.kernels.planning import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.selection import select_tiles
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
 from infllm_pass.lowering.checks import check_tiled
+from infllm_pass.lowering.operators import selection_arguments
 
 
 def _sources() -> str:
@@ -42,14 +43,10 @@ SOURCES = _sources()
 
 def tiled_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
     """The last arguments of `tiled_attention`, from ``kernel_size`` on."""
-    g = geometry
-    return (
-        *(g.kernel_size, g.kernel_stride, g.block_size, g.init_blocks, g.local_blocks),
-        *(g.selected_blocks, g.lse, g.query_block, SOURCES),
-    )
+    return (*selection_arguments(geometry), SOURCES)
 
 
-def _geometry(*numbers: Any) -> BlockGeometry:
+def static_geometry(*numbers: Any) -> BlockGeometry:
     """Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them."""
     return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
 
@@ -160,7 +157,7 @@ def tiled_attention(
         ShapeError, DtypeError, DeviceError, ConfigError: an argument is outside the kernels' range.
     """
     numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
-    geometry = _geometry(*numbers)
+    geometry = static_geometry(*numbers)
     check_tiled(q, k, v, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, window, scale, geometry)
     if _is_empty(q, k):
         batch, heads, length, _ = q.shape
@@ -237,7 +234,7 @@ def tiled_attention_backward(
     if _is_empty(q, k):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
-    geometry = _geometry(*numbers)
+    geometry = static_geometry(*numbers)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     plan = _plan(q, k, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, geometry)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from infllm_pass.kernels.decode_selection import decode_select
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import tiled
 from infllm_pass.lowering.checks import check_tiled
-from infllm_pass.lowering.decode import check_decode, decode_arguments
+from infllm_pass.lowering.decode import check_decode
+from infllm_pass.lowering.operators import selection_arguments
 
 SOURCES = hashlib.sha256(tiled.SOURCES.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 """An argument of every call, so that compile caches, which know an operator by its name, drop what other code made."""
@@ -30,12 +30,7 @@ SOURCES = hashlib.sha256(tiled.SOURCES.encode() + Path(__file__).read_bytes()).h
 
 def tiled_decode_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
     """The last arguments of `tiled_decode_attention`, from ``kernel_size`` on."""
-    return (*decode_arguments(geometry), SOURCES)
-
-
-def _geometry(*numbers: Any) -> BlockGeometry:
-    """Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them."""
-    return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
+    return (*selection_arguments(geometry), SOURCES)
 
 
 @torch.library.triton_op("infllm::tiled_decode_attention", mutates_args={"k1", "k2", "filled"})
@@ -71,7 +66,7 @@ def tiled_decode_attention(
     Raises:
         ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
     """
-    geometry = _geometry(
+    geometry = tiled.static_geometry(
         *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
     check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)

@@ -10,6 +10,7 @@ import torch
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import decode
+from infllm_pass.lowering.operators import selection_arguments
 
 from .decode_support import SMALL, Cache
 
@@ -37,7 +38,7 @@ ODD = {
 
 def operator(*arguments):
     *tensors, geometry = arguments
-    return decode.decode_attention(*tensors, *decode.decode_arguments(geometry))
+    return decode.decode_attention(*tensors, *selection_arguments(geometry))
 
 
 @pytest.mark.parametrize("sizes", ODD.values(), ids=ODD)
@@ -102,7 +103,7 @@ def arguments(**changes):
     given = {"q": q, "k": k, "v": v, "k1": k1, "k2": k2, "filled": filled}
     given |= {"lengths": torch.tensor([60, 50]), "starts": None, "window": None, "scale": 0.25, "dense_len": 0}
     assert not set(changes) - set(given)
-    return (*(given | changes).values(), *decode.decode_arguments(geometry))
+    return (*(given | changes).values(), *selection_arguments(geometry))
 
 
 BAD = {
@@ -145,7 +146,7 @@ def test_opcheck(starts):
 
 
 def test_a_compiled_step_writes_the_state():
-    numbers = (None, None, 0.25, 0, *decode.decode_arguments(SMALL))
+    numbers = (None, None, 0.25, 0, *selection_arguments(SMALL))
 
     def step(*tensors):
         return decode.decode_attention(*tensors, *numbers)

@@ -1,0 +1,40 @@
+"""Selection and attention of tensors at hand, by whichever operators take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering import operators
+from infllm_pass.lowering.checks import refused_by_tiled
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, call: tuple[Any, ...], geometry: BlockGeometry, *, scale: float, select: bool
+) -> Tensor:
+    """Attention through the Triton kernels where they take the call, through torch operators elsewhere.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, any strides, as for `k` and `v`.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        call: the operators' arguments from ``key_mask`` to ``dense_len``.
+        geometry: the block geometry.
+        scale: softmax scale, as in `call`.
+        select: whether sequences of ``dense_len`` keys and more select blocks; if not, every sequence is dense.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in q's dtype.
+    """
+    out: Tensor
+    if refused_by_tiled(q, v, scale, geometry) is None:
+        from infllm_pass.lowering import tiled  # needs Triton, which CPU installations lack
+
+        operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
+        out = tiled.tiled_attention(*operands, *call, select, *tiled.tiled_arguments(geometry))[0]
+        return out
+    blocks = operators.select_blocks(q, k, *call, *operators.selection_arguments(geometry)) if select else None
+    out = operators.block_attention(q, k, v, blocks, *call, *operators.attention_arguments(geometry))[0]
+    return out
