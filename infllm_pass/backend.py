@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -12,10 +11,11 @@ from torch import fx
 
 from infllm_pass.compiled import bound_compiler
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import ConfigError, UntunedDeviceWarning
+from infllm_pass.errors import ConfigError
 from infllm_pass.graphs import held_tensors
 from infllm_pass.held import WatchedGraph, unchanged_copy, watch
 from infllm_pass.log import CompileLog
+from infllm_pass.lowering.dispatch import warn_untuned
 from infllm_pass.pipeline import Switch, run_pass
 from infllm_pass.plan import SiteFilter
 from infllm_pass.report import GraphReport
@@ -83,12 +83,7 @@ def _warn_untuned(report: GraphReport) -> None:
     """Warn of a graph's sparse sites on a GPU that the Triton kernels do not take."""
     refused = {(site.device, site.refusal) for site in report.sites if site.branch == "sparse" and site.refusal}
     for device, refusal in sorted(refused):
-        warnings.warn(
-            f"sparse attention on {device} runs through torch operators tuned for the CPU, correct but slower than "
-            f"dense attention: {refusal}; change that, or raise dense_len above your lengths",
-            UntunedDeviceWarning,
-            stacklevel=3,
-        )
+        warn_untuned(device, refusal)
 
 
 def infllm(

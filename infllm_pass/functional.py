@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import DtypeError, ShapeError
-from infllm_pass.lowering.checks import check_attention, check_sequences, refused_by_tiled
+from infllm_pass.lowering.checks import check_attention, check_sequences
 from infllm_pass.lowering.dispatch import attend
 from infllm_pass.lowering.segments import segment_bounds
 
@@ -33,7 +33,7 @@ def switchable_attention(
     InfLLM-V2, arXiv 2509.24663, section 3. Differentiable in q, k and v; no gradient flows through the
     selection of blocks. Each sequence of a padded or packed batch takes its own side of the switch. On CUDA the
     Triton kernels run where they take the call (float16, bfloat16, float32; block_size a multiple of 16) and read
-    no tensor on the host; torch operators run elsewhere.
+    no tensor on the host; torch operators run elsewhere, on a GPU with a warning.
 
     Args:
         q: queries after position encoding, ``[B, Hq, Lq, D]``; float32, bfloat16, float16 or float64.
@@ -54,6 +54,9 @@ def switchable_attention(
 
     Raises:
         ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
+
+    Warns:
+        UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
     """
     chosen = SparseAttentionConfig.coerce(config)
     check_attention(q, k, v, None, key_mask)
@@ -99,15 +102,18 @@ def switchable_attention_varlen(
 
     Raises:
         ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
+
+    Warns:
+        UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
     """
     chosen = SparseAttentionConfig.coerce(config)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected three dimensions [total, H, D]")
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, total, D]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, total, D]
     check_attention(q, k, v, None, None)
     out = _attend(q, k, v, chosen, scale, None, None, cu_seqlens_q, cu_seqlens_k, None, window)
-    return out[0].transpose(0, 1)
+    return out.squeeze(0).transpose(0, 1)
 
 
 def _attend(
@@ -129,8 +135,7 @@ def _attend(
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
     sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)
     call = (key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, window, factor, config.dense_len)
-    taken = refused_by_tiled(q, v, factor, config.geometry) is None
-    if taken and not sparse and q.shape[2] == k.shape[2] and all(x is None for x in call[:6]):
+    if q.is_cuda and not sparse and q.shape[2] == k.shape[2] and all(x is None for x in call[:6]):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor, enable_gqa=grouped)
     out: Tensor = attend(q, k, v, call, config.geometry, scale=factor, select=sparse)

@@ -101,6 +101,7 @@ def _await_items(counter, number):
     reached = tl.atomic_add(counter, 0, sem="acquire")
     while reached < number:
         reached = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()  # the number reaches all threads through memory that the functions called next overwrite
 
 
 @triton.jit(
@@ -190,6 +191,7 @@ def _gather_kernel(
     done = state + _STATE
     ticket = tl.atomic_add(state + 1, 1)
     while ticket < tickets:
+        tl.debug_barrier()  # as in _await_items: all threads have read the ticket
         item = ticket % step_items
         chunk = ticket // step_items
         # In the order of a step: place, list, count; then merge and gather, whose items alternate, as the one moves

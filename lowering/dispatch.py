@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from infllm_pass.errors import UntunedDeviceWarning
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import operators
 from infllm_pass.lowering.checks import refused_by_tiled
@@ -27,14 +30,31 @@ def attend(
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's dtype.
+
+    Warns:
+        UntunedDeviceWarning: a call that selects blocks is on a GPU and the Triton kernels do not take it.
     """
     out: Tensor
-    if refused_by_tiled(q, v, scale, geometry) is None:
+    refusal = refused_by_tiled(q, v, scale, geometry)
+    if refusal is None:
         from infllm_pass.lowering import tiled  # needs Triton, which CPU installations lack
 
         operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
         out = tiled.tiled_attention(*operands, *call, select, *tiled.tiled_arguments(geometry))[0]
         return out
+    if select and q.is_cuda:
+        warn_untuned(q.device, refusal)
     blocks = operators.select_blocks(q, k, *call, *operators.selection_arguments(geometry)) if select else None
     out = operators.block_attention(q, k, v, blocks, *call, *operators.attention_arguments(geometry))[0]
     return out
+
+
+@torch.compiler.assume_constant_result  # where a graph is traced: once, and without breaking it
+def warn_untuned(device: torch.device | str, refusal: str) -> None:
+    """Say that sparse attention runs without the Triton kernels, and why, in the words of `refused_by_tiled`."""
+    warnings.warn(
+        f"sparse attention on {device} runs through torch operators tuned for the CPU, correct but slower than dense "
+        f"attention: {refusal}; change that, or raise dense_len above your lengths",
+        UntunedDeviceWarning,
+        stacklevel=3,
+    )

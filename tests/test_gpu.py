@@ -15,6 +15,7 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.kernels import reference
+from infllm_pass.kernels.configurations import MEASURED_GATHERING
 from infllm_pass.lowering import operators
 
 from .conftest import SMALL, llama, oracle_attention, relative_error, tokens
@@ -455,15 +456,16 @@ def peak(function) -> int:
 
 @pytest.mark.parametrize("heads", [32, 8], ids=["group 16", "group 4"])
 def test_scratch_of_the_kernels_is_bounded(heads):
-    """Beside its output the forward keeps lists and log-sum-exps; nothing grows as N x N."""
+    """Beside its output the forward keeps lists, log-sum-exps and the pool of gathering; nothing grows as N x N."""
     length = 16384
+    pool = MEASURED_GATHERING.pool_bytes if heads == 8 else 0  # offered to small groups only
     q, k, v = qkv(length, heads=(heads, 2, 2), dim=128, requires_grad=True)
     config = SparseAttentionConfig()
     switchable_attention(q, k, v, config)
     with torch.no_grad():
         used = peak(lambda: switchable_attention(q, k, v, config))
     output = q.numel() * q.element_size()
-    assert used - output < 64 << 20
+    assert used - output < pool + (64 << 20)
 
     def step():
         return torch.autograd.grad(switchable_attention(q, k, v, config).sum(), (q, k, v))

@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import infllm_pass
-from infllm_pass import SparseAttentionConfig
+from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.backend import SwitchableBackend
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.lowering import checks
@@ -260,6 +260,38 @@ def test_cuda_sites_that_triton_refuses_fall_back_and_say_why(config, dtype, ref
     (message,) = warned
     assert "sparse attention on cuda:0 runs through torch operators tuned for the CPU" in message
     assert refusal in message
+
+
+def call_refused(length, config, *, packed=False, compiled=False):
+    """Call the functions with a geometry that is refused, and give the warnings."""
+
+    def attend(q, k, v, bounds):
+        if packed:
+            return switchable_attention_varlen(
+                *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), bounds, bounds, config
+            )
+        return switchable_attention(q, k, v, config)
+
+    torch._dynamo.reset()
+    call = torch.compile(attend, backend="eager", fullgraph=True) if compiled else attend
+    with warnings.catch_warnings(record=True) as seen, FakeTensorMode():
+        warnings.simplefilter("always")
+        out = call(cuda(1, 6, length, 16), cuda(1, 2, length, 16), cuda(1, 2, length, 16), int32(3))
+    assert out.shape == ((length, 6, 16) if packed else (1, 6, length, 16))
+    return [str(w.message) for w in seen if w.category is UntunedDeviceWarning]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_functions_say_that_triton_refuses_and_why(packed, compiled):
+    (message,) = call_refused(100, SMALL, packed=packed, compiled=compiled)
+    assert "sparse attention on cuda:0 runs through torch operators tuned for the CPU" in message
+    assert "block_size=8: the Triton kernels take" in message
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_functions_below_the_switch_do_not_warn(packed):
+    assert not call_refused(40, SMALL, packed=packed)
 
 
 def test_cuda_sites_below_the_switch_do_not_warn():
