@@ -32,10 +32,15 @@ def results_header() -> dict[str, Any]:
 
 
 def write_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write header and rows as JSON, and say where."""
+    dump_results(path, header, rows)
+    print(f"written to {path}")
+
+
+def dump_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write header and rows as JSON; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps({"header": header, "rows": rows}, indent=2) + "\n").encode())
-    print(f"written to {path}")
 
 
 def cpu_model() -> str:

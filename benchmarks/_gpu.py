@@ -226,6 +226,11 @@ def _cell(value: object, form: str) -> str:
 
 def save(script: str, folder: Path, header: dict[str, Any], rows: list[Row]) -> Path:
     """Write ``<folder>/<device>/<script>.json``."""
-    path = folder / device_slug(header["device"]) / f"{script}.json"
+    path = results_path(script, folder, header)
     write_results(path, header, rows)
     return path
+
+
+def results_path(script: str, folder: Path, header: dict[str, Any]) -> Path:
+    """``<folder>/<device>/<script>.json``."""
+    return folder / device_slug(header["device"]) / f"{script}.json"

@@ -5,7 +5,7 @@ same compiled (compiling builds the N x N mask), compiled ``flex_attention``, an
 ``infllm_pass.sparsify(torch.compile(model))`` with 96 visited blocks. Embeddings are those of random tokens or, with
 ``--data local``, change slowly along the tokens (`_data.py`). With ``--train`` one training step instead:
 forward and backward with gradient checkpointing. Times are medians by CUDA events; the peak is of allocated memory,
-weights included. What cannot run is listed with its reason.
+weights included. What cannot run is listed with its reason. Results are written after every row.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import argparse
 import gc
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from _common import dump_results
 from _data import CORRELATION, correlated
 from _gpu import (
     BASELINE_ERRORS,
@@ -30,7 +31,7 @@ from _gpu import (
     positive_option,
     reason,
     require_gpu,
-    save,
+    results_path,
     show,
 )
 from rich.console import Console
@@ -115,7 +116,7 @@ def train_call(model: Any, plain: nn.Module, inputs: Tensor) -> Callable[[], obj
 
 def measure(
     variant: str, plain: nn.Module, lengths: list[int], config: SparseAttentionConfig, *, data: list[str], train: bool
-) -> list[Row]:
+) -> Iterator[Row]:
     """The rows of one variant, one a length and kind of data; those of dense variants do not depend on the data."""
     device = next(plain.parameters()).device
     attention, transform = VARIANTS[variant]
@@ -123,7 +124,6 @@ def measure(
     plain.set_attn_implementation(attention)  # type: ignore[operator]
     torch._dynamo.reset()
     model = transform(plain, config)
-    rows = []
     kinds = data if variant == "sparsified" else data[:1]
     for length, kind in itertools.product(sorted(lengths), kinds):
         row: Row = {"case": f"{'train' if train else 'model'}/{variant}/{sizes.num_hidden_layers}/{length}/{kind}"}
@@ -145,12 +145,11 @@ def measure(
             if variant == "sparsified":
                 raise
             row["note"] = reason(error)
-        rows.append(row)
+        yield row
         plain.zero_grad(set_to_none=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def synchronize(device: torch.device) -> None:
@@ -195,17 +194,22 @@ def main() -> None:
     if arguments.train:
         plain.train()
         plain.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    rows: list[Row] = []
-    for variant in track(arguments.variants, "measuring", console=Console(stderr=True)):
-        rows += measure(variant, plain, lengths, config, data=arguments.data, train=arguments.train)
-    add_ratios(rows)
-    rows.sort(key=lambda row: (row["length"], list(VARIANTS).index(row["variant"])))
-    show(Console(), rows, COLUMNS, FORMATS)
     import transformers
 
     header = gpu_header(device) | {"transformers": transformers.__version__, "sizes": LLAMA_3_8B}
     name = "train" if arguments.train else "model"
-    save(name if arguments.layers == 4 else f"{name}_{arguments.layers}_layers", arguments.results, header, rows)
+    path = results_path(
+        name if arguments.layers == 4 else f"{name}_{arguments.layers}_layers", arguments.results, header
+    )
+    rows: list[Row] = []
+    for variant in track(arguments.variants, "measuring", console=Console(stderr=True)):
+        for row in measure(variant, plain, lengths, config, data=arguments.data, train=arguments.train):
+            rows.append(row)
+            add_ratios(rows)
+            rows.sort(key=lambda row: (row["length"], list(VARIANTS).index(row["variant"])))
+            dump_results(path, header, rows)
+    show(Console(), rows, COLUMNS, FORMATS)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
