@@ -9,7 +9,7 @@ layout operators are then chosen that bring each tensor to ``[B, H, L, D]``, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -241,4 +241,4 @@ def _term(layouts: Layouts, plan: Roles, term: MaskTerm) -> MaskTerm:
     shape = layouts.shape(term.node)
     own = (BATCH, HEAD, QUERY, KEY)[4 - len(shape) :] if len(shape) <= 4 else ()
     plain = tuple(ZERO if e == 1 or plan.extents[s] == 1 else s for e, s in zip(shape, own, strict=False))
-    return MaskTerm(term.node, term.role, None if index == plain else index, term.body, term.arguments)
+    return replace(term, index=None if index == plain else index)
