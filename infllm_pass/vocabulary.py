@@ -48,6 +48,7 @@ class Kind(Enum):
     RESHAPE = auto()
     TRANSPOSE = auto()
     PERMUTE = auto()
+    REPEAT = auto()
     REPEAT_INTERLEAVE = auto()
     DIFF = auto()
     CUMSUM = auto()
@@ -263,6 +264,7 @@ _spell(
 )
 _spell(Kind.TRANSPOSE, "input", ["t", torch.t, aten.t.default], dim0=0, dim1=1)
 _spell(Kind.PERMUTE, "input *dims", [torch.permute, "permute", aten.permute.default])
+_spell(Kind.REPEAT, "input *repeats", ["repeat", aten.repeat.default, torch.tile, "tile", aten.tile.default])
 _spell(
     Kind.REPEAT_INTERLEAVE,
     "input repeats dim",

@@ -23,6 +23,7 @@ LAYOUT_KINDS = {
     Kind.RESHAPE,
     Kind.TRANSPOSE,
     Kind.PERMUTE,
+    Kind.REPEAT,
     Kind.REPEAT_INTERLEAVE,
 }
 """Kinds that move elements and compute nothing; their source is the argument ``input``."""
