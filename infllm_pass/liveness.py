@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from infllm_pass.masks.values import storage
 from infllm_pass.vocabulary import Kind, read, read_in_place
 
 DEAD_END = 16
@@ -23,11 +24,24 @@ def dead_users(node: fx.Node) -> list[fx.Node] | None:
         user = pending.pop()
         if user in found:
             continue
-        if len(found) == DEAD_END or not pure(user):
+        if len(found) == DEAD_END or not (pure(user) or _writes_to(user, {node, *found})):
             return None
         found[user] = None
         pending.extend(user.users)
     return sorted(found, reverse=True)
+
+
+def _writes_to(node: fx.Node, dead: set[fx.Node]) -> bool:
+    """Whether a node does no more than write over one of some tensors, which has memory of its own."""
+    written = read_in_place(node)
+    while written is not None:
+        target = written.args.get("input")
+        if not isinstance(target, fx.Node) or target not in dead:
+            return False
+        written = read_in_place(target)
+        if written is None:
+            return target.op != "placeholder" and storage(target) not in map(storage, target.all_input_nodes)
+    return False
 
 
 def live_users(node: fx.Node) -> list[fx.Node]:

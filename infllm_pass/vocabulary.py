@@ -48,6 +48,7 @@ class Kind(Enum):
     RESHAPE = auto()
     TRANSPOSE = auto()
     PERMUTE = auto()
+    REPEAT = auto()
     REPEAT_INTERLEAVE = auto()
     DIFF = auto()
     CUMSUM = auto()
@@ -62,6 +63,8 @@ class Kind(Enum):
     SQRT = auto()
     POW = auto()
     CAT = auto()
+    MAX = auto()
+    CLAMP = auto()
     SIZE = auto()
     CHECK = auto()
     SCALAR_TENSOR = auto()
@@ -128,6 +131,13 @@ def _tensors_as_index(args: dict[str, Any]) -> dict[str, Any]:
         "input": args["input"],
         "index": tuple(slice(None) if entry is None else entry for entry in args["indices"]),
     }
+
+
+def _largest(args: dict[str, Any]) -> dict[str, Any]:
+    """``max`` of a tensor and a second one, where that stands for the dimension."""
+    if isinstance(args.get("dim"), fx.Node):
+        args["other"] = args.pop("dim")
+    return args
 
 
 def _input_only(args: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +264,7 @@ _spell(
 )
 _spell(Kind.TRANSPOSE, "input", ["t", torch.t, aten.t.default], dim0=0, dim1=1)
 _spell(Kind.PERMUTE, "input *dims", [torch.permute, "permute", aten.permute.default])
+_spell(Kind.REPEAT, "input *repeats", ["repeat", aten.repeat.default, torch.tile, "tile", aten.tile.default])
 _spell(
     Kind.REPEAT_INTERLEAVE,
     "input repeats dim",
@@ -288,6 +299,10 @@ _spell(
 _spell(Kind.TANH, "input", [torch.tanh, F.tanh, "tanh", aten.tanh.default])
 _spell(Kind.SQRT, "input", [torch.sqrt, "sqrt", aten.sqrt.default])
 _spell(Kind.CAT, "tensors dim", [torch.cat, torch.concat, torch.concatenate, aten.cat.default])
+_spell(Kind.MAX, "input dim keepdim", [torch.max, "max", torch.amax, "amax", aten.max.dim, aten.amax.default], _largest)
+_spell(Kind.MAX, "input other", [torch.maximum, "maximum", aten.maximum.default, aten.max.other])
+_spell(Kind.CLAMP, "input min max", [torch.clamp, "clamp", torch.clip, "clip", aten.clamp.default, aten.clamp.Tensor])
+_spell(Kind.CLAMP, "input min", [torch.clamp_min, "clamp_min", aten.clamp_min.default])
 _spell(Kind.SIZE, "input dim", ["size", aten.sym_size.int])
 _spell(Kind.CHECK, "input", [aten._assert_tensor_metadata.default])
 _spell(

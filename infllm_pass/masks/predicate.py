@@ -124,6 +124,7 @@ class MaskTerm:
         body: for BLOCK_MASK, the mask function's graph: its placeholders are batch, head, query and key index, all
             0-d, and then what stands in `arguments`.
         arguments: for BLOCK_MASK, the nodes that the body's further placeholders stand for.
+        factor: for ADDED, what its numbers are multiplied with before the softmax.
     """
 
     node: fx.Node
@@ -131,3 +132,4 @@ class MaskTerm:
     index: tuple[sympy.Expr, ...] | None = None
     body: fx.GraphModule | None = None
     arguments: tuple[fx.Node, ...] = ()
+    factor: float = 1.0

@@ -51,6 +51,17 @@ def _permute(run: Interpreter, example: torch.Tensor, input: Any, dims: tuple[An
     return run.operand(input).at(index)
 
 
+@rule(Kind.REPEAT)
+def _repeat(run: Interpreter, example: torch.Tensor, input: Any, repeats: Any = (), dims: Any = ()) -> sympy.Basic:
+    source = run.operand(input)
+    pad = example.dim() - len(source.shape)
+    index = []
+    for dim, (extent, total) in enumerate(zip(source.shape, shape_of(example)[pad:], strict=True)):
+        whole = axis(dim + pad) if same(extent, total) else sympy.Mod(axis(dim + pad), extent)
+        index.append(ZERO if extent == 1 else whole)
+    return source.at(index)
+
+
 @rule(Kind.REPEAT_INTERLEAVE)
 def _repeat_interleave(
     run: Interpreter, example: torch.Tensor, input: Any, repeats: Any, dim: Any = None

@@ -38,7 +38,7 @@ def visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenM
         return value
     lifted = lift(value) if term.index is None else value.at(term.index)
     if term.role is MaskRole.ADDED:
-        return _where_nothing_is_hidden(interpreter, term.node, lifted, value.dtype)
+        return _where_nothing_is_hidden(interpreter, term, lifted, value.dtype)
     if value.dtype != torch.bool:
         return UnprovenMask(term.node, f"it is a {value.dtype} tensor where a boolean one is expected")
     return negation(lifted) if term.role is MaskRole.HIDE else lifted
@@ -60,7 +60,7 @@ def lift(mask: SymbolicTensor) -> sympy.Basic:
 
 
 def _where_nothing_is_hidden(
-    interpreter: Interpreter, node: fx.Node, value: sympy.Basic, dtype: torch.dtype
+    interpreter: Interpreter, term: MaskTerm, value: sympy.Basic, dtype: torch.dtype
 ) -> sympy.Basic | UnprovenMask:
     """Where a term that is added to the scores adds 0, provided that it hides the key everywhere else."""
     kept: list[sympy.Basic] = []
@@ -70,11 +70,12 @@ def _where_nothing_is_hidden(
         elif not as_number(number):
             origin = first_unknown(interpreter, number)
             if origin is None:
-                return UnprovenMask(node, "what it adds to the scores depends on the index")
+                return UnprovenMask(term.node, "what it adds to the scores depends on the index")
             return UnprovenMask(origin.node, f"its numbers are added to the scores; {origin.why}")
-        elif not hides(number, dtype):
+        elif not hides(number * sympy.Float(term.factor), dtype):
+            added = float(number) * term.factor
             return UnprovenMask(
-                node, f"{float(number):g} is added to the scores, which hides nothing for certain: use -inf"
+                term.node, f"{added:g} is added to the scores, which hides nothing for certain: use -inf"
             )
     return sympy.Or(*kept)
 

@@ -9,7 +9,7 @@ layout operators are then chosen that bring each tensor to ``[B, H, L, D]``, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -151,8 +151,8 @@ def _plan(
     axes = [out_axis(dim) for dim in range(len(shape))]
     extent = dict(zip(axes, shape, strict=True))
     in_query, in_key, in_value = (_symbols(chain[0].index) for chain in (query, key, value))
-    features = [axis for axis in axes if axis in in_value - in_query - in_key]
-    queries = [axis for axis in axes if axis in in_query - in_key - in_value]
+    features = _longer_than_one([axis for axis in axes if axis in in_value - in_query - in_key], extent)
+    queries = _longer_than_one([axis for axis in axes if axis in in_query - in_key - in_value], extent)
     if not features or not queries:
         raise NoAttention
     if len(features) > 1:
@@ -160,6 +160,8 @@ def _plan(
     masked = [axis for axis in queries if any(axis in _symbols(term.index or ()) for term in reads.terms)]
     length = masked[0] if len(masked) == 1 else queries[-1]
     outer = [axis for axis in axes if axis not in (features[0], length)]
+    unit = {axis for axis in outer if extent[axis] == 1}  # which tensors of one row may not show
+    in_query, in_key = in_query | unit, in_key | unit
     if any(axis not in in_query | in_key | in_value for axis in outer):
         raise LayoutError
     meaning, batch, heads = _batch_and_heads(outer, extent, in_key, query, key)
@@ -179,6 +181,13 @@ def _plan(
         VALUE_FEATURE: extent[features[0]],
     }
     return Roles(meaning, extents)
+
+
+def _longer_than_one(
+    axes: list[sympy.Symbol], extent: dict[sympy.Symbol, sympy.Expr]
+) -> list[sympy.Symbol]:
+    """Of several dimensions those that are not of extent 1, if there are any."""
+    return [axis for axis in axes if extent[axis] != 1] or axes[-1:]
 
 
 def _batch_and_heads(
@@ -241,4 +250,4 @@ def _term(layouts: Layouts, plan: Roles, term: MaskTerm) -> MaskTerm:
     shape = layouts.shape(term.node)
     own = (BATCH, HEAD, QUERY, KEY)[4 - len(shape) :] if len(shape) <= 4 else ()
     plain = tuple(ZERO if e == 1 or plan.extents[s] == 1 else s for e, s in zip(shape, own, strict=False))
-    return MaskTerm(term.node, term.role, None if index == plain else index, term.body, term.arguments)
+    return replace(term, index=None if index == plain else index)

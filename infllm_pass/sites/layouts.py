@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -13,7 +13,7 @@ from torch import fx
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import GraphFacts, axis, size, storage
 from infllm_pass.sites.constants import read_number
-from infllm_pass.vocabulary import Kind, read, written_arguments
+from infllm_pass.vocabulary import Call, Kind, read, read_in_place, written_arguments
 
 LAYOUT_KINDS = {
     Kind.IDENTITY,
@@ -23,6 +23,7 @@ LAYOUT_KINDS = {
     Kind.RESHAPE,
     Kind.TRANSPOSE,
     Kind.PERMUTE,
+    Kind.REPEAT,
     Kind.REPEAT_INTERLEAVE,
 }
 """Kinds that move elements and compute nothing; their source is the argument ``input``."""
@@ -186,6 +187,30 @@ class Layouts:
     def gradients(self, node: fx.Node) -> Any:
         """Whether a node is computed with gradients; None where the graph does not say, as everywhere in most."""
         return next((mode for number, mode in reversed(self._switches) if number < self._positions[node]), None)
+
+    def latest(self, node: Any, reader: fx.Node) -> Any:
+        """The node that stands for a tensor's value where `reader` reads it: itself, or what last wrote over it.
+
+        An operator in place returns the tensor that it was given, and graphs go on to name either of the two.
+
+        Args:
+            node: an argument of `reader`; what is no node is returned as it is.
+            reader: the node that reads it.
+        """
+        if not isinstance(node, fx.Node):
+            return node
+        before = self._positions[reader]
+        writers = [user for user in node.users if user.args[:1] == (node,) and read_in_place(user) is not None]
+        return max(
+            (writer for writer in writers if self._positions[writer] < before), key=self._positions.__getitem__, default=node
+        )
+
+    def read(self, node: fx.Node) -> Call | None:
+        """What a node computes, see `vocabulary.read`, of the latest values of its arguments."""
+        call = read(node)
+        if call is None:
+            return None
+        return replace(call, args={name: self.latest(argument, node) for name, argument in call.args.items()})
 
     def disturbed(self, path: Sequence[fx.Node], end: fx.Node) -> fx.Node | None:
         """A node of a path that something beside the path writes to before the path ends."""

@@ -7,10 +7,12 @@ as index expressions all the way, so that no layout has to be known beforehand.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from infllm_pass.liveness import live_users
@@ -34,7 +36,7 @@ NEAR = 12
 
 def read_handwritten(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | None:
     """Read a node as the softmax of an attention; None for one that is none, or the softmax of something else."""
-    call = read(node)
+    call = layouts.read(node)
     if call is None or call.kind is not Kind.SOFTMAX or not layouts.is_tensor(call.args.get("input")):
         return None
     weights = _follow_weights(layouts, node)
@@ -201,7 +203,7 @@ def _scores_behind(layouts: Layouts, node: Any, index: Index, factor: float) -> 
         if product.added is None:
             return found
         return _with_term(layouts, found, node, product.added, MaskRole.ADDED, index, factor)
-    call = read(node) or _written(layouts, node)
+    call = layouts.read(node) or _written(layouts, node)
     rule = None if call is None else _SCORE_RULES.get(call.kind)
     if call is None or rule is None:
         return _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
@@ -209,14 +211,16 @@ def _scores_behind(layouts: Layouts, node: Any, index: Index, factor: float) -> 
 
 
 def _written(layouts: Layouts, node: fx.Node) -> Call | None:
-    """An in-place operator on memory that nothing else reads, as what it computes."""
+    """An in-place operator on memory of its own, as what it computes."""
     call = read_in_place(node)
     target = None if call is None else call.args.get("input")
-    if not isinstance(target, fx.Node) or len(live_users(target)) != 1:
+    if call is None or not isinstance(target, fx.Node):
         return None
     source = read(target)
     fresh = source is not None and source.kind not in LAYOUT_KINDS | {Kind.CAST}
-    return call if fresh or read_in_place(target) is not None else None
+    if not fresh and read_in_place(target) is None:
+        return None
+    return replace(call, args={name: layouts.latest(argument, node) for name, argument in call.args.items()})
 
 
 def _moved(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
@@ -253,13 +257,72 @@ def _added(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: fl
     stops = []
     for operand, other in (operands, operands[::-1]):
         found = _operand(layouts, node, operand, index, factor)
-        if isinstance(found, _Stop):
-            stops.append(found)
-        elif read_number(layouts.facts, other) is not None:
-            return found  # a shift of all scores, which a softmax does not see
-        else:
+        if isinstance(found, _Scores):
             return _with_term(layouts, found, node, other, MaskRole.ADDED, index, factor)
+        stops.append(found)
     return max(stops, key=lambda stop: stop.behind_product)
+
+
+def _subtracted(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
+    scores, other = call.args.get("input"), call.args.get("other")
+    if set(call.args) - {"input", "other"}:
+        return _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
+    found = _operand(layouts, node, scores, index, factor)
+    if isinstance(found, _Stop):
+        return found if found.behind_product else _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
+    if _is_row_maximum(layouts, node, other, scores, index):
+        return found
+    return _with_term(layouts, found, node, other, MaskRole.ADDED, index, -factor)
+
+
+def _is_row_maximum(layouts: Layouts, node: fx.Node, other: Any, scores: fx.Node, index: Index) -> bool:
+    """Whether an operand is, for each query, the largest of all its scores: a shift, which a softmax does not see.
+
+    Args:
+        layouts: the graph's layout operators.
+        node: the operator that combines the two.
+        other: the operand.
+        scores: the scores that `node` reads.
+        index: where the result is read.
+    """
+    place = layouts.broadcast(other, index, layouts.shape(node)) if layouts.is_tensor(other) else None
+    if place is None:
+        return False
+    *_, (reading, _reader) = layouts.readings(other, place, scaled=False)
+    call = layouts.read(reading.node)
+    if call is not None and call.kind is Kind.DETACH:
+        return _is_row_maximum_at(layouts, Reading(call.args["input"], reading.index), scores, index)
+    return _is_row_maximum_at(layouts, reading, scores, index)
+
+
+def _is_row_maximum_at(layouts: Layouts, reading: Reading, scores: fx.Node, index: Index) -> bool:
+    call = layouts.read(reading.node)
+    if call is not None and call.kind is Kind.GETITEM and call.args.get("index") == 0:
+        call = layouts.read(call.args["input"])  # the values, of values and indices
+    if call is None or call.kind is not Kind.MAX or call.args.get("input") is not scores:
+        return False
+    dims = call.args.get("dim")
+    dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+    if len(dims) != 1:
+        return False
+    dim = dims[0] % len(index)
+    own = reading.index[:dim] + reading.index[dim + 1 :] if call.args.get("keepdim") else reading.index
+    return index[dim] == KEY and own == index[:dim] + index[dim + 1 :]
+
+
+def _floored(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
+    """Scores that are kept from falling below the least number of their dtype, which only hidden ones do."""
+    floor = read_number(layouts.facts, call.args.get("other", call.args.get("min")))
+    dtype = layouts.facts.example(node).dtype
+    least = floor is not None and dtype.is_floating_point and floor <= torch.finfo(dtype).min
+    if not least or call.args.get("max") is not None or not _hides(floor, factor, dtype):
+        return _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
+    return _operand(layouts, node, call.args.get("input"), index, factor)
+
+
+def _hides(number: float, factor: float, dtype: torch.dtype) -> bool:
+    """Whether scores of that number hide their keys once they are scaled."""
+    return factor > 0.0 and hides(sympy.sympify(number * factor), dtype)
 
 
 def _filled(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> _Scores | _Stop:
@@ -303,6 +366,9 @@ _SCORE_RULES: dict[Kind, Any] = {
     Kind.MUL: _scaled,
     Kind.DIV: _scaled,
     Kind.ADD: _added,
+    Kind.SUB: _subtracted,
+    Kind.MAX: _floored,
+    Kind.CLAMP: _floored,
     Kind.MASKED_FILL: _filled,
     Kind.WHERE: _where,
     Kind.TANH: _capped,
@@ -324,12 +390,16 @@ def _operand(layouts: Layouts, node: fx.Node, operand: Any, index: Index, factor
 def _with_term(
     layouts: Layouts, found: _Scores, node: fx.Node, mask: Any, role: MaskRole, index: Index, factor: float
 ) -> _Scores | _Stop:
-    if not layouts.is_tensor(mask) or (role is MaskRole.ADDED and factor != 1.0):
-        return _Stop(node, Reason.ADDITIVE_BIAS, True, ", a tensor is added before the scores are scaled")
+    number = read_number(layouts.facts, mask) if role is MaskRole.ADDED else None
+    if number is not None and math.isfinite(number):
+        return found  # a shift of all scores, which a softmax does not see
+    if not layouts.is_tensor(mask):
+        return _Stop(node, Reason.PARTIAL_MATCH, True)
     place = layouts.broadcast(mask, index, layouts.shape(node))
     if place is None:
         return _Stop(node, Reason.LAYOUT, True)
-    return replace(found, terms=(*found.terms, MaskTerm(mask, role, place)))
+    scaled = factor if role is MaskRole.ADDED else 1.0
+    return replace(found, terms=(*found.terms, MaskTerm(mask, role, place, factor=scaled)))
 
 
 def _hide(
@@ -346,7 +416,7 @@ def _hide(
     value = read_number(layouts.facts, fill)
     if value is None:
         return _Stop(node, Reason.PARTIAL_MATCH, True)
-    if not hides(sympy.sympify(value * factor), layouts.facts.example(node).dtype) or factor <= 0.0:
+    if not _hides(value, factor, layouts.facts.example(node).dtype):
         return _Stop(node, Reason.SOFT_MASK, True, f", masked scores are set to {value}")
     return _with_term(layouts, found, node, mask, role, index, factor)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from .running import Result, names, run_zoo, serve
 from .table import DECISIONS, TABLE, decisions, dump, markdown
@@ -16,20 +17,35 @@ def main() -> int:
         "names", nargs="*", help="architectures to examine; without any: all, and the files are written"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="file that each result is appended to; architectures that it holds already are not examined again",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         serve()
         return 0
     wanted = [place for place in names() if not arguments.names or place[1] in arguments.names]
-    results = []
-    for result in run_zoo(wanted, arguments.workers):
-        results.append(result)
+    found = {result.place: result for result in _kept(arguments.results)}
+    for result in run_zoo([place for place in wanted if place not in found], arguments.workers):
+        found[result.place] = result
+        if arguments.results is not None:
+            with arguments.results.open("a") as file:
+                print(result.to_json(), file=file)
         _show(result)
+    results = [found[place] for place in wanted]
     if not arguments.names:
         TABLE.write_text(markdown(results))
         DECISIONS.write_text(dump(decisions(results)))
     return int(any(not finding.equal for r in results for kinds in r.findings.values() for finding in kinds.values()))
+
+
+def _kept(path: Path | None) -> list[Result]:
+    if path is None or not path.exists():
+        return []
+    return [Result.from_json(line) for line in path.read_text().splitlines()]
 
 
 def _show(result: Result) -> None:

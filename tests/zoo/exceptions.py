@@ -63,6 +63,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 96),
         **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim"), 16),
     },
+    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from .specimens import CannotBuildError, Kind, Specimen
 FAMILIES = {"transformers": huggingface, "written for the tests": written, "packages": packages}
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 240.0
-"""Seconds that one architecture may take; the slowest take under twenty."""
+"""Seconds that one architecture may take; the slowest take under a minute."""
+PROCESS_LIFE = 25
+"""Architectures that one process examines. Compiled code and caches stay with it, 40 MB for an architecture."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Result:
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self))
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Family and architecture, as in `names`."""
+        return self.family, self.architecture
 
     def decisions(self) -> dict[str, Any]:
         """What must not drift."""
@@ -95,7 +102,7 @@ def examine_all(specimen: Specimen) -> dict[str, Finding]:
 
 
 def run_zoo(wanted: Iterable[tuple[str, str]], workers: int) -> Iterator[Result]:
-    """Examine architectures in worker processes, in the order given."""
+    """Examine architectures in worker processes; results come as they are ready."""
     spare: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for _ in range(workers):
         spare.put(_Worker())
@@ -109,19 +116,23 @@ def run_zoo(wanted: Iterable[tuple[str, str]], workers: int) -> Iterator[Result]
 
     try:
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(examine_one, wanted)
+            for done in as_completed([pool.submit(examine_one, place) for place in wanted]):
+                yield done.result()
     finally:
         for _ in range(workers):
             spare.get().stop()
 
 
 class _Worker:
-    """A process that examines one architecture after another; a new one is started where one was lost."""
+    """A process that examines one architecture after another; a new one takes over where one was lost or is old."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._examined = 0
 
     def ask(self, family: str, architecture: str) -> Result:
+        if self._examined == PROCESS_LIFE:
+            self.stop()
         if self._process is None:
             command = [sys.executable, "-m", "tests.zoo", "--worker"]
             self._process = subprocess.Popen(
@@ -131,6 +142,7 @@ class _Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
+            self._examined += 1
             print(json.dumps([family, architecture]), file=process.stdin, flush=True)
             ready, _, _ = select.select([process.stdout], [], [], LIMIT_S)
             line = process.stdout.readline() if ready else ""
@@ -146,7 +158,7 @@ class _Worker:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process = None
+            self._process, self._examined = None, 0
 
 
 def serve() -> None:
