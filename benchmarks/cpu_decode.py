@@ -52,7 +52,7 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, object]:
 
     def sparse(number: int, dense_len: int = 0) -> tuple[Tensor, Tensor]:
         end = torch.tensor([length + number])
-        numbers = (None, None, dim**-0.5, dense_len, *selection_arguments(geometry))
+        numbers = (None, None, None, dim**-0.5, dense_len, *selection_arguments(geometry))
         return decode_attention(q[number], k, v, *state, end, *numbers)
 
     def dense(number: int) -> Tensor:

@@ -96,7 +96,7 @@ class Layers:
         """A step of every layer at so many keys."""
         lengths = torch.tensor([length], device=self.device)
         scale = self.heads.dim**-0.5
-        arguments = (lengths, None, None, scale, dense_len, *tiled_decode_arguments(self.geometry))
+        arguments = (lengths, None, None, None, scale, dense_len, *tiled_decode_arguments(self.geometry))
         return [lambda cache=cache: tiled_decode_attention(self.q, *cache, *arguments) for cache in self.caches]
 
     def dropped(self, length: int) -> list[Callable[[], object]]:

@@ -26,12 +26,12 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def select_and_attend(q, k, v, k1, k2, filled, lengths, starts, window, scale, dense_len, geometry):
+def select_and_attend(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, scale, dense_len, geometry):
     """The two stages of the operator, and the lists between them."""
     rows = DecodeRows(lengths, starts)
     common = {"geometry": geometry, "scale": scale, "dense_len": dense_len, "window": window}
     blocks = decode_select(q, k, DecodeState(k1, k2, filled), rows, **common)
-    return *decode_attend(q, k, v, blocks, rows, **common), blocks
+    return *decode_attend(q, k, v, blocks, rows, key_mask, **common), blocks
 
 
 def operator(*arguments):
@@ -60,6 +60,9 @@ CASES = {
     "shared by 16": {"geometry": replace(SMALL, query_block=16)},
     "equal scores": {"level": True},
     "tokens first": {"token_first": True},
+    "holes": {"holes": 0.3},
+    "holes, shared by 16": {"holes": 0.3, "geometry": replace(SMALL, query_block=16), "token_first": True},
+    "holes, sliding window": {"holes": 0.8, "window": 100},
 }
 
 
@@ -71,6 +74,7 @@ def test_steps_equal_the_oracle(sizes):
 
 def test_rows_on_different_sides_of_dense_len():
     cache([64, 80, 130], starts=[0, 17, 3], dense_len=66, heads=1).grow(1, 1, 3)
+    cache([64, 80, 130], starts=[0, 17, 3], dense_len=66, heads=1, holes=0.4).grow(1, 1, 3)
 
 
 def test_many_queries_at_once():
@@ -141,7 +145,7 @@ def test_half_precision_at_length(sizes, dtype):
         q = steps.append(count)
         given = (steps.window, steps.scale, steps.dense_len, steps.geometry)
         lengths, starts = steps.numbers(steps.lengths), steps.numbers(steps.starts)
-        out, lse, blocks = select_and_attend(q, steps.k, steps.v, *steps.state, lengths, starts, *given)
+        out, lse, blocks = select_and_attend(q, steps.k, steps.v, *steps.state, lengths, starts, None, *given)
         for row, end in enumerate(steps.lengths):
             begin = steps.starts[row]
             part_q, part_k, part_v = (q[row : row + 1], *(x[row : row + 1, :, begin:end] for x in (steps.k, steps.v)))
@@ -162,7 +166,7 @@ def test_one_cuda_graph_serves_all_lengths_and_both_sides_of_dense_len():
     steps = cache([200, 120], geometry=replace(SMALL, selected_blocks=5), dense_len=190, capacity=400)
     lengths = torch.tensor(steps.lengths, device=DEVICE)
     q = torch.zeros(2, 4, 1, 16, device=DEVICE)
-    numbers = (None, None, 0.3, steps.dense_len, steps.geometry)
+    numbers = (None, None, None, 0.3, steps.dense_len, steps.geometry)
     saved = [tensor.clone() for tensor in steps.state]
     operator(q, steps.k, steps.v, *steps.state, lengths, *numbers)
     torch.cuda.synchronize()
