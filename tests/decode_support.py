@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,22 +113,32 @@ class Cache:
             *(self.window, self.scale, self.dense_len, self.geometry),
         )
 
-    def expected(self, q: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """What the oracle gives for one row, over its valid keys alone."""
+    def _row(self, q: Tensor, row: int) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """A row's queries and valid keys and values, and what the oracle takes beside them."""
         keys = slice(self.start(row), self.lengths[row])
-        row_q, row_k, row_v = q[row : row + 1], self.k[row : row + 1, :, keys], self.v[row : row + 1, :, keys]
-        length = keys.stop - keys.start
         common = {
             "geometry": self.geometry,
             "scale": self.scale,
-            "offset": length - q.shape[2],
+            "offset": keys.stop - keys.start - q.shape[2],
             "dense_len": self.dense_len,
             "window": self.window,
         }
-        if length == 0:
+        return (q[row : row + 1], self.k[row : row + 1, :, keys], self.v[row : row + 1, :, keys]), common
+
+    def selected(self, q: Tensor, row: int) -> Tensor:
+        """The set of blocks that the oracle selects in one row, bool ``[1, Hkv, Lq, n_blocks]``."""
+        (row_q, row_k, _), common = self._row(q, row)
+        return reference.select_blocks(row_q, row_k, **common)
+
+    def expected(self, q: Tensor, row: int, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the oracle gives for one row, over its valid keys alone; for its own selection unless one is given."""
+        (row_q, row_k, row_v), common = self._row(q, row)
+        if row_k.shape[2] == 0:
             shape = (1, *q.shape[1:3])
             return row_v.new_zeros(*shape, self.value_dim), row_v.new_full(shape, -torch.inf)
-        selected = reference.select_blocks(row_q, row_k, **common)
+        if selected is None:
+            selected = self.selected(q, row)
+        keys = slice(self.start(row), self.lengths[row])
         # One more feature lowers what is hidden: the oracle's own key mask would move the row's first and last key.
         hidden = ~self.key_mask[row, keys][None, None, :, None].expand(-1, self.heads, -1, -1)
         row_q = torch.nn.functional.pad(row_q.double(), (0, 1), value=1.0)
