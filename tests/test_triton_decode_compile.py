@@ -93,7 +93,7 @@ def arguments(variant: Variant) -> dict[str, object]:
         **dict.fromkeys(("q", "k", "v", "k1", "k2", "out"), variant.dtype),
         **dict.fromkeys(("parts", "part_out", "part_lse", "lse"), torch.float32),
         "key_mask": torch.bool,
-        **dict.fromkeys(("lengths", "starts", "filled", "keys", "blocks"), torch.int32),
+        **dict.fromkeys(("lengths", "starts", "filled", "keys", "arrivals", "blocks"), torch.int32),
         **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity", "fine_slots", "coarse_slots"), "i32"),
         **dict.fromkeys(("slots", "chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
         **strides,
@@ -124,9 +124,10 @@ def arguments(variant: Variant) -> dict[str, object]:
         "NORM_SIZE": 32 if variant.exact else 128,
         "NORM_STRIDE": 16 if variant.exact else 64,
         "BLOCKS": launch.blocks,
+        "RANKS": variant.length_q == 1,
         "STEP_KEYS": min(variant.block_size & -variant.block_size, launch.step_keys),
         "MOST": MAX_SPLITS,
-        "DIMS": min(64, padded_value),
+        "DIMS": min(32, padded_value),
         "PRECISION": "ieee",
     }
 
@@ -193,9 +194,10 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
     (module,) = recorder.graphs.values()
     kernels = kernels_of(module)
     assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
-    assert len(kernels) == 5
+    assert len(kernels) == 4
     written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
-    assert written == [{"k1", "k2", "parts"}, {"keys"}, {"blocks", "filled"}, {"part_out", "part_lse"}, {"out", "lse"}]
+    selection = [{"k1", "k2", "parts", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}]
+    assert written == [*selection, {"part_out", "part_lse"}, {"out", "lse"}]
     write_in_place(module.graph)
     assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels]
     # Sizes are compared with each other and with bounds; none is pinned to a number.
