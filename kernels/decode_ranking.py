@@ -7,9 +7,6 @@ import triton.language as tl
 
 from infllm_pass.kernels.decode_rows import clip_row, first_block, last_of_line, line_of, scored_blocks
 
-DECODE_RANKED = tl.constexpr(2048)
-"""Blocks that ranking keeps in registers: those of 128k keys."""
-
 DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
 
@@ -65,13 +62,14 @@ def list_chosen(
     begin,
     end,
     taken,
+    RANKED: tl.constexpr,  # blocks that stay in registers
 ):
     """Write the ``taken`` blocks of ``[begin, end)`` with the highest keys, of equal ones the lower."""
-    place = tl.arange(0, DECODE_RANKED)
+    place = tl.arange(0, RANKED)
     # Those of more blocks than fit are loaded again each time.
     held = tl.load(keys_row + begin + place, mask=begin + place < end, other=-1)
     top = tl.max(held, 0)
-    for first in range(begin + DECODE_RANKED, end, DECODE_RANKED):
+    for first in range(begin + RANKED, end, RANKED):
         more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
         top = tl.maximum(top, tl.max(more, 0))
     # The key of the last block taken: at least `taken` keys reach `least`, fewer reach `most`.
@@ -84,7 +82,7 @@ def list_chosen(
         low, high = _next_bounds(least, most, span)
         span = tl.minimum(16 * span, 1 << 28)
         counts = _count_reaching(held, low, high)
-        for first in range(begin + DECODE_RANKED, end, DECODE_RANKED):
+        for first in range(begin + RANKED, end, RANKED):
             more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
             counts += _count_reaching(more, low, high)
         reach_low = counts & 0xFFFF
@@ -100,9 +98,9 @@ def list_chosen(
     # Of the blocks with the key `least`, the first so many: all, or what the blocks above it leave.
     equals = tl.where(reached == taken, taken, taken - exceeding)
     seen = begin * 0  # blocks with this key so far, and in the upper half those above it
-    for first in range(begin, end, DECODE_RANKED):
+    for first in range(begin, end, RANKED):
         block = first + place
-        beyond = block >= begin + DECODE_RANKED
+        beyond = block >= begin + RANKED
         some = tl.load(keys_row + block, mask=beyond & (block < end), other=-1)
         some = tl.where(beyond, some, held)
         level = (some == least).to(tl.int32)
@@ -139,6 +137,7 @@ def decode_rank_kernel(
     WIDTH: tl.constexpr,  # the next power of two of BUDGET
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    RANKED: tl.constexpr,
 ):
     """One program a line; the first of a row also notes how many keys are compressed by now."""
     line = tl.program_id(0)
@@ -156,4 +155,4 @@ def decode_rank_kernel(
         blocks_row = blocks + row * BUDGET
         count = list_forced(blocks_row, last, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
         if end > begin:
-            list_chosen(keys + row * num_blocks, blocks_row + count, begin, end, taken)
+            list_chosen(keys + row * num_blocks, blocks_row + count, begin, end, taken, RANKED)

@@ -102,6 +102,7 @@ def _decode_score_kernel(
     NORM_STRIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
     RANKS: tl.constexpr,
+    RANKED: tl.constexpr,  # blocks that ranking keeps in registers
     WIDTH: tl.constexpr,  # the next power of two of BUDGET
     PRECISION: tl.constexpr,
 ):
@@ -190,7 +191,7 @@ def _decode_score_kernel(
                 tl.debug_barrier()  # all threads have written before one of them says so
                 arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
                 if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
-                    list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken)
+                    list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
 
 
 def decode_select(
@@ -258,8 +259,9 @@ def decode_select(
         "LOCAL": g.local_blocks,
         "HAS_WINDOW": window is not None,
         "WIDTH": triton.next_power_of_2(g.selected_blocks),
+        "RANKED": launch.ranked,
     }
-    ranks = shape.length_q == 1
+    ranks = launch.ranks and shape.length_q == 1
     wrap_triton(decode_compress_kernel)[(chunks, pairs)](
         *rows.arguments,
         q,

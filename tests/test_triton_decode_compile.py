@@ -125,6 +125,7 @@ def arguments(variant: Variant) -> dict[str, object]:
         "NORM_STRIDE": 16 if variant.exact else 64,
         "BLOCKS": launch.blocks,
         "RANKS": variant.length_q == 1,
+        "RANKED": launch.ranked,
         "STEP_KEYS": min(variant.block_size & -variant.block_size, launch.step_keys),
         "MOST": MAX_SPLITS,
         "DIMS": min(32, padded_value),
