@@ -30,10 +30,10 @@ from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
 MAX_SPLITS = 128
 """Programs that share a tile, at most: with one key/value head they fill an H100."""
 
-_MERGED_DIMS = 64
+_MERGED_DIMS = 32
 """Numbers of a value that one program of the merge adds."""
 
-DECODE_MERGED = tl.constexpr(16)
+DECODE_MERGED = tl.constexpr(64)
 """Parts that the merge reads at once."""
 
 
@@ -47,6 +47,7 @@ def _decode_attention_kernel(
     k,
     v,
     blocks,  # int32 [B * Hkv * LINES, BUDGET]
+    key_mask,  # bool [B, C], HAS_KEY_MASK only
     part_out,  # float32 [B, Hq, Lq, splits, VALUE_DIM]
     part_lse,  # float32 [B, Hq, Lq, splits], base 2
     stride_qb,
@@ -58,6 +59,8 @@ def _decode_attention_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
+    stride_mb,
+    stride_mt,
     scale_log2,
     heads,
     capacity,
@@ -77,6 +80,7 @@ def _decode_attention_kernel(
     BLOCK: tl.constexpr,
     BUDGET: tl.constexpr,
     STEP_KEYS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,10 +101,12 @@ def _decode_attention_kernel(
     share = (visits + splits - 1) // splits
     begin = split * share
     end = tl.minimum(begin + share, visits)
+    row = tl.arange(0, M)
+    token = tile * TOKENS + row // GP  # [M]
+    member = row % GP
+    write = (token < length_q) & (member < G)
+    out_row = ((pair * G + member) * length_q + token) * splits + split
     if begin < end:
-        row = tl.arange(0, M)
-        token = tile * TOKENS + row // GP  # [M]
-        member = row % GP
         position = length - length_q + token
         real = (token < length_q) & (member < G) & (position >= 0)
         line_of_row = line_of(tl.maximum(position, 0), length, length_q, QUERY_BLOCK)
@@ -111,6 +117,7 @@ def _decode_attention_kernel(
         queries = tl.load(at, mask=real[:, None] & (dims < D)[None, :], other=0.0)  # [M, DP]
         k_row = k + batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_kt
         v_row = v + batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vt
+        mask_row = key_mask + batch * stride_mb + start.to(tl.int64) * stride_mt
         lists = blocks + pair * (LINES * BUDGET)
 
         highest = tl.full([M], LOWEST_SCORE, tl.float32)
@@ -137,6 +144,8 @@ def _decode_attention_kernel(
             seen &= (real & ((sparse == 0) | (line_of_row == line)))[:, None]
             if HAS_WINDOW:
                 seen &= key[None, :] > position[:, None] - window
+            if HAS_KEY_MASK:
+                seen &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
             raised = tl.maximum(highest, tl.max(scores, 1))
             weights = tl.exp2(scores - raised[:, None])
@@ -148,63 +157,43 @@ def _decode_attention_kernel(
         empty = total == 0.0
         acc = acc / tl.where(empty, 1.0, total)[:, None]
         log_sum = tl.where(empty, float("-inf"), highest + tl.log2(total))
-        out_row = ((pair * G + member) * length_q + token) * splits + split
-        write = (token < length_q) & (member < G)
         tl.store(part_lse + out_row, log_sum, mask=write)
         to = part_out + out_row[:, None] * VALUE_DIM + value_dims
         tl.store(to, acc, mask=write[:, None] & (value_dims < VALUE_DIM))
+    else:
+        tl.store(part_lse + out_row, tl.full([M], float("-inf"), tl.float32), mask=write)
 
 
-@triton.jit(do_not_specialize=["capacity", "length_q", "dense_len", "window", "splits"])
+@triton.jit(do_not_specialize=["length_q", "splits"])
 def _decode_merge_kernel(
-    lengths,
-    starts,
-    lengths_stride,
-    starts_stride,
     part_out,
     part_lse,
     out,  # [B, Lq, Hq, VALUE_DIM]
     lse,  # float32 [B, Hq, Lq]
     heads,  # query heads
-    capacity,
     length_q,
-    dense_len,
-    window,
     splits,
-    TOKENS: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BUDGET: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
     MOST: tl.constexpr,  # a power of two, at least `splits`
     DIMS: tl.constexpr,
 ):
-    """One program a query, head and DIMS numbers of the output."""
+    """One program a query, head and DIMS numbers of the output; parts without a key have no output."""
     row = tl.program_id(0).to(tl.int64)
     token = (row % length_q).to(tl.int32)
     head = row // length_q % heads
     batch = row // length_q // heads
-    row_end = tl.load(lengths + batch * lengths_stride)
-    _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
-    _, _, _, _, visits = tile_visits(
-        length, length_q, token // TOKENS, dense_len, window, TOKENS, QUERY_BLOCK, BLOCK, BUDGET, HAS_WINDOW
-    )
-    share = tl.maximum((visits + splits - 1) // splits, 1)
-    used = (visits + share - 1) // share
     split = tl.arange(0, MOST)
-    parts = tl.load(part_lse + row * splits + split, mask=split < used, other=float("-inf"))
+    parts = tl.load(part_lse + row * splits + split, mask=split < splits, other=float("-inf"))
     highest = tl.max(parts, 0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp2(parts - shift), 0)
     dims = tl.program_id(1) * DIMS + tl.arange(0, DIMS)[None, :]
     acc = tl.zeros([DECODE_MERGED, DIMS], tl.float32)
-    for begin in range(0, used, DECODE_MERGED):
+    for begin in range(0, splits, DECODE_MERGED):
         some = begin + tl.arange(0, DECODE_MERGED)
-        weight = tl.exp2(tl.load(part_lse + row * splits + some, mask=some < used, other=float("-inf")) - shift)
+        weight = tl.exp2(tl.load(part_lse + row * splits + some, mask=some < splits, other=float("-inf")) - shift)
         at = part_out + (row * splits + some)[:, None] * VALUE_DIM + dims
-        part = tl.load(at, mask=(some < used)[:, None] & (dims < VALUE_DIM), other=0.0)
+        part = tl.load(at, mask=(weight > 0.0)[:, None] & (dims < VALUE_DIM), other=0.0)
         acc += weight[:, None] * part
     result = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)  # [DIMS]
     number = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
@@ -220,6 +209,7 @@ def decode_attend(
     v: Tensor,
     blocks: Tensor,
     rows: DecodeRows,
+    key_mask: Tensor | None,
     *,
     geometry: BlockGeometry,
     scale: float,
@@ -234,6 +224,7 @@ def decode_attend(
         v: ``[B, Hkv, C, Dv]``.
         blocks: the lists from `decode_select`; those of rows with fewer than `dense_len` keys are not read.
         rows: where the rows' keys lie.
+        key_mask: bool ``[B, C]``: False hides a key; None: no key is hidden.
         geometry: the block geometry.
         scale: softmax scale.
         dense_len: rows with fewer keys are dense.
@@ -257,52 +248,55 @@ def decode_attend(
     part_lse = torch.empty(count * splits, dtype=torch.float32, device=q.device)
     out = q.new_empty(batch, shape.length_q, heads_q, value_dim)
     lse = q.new_empty(batch, heads_q, shape.length_q, dtype=torch.float32)
-    common = {
-        "TOKENS": shape.tokens,
-        "QUERY_BLOCK": g.query_block,
-        "VALUE_DIM": value_dim,
-        "BLOCK": g.block_size,
-        "BUDGET": g.selected_blocks,
-        "HAS_WINDOW": window is not None,
-        "HAS_STARTS": rows.starts is not None,
-    }
-    numbers = (capacity, shape.length_q, dense_len, UNBOUNDED if window is None else window, splits)
     wrap_triton(_decode_attention_kernel)[(splits, batch * heads, shape.tiles)](
         *rows.arguments,
         q,
         k,
         v,
         blocks,
+        blocks if key_mask is None else key_mask,
         part_out,
         part_lse,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *((0, 0) if key_mask is None else key_mask.stride()),
         scale * LOG2_E,
         heads,
-        *numbers,
-        **common,
+        capacity,
+        shape.length_q,
+        dense_len,
+        UNBOUNDED if window is None else window,
+        splits,
         G=shape.group,
         GP=shape.padded_group,
+        TOKENS=shape.tokens,
         LINES=shape.lines,
+        QUERY_BLOCK=g.query_block,
         D=dim,
         DP=padded,
+        VALUE_DIM=value_dim,
         BLOCK_DV=padded_value,
+        BLOCK=g.block_size,
+        BUDGET=g.selected_blocks,
         STEP_KEYS=min(g.block_size & -g.block_size, launch.step_keys),
+        HAS_KEY_MASK=key_mask is not None,
+        HAS_WINDOW=window is not None,
+        HAS_STARTS=rows.starts is not None,
         PRECISION=precision(q),
         num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,
     )
     dims = min(_MERGED_DIMS, padded_value)
     wrap_triton(_decode_merge_kernel)[(count, triton.cdiv(value_dim, dims))](
-        *rows.arguments,
         part_out,
         part_lse,
         out,
         lse,
         heads_q,
-        *numbers,
-        **common,
+        shape.length_q,
+        splits,
+        VALUE_DIM=value_dim,
         MOST=MAX_SPLITS,
         DIMS=dims,
         num_warps=4,

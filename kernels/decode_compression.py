@@ -10,11 +10,11 @@ import triton.language as tl
 
 from infllm_pass.kernels.decode_rows import DECODE_FACTOR, clip_row, count_windows, last_of_line, line_of
 
-DECODE_FINE = tl.constexpr(32)
+DECODE_FINE = tl.constexpr(8)
 """``K1`` windows that are compressed at once, with a quarter as many of ``K2``."""
 
-DECODE_MEANS = tl.constexpr(64)
-"""Rows of that product: 32 + 8, padded to what one matrix instruction holds."""
+DECODE_MEANS = tl.constexpr(16)
+"""Rows of that product: 8 + 2, padded to what one matrix instruction holds."""
 
 
 @triton.jit
@@ -104,6 +104,7 @@ def decode_compress_kernel(
     k2,
     filled,
     parts,  # float32 [B * Hkv, chunks, columns of all tiles]
+    arrivals,  # int32 [B * Hkv], set to 0 for the next kernel
     stride_qb,
     stride_qh,
     stride_qt,
@@ -144,6 +145,8 @@ def decode_compress_kernel(
     head = pair % heads
     row_end = tl.load(lengths + batch * lengths_stride)
     start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
+    if chunk == 0:
+        tl.store(arrivals + pair, 0)
     # The queries' own keys are new in any case, also where the cache was cut back since the last step.
     old = tl.maximum(tl.minimum(tl.load(filled + batch), length - length_q), 0)
     k1_row = k1 + pair * fine_slots * D

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DecodeLaunch:
-    """Sizes and launch options of the five kernels of a decode step.
+    """Sizes and launch options of the kernels of a decode step.
 
     Attributes:
         chunk: coarse keys of one program of compression and normaliser; a multiple of 8.
@@ -23,7 +23,9 @@ class DecodeLaunch:
         blocks: key blocks of one program of scoring.
         score_warps: warps of such a program.
         score_stages: depth of its pipeline.
-        rank_warps: warps of a program of ranking.
+        ranks: whether in steps of one token the last program that scores a row's blocks also ranks them.
+        ranked: blocks that ranking keeps in registers, a power of two.
+        rank_warps: warps of a program that only ranks.
         step_keys: most keys, a power of two, of one step of attention.
         attend_warps: warps of a program of attention.
         attend_stages: depth of its pipeline.
@@ -33,14 +35,16 @@ class DecodeLaunch:
     chunk: int = 64
     keys: int = 64
     compress_warps: int = 4
-    compress_stages: int = 3
+    compress_stages: int = 2
     blocks: int = 32
     score_warps: int = 4
     score_stages: int = 4
+    ranks: bool = True
+    ranked: int = 1024
     rank_warps: int = 4
     step_keys: int = 64
     attend_warps: int = 4
-    attend_stages: int = 3
+    attend_stages: int = 2
     programs: int = 2
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Block selection of a decode step: compressed keys that became complete, normaliser, block scores, top-k.
 
-Three kernels, whose grids follow from the cache's capacity; programs beyond a row's length end at once. Formulas:
-arXiv 2509.24663, section 3.2.
+Two kernels for steps of one token: the last program that scores blocks of a row also ranks them; else a third ranks.
+Grids follow from the cache's capacity; programs beyond a row's length end at once. Formulas: arXiv 2509.24663, section
+3.2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.decode_compression import decode_compress_kernel, load_columns
 from infllm_pass.kernels.decode_launch import decode_launch
-from infllm_pass.kernels.decode_ranking import decode_rank_kernel
+from infllm_pass.kernels.decode_ranking import decode_rank_kernel, list_chosen, list_forced
 from infllm_pass.kernels.decode_rows import (
     LEAST_COLUMNS,
     DecodeRows,
@@ -65,6 +66,9 @@ def _decode_score_kernel(
     k1,
     parts,  # float32 [B * Hkv, chunks, columns of all tiles]
     keys,  # int32 [B * Hkv * LINES, num_blocks]
+    arrivals,  # int32 [B * Hkv], 0 at the start; RANKS only, as the two that follow
+    blocks,  # int32 [B * Hkv, BUDGET]
+    filled,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -97,9 +101,15 @@ def _decode_score_kernel(
     NORM_SIZE: tl.constexpr,
     NORM_STRIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    RANKS: tl.constexpr,
+    RANKED: tl.constexpr,  # blocks that ranking keeps in registers
+    WIDTH: tl.constexpr,  # the next power of two of BUDGET
     PRECISION: tl.constexpr,
 ):
-    """Scores of BLOCKS blocks for the lines of a tile, or for one line of several queries."""
+    """Scores of BLOCKS blocks for the lines of a tile, or for one line of several queries.
+
+    With RANKS, for rows of a single query, the last program of a row and head to arrive also ranks the blocks.
+    """
     scale_log2 = tl.cast(scale_log2, tl.float32)
     C: tl.constexpr = TOKENS * GP
     SHARED: tl.constexpr = QUERY_BLOCK > 1
@@ -167,6 +177,21 @@ def _decode_score_kernel(
         to = keys + (pair * LINES + line)[None, :] * num_blocks + block[:, None]
         inside = (block[:, None] >= low[None, :]) & (block[:, None] < high[None, :])
         tl.store(to, key, mask=inside & exists[None, :])
+    if RANKS:
+        begin, end, taken = scored_blocks(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+        blocks_row = blocks + pair * BUDGET
+        first = tl.program_id(0) == 0
+        if first & (head == 0):
+            tl.store(filled + batch, length)
+        if (length >= dense_len) & (length > 0):
+            if first:
+                list_forced(blocks_row, length - 1, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
+            chunk = tl.program_id(0)
+            if (end > begin) & (chunk >= begin // BLOCKS) & (chunk <= (end - 1) // BLOCKS):
+                tl.debug_barrier()  # all threads have written before one of them says so
+                arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
+                if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
+                    list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
 
 
 def decode_select(
@@ -211,6 +236,7 @@ def decode_select(
     parts = torch.empty(pairs * chunks * shape.tiles * shape.columns, 1, dtype=torch.float32, device=q.device)
     keys = torch.empty(pairs * shape.lines * num_blocks, dtype=torch.int32, device=q.device)
     blocks = torch.empty(pairs * shape.lines, g.selected_blocks, dtype=torch.int32, device=q.device)
+    arrivals = torch.empty(pairs, 1, 1, dtype=torch.int32, device=q.device)
     common = {
         "QUERY_BLOCK": g.query_block,
         "BLOCK": g.block_size,
@@ -232,7 +258,10 @@ def decode_select(
         "INIT": g.init_blocks,
         "LOCAL": g.local_blocks,
         "HAS_WINDOW": window is not None,
+        "WIDTH": triton.next_power_of_2(g.selected_blocks),
+        "RANKED": launch.ranked,
     }
+    ranks = launch.ranks and shape.length_q == 1
     wrap_triton(decode_compress_kernel)[(chunks, pairs)](
         *rows.arguments,
         q,
@@ -241,6 +270,7 @@ def decode_select(
         state.k2,
         state.filled,
         parts,
+        arrivals,
         *q.stride()[:3],
         *k.stride()[:3],
         scale * LOG2_E,
@@ -267,6 +297,9 @@ def decode_select(
         state.k1,
         parts,
         keys,
+        arrivals,
+        blocks,
+        state.filled,
         *q.stride()[:3],
         scale * LOG2_E,
         heads,
@@ -285,9 +318,12 @@ def decode_select(
         NORM_SIZE=g.kernel_size if exact else COARSE_FACTOR * g.kernel_size,
         NORM_STRIDE=g.kernel_stride if exact else COARSE_FACTOR * g.kernel_stride,
         BLOCKS=launch.blocks,
+        RANKS=ranks,
         num_warps=launch.warps(launch.score_warps, shape.columns),
         num_stages=launch.score_stages,
     )
+    if ranks:
+        return blocks
     wrap_triton(decode_rank_kernel)[(shape.lines, pairs)](
         *rows.arguments,
         keys,
@@ -301,7 +337,6 @@ def decode_select(
         UNBOUNDED if window is None else window,
         **common,
         **ranking,
-        WIDTH=triton.next_power_of_2(g.selected_blocks),
         num_warps=launch.rank_warps,
     )
     return blocks
