@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import sympy
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
@@ -45,7 +47,8 @@ class SitePlan:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
         if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
             return False
-        return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
+        length_q, length_k = _lengths(self.site)
+        return length_q == 1 or same(length_q, length_k)
 
     @property
     def windowed(self) -> bool:
@@ -96,7 +99,7 @@ def _plan_site(
     filter_fn: SiteFilter | None,
     visited_tokens: int,
 ) -> SitePlan:
-    if not site.masks and site.is_causal is not True:
+    if not site.masks and site.is_causal is not True and not _is_step(site):
         return _unmasked(site)
     refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
@@ -121,10 +124,24 @@ def _plan_site(
 
 def _unmasked(site: AttentionSite) -> SitePlan:
     """The plan of a site in which every query sees every key."""
-    length_q, length_k = (size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+    length_q, length_k = _lengths(site)
     if length_q == 1 or same(length_q, length_k):
         return SitePlan(site, Reason.BIDIRECTIONAL)
     return SitePlan(site, Reason.CROSS_ATTENTION, f"{length_q} queries over {length_k} keys")
+
+
+def _is_step(site: AttentionSite) -> bool:
+    """Whether a site is a decoding step: one query, over keys of which the last is its own token's.
+
+    Such a site needs no causal limit: there is no later key to hide.
+    """
+    grown = site.growth is not None and site.growth.appended == 1
+    return grown and not site.is_causal and _lengths(site)[0] == 1
+
+
+def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """The numbers of queries and keys."""
+    return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
 
 
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
@@ -168,7 +185,8 @@ def _check_heads(site: AttentionSite, plan: SitePlan) -> SitePlan | None:
 
 def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
     if not site.masks:
-        return _check_predicate(site, MaskPredicate(size(0)), interpreter)
+        limit = size(0) if site.is_causal is True else None
+        return _check_predicate(site, MaskPredicate(limit), interpreter)
     if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
     proof = prove_terms(interpreter, site.masks)
@@ -181,9 +199,13 @@ def _check_predicate(
     site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
 ) -> MaskPredicate | SitePlan:
     """Check that the operators take what a site's masks were proved to be."""
+    length_q, length_k = _lengths(site)
+    if predicate.causal_offset is None and _is_step(site):
+        if site.growth is not None and site.growth.trimmed:
+            return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
+        predicate = replace(predicate, causal_offset=length_k - 1)
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
-    length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
     if not same(predicate.causal_offset, length_k - length_q):
         return SitePlan(
             site,

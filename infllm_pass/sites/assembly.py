@@ -18,6 +18,7 @@ from torch import fx
 
 from infllm_pass.masks.predicate import MaskTerm
 from infllm_pass.sites.algebra import BATCH, FEATURE, HEAD, KEY, QUERY, VALUE_FEATURE, simplify
+from infllm_pass.sites.growth import growth_of
 from infllm_pass.sites.layouts import Index, Layouts, Reading
 from infllm_pass.sites.site import AttentionSite
 from infllm_pass.sites.steps import (
@@ -130,6 +131,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
         scale=scale,
         output_steps=output_steps(layouts, plan, reads.node),
         dtype=_computed_in(layouts, reads, chains),
+        growth=growth_of(layouts, chains[1], reads.query.node),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -182,6 +183,21 @@ class Layouts:
         before, after = self.facts.example(source).dtype, self.facts.example(result).dtype
         floats = before.is_floating_point and after.is_floating_point
         return bool(floats and torch.promote_types(before, after) == after)
+
+    def position(self, node: fx.Node) -> int:
+        """The place of a node in the graph."""
+        return self._positions[node]
+
+    @cached_property
+    def data(self) -> frozenset[fx.Node]:
+        """The nodes that depend on a tensor which a call brings along: on more than sizes and what modules hold."""
+        found: set[fx.Node] = set()
+        for node in self._positions:
+            held = node in self.facts.held.tensors or isinstance(self.facts.example(node), torch.nn.Parameter)
+            brought = node.op == "placeholder" and self.is_tensor(node) and not held
+            if brought or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
 
     def gradients(self, node: fx.Node) -> Any:
         """Whether a node is computed with gradients; None where the graph does not say, as everywhere in most."""
