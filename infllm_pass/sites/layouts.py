@@ -193,11 +193,15 @@ class Layouts:
         """The nodes that depend on a tensor which a call brings along: on more than sizes and what modules hold."""
         found: set[fx.Node] = set()
         for node in self._positions:
-            held = node in self.facts.held.tensors or isinstance(self.facts.example(node), torch.nn.Parameter)
-            brought = node.op == "placeholder" and self.is_tensor(node) and not held
+            brought = node.op == "placeholder" and self.is_tensor(node) and not self._is_held(node)
             if brought or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return frozenset(found)
+
+    def _is_held(self, node: fx.Node) -> bool:
+        """Whether a module holds an input; exported graphs tell parameters by the gradients that they ask for."""
+        example = self.facts.example(node)
+        return node in self.facts.held.tensors or isinstance(example, torch.nn.Parameter) or example.requires_grad
 
     def gradients(self, node: fx.Node) -> Any:
         """Whether a node is computed with gradients; None where the graph does not say, as everywhere in most."""
