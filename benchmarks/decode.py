@@ -96,7 +96,7 @@ class Layers:
         """A step of every layer at so many keys."""
         lengths = torch.tensor([length], device=self.device)
         scale = self.heads.dim**-0.5
-        arguments = (lengths, None, None, scale, dense_len, *tiled_decode_arguments(self.geometry))
+        arguments = (lengths, None, None, None, scale, dense_len, *tiled_decode_arguments(self.geometry))
         return [lambda cache=cache: tiled_decode_attention(self.q, *cache, *arguments) for cache in self.caches]
 
     def dropped(self, length: int) -> list[Callable[[], object]]:
@@ -214,7 +214,7 @@ def sweep(heads: Heads, batch: int, length: int, blocks: int, device: torch.devi
 
 def parser() -> Any:
     options = gpu_parser(__doc__)
-    options.add_argument("--lengths", type=positive_option, nargs="+", default=[32768, 131072], metavar="N")
+    options.add_argument("--lengths", type=positive_option, nargs="+", default=[8192, 32768, 131072], metavar="N")
     options.add_argument("--batches", type=positive_option, nargs="+", default=[1, 8], metavar="N")
     options.add_argument("--blocks", type=blocks_option, default=64, metavar="N", help="visited blocks (64)")
     options.add_argument("--heads", type=heads_option, nargs="+", default=list(MAIN), metavar="QxKxD")

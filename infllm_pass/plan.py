@@ -9,12 +9,14 @@ import sympy
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks import BATCH, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks.emission import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.constants import read_number
+from infllm_pass.vocabulary import scatters
 
 SiteFilter = Callable[[AttentionSite], bool]
 
@@ -45,10 +47,18 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.offset_is_data:
             return False
         length_q, length_k = _lengths(self.site)
         return length_q == 1 or same(length_q, length_k)
+
+    @property
+    def offset_is_data(self) -> bool:
+        """Whether only the device knows at which key the queries stand: the keys are a cache with room for more."""
+        if self.mask is None or self.mask.causal_offset is None or isinstance(self.site, PartialSite):
+            return False
+        length_q, length_k = _lengths(self.site)
+        return not same(self.mask.causal_offset, length_k - length_q)
 
     @property
     def windowed(self) -> bool:
@@ -189,10 +199,17 @@ def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicat
         return _check_predicate(site, MaskPredicate(limit), interpreter)
     if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
-    proof = prove_terms(interpreter, site.masks)
+    proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
     if isinstance(proof, UnprovenMask):
         return _unproven(site, proof)
     return _check_predicate(site, proof, interpreter)
+
+
+def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:
+    """Whether one query attends to keys that the graph has just written or appended: a limit of them is causal."""
+    node = site.key_heads.node
+    written = interpreter.facts.is_overwritten(node) or scatters(node)
+    return _is_step(site) or (written and bool(_lengths(site)[0] == 1))
 
 
 def _check_predicate(
@@ -200,26 +217,53 @@ def _check_predicate(
 ) -> MaskPredicate | SitePlan:
     """Check that the operators take what a site's masks were proved to be."""
     length_q, length_k = _lengths(site)
+    if site.growth is not None and site.growth.trimmed and length_q == 1:
+        return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
     if predicate.causal_offset is None and _is_step(site):
-        if site.growth is not None and site.growth.trimmed:
-            return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
         predicate = replace(predicate, causal_offset=length_k - 1)
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
-    if not same(predicate.causal_offset, length_k - length_q):
-        return SitePlan(
-            site,
-            Reason.PARTIAL_KEYS,
-            f"query i sees keys up to i + {readable(predicate.causal_offset)}, of {length_k} keys for {length_q} "
-            "queries",
-        )
+    refusal = _refused_offset(site, predicate, interpreter, length_q, length_k)
+    if refusal is not None:
+        seen = f"query i sees keys up to i + {readable(predicate.causal_offset)}"
+        detail = f"{seen}, of {length_k} keys for {length_q} queries: {refusal}"
+        return SitePlan(site, Reason.PARTIAL_KEYS, detail)
     if predicate.segments is not None and not same(predicate.segments.offset, predicate.causal_offset):
         return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
     if predicate.window is not None and not predicate.window.is_Integer:
         return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
     if any(facts is not interpreter.facts for facts in predicate.sources):
         return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
+    for facts, node in predicate.read_later:
+        if facts.is_overwritten(node):
+            return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
     return predicate
+
+
+def _refused_offset(
+    site: AttentionSite,
+    predicate: MaskPredicate,
+    interpreter: Interpreter,
+    length_q: sympy.Expr,
+    length_k: sympy.Expr,
+) -> str | None:
+    """Why the operators cannot be told at which key the queries stand; None if they can."""
+    offset: sympy.Expr = predicate.causal_offset
+    sizes = interpreter.facts.size_sources
+    if same(offset, length_k - length_q):
+        return None
+    names = {name for name, _, _ in predicate.offset_leaves}
+    numbers = {symbol for symbol in offset.free_symbols - {BATCH} if symbol.name not in names}
+    if not names and numbers <= length_q.free_symbols | length_k.free_symbols:
+        return "these are neither the last of the keys nor at a position in them"
+    if predicate.segments is not None:
+        return "they are packed sequences"
+    if BATCH in offset.free_symbols:
+        numbers |= size(site.shape(site.key)[0]).free_symbols
+    if not is_expressible(offset) or not numbers <= set(sizes):
+        return "that number cannot be made of the graph's inputs"
+    unreadable = [node for name, _, node in predicate.offset_leaves if not interpreter.unknowns[name].readable]
+    return f"{unreadable[0].name} lives inside a nested function" if unreadable else None
 
 
 def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:

@@ -15,6 +15,9 @@ from infllm_pass.kernels.cpu_linear import LN2, LOG2E, compute_dtype
 from infllm_pass.kernels.cpu_selection import pool_keys, top_blocks
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 
+LOWEST = -1e30
+"""Least maximum of a softmax: finite, so that a difference is never NaN."""
+
 
 @torch.no_grad()
 def decode_attention(
@@ -26,6 +29,7 @@ def decode_attention(
     filled: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
+    key_mask: Tensor | None,
     *,
     geometry: BlockGeometry,
     scale: float,
@@ -43,6 +47,7 @@ def decode_attention(
         filled: int32 ``[B]``; set to the rows' lengths.
         lengths: integers ``[B]`` or ``[1]``: one past the last valid key.
         starts: the same: the first valid key; None: 0.
+        key_mask: bool ``[B, C]``: False hides a key from attention, and from nothing else.
         geometry: the block geometry.
         scale: softmax scale.
         dense_len: rows with fewer keys are dense.
@@ -50,7 +55,7 @@ def decode_attention(
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp ``[B, Hq, Lq]``,
-        float32 (float64 for float64 inputs); 0 and ``-inf`` for a query before its row's first key.
+        float32 (float64 for float64 inputs); 0 and ``-inf`` for a query that sees no key.
     """
     batch, heads_q, length_q = q.shape[:3]
     heads, capacity, dim_v = v.shape[1:]
@@ -63,6 +68,7 @@ def decode_attention(
         begin = min(begin, end)
         length = end - begin
         row_k, row_v = k[row, :, begin:end], v[row, :, begin:end]
+        row_mask = None if key_mask is None else key_mask[row, begin:end]
         old = max(0, min(int(filled[row]), length - length_q))
         for compressed, factor in ((k1[row], 1), (k2[row], COARSE_FACTOR)):
             _compress_new(row_k, compressed, old, geometry.kernel_size * factor, geometry.kernel_stride * factor)
@@ -75,12 +81,14 @@ def decode_attention(
                 chosen = _choose(x, k1[row], k2[row], line.last, geometry, window)
             for number, token in enumerate(range(line.tokens.start, line.tokens.stop)):
                 position = length - length_q + token
-                logits, values = _visit(x[:, :, number], row_k, row_v, chosen, line.last, position, geometry, window)
-                top = logits.amax(-1, keepdim=True)  # [Hkv, G, 1]
+                logits, values = _visit(
+                    *(x[:, :, number], row_k, row_v, row_mask, chosen, line.last, position, geometry, window)
+                )
+                top = logits.amax(-1, keepdim=True).clamp_(min=LOWEST)  # [Hkv, G, 1]
                 weights = logits.sub_(top).exp2_()
                 total = weights.sum(-1, keepdim=True)
                 lse[row, :, :, token] = ((top + total.log2()) * LN2)[..., 0]
-                weights /= total
+                weights /= total.clamp(min=1.0)  # 1 at least, or 0 where no key is seen
                 parts = weights.split([part.shape[1] for part in values], -1)
                 sums = [torch.bmm(w, part.to(w.dtype)) for w, part in zip(parts, values, strict=True)]
                 out[row, token] = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
@@ -165,6 +173,7 @@ def _visit(
     x: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     chosen: Tensor | None,
     last: int,
     position: int,
@@ -177,6 +186,7 @@ def _visit(
         x: ``[Hkv, G, D]``, scaled by ``scale * log2(e)``.
         k: ``[Hkv, L, D]``.
         v: ``[Hkv, L, Dv]``.
+        mask: bool ``[L]``: which keys may be seen; None: all.
         chosen: ``[Hkv, n]`` from `_choose`; None: all keys.
         last: position that decided the selection.
         position: of the query.
@@ -202,6 +212,12 @@ def _visit(
         keys = (chosen[:, :, None] * size + torch.arange(size, device=x.device)).flatten(1)  # [Hkv, n * size]
         hidden = (keys < begin) | (keys > position)
         logits[:, :, -keys.shape[1] :].masked_fill_(hidden[:, None], -torch.inf)
+    if mask is not None:
+        seen = [mask[span].expand(k.shape[0], -1) for span in spans if span.start < span.stop]
+        if chosen is not None:
+            blocks = mask[: mask.shape[0] // size * size].unflatten(0, (-1, size))
+            seen.append(blocks[chosen].flatten(1))
+        logits.masked_fill_(~torch.cat(seen, -1)[:, None], -torch.inf)
     return logits, [values for _, values in pieces]
 
 

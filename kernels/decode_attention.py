@@ -47,6 +47,7 @@ def _decode_attention_kernel(
     k,
     v,
     blocks,  # int32 [B * Hkv * LINES, BUDGET]
+    key_mask,  # bool [B, C], HAS_KEY_MASK only
     part_out,  # float32 [B, Hq, Lq, splits, VALUE_DIM]
     part_lse,  # float32 [B, Hq, Lq, splits], base 2
     stride_qb,
@@ -58,6 +59,8 @@ def _decode_attention_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
+    stride_mb,
+    stride_mt,
     scale_log2,
     heads,
     capacity,
@@ -77,6 +80,7 @@ def _decode_attention_kernel(
     BLOCK: tl.constexpr,
     BUDGET: tl.constexpr,
     STEP_KEYS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,6 +115,7 @@ def _decode_attention_kernel(
         queries = tl.load(at, mask=real[:, None] & (dims < D)[None, :], other=0.0)  # [M, DP]
         k_row = k + batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_kt
         v_row = v + batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vt
+        mask_row = key_mask + batch * stride_mb + start.to(tl.int64) * stride_mt
         lists = blocks + pair * (LINES * BUDGET)
 
         highest = tl.full([M], LOWEST_SCORE, tl.float32)
@@ -137,6 +142,8 @@ def _decode_attention_kernel(
             seen &= (real & ((sparse == 0) | (line_of_row == line)))[:, None]
             if HAS_WINDOW:
                 seen &= key[None, :] > position[:, None] - window
+            if HAS_KEY_MASK:
+                seen &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
             raised = tl.maximum(highest, tl.max(scores, 1))
             weights = tl.exp2(scores - raised[:, None])
@@ -220,6 +227,7 @@ def decode_attend(
     v: Tensor,
     blocks: Tensor,
     rows: DecodeRows,
+    key_mask: Tensor | None,
     *,
     geometry: BlockGeometry,
     scale: float,
@@ -234,6 +242,7 @@ def decode_attend(
         v: ``[B, Hkv, C, Dv]``.
         blocks: the lists from `decode_select`; those of rows with fewer than `dense_len` keys are not read.
         rows: where the rows' keys lie.
+        key_mask: bool ``[B, C]``: False hides a key; None: no key is hidden.
         geometry: the block geometry.
         scale: softmax scale.
         dense_len: rows with fewer keys are dense.
@@ -273,11 +282,13 @@ def decode_attend(
         k,
         v,
         blocks,
+        blocks if key_mask is None else key_mask,
         part_out,
         part_lse,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *((0, 0) if key_mask is None else key_mask.stride()),
         scale * LOG2_E,
         heads,
         *numbers,
@@ -289,6 +300,7 @@ def decode_attend(
         DP=padded,
         BLOCK_DV=padded_value,
         STEP_KEYS=min(g.block_size & -g.block_size, launch.step_keys),
+        HAS_KEY_MASK=key_mask is not None,
         PRECISION=precision(q),
         num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,

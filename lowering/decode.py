@@ -51,6 +51,7 @@ def check_decode(
     filled: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
+    key_mask: Tensor | None,
     window: int | None,
     geometry: BlockGeometry,
 ) -> None:
@@ -61,7 +62,7 @@ def check_decode(
         DtypeError: a dtype is not supported, or dtypes differ.
         DeviceError: tensors are on different devices.
     """
-    check_attention(q, k, v, None, None)
+    check_attention(q, k, v, None, key_mask)
     if q.shape[2] < 1 or q.shape[2] > k.shape[2]:
         raise ShapeError(
             f"q has {q.shape[2]} tokens and the cache k {k.shape[2]} slots: expected at least one token, and a slot "
@@ -112,6 +113,7 @@ def decode_attention(
     filled: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
+    key_mask: Tensor | None,
     window: int | None,
     scale: float,
     dense_len: int,
@@ -141,6 +143,8 @@ def decode_attention(
         filled: int32 ``[B]``, written.
         lengths: int32 or int64 ``[B]`` or ``[1]``: one past the row's last valid key.
         starts: the same, the row's first valid key; None: 0. Positions, windows and blocks count from there.
+        key_mask: bool ``[B, C]``, any strides: False hides a slot from attention; its key still counts in windows and
+            blocks. Slots outside ``[start, length)`` are not read. None: every key of the row is seen.
         window: sliding window in keys, or None.
         scale: softmax scale.
         dense_len: rows with fewer keys are dense.
@@ -148,7 +152,7 @@ def decode_attention(
 
     Returns:
         The output ``[B, Hq, Lq, Dv]``, stored as ``[B, Lq, Hq, Dv]``, and the log-sum-exp ``[B, Hq, Lq]``, float32
-        (float64 for float64). A query before the row's first key gives 0 and ``-inf``.
+        (float64 for float64). A query that sees no key gives 0 and ``-inf``.
 
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is written.
@@ -163,9 +167,9 @@ def decode_attention(
         lse=lse,  # type: ignore[arg-type]
         query_block=query_block,
     )
-    check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)
+    check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
     return cpu_decode.decode_attention(
-        *(q, k, v, k1, k2, filled, lengths, starts),
+        *(q, k, v, k1, k2, filled, lengths, starts, key_mask),
         geometry=geometry,
         scale=scale,
         dense_len=dense_len,
@@ -183,6 +187,7 @@ def _decode_attention_fake(
     filled: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
+    key_mask: Tensor | None,
     window: int | None,
     scale: float,
     dense_len: int,
@@ -196,7 +201,7 @@ def _decode_attention_fake(
     query_block: int,
 ) -> tuple[Tensor, Tensor]:
     geometry = BlockGeometry(kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size)
-    check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)
+    check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

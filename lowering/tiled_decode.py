@@ -43,6 +43,7 @@ def tiled_decode_attention(
     filled: Tensor,
     lengths: Tensor,
     starts: Tensor | None,
+    key_mask: Tensor | None,
     window: int | None,
     scale: float,
     dense_len: int,
@@ -69,8 +70,8 @@ def tiled_decode_attention(
     geometry = tiled.static_geometry(
         *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
-    check_decode(q, k, v, k1, k2, filled, lengths, starts, window, geometry)
-    check_tiled(q, k, v, None, None, None, None, window, scale, geometry)
+    check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
+    check_tiled(q, k, v, key_mask, None, None, None, window, scale, geometry)
     rows = DecodeRows(lengths, starts)
     blocks = decode_select(
         *(q, k, DecodeState(k1, k2, filled), rows),
@@ -80,7 +81,7 @@ def tiled_decode_attention(
         window=window,
     )
     return decode_attend(
-        *(q, k, v, blocks, rows),
+        *(q, k, v, blocks, rows, key_mask),
         geometry=geometry,
         scale=scale,
         dense_len=dense_len,

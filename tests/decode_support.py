@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,22 @@ Operator = Callable[..., tuple[Tensor, Tensor]]
 SMALL = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, init_blocks=1, local_blocks=1, selected_blocks=4)
 
 
+HIDDEN = -1e6
+"""Lowers the score of a key that is hidden from attention."""
+
+
 @dataclass
 class Cache:
     """A cache with its state; what holds no valid key is NaN.
 
     Attributes:
-        operator: takes q, k, v, the state, lengths, starts, window, scale, dense_len and the geometry.
+        operator: takes q, k, v, the state, lengths, starts, key_mask, window, scale, dense_len and the
+            geometry.
         lengths: keys of each row so far, padding included.
         starts: padding of each row.
         token_first: whether the cache lies in memory as ``[B, C, H, D]``.
         level: whether keys are all zero, so that all scores of a query are equal.
+        holes: share of the keys that the key mask hides.
     """
 
     operator: Operator
@@ -45,9 +52,11 @@ class Cache:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     token_first: bool = False
     level: bool = False
+    holes: float = 0.0
 
     def __post_init__(self) -> None:
         self.k, self.v = (self._empty(size) for size in (self.dim, self.value_dim))
+        self.key_mask = torch.rand(len(self.lengths), self.capacity, device=self.device) >= self.holes
         self.state = new_state(self.k, self.geometry)
         self.forget()
         for row, length in enumerate(self.lengths):
@@ -100,26 +109,43 @@ class Cache:
         return self.operator(
             *(q, self.k, self.v, *self.state, self.numbers(self.lengths)),
             None if self.starts is None else self.numbers(self.starts),
+            self.key_mask if self.holes else None,
             *(self.window, self.scale, self.dense_len, self.geometry),
         )
 
-    def expected(self, q: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """What the oracle gives for one row, over its valid keys alone."""
+    def _row(self, q: Tensor, row: int) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """A row's queries and valid keys and values, and what the oracle takes beside them."""
         keys = slice(self.start(row), self.lengths[row])
-        row_q, row_k, row_v = q[row : row + 1], self.k[row : row + 1, :, keys], self.v[row : row + 1, :, keys]
-        length = keys.stop - keys.start
         common = {
             "geometry": self.geometry,
             "scale": self.scale,
-            "offset": length - q.shape[2],
+            "offset": keys.stop - keys.start - q.shape[2],
             "dense_len": self.dense_len,
             "window": self.window,
         }
-        if length == 0:
+        return (q[row : row + 1], self.k[row : row + 1, :, keys], self.v[row : row + 1, :, keys]), common
+
+    def selected(self, q: Tensor, row: int) -> Tensor:
+        """The set of blocks that the oracle selects in one row, bool ``[1, Hkv, Lq, n_blocks]``."""
+        (row_q, row_k, _), common = self._row(q, row)
+        return reference.select_blocks(row_q, row_k, **common)
+
+    def expected(self, q: Tensor, row: int, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the oracle gives for one row, over its valid keys alone; for its own selection unless one is given."""
+        (row_q, row_k, row_v), common = self._row(q, row)
+        if row_k.shape[2] == 0:
             shape = (1, *q.shape[1:3])
             return row_v.new_zeros(*shape, self.value_dim), row_v.new_full(shape, -torch.inf)
-        selected = reference.select_blocks(row_q, row_k, **common)
-        return reference.attention(row_q, row_k, row_v, selected, **common)
+        if selected is None:
+            selected = self.selected(q, row)
+        keys = slice(self.start(row), self.lengths[row])
+        # One more feature lowers what is hidden: the oracle's own key mask would move the row's first and last key.
+        hidden = ~self.key_mask[row, keys][None, None, :, None].expand(-1, self.heads, -1, -1)
+        row_q = torch.nn.functional.pad(row_q.double(), (0, 1), value=1.0)
+        row_k = torch.cat([row_k.double(), HIDDEN * hidden.double()], -1)
+        out, lse = reference.attention(row_q, row_k, row_v, selected, **common)
+        seen = lse > HIDDEN * self.scale / 2
+        return torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, -torch.inf)
 
     def check(self, q: Tensor, bound: float = 1e-5) -> None:
         """Compare a call with the oracle, row by row, and a second call with the first, bit by bit."""

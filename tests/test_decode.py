@@ -33,6 +33,12 @@ ODD = {
     "equal scores": {"level": True},
     "tokens first": {"token_first": True},
     "float64": {"dtype": torch.float64},
+    "holes": {"holes": 0.3},
+    "holes, tokens first": {"holes": 0.3, "token_first": True},
+    "holes, dense": {"holes": 0.3, "dense_len": 1000},
+    "holes, sliding window": {"holes": 0.8, "window": 70},
+    "holes, shared by 16": {"holes": 0.3, "geometry": replace(SMALL, query_block=16)},
+    "no key is seen": {"holes": 1.1},
 }
 
 
@@ -101,7 +107,8 @@ def arguments(**changes):
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 8)
     k1, k2, filled = decode.new_state(k, geometry)
     given = {"q": q, "k": k, "v": v, "k1": k1, "k2": k2, "filled": filled}
-    given |= {"lengths": torch.tensor([60, 50]), "starts": None, "window": None, "scale": 0.25, "dense_len": 0}
+    given |= {"lengths": torch.tensor([60, 50]), "starts": None, "key_mask": None}
+    given |= {"window": None, "scale": 0.25, "dense_len": 0}
     assert not set(changes) - set(given)
     return (*(given | changes).values(), *selection_arguments(geometry))
 
@@ -125,6 +132,13 @@ BAD = {
     "lengths of three": ({"lengths": torch.zeros(3).int()}, ShapeError, r"one a row, \[2\]"),
     "lengths device": ({"lengths": torch.zeros(2, device="meta").int()}, DeviceError, "lengths is on meta"),
     "starts shape": ({"starts": torch.zeros(2, 1).int()}, ShapeError, "starts has shape"),
+    "key_mask dtype": ({"key_mask": torch.ones(2, 64)}, DtypeError, "key_mask is torch.float32: expected torch.bool"),
+    "key_mask shape": ({"key_mask": torch.ones(2, 63).bool()}, ShapeError, r"key_mask has shape .* = \[2, 64\]"),
+    "key_mask device": (
+        {"key_mask": torch.ones(2, 64, device="meta").bool()},
+        DeviceError,
+        "key_mask is on meta and q on cpu",
+    ),
     "window": ({"window": 0}, ShapeError, "window=0"),
 }
 
@@ -140,13 +154,14 @@ def test_bad_arguments_are_refused_before_anything_is_written(case):
     assert all(bool((state == 7).all()) for state in given[3:6] if state.device.type == "cpu")
 
 
-@pytest.mark.parametrize("starts", [None, torch.tensor([0, 9])], ids=["whole", "padded"])
-def test_opcheck(starts):
-    torch.library.opcheck(decode.decode_attention, arguments(starts=starts))
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_opcheck(padded):
+    changes = {"starts": torch.tensor([0, 9]), "key_mask": torch.rand(2, 64) < 0.8} if padded else {}
+    torch.library.opcheck(decode.decode_attention, arguments(**changes))
 
 
 def test_a_compiled_step_writes_the_state():
-    numbers = (None, None, 0.25, 0, *selection_arguments(SMALL))
+    numbers = (None, None, None, 0.25, 0, *selection_arguments(SMALL))
 
     def step(*tensors):
         return decode.decode_attention(*tensors, *numbers)

@@ -1,4 +1,4 @@
-"""Keys that grow by concatenation: a single query over its own token's key and earlier ones is causal, others are not."""
+"""Keys that grow by concatenation: one query over them is causal where the last key is its own token's."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ class Rotated(Step):
 
 class OneProjection(Step):
     def project(self, x):
-        return [split(part) for part in (torch.cat([self.q.weight, self.k.weight, self.v.weight]) @ x.mT).mT.chunk(3, -1)]
+        return [
+            split(part) for part in (torch.cat([self.q.weight, self.k.weight, self.v.weight]) @ x.mT).mT.chunk(3, -1)
+        ]
 
 
 class Encoder(Step):

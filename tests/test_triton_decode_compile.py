@@ -53,11 +53,12 @@ class Variant:
     exact: bool = False
     window: bool = False
     starts: bool = False
+    holes: bool = False
     hot: bool = False
 
     @property
     def name(self) -> str:
-        options = [name for name in ("exact", "window", "starts", "hot") if getattr(self, name)]
+        options = [name for name in ("exact", "window", "starts", "holes", "hot") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = [f"dim{self.dim}", f"group{self.group}", f"queries{self.length_q}", f"block{self.block_size}"]
         return "-".join([dtype, *sizes, f"shared{self.query_block}", *options])
@@ -66,10 +67,11 @@ class Variant:
 VARIANTS = [
     Variant(hot=True),
     Variant(group=4, hot=True),
+    Variant(starts=True, holes=True, hot=True),
     Variant(group=3, dim=64, value_dim=64, hot=True),
     Variant(group=4, length_q=4, hot=True),
     Variant(length_q=16, hot=True),
-    Variant(group=4, length_q=16, query_block=16, window=True, starts=True),
+    Variant(group=4, length_q=16, query_block=16, window=True, starts=True, holes=True),
     Variant(group=1, exact=True, starts=True),
     Variant(torch.float16, group=7, dim=72, value_dim=40, block_size=48, length_q=3),
     Variant(group=128, block_size=128),
@@ -86,9 +88,11 @@ def arguments(variant: Variant) -> dict[str, object]:
     launch = generic_decode(variant.dtype.itemsize, max(padded, padded_value))
     owned = launch.chunk * 4
     strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv" for axis in "bht"}
+    strides |= {"stride_mb": "i32:16", "stride_mt": "i32"}
     return {
         **dict.fromkeys(("q", "k", "v", "k1", "k2", "out"), variant.dtype),
         **dict.fromkeys(("parts", "part_out", "part_lse", "lse"), torch.float32),
+        "key_mask": torch.bool,
         **dict.fromkeys(("lengths", "starts", "filled", "keys", "blocks"), torch.int32),
         **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity", "fine_slots", "coarse_slots"), "i32"),
         **dict.fromkeys(("slots", "chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
@@ -111,6 +115,7 @@ def arguments(variant: Variant) -> dict[str, object]:
         "BUDGET": 64,
         "WIDTH": 64,
         "EXACT": variant.exact,
+        "HAS_KEY_MASK": variant.holes,
         "HAS_WINDOW": variant.window,
         "HAS_STARTS": variant.starts,
         "CHUNK": launch.chunk,
@@ -153,10 +158,10 @@ def test_decode_kernels_compile(variant, capability, record_property):
             assert report["spilled"] == 0, name
 
 
-def step(q, k, v, k1, k2, filled, lengths, starts):
+def step(q, k, v, k1, k2, filled, lengths, starts, key_mask):
     """A decode step as a rewritten graph has it: the new key and value are written, then attended to."""
     k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
-    given = (q, k, v, k1, k2, filled, lengths, starts, None, 0.25, 64, *tiled_decode_arguments(GEOMETRY))
+    given = (q, k, v, k1, k2, filled, lengths, starts, key_mask, None, 0.25, 64, *tiled_decode_arguments(GEOMETRY))
     return tiled_decode_attention(*given)
 
 
@@ -174,7 +179,8 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
     k, v = torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16)
     state = new_state(k, GEOMETRY)
     tensors = [torch.randn(3, 6, 1, 16), k, v, *state, torch.tensor([90]), torch.tensor([0, 3, 5]) if padded else None]
-    for tensor, sizes in zip(tensors, ([0], [0, 2], [0, 2], [0, 2], [0, 2], [0], [], [0]), strict=True):
+    tensors.append(torch.ones(3, 100, dtype=torch.bool) if padded else None)
+    for tensor, sizes in zip(tensors, ([0], [0, 2], [0, 2], [0, 2], [0, 2], [0], [], [0], [0, 1]), strict=True):
         for size in sizes if tensor is not None else ():
             torch._dynamo.mark_dynamic(tensor, size)
     recorder = Recorder()

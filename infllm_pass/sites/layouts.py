@@ -55,7 +55,7 @@ class Layouts:
 
     def __init__(self, facts: GraphFacts) -> None:
         self.facts = facts
-        self._plain = GraphFacts(facts.graph, frozenset(), facts.bindings)
+        self._plain = GraphFacts(facts.graph, {}, facts.bindings)
         self._positions = {node: number for number, node in enumerate(facts.graph.nodes)}
         self._steps: dict[Any, Index | None] = {}
         self._writes: list[tuple[int, int | None]] = [
