@@ -18,9 +18,9 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import (
     NoAttentionSiteError,
     NoAttentionSiteWarning,
-    UncompiledGenerateWarning,
     UnsupportedModelError,
 )
+from infllm_pass.generation import generating_methods
 from infllm_pass.log import CompileLog
 from infllm_pass.pipeline import Switch
 from infllm_pass.plan import SiteFilter
@@ -32,8 +32,25 @@ ConfigLike = SparseAttentionConfig | Mapping[str, Any] | None
 _HANDLE = "_infllm_handle"
 
 
+class _Sides:
+    """One way in which a sparsified model is compiled: its switchable side, and its dense one once that is called."""
+
+    def __init__(self, handle: _Handle, settings: CompileSettings) -> None:
+        backend = SwitchableBackend(settings.compiler, handle.config, filter_fn=handle.filter_fn, log=handle.log)
+        self.compiled = compile_with(handle.original, backend, settings)
+        self.switchable = _entry(self.compiled)
+        self._dense: Callable[..., Any] | None = None
+        self._compile_dense = functools.partial(compile_dense, handle, settings)
+
+    def dense(self) -> Callable[..., Any]:
+        """The dense side, compiled when first called."""
+        if self._dense is None:
+            self._dense = _entry(self._compile_dense())
+        return self._dense
+
+
 class _Handle:
-    """What a sparsified model carries: its original, how it is compiled, and both sides of `dense_mode`."""
+    """What a sparsified model carries: its original, how it is compiled, and which side of `dense_mode` runs."""
 
     def __init__(
         self,
@@ -47,31 +64,43 @@ class _Handle:
         self.settings = settings
         self.config = config
         self.strict = strict
+        self.filter_fn = filter_fn
         self.log = CompileLog()
-        backend = SwitchableBackend(settings.compiler, config, filter_fn=filter_fn, log=self.log)
-        self.compiled = compile_with(original, backend, settings)
-        self._switchable = _entry(self.compiled)
-        self._dense: Callable[..., Any] | None = None
-        self._active = self._switchable
+        self.calls = 0
+        self._sides = _Sides(self, settings)
+        self._compiled_as: tuple[dict[str, Any], _Sides] | None = None
+        self._dense_mode = False
         self._graphs_checked = 0
         self._warned = False
 
-    def dense_entry(self) -> Callable[..., Any]:
-        """The dense side, compiled when first called."""
-        if self._dense is None:
-            self._dense = _entry(compile_dense(self))
-        return self._dense
+    @property
+    def compiled(self) -> Callable[..., Any]:
+        """The compiled original, with the pass in front of its compiler."""
+        return self._sides.compiled
 
     @contextlib.contextmanager
     def dense(self) -> Iterator[None]:
-        before, self._active = self._active, self.dense_entry()
+        before, self._dense_mode = self._dense_mode, True
         try:
             yield
         finally:
-            self._active = before
+            self._dense_mode = before
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._active(*args, **kwargs)
+        return self._run(self._sides, args, kwargs)
+
+    def compiled_as(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+        """The model compiled with other arguments of ``torch.compile``, kept until others are asked for."""
+        if self._compiled_as is None or self._compiled_as[0] != arguments:
+            _, settings = settings_of(torch.compile(self.original, **arguments))
+            settings = replace(settings, compiler=compiler_behind(settings.compiler))
+            self._compiled_as = dict(arguments), _Sides(self, settings)
+        sides = self._compiled_as[1]
+        return lambda *args, **kwargs: self._run(sides, args, kwargs)
+
+    def _run(self, sides: _Sides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
+        result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
         if self.log.next_number() != self._graphs_checked:
             self._graphs_checked = self.log.next_number()
             self._check_sites()
@@ -93,7 +122,7 @@ class _Handle:
             raise NoAttentionSiteError(message)
         if not self._warned:
             self._warned = True
-            warnings.warn(message, NoAttentionSiteWarning, stacklevel=4)
+            warnings.warn(message, NoAttentionSiteWarning, stacklevel=5)
 
 
 def _entry(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,10 +130,10 @@ def _entry(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return compiled.forward if isinstance(compiled, nn.Module) else compiled
 
 
-def compile_dense(handle: _Handle) -> Callable[..., Any]:
+def compile_dense(handle: _Handle, settings: CompileSettings) -> Callable[..., Any]:
     """Compile a handle's original with masks elided and every site dense."""
-    backend = SwitchableBackend(handle.settings.compiler, handle.config, switch=Switch.ALWAYS_DENSE)
-    return compile_with(handle.original, backend, handle.settings)
+    backend = SwitchableBackend(settings.compiler, handle.config, switch=Switch.ALWAYS_DENSE)
+    return compile_with(handle.original, backend, settings)
 
 
 def sparsify(
@@ -148,9 +177,9 @@ def sparsify(
         compiled: Any = handle.compiled
         compiled.forward = _calling(handle, original.forward)
         object.__setattr__(compiled, _HANDLE, handle)
-        generate: Any = getattr(original, "generate", None)
-        if callable(generate):
-            object.__setattr__(compiled, "generate", _warn_uncompiled(generate))
+        calls = handle.call, handle.compiled_as, compiled.forward
+        for name, method in generating_methods(original, *calls, lambda: handle.calls).items():
+            object.__setattr__(compiled, name, method)
         return compiled  # type: ignore[no-any-return]
     switchable = _calling(handle, original)
     setattr(switchable, _HANDLE, handle)
@@ -165,20 +194,6 @@ def _calling(handle: _Handle, like: Callable[..., Any]) -> Callable[..., Any]:
         return handle.call(*args, **kwargs)
 
     return call
-
-
-def _warn_uncompiled(generate: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(generate)
-    def warning_generate(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(
-            "generate() runs the original model, dense and uncompiled: call the sparsified model itself, "
-            "as examples/long_context.py does, to run sparse attention",
-            UncompiledGenerateWarning,
-            stacklevel=2,
-        )
-        return generate(*args, **kwargs)
-
-    return warning_generate
 
 
 def _find_handle(model: object) -> _Handle | None:
@@ -211,7 +226,8 @@ def dense(model: ModelT) -> ModelT:
     Raises:
         UnsupportedModelError: `model` was not returned by `sparsify`.
     """
-    return compile_dense(_handle_of(model))  # type: ignore[return-value]
+    handle = _handle_of(model)
+    return compile_dense(handle, handle.settings)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

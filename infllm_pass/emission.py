@@ -23,6 +23,8 @@ _OVERLOADS: Mapping[Any, Callable[..., Any]] = {
     "logical_and": aten.logical_and.default,
     "to": aten.to.dtype,
     "contiguous": aten.contiguous.default,
+    "clone": aten.clone.default,
+    "reshape": aten.reshape.default,
     "size": aten.sym_size.int,
     "expand": aten.expand.default,
     "unflatten": aten.unflatten.int,
@@ -33,6 +35,7 @@ _OVERLOADS: Mapping[Any, Callable[..., Any]] = {
     "select": aten.select.int,
     "clamp": aten.clamp.default,
     torch.arange: aten.arange.default,
+    torch.full: aten.full.default,
     torch.logical_and: aten.logical_and.default,
     torch.logical_or: aten.logical_or.default,
     torch.logical_not: aten.logical_not.default,
@@ -158,6 +161,8 @@ class Emitter:
 def _overload(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """The overload that stands for a call in an ATen graph; calls on sizes stay what they are."""
     tensors = [isinstance(_value(arg), torch.Tensor) for arg in args[:2]]
+    if target == "to" and isinstance(args[1], torch.device):
+        return aten.to.device, args
     if target is operator.getitem and isinstance(args[1], tuple):
         return aten.index.Tensor, (args[0], list(args[1]))
     if target not in _OPERATORS or not any(tensors):

@@ -71,4 +71,4 @@ class MaskBufferChangedWarning(UserWarning):
 
 
 class UncompiledGenerateWarning(UserWarning):
-    """``generate`` of a compiled module runs the original, unchanged model."""
+    """A method of a sparsified model that generates ran the original model, or a part of it, dense and uncompiled."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,8 @@ def all_graphs(root: fx.GraphModule, held: HeldTensors | None = None) -> list[Gr
         root: the module of the root graph.
         held: tensors that may be read by value; None: none.
     """
-    modules = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
-    overwritten = overwritten_storages(module.graph for module in modules)
+    nested = [module.graph for module in root.modules() if isinstance(module, fx.GraphModule) and module is not root]
+    overwritten = overwritten_storages(root.graph, nested)
     return list(_walk(root, GraphFacts(root.graph, overwritten, held=held), True, "", overwritten))
 
 
@@ -77,7 +77,7 @@ def _is_held_by_module(node: fx.Node) -> bool:
 
 
 def _walk(
-    module: fx.GraphModule, facts: GraphFacts, rewritable: bool, caller: str, overwritten: frozenset[int]
+    module: fx.GraphModule, facts: GraphFacts, rewritable: bool, caller: str, overwritten: Mapping[int, fx.Node | None]
 ) -> Iterator[GraphView]:
     yield GraphView(module, facts, rewritable, caller)
     bodies = [(node, user) for node in module.graph.nodes if _body(module, node) is not None for user in node.users]

@@ -31,6 +31,19 @@ class LengthGuard:
     dynamic: bool
 
 
+def decide_capacity(capacity: int | torch.SymInt, dense_len: int) -> LengthGuard:
+    """The switch of attention over a cache with spare capacity: its length is known on the device only.
+
+    Args:
+        capacity: tokens that the cache has room for; with fewer than `dense_len` no length is ever sparse.
+        dense_len: length from which attention is sparse.
+    """
+    dynamic = isinstance(capacity, torch.SymInt)
+    if bool(capacity >= dense_len):
+        return LengthGuard(Branch.SPARSE, "on the device", dynamic)
+    return LengthGuard(Branch.DENSE, f"capacity {capacity} < {dense_len}", dynamic)
+
+
 def decide_length(key_length: int | torch.SymInt, dense_len: int) -> LengthGuard:
     """Compare a key length with ``dense_len`` (arXiv 2509.24663, section 3: the dense/sparse switch).
 

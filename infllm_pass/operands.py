@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from infllm_pass.emission import Emitter
-from infllm_pass.masks import KeyCondition, Segments
+from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, MaskPredicate, Segments
 from infllm_pass.masks.emission import Site, build
-from infllm_pass.masks.values import example_of
+from infllm_pass.masks.values import example_of, size, storage
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite
 
@@ -22,26 +22,27 @@ class MaskOperands:
 
     Args:
         emitter: inserts calls into the graph.
+        facts: what is known of the graph.
     """
 
-    def __init__(self, emitter: Emitter) -> None:
+    def __init__(self, emitter: Emitter, facts: GraphFacts) -> None:
         self._emitter = emitter
+        self._facts = facts
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
+        self._offsets: dict[sympy.Expr, fx.Node] = {}
         self._bounds: dict[Segments, fx.Node] = {}
 
     def arguments(self, plan: SitePlan, site: AttentionSite) -> tuple[Any, ...]:
-        """The arguments key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset and window of a site.
-
-        The planner lets only sites through whose queries are the last of the keys: offsets are left out.
-        """
+        """The arguments key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset and window of a site."""
         mask = plan.mask
         if mask is None:
             return (None,) * 6
+        offsets = self.offsets(mask, site) if plan.offset_is_data else None
         bounds = None if mask.segments is None else self._segment_bounds(mask.segments, site)
         window = None if mask.window is None else int(mask.window)
-        return self._key_mask(mask.key_conditions, site), None, None, bounds, None, window
+        return self.key_mask(mask.key_conditions, site), offsets, None, bounds, None, window
 
-    def _key_mask(self, conditions: tuple[KeyCondition, ...], site: AttentionSite) -> fx.Node | None:
+    def key_mask(self, conditions: tuple[KeyCondition, ...], site: AttentionSite) -> fx.Node | None:
         """The keys' validity as a node ``[B, Lk]`` of dtype bool."""
         if not conditions:
             return None
@@ -53,30 +54,74 @@ class MaskOperands:
             self._key_masks[conditions] = self._call(site, "expand", mask, list(self._extents(site)))
         return self._key_masks[conditions]
 
+    def offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
+        """Number of the first query's key, int64 ``[1]`` or ``[B]``, on the keys' device.
+
+        It is made right after the tensors that it is computed from: the graph may write to them before the attention.
+        """
+        expression: sympy.Expr = mask.causal_offset
+        if expression not in self._offsets:
+            graph, device = self._emitter.graph, site.key.example.device
+            leaves = [node for _, _, node in mask.offset_leaves]
+            placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+            with graph.inserting_before(max([*leaves, *placeholders[-1:]]).next):
+                offset = self._number(mask, site)
+                if isinstance(example_of(offset), torch.Tensor):
+                    offset = self._call(site, "reshape", offset, [-1])
+                    if example_of(offset).device != device:
+                        offset = self._call(site, "to", offset, device, torch.int64)
+                else:
+                    offset = self._call(site, torch.full, [1], offset, dtype=torch.int64, device=device)
+                self._offsets[expression] = offset
+        return self._offsets[expression]
+
+    def _number(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
+        """The causal offset of sizes and tensors, int64, in memory of its own."""
+        leaves = {name: self._call(site, "to", node, torch.int64) for name, _, node in mask.offset_leaves}
+        expression: sympy.Expr = mask.causal_offset
+        batch: Any = site.shape(site.key)[0]
+        if BATCH in expression.free_symbols and isinstance(batch, torch.SymInt):
+            batch = self._size(self._facts, size(batch), site)
+        value = self._build(expression, leaves, self._facts, site, (batch, None))
+        if storage(value) in {storage(node) for _, _, node in mask.offset_leaves}:
+            value = self._call(site, "clone", value)
+        return value
+
     def _test(self, condition: KeyCondition, site: AttentionSite) -> fx.Node:
         leaves = {name: node for name, _, node in condition.leaves}
-        batch, length = self._extents(site)
+        return self._build(condition.expression, leaves, condition.facts, site, self._extents(site))
 
-        def size(symbol: sympy.Symbol) -> fx.Node:
-            if symbol.name in leaves:
-                return leaves[symbol.name]
-            node, dim = sources[symbol]
-            return node if dim is None else self._call(site, "size", node, dim)
+    def _build(
+        self,
+        expression: sympy.Basic,
+        leaves: Mapping[str, fx.Node],
+        facts: GraphFacts,
+        site: AttentionSite,
+        extents: tuple[Any, Any],
+    ) -> fx.Node:
+        """An expression of rows, keys, sizes and elements of leaves; see `masks.emission.build`."""
 
-        sources = condition.facts.size_sources
-        test: fx.Node = build(
-            condition.expression,
+        def size_of(symbol: sympy.Symbol) -> fx.Node:
+            return leaves[symbol.name] if symbol.name in leaves else self._size(facts, symbol, site)
+
+        value: fx.Node = build(
+            expression,
             Site(
                 call=lambda target, *args, **kwargs: self._call(site, target, *args, **kwargs),
                 leaf=lambda name: (leaves[name], tuple(example_of(leaves[name]).shape)),
-                size=size,
-                batch=batch,
-                length=length,
+                size=size_of,
+                batch=extents[0],
+                length=extents[1],
                 extents=(site.shape(site.key)[0], site.shape(site.key)[2]),
                 device=site.key.example.device,
             ),
         )
-        return test
+        return value
+
+    def _size(self, facts: GraphFacts, symbol: sympy.Symbol, site: AttentionSite) -> fx.Node:
+        """A dynamic size, from the graph's inputs."""
+        node, dim = facts.size_sources[symbol]
+        return node if dim is None else self._call(site, "size", node, dim)
 
     def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
         """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""

@@ -10,7 +10,7 @@ from torch import fx
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.expand import Expansion, expand_composites
 from infllm_pass.graphs import all_graphs
-from infllm_pass.guard import Branch, LengthGuard, decide_length
+from infllm_pass.guard import Branch, LengthGuard, decide_capacity, decide_length
 from infllm_pass.masks import HeldTensors
 from infllm_pass.plan import SiteFilter, SitePlan, failed, plan_graph
 from infllm_pass.report import GraphReport, SiteReport, describe_site
@@ -52,7 +52,8 @@ def run_pass(
     def decide(plan: SitePlan) -> LengthGuard | None:
         if not plan.switchable or switch is not Switch.BY_LENGTH or not isinstance(plan.site, AttentionSite):
             return None
-        return decide_length(plan.site.shape(plan.site.key)[2], config.dense_len)
+        decide_side = decide_capacity if plan.offset_is_data else decide_length
+        return decide_side(plan.site.shape(plan.site.key)[2], config.dense_len)
 
     for plan, guard, outcome in _run(module, config, filter_fn, decide, held):
         rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))
@@ -104,7 +105,7 @@ def _run(
     calls = {expansion.call for expansion in expansions}
     used: set[Expansion] = set()
     for view in all_graphs(module, held):
-        rewriter = Rewriter(view.module.graph, config)
+        rewriter = Rewriter(view.facts, config)
         for plan in plan_graph(view, filter_fn, config.visited_tokens):
             if plan.site.node in calls:
                 continue

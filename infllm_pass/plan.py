@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import sympy
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks import BATCH, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks.emission import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.constants import read_number
+from infllm_pass.vocabulary import scatters
 
 SiteFilter = Callable[[AttentionSite], bool]
 
@@ -43,9 +47,18 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.offset_is_data:
             return False
-        return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
+        length_q, length_k = _lengths(self.site)
+        return length_q == 1 or same(length_q, length_k)
+
+    @property
+    def offset_is_data(self) -> bool:
+        """Whether only the device knows at which key the queries stand: the keys are a cache with room for more."""
+        if self.mask is None or self.mask.causal_offset is None or isinstance(self.site, PartialSite):
+            return False
+        length_q, length_k = _lengths(self.site)
+        return not same(self.mask.causal_offset, length_k - length_q)
 
     @property
     def windowed(self) -> bool:
@@ -96,7 +109,7 @@ def _plan_site(
     filter_fn: SiteFilter | None,
     visited_tokens: int,
 ) -> SitePlan:
-    if not site.masks and site.is_causal is not True:
+    if not site.masks and site.is_causal is not True and not _is_step(site):
         return _unmasked(site)
     refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
@@ -121,10 +134,24 @@ def _plan_site(
 
 def _unmasked(site: AttentionSite) -> SitePlan:
     """The plan of a site in which every query sees every key."""
-    length_q, length_k = (size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+    length_q, length_k = _lengths(site)
     if length_q == 1 or same(length_q, length_k):
         return SitePlan(site, Reason.BIDIRECTIONAL)
     return SitePlan(site, Reason.CROSS_ATTENTION, f"{length_q} queries over {length_k} keys")
+
+
+def _is_step(site: AttentionSite) -> bool:
+    """Whether a site is a decoding step: one query, over keys of which the last is its own token's.
+
+    Such a site needs no causal limit: there is no later key to hide.
+    """
+    grown = site.growth is not None and site.growth.appended == 1
+    return grown and not site.is_causal and _lengths(site)[0] == 1
+
+
+def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """The numbers of queries and keys."""
+    return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
 
 
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
@@ -168,36 +195,75 @@ def _check_heads(site: AttentionSite, plan: SitePlan) -> SitePlan | None:
 
 def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
     if not site.masks:
-        return _check_predicate(site, MaskPredicate(size(0)), interpreter)
+        limit = size(0) if site.is_causal is True else None
+        return _check_predicate(site, MaskPredicate(limit), interpreter)
     if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
-    proof = prove_terms(interpreter, site.masks)
+    proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
     if isinstance(proof, UnprovenMask):
         return _unproven(site, proof)
     return _check_predicate(site, proof, interpreter)
+
+
+def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:
+    """Whether one query attends to keys that the graph has just written or appended: a limit of them is causal."""
+    node = site.key_heads.node
+    written = interpreter.facts.is_overwritten(node) or scatters(node)
+    return _is_step(site) or (written and bool(_lengths(site)[0] == 1))
 
 
 def _check_predicate(
     site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
 ) -> MaskPredicate | SitePlan:
     """Check that the operators take what a site's masks were proved to be."""
+    length_q, length_k = _lengths(site)
+    if site.growth is not None and site.growth.trimmed and length_q == 1:
+        return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
+    if predicate.causal_offset is None and _is_step(site):
+        predicate = replace(predicate, causal_offset=length_k - 1)
     if predicate.causal_offset is None:
         return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
-    length_q, length_k = size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
-    if not same(predicate.causal_offset, length_k - length_q):
-        return SitePlan(
-            site,
-            Reason.PARTIAL_KEYS,
-            f"query i sees keys up to i + {readable(predicate.causal_offset)}, of {length_k} keys for {length_q} "
-            "queries",
-        )
+    refusal = _refused_offset(site, predicate, interpreter, length_q, length_k)
+    if refusal is not None:
+        seen = f"query i sees keys up to i + {readable(predicate.causal_offset)}"
+        detail = f"{seen}, of {length_k} keys for {length_q} queries: {refusal}"
+        return SitePlan(site, Reason.PARTIAL_KEYS, detail)
     if predicate.segments is not None and not same(predicate.segments.offset, predicate.causal_offset):
         return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
     if predicate.window is not None and not predicate.window.is_Integer:
         return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
     if any(facts is not interpreter.facts for facts in predicate.sources):
         return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
+    for facts, node in predicate.read_later:
+        if facts.is_overwritten(node):
+            return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
     return predicate
+
+
+def _refused_offset(
+    site: AttentionSite,
+    predicate: MaskPredicate,
+    interpreter: Interpreter,
+    length_q: sympy.Expr,
+    length_k: sympy.Expr,
+) -> str | None:
+    """Why the operators cannot be told at which key the queries stand; None if they can."""
+    offset: sympy.Expr = predicate.causal_offset
+    sizes = interpreter.facts.size_sources
+    if same(offset, length_k - length_q):
+        return None
+    names = {name for name, _, _ in predicate.offset_leaves}
+    numbers = {symbol for symbol in offset.free_symbols - {BATCH} if symbol.name not in names}
+    if not names and numbers <= length_q.free_symbols | length_k.free_symbols:
+        return "these are neither the last of the keys nor at a position in them"
+    if predicate.segments is not None:
+        return "they are packed sequences"
+    if BATCH in offset.free_symbols:
+        numbers |= size(site.shape(site.key)[0]).free_symbols
+    if not is_expressible(offset) or not numbers <= set(sizes):
+        return "that number cannot be made of the graph's inputs"
+    unreadable = [node for name, _, node in predicate.offset_leaves if not interpreter.unknowns[name].readable]
+    return f"{unreadable[0].name} lives inside a nested function" if unreadable else None
 
 
 def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:

@@ -29,8 +29,8 @@ class Reason(Enum):
         "window reads no more: lower topk or window_size if the site is to be sparse all the same"
     )
     PARTIAL_KEYS = (
-        "the queries are not provably the last of the keys, as in a cache with spare capacity: only attention over "
-        "exactly the keys seen so far can be sparse"
+        "the queries are not provably the last of the keys that they see: let the mask compare key numbers with an "
+        "arange plus a position, a 0-d tensor or one number a row"
     )
     DROPOUT = "attention dropout is active: call eval() or set the dropout probability to 0"
     SCALE_IS_DATA = "the softmax scale is computed from data: use a number"

@@ -26,7 +26,7 @@ from infllm_pass.guard import Branch
 from infllm_pass.liveness import dead_users, pure
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
-from infllm_pass.masks.values import example_of
+from infllm_pass.masks.values import GraphFacts, example_of
 from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
@@ -67,15 +67,16 @@ class Rewriter:
     """Rewrites the sites of one graph.
 
     Args:
-        graph: the graph.
+        facts: what is known of the graph.
         config: what sparse attention selects.
     """
 
-    def __init__(self, graph: fx.Graph, config: SparseAttentionConfig) -> None:
-        self.graph = graph
+    def __init__(self, facts: GraphFacts, config: SparseAttentionConfig) -> None:
+        self.graph = facts.graph
         self.config = config
-        self._emitter = Emitter(graph)
-        self._masks = MaskOperands(self._emitter)
+        self._facts = facts
+        self._emitter = Emitter(facts.graph)
+        self._masks = MaskOperands(self._emitter, facts)
 
     def rewrite(self, plan: SitePlan, branch: Branch) -> Outcome:
         """Rewrite one site for one side of the length switch.
@@ -90,13 +91,14 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
-        if plan.windowed and self._is_left_to_untuned_kernels(plan, site):
+        dense = plan.windowed or (plan.offset_is_data and branch is Branch.DENSE)
+        if dense and self._is_left_to_untuned_kernels(plan, site):
             return Outcome()
         try:
             result, outcome = self._compute(plan, site, branch)
         except Exception:
             self._emitter.undo()
-            self._masks = MaskOperands(self._emitter)  # it may hold nodes that are gone
+            self._masks = MaskOperands(self._emitter, self._facts)  # it may hold nodes that are gone
             raise
         self._emitter.keep({site.node: result})
         site.node.replace_all_uses_with(result)
@@ -145,7 +147,7 @@ class Rewriter:
             v,
             None,
             0.0,
-            True,
+            example_of(q).shape[2] != 1,  # a single query is the last of the keys and sees them all
             scale=plan.scale,
             enable_gqa=heads[0] != heads[1] or heads[0] != heads[2],
         )

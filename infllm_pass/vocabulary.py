@@ -376,6 +376,16 @@ def _named(node: fx.Node, entry: _Entry) -> Call | None:
     return Call(entry.kind, args if entry.adapt is None else entry.adapt(args))
 
 
+def scatters(node: fx.Node) -> bool:
+    """Whether a node is a copy of a tensor with some elements replaced, as a cache is updated without writing to it."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = node.target if node.op == "call_method" else getattr(packet or node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _SCATTERS
+
+
+_SCATTERS = {"index_copy", "index_put", "index_fill", "scatter", "slice_scatter", "select_scatter", "where"}
+
+
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node overwrites in place.
 

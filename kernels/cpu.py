@@ -45,7 +45,8 @@ def select_blocks(
         offset: key index of the first query.
         key_mask: bool ``[B, Lk]``, True where a key is valid. A row's sequence runs from its first to its
             last valid key; positions and blocks count from its first.
-        offsets: integers ``[1]`` or ``[B]``, added to `offset`.
+        offsets: integers ``[1]`` or ``[B]``, added to `offset`. Keys after a row's last query, the free slots of a
+            cache, then are no part of its sequence.
         cu_seqlens_q: int32 ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
             stands at its last key.
         cu_seqlens_k: int32 ``[R + 1]``: packed sequences' key bounds, counted through all rows.

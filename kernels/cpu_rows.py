@@ -67,7 +67,8 @@ def sequences(
         offset: key index of a row's first query.
         key_mask: bool ``[batch, length_k]``, True where a key is valid; None if all are. Without packed bounds a
             row's sequence runs from its first to its last valid key.
-        offsets: integers ``[1]`` or ``[batch]``, added to `offset`.
+        offsets: integers ``[1]`` or ``[batch]``, added to `offset`; a row's sequence then ends at its last query's key
+            at the latest.
         cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
             stands at its last key.
         cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
@@ -98,6 +99,8 @@ def _rows(
         if key_mask is not None:
             valid = key_mask[row].nonzero()[:, 0]
             start, stop = (int(valid[0]), int(valid[-1]) + 1) if valid.numel() else (0, 0)
+        if offsets is not None:
+            stop = max(start, min(stop, shift + length_q))
         yield _Stretch(row, start, stop, 0, length_q, shift)
 
 

@@ -83,6 +83,7 @@ def _sequences_kernel(
             shift = tl.zeros([CHUNK], tl.int32) + offset
             if HAS_OFFSETS:
                 shift += tl.load(offsets + batch * offset_stride, mask=ok, other=0).to(tl.int32)
+                key_end = tl.maximum(tl.minimum(key_end, shift + length_q), key_begin)
         query_begin = tl.maximum(query_begin, key_begin - shift)
         query_end = tl.maximum(tl.minimum(query_end, key_end - shift), query_begin)
         first = query_begin + shift - key_begin
@@ -174,7 +175,8 @@ def plan_tiles(
         block_size: tokens in a key block.
         device: where the tables go.
         offset: key number of query 0.
-        offsets: integer tensor on the device, added to `offset`: one number, or one a row.
+        offsets: integer tensor on the device, added to `offset`: one number, or one a row. A row's sequence then ends
+            at its last query's key at the latest.
         key_bounds: int32 ``[B, 2]``: number of a row's first valid key, and one past its last; None: all keys.
     """
     sequences = torch.empty(batch, TABLE_WIDTH, dtype=torch.int32, device=device)

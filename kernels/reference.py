@@ -145,7 +145,8 @@ def select_blocks(
         scale: softmax scale.
         offset: key index of the first query.
         key_mask: bool ``[B, Lk]``; a row's sequence runs from its first to its last valid key.
-        offsets: integers ``[1]`` or ``[B]``, added to `offset`.
+        offsets: integers ``[1]`` or ``[B]``, added to `offset`; a row's sequence then ends at its last query's key at
+            the latest.
         cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
             stands at its last key.
         cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
@@ -194,8 +195,9 @@ def sequences(
         bounds = zip(*(number.tolist() for number in sequence_bounds(mask)), strict=True)
         places = [(row, slice(*bound), every, offset) for row, bound in enumerate(bounds)]
         if offsets is not None:
-            numbers = offsets.expand(batch).tolist()
-            places = [(row, keys, every, offset + numbers[row]) for row, keys, _, _ in places]
+            shifts = [offset + number for number in offsets.expand(batch).tolist()]
+            ends = [max(keys.start, min(keys.stop, shifts[row] + length_q)) for row, keys, _, _ in places]
+            places = [(row, slice(keys.start, ends[row]), every, shifts[row]) for row, keys, _, _ in places]
     else:
         places = []
         for number, (begin, end) in enumerate(pairwise(cu_seqlens_k.tolist())):

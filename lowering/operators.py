@@ -81,7 +81,8 @@ def select_blocks(
         k: ``[B, Hkv, Lk, D]``.
         key_mask: bool ``[B, Lk]``, True where a key is valid, or None; a row's sequence runs from its first to its
             last valid key, and its blocks are numbered from its first key.
-        offsets: int32 or int64 ``[1]`` or ``[B]``: key index of the first query, added to `offset`, or None.
+        offsets: int32 or int64 ``[1]`` or ``[B]``: key index of the first query, added to `offset`, or None. Keys after
+            a row's last query, the free slots of a cache, then are no part of its sequence.
         cu_seqlens_q: int32 ``[R + 1]``: packed sequences' query bounds, batch 1; only with `cu_seqlens_k`. The last
             query of a sequence then stands at its last key, and `offset` is not read.
         cu_seqlens_k: int32 ``[R + 1]``: packed sequences' key bounds, counted through all rows of the batch; no

@@ -136,7 +136,8 @@ def tiled_attention(
         v: ``[B, Hkv, Lk, Dv]``.
         key_mask: bool ``[B, Lk]``, True where a key is valid, or None; a row's sequence runs from its first to its
             last valid key, and positions and blocks count from its first.
-        offsets: int32 or int64 ``[1]`` or ``[B]``: key number of query 0, read on the device; added to `offset`.
+        offsets: int32 or int64 ``[1]`` or ``[B]``: key number of query 0, read on the device; added to `offset`. Keys
+            after a row's last query, the free slots of a cache, then are no part of its sequence.
         cu_seqlens_q: int32 ``[R + 1]``: packed sequences' query bounds, batch 1; only with `cu_seqlens_k`. The last
             query of a sequence stands at its last key.
         cu_seqlens_k: int32 ``[R + 1]``: packed sequences' key bounds, counted through all rows of the batch.

@@ -382,7 +382,7 @@ def run_program(seed: int) -> Result:
             program = Program(seed, length)
         except (IndexError, RuntimeError, TypeError, ValueError):  # random operators that do not fit each other
             continue
-        facts = GraphFacts(program.graph, overwritten_storages([program.graph]), held=HeldTensors(program.held))
+        facts = GraphFacts(program.graph, overwritten_storages(program.graph, ()), held=HeldTensors(program.held))
         proof = prove_terms(Interpreter(facts), program.terms)
         if not isinstance(proof, MaskPredicate):
             verdict = "unproven"

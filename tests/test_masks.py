@@ -108,7 +108,7 @@ def test_a_mask_edited_in_place_is_refused():
     assert "overwrites" in proof.why
 
 
-def test_a_mask_whose_ingredient_is_edited_later_is_refused():
+def test_a_mask_counts_what_its_ingredients_were_when_it_was_made():
     def build(x):
         q, k = positions(x)
         mask = k[None, :] <= q[:, None]
@@ -116,7 +116,20 @@ def test_a_mask_whose_ingredient_is_edited_later_is_refused():
         return mask, q
 
     proof, _ = proof_of(build, torch.zeros(2, 37))
+    assert offset_is(proof, 0)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["edited before", "edited through a view that is read later"])
+def test_a_mask_of_an_ingredient_that_was_edited_is_refused(late):
+    def build(x):
+        q, k = positions(x)
+        view = q[:, None]
+        q.add_(1)
+        return k[None, :] <= (view if late else q[:, None]), q
+
+    proof, _ = proof_of(build, torch.zeros(2, 37))
     assert isinstance(proof, UnprovenMask)
+    assert "overwrites" in proof.why
 
 
 def test_a_mask_given_as_input_is_unknown():

@@ -16,7 +16,6 @@ from infllm_pass.errors import (
     ConfigError,
     NoAttentionSiteError,
     NoAttentionSiteWarning,
-    UncompiledGenerateWarning,
     UnsupportedModelError,
 )
 from infllm_pass.log import CompileLog
@@ -93,24 +92,6 @@ def test_a_prompt_continued_on_its_cache_equals_one_call(split, dynamic, tiny_ll
     assert relative_error(torch.cat([first.logits, second.logits], 1), whole) < 1e-8
     assert {site.reason for site in infllm_pass.report(model).sites} == {"SWITCHABLE"}
     assert infllm_pass.report(model).sites[-1].mask_elided
-
-
-@torch.no_grad()
-def test_decoding_steps_stay_dense_and_say_so(tiny_llama):
-    model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="eager"), COVERING, strict=True)
-    ids = tokens(90)
-    cache = model(ids[:, :80]).past_key_values
-    steps = []
-    for position in range(80, 90):
-        out = model(ids[:, position : position + 1], past_key_values=cache)
-        steps.append(out.logits)
-        cache = out.past_key_values
-    assert relative_error(torch.cat(steps, 1), tiny_llama(ids).logits[:, 80:]) < 1e-10
-    # Transformers gives a single query no mask, or, with older torch, one without a query dimension.
-    decoding = [site for site in infllm_pass.report(model).sites if site.query_shape[2] == 1]
-    assert decoding
-    assert {(site.decision, site.branch) for site in decoding} == {("dense", "dense")}
-    assert {site.reason for site in decoding} <= {"BIDIRECTIONAL", "UNPROVEN_MASK"}
 
 
 @pytest.mark.parametrize(
@@ -334,13 +315,6 @@ def test_what_was_not_sparsified_is_refused(function):
         function(attend)
     with pytest.raises(UnsupportedModelError, match="not a sparsified model"), infllm_pass.dense_mode(attend):
         pass
-
-
-def test_generate_says_that_it_runs_the_original(tiny_llama):
-    model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="eager"), SMALL)
-    with pytest.warns(UncompiledGenerateWarning, match="dense and uncompiled"):
-        out = model.generate(tokens(5), max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert out.shape == (1, 7)
 
 
 @torch.no_grad()

@@ -278,9 +278,10 @@ def test_query_that_sees_no_key(sparse):
 def test_offset_on_the_device(offsets):
     case = Case(batch=2, length_q=30, length_k=101)
     rows = offsets if len(offsets) == 2 else 2 * offsets
-    keys, queries = slice(0, 101), slice(0, 30)
     plan = case.plan(0, offsets=torch.tensor(offsets, device=DEVICE))
-    check(case, plan, [Sequence(row, keys, queries, offset) for row, offset in enumerate(rows)], every_query=True)
+    # What lies after the last query is no part of a row.
+    sequences = [Sequence(row, slice(0, offset + 30), slice(0, 30), offset) for row, offset in enumerate(rows)]
+    check(case, plan, sequences, every_query=True)
 
 
 def test_packed_rows():

@@ -2,7 +2,7 @@
 
 A value is exact for all sizes and all inputs. What the interpreter does not follow becomes a named function of
 its index (`masks.values.element`), so that two uses of one tensor still cancel; only memory that the graph
-overwrites has no value at all. What operators compute is in the files of rules.
+overwrites before it is read has no value at all. What operators compute is in the files of rules.
 """
 
 from __future__ import annotations
@@ -82,30 +82,35 @@ class Interpreter:
         self.leaves = leaves
         self.unknowns: dict[str, Unknown] = {}
         self.scans: dict[str, scans.Scan] = {}
-        self.proofs: dict[tuple[sympy.Basic, ...], Any] = {}
+        self.proofs: dict[tuple[sympy.Basic, bool], Any] = {}
         self._seeds = dict(seeds or {})
         self._values: dict[fx.Node, SymbolicTensor] = {}
+        self._readers: list[fx.Node] = []
         self._outer = {} if outer is None else {outer.facts: outer}
 
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
         """The symbolic value of a node, or None if it is not a tensor.
 
         Raises:
-            Overwritten: the node, or one that it is computed from, lives in memory the graph overwrites.
+            Overwritten: the node, or one that it is computed from, lives in memory that the graph may have
+                overwritten by the time it is read.
         """
-        if node in self._values:
-            return self._values[node]
         example = self.facts.example(node)
         if not isinstance(example, torch.Tensor):
             return None
-        if self.facts.is_overwritten(node):
+        if not self.facts.is_settled(node, self._readers[-1] if self._readers else None):
             raise Overwritten(node)
+        if node in self._values:
+            return self._values[node]
         value = self._given(node, example) or self._from_outer_graph(node)
         if value is None:
+            self._readers.append(node)
             try:
                 value = self._apply_rule(node, example)
             except NotFollowed as stop:
                 value = self._unknown(node, example, str(stop))
+            finally:
+                self._readers.pop()
         self._values[node] = value
         return value
 
@@ -113,7 +118,7 @@ class Interpreter:
         """The value of a placeholder that stands for an index, or of a tensor that is read by value."""
         if node in self._seeds:
             return SymbolicTensor((), self._seeds[node], torch.int64)
-        if node.op not in ("placeholder", "get_attr") or node in self.leaves:
+        if node.op not in ("placeholder", "get_attr") or node in self.leaves or self.facts.is_overwritten(node):
             return None
         form = self.facts.held.read(node)
         if form is None:

@@ -59,12 +59,14 @@ class MaskPredicate:
         key_conditions: tests of the key.
         window: keys that a query sees at most, counted back from its causal limit.
         segments: packed sequences.
+        offset_leaves: the graph tensors that `causal_offset` reads, by name, and the graphs that they belong to.
     """
 
     causal_offset: sympy.Expr | None
     key_conditions: tuple[KeyCondition, ...] = ()
     window: sympy.Expr | None = None
     segments: Segments | None = None
+    offset_leaves: tuple[tuple[str, GraphFacts, fx.Node], ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -74,8 +76,13 @@ class MaskPredicate:
     @property
     def sources(self) -> frozenset[GraphFacts]:
         """The graphs that the tensors live in which the normal form reads."""
-        conditions = {facts for condition in self.key_conditions for _, facts, _ in condition.leaves}
-        return frozenset(conditions | ({self.segments.facts} if self.segments is not None else set()))
+        return frozenset(facts for facts, _ in self.read_later) | {facts for _, facts, _ in self.offset_leaves}
+
+    @property
+    def read_later(self) -> tuple[tuple[GraphFacts, fx.Node], ...]:
+        """The tensors that the normal form reads where the site is, and the graphs that they belong to."""
+        found = [(facts, node) for condition in self.key_conditions for _, facts, node in condition.leaves]
+        return tuple(found if self.segments is None else [*found, (self.segments.facts, self.segments.node)])
 
     def __str__(self) -> str:
         parts = ["causal" if self.causal_offset is not None else "not causal"]

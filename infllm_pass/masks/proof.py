@@ -31,7 +31,7 @@ from infllm_pass.masks.predicate import (
 )
 from infllm_pass.masks.scans import Scan
 from infllm_pass.masks.terms import first_unknown, visible
-from infllm_pass.masks.values import axis
+from infllm_pass.masks.values import GraphFacts, axis
 
 _MOST_ATOMS = 6
 """Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""
@@ -42,13 +42,17 @@ def prove_mask(interpreter: Interpreter, mask: fx.Node) -> MaskPredicate | Unpro
     return prove_terms(interpreter, [MaskTerm(mask, MaskRole.KEEP)])
 
 
-def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPredicate | UnprovenMask:
+def prove_terms(
+    interpreter: Interpreter, terms: Sequence[MaskTerm], *, one_query: bool = False
+) -> MaskPredicate | UnprovenMask:
     """Prove what the tensors that mask a site compute together.
 
     Args:
         interpreter: the interpreter of the graph that they belong to. It keeps proofs, so that sites with the same
             masks share one.
         terms: at least one.
+        one_query: whether the site has one query only, whatever the sizes. A limit of the keys that is the same for all
+            queries, or one for each row, is then a causal limit.
 
     Returns:
         The normal form, or the reason why there is none.
@@ -59,9 +63,10 @@ def prove_terms(interpreter: Interpreter, terms: Sequence[MaskTerm]) -> MaskPred
         if isinstance(value, UnprovenMask):
             return replace(value, role=term.role)
         values.append(value)
-    key = tuple(values)
+    value = sympy.And(*values)
+    key = (value.xreplace({QUERY: sympy.Integer(0)}) if one_query else value, one_query)
     if key not in interpreter.proofs:
-        interpreter.proofs[key] = _Reader(interpreter, terms[0].node).read(sympy.And(*values))
+        interpreter.proofs[key] = _Reader(interpreter, terms[0].node, one_query).read(key[0])
     proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
     return proof
 
@@ -72,6 +77,7 @@ class _Reader:
 
     interpreter: Interpreter
     mask: fx.Node
+    one_query: bool
     offset: sympy.Expr | None = None
     first: sympy.Expr | None = None  # a query i sees no key before i + first
     segments: list[tuple[str, tuple[sympy.Expr, ...], sympy.Expr]] = field(default_factory=list)
@@ -85,7 +91,7 @@ class _Reader:
         rest = [part.xreplace(consequences) if QUERY in part.free_symbols else part for part in rest]
         rest = [smaller for part in rest for smaller in sympy.And.make_args(_conjunction(part))]
         known: set[sympy.Basic] = set()
-        for part in sorted(rest, key=lambda part: isinstance(part, sympy.Or)):
+        for part in sorted(rest, key=self._turn):
             smaller = self._without_impossible(part)
             implied = isinstance(smaller, sympy.Or) and not known.isdisjoint(map(_canonical, smaller.args))
             if smaller == sympy.true or implied:
@@ -96,13 +102,20 @@ class _Reader:
             known.add(_canonical(smaller))
         return self._normal_form()
 
+    def _turn(self, part: sympy.Basic) -> int:
+        """When a part is read: limits towards later keys first, disjunctions, which they may decide, last."""
+        if isinstance(part, sympy.Or):
+            return 2
+        limit = self._limit(part)
+        return 0 if limit is not None and limit.upper else 1
+
     def _without_impossible(self, part: sympy.Basic) -> sympy.Basic:
         """A disjunction without the limits that the limits read so far rule out, nor those that another implies."""
         if not isinstance(part, sympy.Or):
             return part
         kept: list[tuple[sympy.Basic, _Limit | None]] = []
         for test in part.args:
-            limit = _limit(test)
+            limit = self._limit(test)
             if limit is None or not self._is_impossible(limit):
                 kept.append((test, limit))
         return sympy.Or(
@@ -115,7 +128,7 @@ class _Reader:
         return self.offset is not None and sympy.expand(limit.distance - self.offset).is_positive is True
 
     def _read_part(self, part: sympy.Basic) -> UnprovenMask | None:
-        limit = _limit(part)
+        limit = self._limit(part)
         if limit is not None and limit.upper:
             return self._tighten("offset", limit.distance, lambda new, old: new - old)
         if limit is not None:
@@ -128,6 +141,17 @@ class _Reader:
         if unknown is None:
             return UnprovenMask(self.mask, f"it tests {readable(part)}")
         return UnprovenMask(unknown.node, f"the mask tests {readable(part)}, and of {unknown.node.name} {unknown.why}")
+
+    def _limit(self, part: sympy.Basic) -> _Limit | None:
+        """A limit of the distance between query and key; of one query, that of the keys before it."""
+        limit = _limit(part)
+        if limit is not None or not self.one_query:
+            return limit
+        limit = _limit_of_keys(part)
+        if limit is None or limit.upper:
+            return limit
+        # Further back, an unrelated limit is the start of a padded row.
+        return limit if self.offset is not None and (self.offset - limit.distance).is_Integer else None
 
     def _tighten(self, name: str, new: sympy.Expr, looser: object) -> UnprovenMask | None:
         """Keep the tighter of two limits, if one is tighter for all sizes."""
@@ -219,7 +243,14 @@ class _Reader:
             if segments is not None and segments != found:
                 return UnprovenMask(unknown.node, "keys are numbered by more than one tensor of sequence numbers")
             segments = found
-        return MaskPredicate(self.offset, tuple(self.conditions), window, segments)
+        return MaskPredicate(self.offset, tuple(self.conditions), window, segments, self._offset_leaves())
+
+    def _offset_leaves(self) -> tuple[tuple[str, GraphFacts, fx.Node], ...]:
+        """The tensors that the causal limit is computed from."""
+        if self.offset is None:
+            return ()
+        found = ((name, self.interpreter.unknowns.get(name)) for name in sorted(_names(self.offset)))
+        return tuple((name, unknown.facts, unknown.node) for name, unknown in found if unknown is not None)
 
 
 @dataclass(frozen=True)
@@ -259,6 +290,18 @@ def _limit(part: sympy.Basic) -> _Limit | None:
             return None
         rest = sympy.floor(rest / abs(weight))
     return _Limit(rest, True) if weight > 0 else _Limit(-rest, False)
+
+
+def _limit_of_keys(part: sympy.Basic) -> _Limit | None:
+    """Read a limit of the keys that no index but the row's changes off an inequality, as the limit of query 0."""
+    slack = _slack(part)
+    if slack is None:
+        return None
+    weight = slack.coeff(KEY)
+    rest = sympy.expand(slack - weight * KEY)
+    if weight not in (1, -1) or rest.free_symbols & {HEAD, QUERY, KEY}:
+        return None
+    return _Limit(rest, True) if weight == -1 else _Limit(-rest, False)
 
 
 def _is_looser(a: _Limit | None, b: _Limit | None) -> bool:

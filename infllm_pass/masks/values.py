@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -94,7 +94,8 @@ class GraphFacts:
 
     Args:
         graph: a graph whose nodes carry example values, see `example_of`.
-        overwritten: storages that this graph, or one that it is nested with, writes to.
+        overwritten: storages that this graph, or one that it is nested with, writes to, and the first node of the
+            root graph that writes to each; None where another graph writes.
         bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
         held: tensors that modules hold, which may be read by value.
     """
@@ -102,7 +103,7 @@ class GraphFacts:
     def __init__(
         self,
         graph: fx.Graph,
-        overwritten: frozenset[int],
+        overwritten: Mapping[int, fx.Node | None],
         bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
         held: HeldTensors | None = None,
     ) -> None:
@@ -143,6 +144,13 @@ class GraphFacts:
         """Whether anything writes to the memory this node's tensor lives in."""
         return storage(node) in self._overwritten
 
+    def is_settled(self, node: fx.Node, reader: fx.Node | None) -> bool:
+        """Whether nothing can have written to a node's memory when a node of this graph reads it."""
+        if not self.is_overwritten(node):
+            return True
+        writer = self._overwritten[storage(node)]  # type: ignore[index]
+        return writer is not None and reader is not None and reader.graph is writer.graph and reader < writer
+
 
 def example_of(node: fx.Node) -> Any:
     """What tracing recorded for a node's value: Dynamo as ``example_value``, ``torch.export`` as ``val``."""
@@ -160,8 +168,14 @@ def storage(node: fx.Node) -> int | None:
     return cell
 
 
-def overwritten_storages(graphs: Iterable[fx.Graph]) -> frozenset[int]:
-    """Memory that any node of the graphs writes to in place."""
-    targets = (target for graph in graphs for node in graph.nodes for target in written_arguments(node))
-    found = (storage(target) for target in targets)
-    return frozenset(cell for cell in found if cell is not None)
+def overwritten_storages(root: fx.Graph, nested: Iterable[fx.Graph]) -> dict[int, fx.Node | None]:
+    """Memory that nodes write to in place, with the first of the root graph's that does; None where others do."""
+    found: dict[int, fx.Node | None] = {}
+    for graph in (root, *nested):
+        for node in graph.nodes:
+            for cell in map(storage, written_arguments(node)):
+                if cell is not None and graph is not root:
+                    found[cell] = None
+                elif cell is not None:
+                    found.setdefault(cell, node)
+    return found

@@ -18,6 +18,7 @@ from torch import fx
 
 from infllm_pass.masks.predicate import MaskTerm
 from infllm_pass.sites.algebra import BATCH, FEATURE, HEAD, KEY, QUERY, VALUE_FEATURE, simplify
+from infllm_pass.sites.growth import growth_of
 from infllm_pass.sites.layouts import Index, Layouts, Reading
 from infllm_pass.sites.site import AttentionSite
 from infllm_pass.sites.steps import (
@@ -130,6 +131,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
         scale=scale,
         output_steps=output_steps(layouts, plan, reads.node),
         dtype=_computed_in(layouts, reads, chains),
+        growth=growth_of(layouts, chains[1], reads.query.node),
     )
 
 
@@ -183,9 +185,7 @@ def _plan(
     return Roles(meaning, extents)
 
 
-def _longer_than_one(
-    axes: list[sympy.Symbol], extent: dict[sympy.Symbol, sympy.Expr]
-) -> list[sympy.Symbol]:
+def _longer_than_one(axes: list[sympy.Symbol], extent: dict[sympy.Symbol, sympy.Expr]) -> list[sympy.Symbol]:
     """Of several dimensions those that are not of extent 1, if there are any."""
     return [axis for axis in axes if extent[axis] != 1] or axes[-1:]
 

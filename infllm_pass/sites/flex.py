@@ -65,7 +65,7 @@ def _body(layouts: Layouts, node: Any) -> fx.GraphModule | None:
 
 def _score_factor(body: fx.GraphModule) -> float | PartialSite:
     """The number that a score function multiplies the scores with, or the node at which it does something else."""
-    facts = GraphFacts(body.graph, frozenset())
+    facts = GraphFacts(body.graph, {})
     layouts = Layouts(facts)
     score = next(node for node in body.graph.nodes if node.op == "placeholder")
     current: Any = next(node for node in body.graph.nodes if node.op == "output").args[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -55,7 +56,7 @@ class Layouts:
 
     def __init__(self, facts: GraphFacts) -> None:
         self.facts = facts
-        self._plain = GraphFacts(facts.graph, frozenset(), facts.bindings)
+        self._plain = GraphFacts(facts.graph, {}, facts.bindings)
         self._positions = {node: number for number, node in enumerate(facts.graph.nodes)}
         self._steps: dict[Any, Index | None] = {}
         self._writes: list[tuple[int, int | None]] = [
@@ -184,6 +185,25 @@ class Layouts:
         floats = before.is_floating_point and after.is_floating_point
         return bool(floats and torch.promote_types(before, after) == after)
 
+    def position(self, node: fx.Node) -> int:
+        """The place of a node in the graph."""
+        return self._positions[node]
+
+    @cached_property
+    def data(self) -> frozenset[fx.Node]:
+        """The nodes that depend on a tensor which a call brings along: on more than sizes and what modules hold."""
+        found: set[fx.Node] = set()
+        for node in self._positions:
+            brought = node.op == "placeholder" and self.is_tensor(node) and not self._is_held(node)
+            if brought or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
+
+    def _is_held(self, node: fx.Node) -> bool:
+        """Whether a module holds an input; exported graphs tell parameters by the gradients that they ask for."""
+        example = self.facts.example(node)
+        return node in self.facts.held.tensors or isinstance(example, torch.nn.Parameter) or example.requires_grad
+
     def gradients(self, node: fx.Node) -> Any:
         """Whether a node is computed with gradients; None where the graph does not say, as everywhere in most."""
         return next((mode for number, mode in reversed(self._switches) if number < self._positions[node]), None)
@@ -202,7 +222,9 @@ class Layouts:
         before = self._positions[reader]
         writers = [user for user in node.users if user.args[:1] == (node,) and read_in_place(user) is not None]
         return max(
-            (writer for writer in writers if self._positions[writer] < before), key=self._positions.__getitem__, default=node
+            (writer for writer in writers if self._positions[writer] < before),
+            key=self._positions.__getitem__,
+            default=node,
         )
 
     def read(self, node: fx.Node) -> Call | None:

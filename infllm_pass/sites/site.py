@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -33,6 +34,19 @@ class Operand:
     node: fx.Node
     steps: tuple[Step, ...] = ()
     example: torch.Tensor = field(compare=False, repr=False, default=None)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a graph's keys grow with its queries: by concatenation, after keys that are inputs of the graph.
+
+    Attributes:
+        appended: how many keys are appended; they are computed from what the queries are computed from.
+        trimmed: whether the graph cuts the grown keys, as a cache does that forgets all beyond a window.
+    """
+
+    appended: sympy.Expr
+    trimmed: bool
 
 
 class Located:
@@ -72,6 +86,7 @@ class AttentionSite(Located):
         scale: softmax scale: None for ``D ** -0.5``, a number or a node.
         output_steps: layout operations from ``[B, Hq, Lq, Dv]`` to the layout of `node`.
         dtype: the dtype that attention is computed in.
+        growth: how the keys grow with the queries; None: not by concatenation.
     """
 
     node: fx.Node
@@ -86,6 +101,7 @@ class AttentionSite(Located):
     scale: Any
     output_steps: tuple[Step, ...]
     dtype: torch.dtype
+    growth: Growth | None = None
 
     def shape(self, tensor: Operand | fx.Node) -> tuple[int | torch.SymInt, ...]:
         """The example shape of one of the site's tensors."""

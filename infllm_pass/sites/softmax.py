@@ -270,7 +270,7 @@ def _subtracted(layouts: Layouts, node: fx.Node, call: Call, index: Index, facto
     found = _operand(layouts, node, scores, index, factor)
     if isinstance(found, _Stop):
         return found if found.behind_product else _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
-    if _is_row_maximum(layouts, node, other, scores, index):
+    if isinstance(scores, fx.Node) and _is_row_maximum(layouts, node, other, scores, index):
         return found
     return _with_term(layouts, found, node, other, MaskRole.ADDED, index, -factor)
 
@@ -314,8 +314,9 @@ def _floored(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: 
     """Scores that are kept from falling below the least number of their dtype, which only hidden ones do."""
     floor = read_number(layouts.facts, call.args.get("other", call.args.get("min")))
     dtype = layouts.facts.example(node).dtype
-    least = floor is not None and dtype.is_floating_point and floor <= torch.finfo(dtype).min
-    if not least or call.args.get("max") is not None or not _hides(floor, factor, dtype):
+    if floor is None or not dtype.is_floating_point or floor > torch.finfo(dtype).min:
+        return _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
+    if call.args.get("max") is not None or not _hides(floor, factor, dtype):
         return _Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
     return _operand(layouts, node, call.args.get("input"), index, factor)
 

@@ -1,0 +1,207 @@
+"""``generate`` of transformers on a sparsified forward.
+
+`torch.compile` hands every method but the call itself to the original module, whose ``generate`` calls the original,
+uncompiled. A `GeneratingView` is the original under another class: it shares the original's attributes, and calling it
+calls the sparsified model. All of transformers' generation code then runs as it is, with the view for ``self``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infllm_pass.errors import UncompiledGenerateWarning
+
+Call = Callable[..., Any]
+
+_LEFT_TO_THE_ORIGINAL = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods that generate with a paged cache and attention functions of their own, which the pass does not follow."""
+
+
+class GeneratingView:
+    """What a view, see `generating_view`, does differently from the class of its original, which is its second base.
+
+    Attributes:
+        infllm_call: calls the sparsified model.
+        infllm_compiled_as: the sparsified model as ``torch.compile`` makes it with the arguments given.
+    """
+
+    infllm_call: Call
+    infllm_compiled_as: Callable[[Mapping[str, Any]], Call]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the sparsified model."""
+        return self.infllm_call(*args, **self._without_idle_mask(kwargs))
+
+    def get_compiled_call(self, compile_config: Any = None) -> Call:
+        """What ``generate`` decodes with where transformers compiles by itself, as on accelerators with static caches.
+
+        That is the sparsified model, which is compiled already; an explicit configuration compiles it that way.
+
+        Args:
+            compile_config: a ``CompileConfig`` of transformers, or None.
+        """
+        if compile_config is None:
+            return self.__call__
+        call = self.infllm_compiled_as(compile_config.to_dict())
+        return lambda *args, **kwargs: call(*args, **self._without_idle_mask(kwargs))
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, past_key_values: Any, **_unused: Any) -> Any:
+        """The 2-D mask for a cache of fixed capacity, from which the model then makes its own inside the graph.
+
+        Transformers makes the 4-D mask out here instead, and what a mask was made of cannot be proved from a tensor.
+        The mask is padded to the capacity: its shape then stays the same while the text grows.
+        """
+        if attention_mask is None or _hides_nothing(attention_mask):
+            return None
+        layers = getattr(past_key_values, "layers", ())
+        capacity = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
+        return F.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])))
+
+    def _without_idle_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The model's inputs without a 2-D mask of ones, which every graph would otherwise have to test keys with.
+
+        Where there is no cache the mask is kept: without it, transformers reads packed sequences off the positions.
+        """
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or inputs.get("past_key_values") is None:
+            return inputs
+        of_encoder = getattr(getattr(self, "config", None), "is_encoder_decoder", False)
+        return inputs if of_encoder or not _hides_nothing(mask) else {**inputs, "attention_mask": None}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Grow the inputs by a token, as transformers does; a mask that hid nothing grows by a one."""
+        before = model_kwargs.get("attention_mask")
+        known = isinstance(before, Tensor) and _is_known_idle(before)
+        grown: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        after = grown.get("attention_mask")
+        if known and isinstance(after, Tensor) and after is not before:
+            _remember_idle(after)
+        return grown
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a static cache with its memory in place, which is otherwise taken inside the first compiled graph."""
+        if kwargs.get("prefill_chunk_size", 0) is None:
+            kwargs["prefill_chunk_size"] = kwargs.get("max_cache_len", 1)  # what transformers takes memory early for
+        return super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
+
+
+def generating_view(
+    original: nn.Module, call: Call, compiled_as: Callable[[Mapping[str, Any]], Call], forward: Call
+) -> nn.Module:
+    """An object like `original`, of a subclass of the same name, whose calls go to the sparsified model.
+
+    The attributes are the original's own: what one sets the other sees.
+
+    Args:
+        original: a model of transformers.
+        call: calls the sparsified model, hooks of the original included.
+        compiled_as: gives the same for other arguments of ``torch.compile``.
+        forward: `call` under the name and signature of the original's ``forward``.
+    """
+    kind = type(original)
+    members = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "infllm_call": staticmethod(call),
+        "infllm_compiled_as": staticmethod(compiled_as),
+        "forward": staticmethod(forward),
+    }
+    view: nn.Module = object.__new__(type(kind.__name__, (GeneratingView, kind), members))
+    object.__setattr__(view, "__dict__", original.__dict__)
+    return view
+
+
+def generating_methods(
+    original: nn.Module,
+    call: Call,
+    compiled_as: Callable[[Mapping[str, Any]], Call],
+    forward: Call,
+    count_calls: Callable[[], int],
+) -> dict[str, Call]:
+    """The methods that generate, by name, for a sparsified model; none for a model that does not generate.
+
+    Args:
+        original: the model that was sparsified.
+        call: see `generating_view`, as the next two.
+        compiled_as: see there.
+        forward: see there.
+        count_calls: how often the sparsified model was called so far.
+    """
+    if not callable(getattr(original, "generate", None)):
+        return {}
+    view = generating_view(original, call, compiled_as, forward)
+    left = [name for name in _LEFT_TO_THE_ORIGINAL if callable(getattr(original, name, None))]
+    return {
+        "generate": _checked(original, view, count_calls),
+        **{name: _warned(original, name) for name in left},
+    }
+
+
+def _checked(original: nn.Module, view: Any, count_calls: Callable[[], int]) -> Call:
+    """``generate``, with a warning when it never called the model."""
+
+    @functools.wraps(original.generate)  # type: ignore[arg-type]
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        before = count_calls()
+        result = view.generate(*args, **kwargs)
+        if count_calls() == before:
+            warnings.warn(
+                f"generate() of {type(original).__name__} never called the model as a whole, and ran dense and "
+                "uncompiled: sparsify the part of it that generates, such as its language model, in its place",
+                UncompiledGenerateWarning,
+                stacklevel=2,
+            )
+        return result
+
+    return generate
+
+
+def _warned(original: nn.Module, name: str) -> Call:
+    """A method of the original, with a warning that it is not the sparsified model that runs."""
+    method: Call = getattr(original, name)
+
+    @functools.wraps(method)
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            f"{name}() keeps a paged cache and runs the original model, dense and uncompiled: use generate()",
+            UncompiledGenerateWarning,
+            stacklevel=2,
+        )
+        return method(*args, **kwargs)
+
+    return uncompiled
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether a 2-D mask is all ones; reads the device unless it is known of this very tensor."""
+    if _is_known_idle(mask):
+        return True
+    if mask.dim() != 2 or not bool(mask.all()):
+        return False
+    _remember_idle(mask)
+    return True
+
+
+_KNOWN_IDLE = "_infllm_idle_at_version"
+"""Attribute of a mask: its version when it was known to be all ones."""
+
+
+def _is_known_idle(mask: Tensor) -> bool:
+    return not mask.is_inference() and getattr(mask, _KNOWN_IDLE, None) == mask._version
+
+
+def _remember_idle(mask: Tensor) -> None:
+    if not mask.is_inference():  # tensors of inference mode do not count what is written to them
+        setattr(mask, _KNOWN_IDLE, mask._version)

@@ -1,0 +1,92 @@
+"""Keys that a call appends to those of earlier calls, as caches do that grow by ``torch.cat``.
+
+A decoding step has one query and no mask: it is causal because its own token's key is the last, which nothing but the
+dataflow says. The rule: keys are a concatenation along their length, the parts before the last are inputs of the graph,
+and the last is computed from data that the query is computed from. Attention to an encoder, to learned keys, or to
+anything else that does not grow by the query's own token does not meet it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.masks.values import axis
+from infllm_pass.sites.algebra import KEY
+from infllm_pass.sites.layouts import Layouts, Reading
+from infllm_pass.sites.site import Growth
+from infllm_pass.vocabulary import Kind, read
+
+
+def growth_of(layouts: Layouts, keys: Sequence[Reading], query: fx.Node) -> Growth | None:
+    """How the keys of an attention grow with its queries; None where they do not, or that cannot be told.
+
+    Args:
+        layouts: the graph's layout operators.
+        keys: readings of one key, from the product towards where the keys come from.
+        query: the node that the product reads the queries from.
+    """
+    end = keys[-1]
+    call = read(end.node)
+    if call is None or call.kind is not Kind.CAT:
+        return None
+    parts = call.args.get("tensors")
+    along = [dim for dim, part in enumerate(end.index) if KEY in part.free_symbols]
+    if len(along) != 1 or end.index[along[0]] != KEY or call.args.get("dim", 0) not in _spellings(along[0], end):
+        return None
+    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or not all(layouts.is_tensor(part) for part in parts):
+        return None
+    *earlier, last = parts
+    if not all(_is_input(layouts, part) for part in earlier) or not _have_common_data(layouts, query, last):
+        return None
+    return Growth(layouts.shape(last)[along[0]], _is_trimmed(layouts, end.node, along[0]))
+
+
+def _spellings(dim: int, reading: Reading) -> tuple[int, int]:
+    return dim, dim - len(reading.index)
+
+
+def _places(layouts: Layouts, node: fx.Node) -> tuple[sympy.Expr, ...]:
+    return tuple(axis(dim) for dim in range(len(layouts.shape(node))))
+
+
+def _is_input(layouts: Layouts, node: fx.Node) -> bool:
+    """Whether a tensor is an input of the whole graph, or a view, copy or wider form of one."""
+    *_, (end, _) = layouts.readings(node, _places(layouts, node), scaled=False)
+    return end.node.op == "placeholder" and end.node not in layouts.facts.bindings
+
+
+def _have_common_data(layouts: Layouts, a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors are computed from one that depends on the call's data, not on parameters and sizes alone.
+
+    Nodes are visited from the last to the first, so that the walk ends at the nearest one.
+    """
+    sides = {a: {0}, b: {1}} if a is not b else {a: {0, 1}}
+    pending = [(-layouts.position(node), node.name, node) for node in sides]
+    heapq.heapify(pending)
+    while pending:
+        _, _, node = heapq.heappop(pending)
+        if len(sides[node]) == 2 and layouts.is_tensor(node) and node in layouts.data:
+            return True
+        for source in node.all_input_nodes:
+            if source not in sides:
+                sides[source] = set()
+                heapq.heappush(pending, (-layouts.position(source), source.name, source))
+            sides[source] |= sides[node]
+    return False
+
+
+def _is_trimmed(layouts: Layouts, keys: fx.Node, along: int) -> bool:
+    """Whether the graph keeps, or reads, a part of the keys only: later calls then count them from another one."""
+    for user in keys.users:
+        call = read(user)
+        if call is None or call.kind is not Kind.GETITEM or not isinstance(layouts.example(user), torch.Tensor):
+            continue
+        moved = layouts.step(user, keys, _places(layouts, user))
+        if moved is None or not moved[along].is_Symbol:
+            return True
+    return False

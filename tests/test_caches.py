@@ -1,0 +1,236 @@
+"""Attention over static caches: recognised, switched on the device, and right at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import infllm_pass
+from infllm_pass.guard import Branch
+from infllm_pass.pipeline import run_on_export, run_pass
+from infllm_pass.reasons import Reason
+
+from .cache_support import CONFIG, UPDATES, CachedAttention, caches, expected, scatter, tokens
+from .conftest import capture, count_calls, llama, oracle_attention, relative_error
+from .conftest import tokens as ids
+
+SDPA = F.scaled_dot_product_attention
+STEPS = [5, 30, 1, 1, 7, 1, 20, 1, 1, 13]
+"""Prefill and steps of one and of several tokens, 80 in all: from below `dense_len` to well above the budget."""
+
+
+def sparsified(module, config=CONFIG, **settings):
+    torch._dynamo.reset()
+    return infllm_pass.sparsify(torch.compile(module, backend="aot_eager", **settings), config)
+
+
+def run(model, module, steps, position=0, batch=1, capacity=96, valid=None, config=CONFIG):
+    """Feed tokens step by step and compare every step with the oracle; the caches."""
+    keys, values = caches(batch, capacity)
+    position = torch.as_tensor(position)
+    for count in steps:
+        x = tokens(batch, count)
+        with torch.no_grad():
+            out = model(x, keys, values, position.clone(), *([] if valid is None else [valid]))
+            assert relative_error(out, expected(module, x, keys, values, position, valid, config)) < 1e-12, position
+        position = position + count
+    return keys, values
+
+
+@pytest.mark.parametrize("update", [name for name in UPDATES if name != "index_copy"])
+def test_every_way_to_update_a_cache_is_switchable(update):
+    module = CachedAttention(UPDATES[update])
+    model = sparsified(module)
+    run(model, module, STEPS)
+    report = infllm_pass.report(model)
+    assert {site.reason for site in report.sites} == {"SWITCHABLE"}
+    assert {site.guard for site in report.sites} == {"on the device"}
+
+
+def test_the_budget_matters_in_these_tests():
+    """Dense attention would not pass them."""
+    module = CachedAttention()
+    keys, values = caches()
+    x = tokens(1, 80)
+    with torch.no_grad():
+        dense = module(x, keys, values, torch.tensor(0))
+        assert relative_error(dense, expected(module, x, keys, values, 0)) > 1e-2
+
+
+def test_a_cache_updated_by_copying():
+    module = CachedAttention(UPDATES["index_copy"])
+    keys, values = caches()
+    first, x = tokens(1, 70), tokens(1, 1)
+    filled = CachedAttention()
+    filled.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        filled(first, keys, values, 0)
+        model = sparsified(module)
+        out = model(x, keys, values, torch.tensor(70))
+        filled(x, keys, values, 70)
+        assert relative_error(out, expected(module, x, keys, values, 70)) < 1e-12
+    assert infllm_pass.report(model).switchable == 1
+
+
+def test_rows_at_positions_of_their_own_are_on_sides_of_their_own():
+    module = CachedAttention(scatter)
+    run(sparsified(module), module, STEPS, position=[0, 16, 7], batch=3)
+
+
+def test_padding_before_and_holes_inside_the_rows():
+    module = CachedAttention()
+    valid = torch.ones(3, 96, dtype=torch.bool)
+    valid[0, :3] = valid[1, :31] = valid[2, 20:23] = False
+    run(sparsified(module), module, STEPS, batch=3, valid=valid)
+
+
+def test_a_position_that_is_a_number():
+    module = CachedAttention()
+    keys, values = caches()
+    model = sparsified(module, dynamic=True)
+    place = 0
+    for count in STEPS:
+        x = tokens(1, count)
+        with torch.no_grad():
+            out = model(x, keys, values, place)
+            assert relative_error(out, expected(module, x, keys, values, place)) < 1e-12
+        place += count
+
+
+def test_a_cache_shorter_than_dense_len_never_is_sparse():
+    module = CachedAttention()
+    config = dataclasses.replace(CONFIG, dense_len=100)
+    model = sparsified(module, config)
+    run(model, module, [60, 1, 5], config=config)
+    assert {(site.branch, site.guard) for site in infllm_pass.report(model).sites} == {("dense", "capacity 96 < 100")}
+
+
+def test_splits_of_a_prompt_give_what_one_call_gives():
+    module = CachedAttention()
+    model = sparsified(module, dynamic=True)
+    x = tokens(1, 90)
+    with torch.no_grad():
+        whole = model(x, *caches(), torch.tensor(0))[:, :, 60:]
+        for splits in ([60, 30], [60, 1, 29], [60, 17, 2, 11]):
+            kv, outs, place = caches(), [], 0
+            for count in splits:
+                outs.append(model(x[:, place : place + count], *kv, torch.tensor(place)))
+                place += count
+            assert relative_error(torch.cat(outs, 2)[:, :, 60:], whole) < 1e-12, splits
+
+
+def test_gradients_flow_to_queries_keys_and_values():
+    """The graph differentiates through the functional update; the caches themselves need no gradient."""
+    module = CachedAttention(UPDATES["index_copy"])
+    keys, values = caches()
+    x, noise = tokens(1, 70), torch.randn(1, 6, 70, 8, dtype=torch.float64)
+    covering = dataclasses.replace(CONFIG, topk=40)
+    gradients = []
+    for model in (module, sparsified(module, covering)):
+        module.zero_grad()
+        (model(x, keys, values, torch.tensor(4)) * noise).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in module.parameters()])
+    assert all(relative_error(b, a) < 1e-12 for a, b in zip(*gradients, strict=True))
+
+
+def test_offsets_are_made_once_for_all_sites_before_the_position_is_written():
+    def twice(x, keys, values, position):
+        mask = torch.arange(keys.shape[2]) <= torch.arange(x.shape[2])[:, None] + position
+        places = torch.arange(x.shape[2]) + position
+        position.add_(x.shape[2])
+        keys.index_copy_(2, places, x)
+        first = SDPA(x, keys, values, mask)
+        return SDPA(first, keys, values, mask)
+
+    x, (keys, values) = torch.randn(1, 2, 9, 8, dtype=torch.float64), caches()
+    module = capture(twice, x, keys, values, torch.tensor(60))
+    report = run_pass(module, CONFIG)
+    assert [site.decision for site in report.sites] == ["switchable"] * 2
+    assert count_calls(module, SDPA) == 0
+    calls = [node for node in module.graph.nodes if node.target is torch.ops.infllm.block_attention.default]
+    assert len({node.args[5] for node in calls}) == 1
+    assert calls[0].args[5] < next(node for node in module.graph.nodes if node.target == "add_")
+
+
+def test_exported_graphs_take_the_same_offsets():
+    module = CachedAttention()
+    keys, values = caches()
+    arguments = (tokens(1, 30), keys, values, torch.tensor(45))
+    program = torch.export.export(module, arguments)
+    rewritten = program.graph_module
+    report = run_on_export(rewritten, CONFIG, branch=Branch.SPARSE)
+    assert [site.reason for site in report.sites] == ["SWITCHABLE"]
+    rewritten.recompile()
+    with torch.no_grad():
+        module(arguments[0], keys, values, arguments[3])
+        out = program.module()(*arguments)
+        assert relative_error(out, expected(module, arguments[0], keys, values, 45)) < 1e-12
+
+
+REFUSED = {
+    "the rows' first keys are data": (
+        lambda q, k, v, at: SDPA(q, k, v, torch.arange(k.shape[2]) <= (torch.arange(q.shape[2]) * at)[:, None]),
+        Reason.UNPROVEN_MASK,
+    ),
+    "a flag for fewer queries than keys": (
+        lambda q, k, v, at: SDPA(q, k, v, is_causal=True),
+        Reason.PARTIAL_KEYS,
+    ),
+    "a limit for one query over keys that nothing updates": (
+        lambda q, k, v, at: SDPA(q[:, :, :1], k, v, torch.arange(k.shape[2])[None] <= at),
+        Reason.BIDIRECTIONAL,
+    ),
+    "a position that the graph changed": (
+        lambda q, k, v, at: SDPA(q, k, v, torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None] + at.add_(1)),
+        Reason.UNPROVEN_MASK,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_position_in_a_cache_stays_dense(what):
+    function, reason = REFUSED[what]
+    keys, values = caches()
+    module = capture(function, torch.randn(1, 2, 9, 8, dtype=torch.float64), keys, values, torch.tensor(3))
+    (site,) = run_pass(module, CONFIG).sites
+    assert site.reason == reason.name
+
+
+class TestTransformers:
+    """A tiny Llama with the caches of transformers."""
+
+    def static(self, model, capacity=96):
+        from transformers import StaticCache
+
+        return StaticCache(config=model.config, max_cache_len=capacity)
+
+    def test_logits_of_every_step_are_those_of_the_whole_prefix(self):
+        model = llama()
+        sparse, cache, x = sparsified(model), self.static(model), ids(80)
+        place = 0
+        with torch.no_grad():
+            for count in STEPS:
+                out = sparse(x[:, place : place + count], past_key_values=cache).logits[:, -1]
+                place += count
+                with oracle_attention(CONFIG):
+                    whole = model(x[:, :place], use_cache=False).logits[:, -1]
+                assert relative_error(out, whole) < 1e-5, place
+
+    def test_sliding_layers_stay_dense_with_a_reason(self):
+        """What they hold is moved or put together at every step: where a query stands in it is not in the graph."""
+        from transformers import MistralConfig, MistralForCausalLM, StaticCache
+
+        sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+        config = MistralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, sliding_window=24)
+        model = MistralForCausalLM(config).double().eval()
+        sparse, cache, x = sparsified(model), StaticCache(config=config, max_cache_len=96), ids(60)
+        with torch.no_grad():
+            for part in (slice(0, 30), slice(30, 31), slice(31, 32)):
+                out = sparse(x[:, part], past_key_values=cache).logits[:, -1]
+                assert relative_error(out, model(x[:, : part.stop], use_cache=False).logits[:, -1]) < 1e-5
+        sites = [site for site in infllm_pass.report(sparse).sites if "SWITCHABLE" not in site.reason]
+        assert sites
+        assert all(site.branch == "dense" and site.explanation for site in sites)
