@@ -44,6 +44,7 @@ examples:
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
+  infllm-pass bench --decode                     a decode step over a cache, on a CUDA device or on the CPU
 """
 
 
@@ -167,7 +168,8 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="run a checkout's benchmarks",
         description="Runs scripts of the checkout's benchmarks/ folder one after the other; without a name, "
-        "lists them. Arguments from the first that starts with '-' on are passed to every script.",
+        "lists them. Arguments from the first that starts with '-' on are passed to every script. --decode in place of "
+        "names stands for decode, or for cpu_decode where there is no CUDA device.",
     )
     parser.add_argument(
         "arguments",
@@ -187,6 +189,8 @@ def _bench(options: argparse.Namespace) -> int:
         )
     scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
     given: list[str] = options.arguments
+    if given[:1] == ["--decode"]:
+        given = [_decode_script(), *given[1:]]
     cut = next((number for number, argument in enumerate(given) if argument.startswith("-")), len(given))
     names, passed = given[:cut], given[cut:]
     if passed[:1] == ["--"]:
@@ -201,6 +205,13 @@ def _bench(options: argparse.Namespace) -> int:
         if code:
             return code
     return 0
+
+
+def _decode_script() -> str:
+    """The benchmark of a decode step on this machine."""
+    import torch
+
+    return "decode" if torch.cuda.is_available() else "cpu_decode"
 
 
 def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
