@@ -168,8 +168,13 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="run a checkout's benchmarks",
         description="Runs scripts of the checkout's benchmarks/ folder one after the other; without a name, "
-        "lists them. Arguments from the first that starts with '-' on are passed to every script. --decode in place of "
-        "names stands for decode, or for cpu_decode where there is no CUDA device.",
+        "lists them. Arguments from the first that starts with '-' on are passed to every script.",
+    )
+    parser.add_argument(
+        "--decode",
+        nargs=argparse.REMAINDER,
+        metavar="ARGUMENT",
+        help="run the script of a decode step with these arguments: decode, or cpu_decode without a CUDA device",
     )
     parser.add_argument(
         "arguments",
@@ -189,8 +194,8 @@ def _bench(options: argparse.Namespace) -> int:
         )
     scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
     given: list[str] = options.arguments
-    if given[:1] == ["--decode"]:
-        given = [_decode_script(), *given[1:]]
+    if options.decode is not None:
+        given = [_decode_script(), *options.decode]
     cut = next((number for number, argument in enumerate(given) if argument.startswith("-")), len(given))
     names, passed = given[:cut], given[cut:]
     if passed[:1] == ["--"]:
