@@ -40,7 +40,7 @@ class DecodeLaunch:
     score_warps: int = 4
     score_stages: int = 4
     ranks: bool = True
-    ranked: int = 1024
+    ranked: int = 2048
     rank_warps: int = 4
     step_keys: int = 64
     attend_warps: int = 4
