@@ -41,7 +41,8 @@ def test_a_row_of_the_cpu():
     cpu_decode = importlib.import_module("cpu_decode")
     row = cpu_decode.measure(300, argparse.Namespace(heads=2, heads_kv=1, dim=16, steps=2))
     assert row["case"] == "decode/2x1x16/96/300"
-    assert row["ratio"] == pytest.approx(row["ms"] / row["dense_ms"])
+    assert row["ratio"] == pytest.approx(row["sparse_ms"] / row["dense_ms"])
+    assert row["cpu_ratio"] == pytest.approx(row["sparse_cpu_ms"] / row["dense_cpu_ms"])
     assert row["refill_ms"] > 0
 
 
