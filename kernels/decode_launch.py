@@ -36,9 +36,9 @@ class DecodeLaunch:
     keys: int = 64
     compress_warps: int = 4
     compress_stages: int = 2
-    blocks: int = 32
+    blocks: int = 64
     score_warps: int = 4
-    score_stages: int = 4
+    score_stages: int = 3
     ranks: bool = True
     ranked: int = 2048
     rank_warps: int = 4

@@ -11,7 +11,7 @@ DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
 
 
-DECODE_LISTED = tl.constexpr(2048)
+DECODE_LISTED = tl.constexpr(1024)
 """Blocks that are listed at once, loaded again: keeping them since the search takes registers from scoring."""
 
 
