@@ -119,11 +119,11 @@ def draw_decode(results: dict[str, Any]) -> Any:
     for (heads, batch), colour in zip(cases, ("#d9531e", "#8c2d04", "#6a8caf", "#2c4a6b"), strict=False):
         mine = sorted((r for r in rows if (r["heads"], r["batch"]) == (heads, batch)), key=lambda row: row["length"])
         lengths, label = [row["length"] for row in mine], f"{heads}, batch {batch}"
-        left.plot(lengths, [1e3 * row["ms"] for row in mine], "o-", color=colour, label=f"{label}, sparse")
-        left.plot(lengths, [1e3 * row["dense_ms"] for row in mine], "o--", color=colour, label=f"{label}, dense")
+        left.plot(lengths, [1e3 * row["ms"] for row in mine], "o-", color=colour)
+        left.plot(lengths, [1e3 * row["dense_ms"] for row in mine], "o--", color=colour)
         right.plot(lengths, [row["ratio"] for row in mine], "o-", color=colour, label=label)
     right.axhline(1.0, color="black", linewidth=1)
-    left.set(yscale="log", ylabel="us", title="time of a step")
+    left.set(yscale="log", ylabel="us", title="time of a step; dashed: dense")
     right.set(ylim=(0, None), ylabel="sparse / dense time", title="ratio to dense")
     for axes in (left, right):
         _finish(axes, sorted({row["length"] for row in rows}))
