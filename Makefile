@@ -55,10 +55,10 @@ lint: install
 	$(BIN)/mypy -p infllm_pass
 
 bench: install
-	$(BIN)/infllm-pass bench cpu_prefill
+	$(BIN)/infllm-pass bench cpu_prefill cpu_decode
 
 bench-gpu: install
-	$(BIN)/infllm-pass bench prefill backward memory breakeven model
+	$(BIN)/infllm-pass bench prefill backward memory breakeven decode model
 
 lock:
 	rm -rf $(VENV)-lock

@@ -111,6 +111,26 @@ def draw_breakeven(results: dict[str, Any]) -> Any:
     return _titled(figure, f"{rows[0]['heads']}, {rows[0]['blocks']} blocks, {rows[0]['data']} data", header)
 
 
+def draw_decode(results: dict[str, Any]) -> Any:
+    """Time of a decode step of one layer, and its ratio to dense attention, against the cached keys."""
+    rows = [row for row in results["rows"] if row["mode"] == "sparse" and row["dense_ms"] is not None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    cases = dict.fromkeys((row["heads"], row["batch"]) for row in rows)
+    for (heads, batch), colour in zip(cases, ("#d9531e", "#8c2d04", "#6a8caf", "#2c4a6b"), strict=False):
+        mine = sorted((r for r in rows if (r["heads"], r["batch"]) == (heads, batch)), key=lambda row: row["length"])
+        lengths, label = [row["length"] for row in mine], f"{heads}, batch {batch}"
+        left.plot(lengths, [1e3 * row["ms"] for row in mine], "o-", color=colour)
+        left.plot(lengths, [1e3 * row["dense_ms"] for row in mine], "o--", color=colour)
+        right.plot(lengths, [row["ratio"] for row in mine], "o-", color=colour, label=label)
+    right.axhline(1.0, color="black", linewidth=1)
+    left.set(yscale="log", ylabel="us", title="time of a step; dashed: dense")
+    right.set(ylim=(0, None), ylabel="sparse / dense time", title="ratio to dense")
+    for axes in (left, right):
+        _finish(axes, sorted({row["length"] for row in rows}))
+    title = f"decode attention of one layer, {rows[0]['blocks']} blocks, selection included, CUDA graphs"
+    return _titled(figure, title, results["header"])
+
+
 def draw_model(results: dict[str, Any]) -> Any:
     """Time and peak memory of a whole model's prefill against the length."""
     rows = results["rows"]
@@ -159,6 +179,7 @@ DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "gpu_roofline": (("prefill", "backward"), draw_roofline),
     "gpu_backward": (("backward",), draw_backward),
     "gpu_breakeven": (("breakeven",), draw_breakeven),
+    "gpu_decode": (("decode",), draw_decode),
     "gpu_model": (("model",), draw_model),
 }
 """Images, and the results that each is drawn from; the first is needed."""

@@ -2,13 +2,17 @@
 
 Measures one attention layer of SmolLM2-135M (9 query heads, 3 KV heads, 64 numbers each, float32, batch 1) with the
 default geometry, in one process: one new token over a cache of so many keys, block selection and the update of the
-compressed keys included. Each token finds one key more than the last. ``refill`` is the one call that compresses a
-whole cache anew, ``dense by length`` the operator below ``dense_len``.
+compressed keys included. Each token finds one key more than the last.
+
+``refill`` is the one call that compresses a whole cache anew, ``dense by length`` the operator below ``dense_len``. On
+a machine that does other work too, OMP_WAIT_POLICY=passive keeps threads from waiting for each other in vain, which a
+step of many short operators suffers from most.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,16 +34,21 @@ RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_decode.json"
 
 
 def milliseconds(steps: dict[str, Callable[[int], object]], count: int) -> dict[str, float]:
-    """Median times of ``step(i)`` for i below `count`, after up to three rounds that are not counted.
+    """Medians of ``step(i)`` for i below `count`, after up to three rounds that are not counted.
 
     The steps take turns: what else the machine does then meets all of them, and none finds its keys in the caches.
+
+    Returns:
+        ``{name}_ms``: time on the clock; ``{name}_cpu_ms``: processor time of all threads together.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    clocks = {"ms": time.perf_counter, "cpu_ms": time.process_time}
+    times: dict[str, list[float]] = {f"{name}_{unit}": [] for name in steps for unit in clocks}
     for number in [*range(min(3, count)), *range(count)]:
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = [clock() for clock in clocks.values()]
             step(number)
-            times[name].append(1e3 * (time.perf_counter() - begin))
+            for (unit, clock), start in zip(clocks.items(), begin, strict=True):
+                times[f"{name}_{unit}"].append(1e3 * (clock() - start))
     return {name: statistics.median(taken[-count:]) for name, taken in times.items()}
 
 
@@ -65,14 +74,15 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, object]:
         state[2].zero_()
         return sparse(0)
 
-    refilled = milliseconds({"refill_ms": refill}, 3)
-    below = {"below_dense_len_ms": lambda number: sparse(number, 2 * length)}
-    taken = milliseconds({"ms": sparse, "dense_ms": dense, **below}, steps)
+    refilled = milliseconds({"refill": refill}, 3)
+    below = {"below_dense_len": lambda number: sparse(number, 2 * length)}
+    taken = milliseconds({"sparse": sparse, "dense": dense, **below}, steps)
     return {
         "case": f"decode/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}",
         "length": length,
         **taken,
-        "ratio": taken["ms"] / taken["dense_ms"],
+        "ratio": taken["sparse_ms"] / taken["dense_ms"],
+        "cpu_ratio": taken["sparse_cpu_ms"] / taken["dense_cpu_ms"],
         **refilled,
     }
 
@@ -89,14 +99,16 @@ def main() -> None:
 
     console = Console()
     rows = [measure(length, arguments) for length in track(arguments.lengths, "measuring", console=console)]
-    columns = {"ms": "sparse ms", "dense_ms": "SDPA ms", "ratio": "ratio", "refill_ms": "refill ms"}
-    table = Table(Column("case", no_wrap=True), *columns.values(), "dense by length ms")
+    columns = {"sparse_ms": "sparse ms", "dense_ms": "SDPA ms", "ratio": "ratio", "cpu_ratio": "processor time"}
+    columns |= {"refill_ms": "refill ms", "below_dense_len_ms": "dense by length ms"}
+    table = Table(Column("case", no_wrap=True), *columns.values())
     for row in rows:
-        table.add_row(str(row["case"]), *(f"{row[name]:.3f}" for name in (*columns, "below_dense_len_ms")))
+        table.add_row(str(row["case"]), *(f"{row[name]:.3f}" for name in columns))
     console.print(table)
     even = break_even(rows)
     console.print(f"break-even length: {even}")
-    write_results(arguments.output, {**results_header(), "break_even": even}, rows)
+    header = {**results_header(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "active")}
+    write_results(arguments.output, {**header, "load": os.getloadavg()[0], "break_even": even}, rows)
 
 
 if __name__ == "__main__":

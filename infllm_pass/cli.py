@@ -44,6 +44,7 @@ examples:
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
+  infllm-pass bench --decode                     a decode step over a cache, on a CUDA device or on the CPU
 """
 
 
@@ -170,6 +171,12 @@ def _add_bench(commands: Any) -> None:
         "lists them. Arguments from the first that starts with '-' on are passed to every script.",
     )
     parser.add_argument(
+        "--decode",
+        nargs=argparse.REMAINDER,
+        metavar="ARGUMENT",
+        help="run the script of a decode step with these arguments: decode, or cpu_decode without a CUDA device",
+    )
+    parser.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
         metavar="NAME ... [ARGUMENT ...]",
@@ -187,6 +194,8 @@ def _bench(options: argparse.Namespace) -> int:
         )
     scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
     given: list[str] = options.arguments
+    if options.decode is not None:
+        given = [_decode_script(), *options.decode]
     cut = next((number for number, argument in enumerate(given) if argument.startswith("-")), len(given))
     names, passed = given[:cut], given[cut:]
     if passed[:1] == ["--"]:
@@ -201,6 +210,13 @@ def _bench(options: argparse.Namespace) -> int:
         if code:
             return code
     return 0
+
+
+def _decode_script() -> str:
+    """The benchmark of a decode step on this machine."""
+    import torch
+
+    return "decode" if torch.cuda.is_available() else "cpu_decode"
 
 
 def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:

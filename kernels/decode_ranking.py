@@ -11,6 +11,10 @@ DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
 
 
+DECODE_LISTED = tl.constexpr(1024)
+"""Blocks that are listed at once, loaded again: keeping them since the search takes registers from scoring."""
+
+
 @triton.jit
 def _count_reaching(keys, low, high):
     """How many keys reach each of two bounds, in the halves of a number."""
@@ -98,11 +102,9 @@ def list_chosen(
     # Of the blocks with the key `least`, the first so many: all, or what the blocks above it leave.
     equals = tl.where(reached == taken, taken, taken - exceeding)
     seen = begin * 0  # blocks with this key so far, and in the upper half those above it
-    for first in range(begin, end, RANKED):
-        block = first + place
-        beyond = block >= begin + RANKED
-        some = tl.load(keys_row + block, mask=beyond & (block < end), other=-1)
-        some = tl.where(beyond, some, held)
+    for first in range(begin, end, DECODE_LISTED):
+        block = first + tl.arange(0, DECODE_LISTED)
+        some = tl.load(keys_row + block, mask=block < end, other=-1)
         level = (some == least).to(tl.int32)
         higher = (some > least).to(tl.int32)
         order = tl.cumsum(level + (higher << 16), 0) + seen

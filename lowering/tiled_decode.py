@@ -3,8 +3,8 @@
 ``infllm::tiled_decode_attention``
     as ``infllm::decode_attention``, with the same arguments and `SOURCES`.
 
-Five launches whose grids follow from shapes alone: compressed keys and normaliser, block scores, ranking, attention,
-merge. Which rows are sparse is decided on the device.
+Launches whose grids follow from shapes alone: compressed keys and normaliser, block scores and their ranking (a launch
+of its own in steps of several tokens), attention, merge. Which rows are sparse is decided on the device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every kernel of prefill and training once, on odd sizes, for NVIDIA's compute-sanitizer; see ``make sanitize``."""
+"""Every kernel of prefill, training and decoding once, on odd sizes, for NVIDIA's compute-sanitizer; see ``make sanitize``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ import torch
 from infllm_pass import SparseAttentionConfig, switchable_attention
 from infllm_pass.kernels import attention, gathering
 from infllm_pass.kernels.configurations import MEASURED_GATHERING
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering.decode import new_state
+from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
 CONFIG = SparseAttentionConfig(
     kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, init_blocks=1, dense_len=0
@@ -21,6 +24,9 @@ CONFIG = SparseAttentionConfig(
 FINE = SparseAttentionConfig(
     kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, init_blocks=1, dense_len=0
 )
+
+GEOMETRY = BlockGeometry(init_blocks=1, local_blocks=2, selected_blocks=6)
+DENSE_LEN = 600
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def run(name: str, case: Case) -> bool:
     return well
 
 
-def main() -> int:
+def attend() -> bool:
+    """Forward and backward of every case; whether all went as it should."""
     well = True
     for name, case in CASES.items():
         if not case.gathered:
@@ -100,6 +107,35 @@ def main() -> int:
         if not (done and all(done)):
             print(f"{name}: NOT GATHERED", flush=True)
             well = False
+    return well
+
+
+def decode(name: str, case: Case) -> bool:
+    """Steps over a cache whose rows lie on both sides of ``DENSE_LEN``; whether all results are finite."""
+    torch.manual_seed(0)
+    k, v = (torch.randn(2, case.heads_kv, case.length, case.dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    state = new_state(k, GEOMETRY)
+    lengths = torch.tensor([case.length - 8, DENSE_LEN - 8], device="cuda")
+    starts = torch.tensor([3, 0], device="cuda")
+    key_mask = torch.rand(2, case.length, device="cuda") < 0.9
+    well = True
+    for count, others in ((1, (None, None, None)), (5, (starts, key_mask, None)), (1, (starts, None, 500))):
+        lengths += count
+        q = torch.randn(2, case.heads_q, count, case.dim, device="cuda", dtype=torch.bfloat16)
+        numbers = (case.dim**-0.5, DENSE_LEN, *tiled_decode_arguments(GEOMETRY))
+        out, _ = tiled_decode_attention(q, k, v, *state, lengths, *others, *numbers)
+        torch.cuda.synchronize()
+        finite = bool(out.isfinite().all())
+        print(f"{name} decode {count}: {'finite' if finite else 'NOT FINITE'}", flush=True)
+        well &= finite
+    return well
+
+
+def main() -> int:
+    well = attend()
+    for name, case in CASES.items():
+        if not case.gathered and not case.level:
+            well &= decode(name, case)
     return 0 if well else 1
 
 

@@ -256,6 +256,13 @@ def test_bench_passes_arguments_and_interpreter(run, separator):
     assert [json.loads(line) for line in out.splitlines()] == 2 * [[sys.executable, "--length", "8", "x"]]
 
 
+@pytest.mark.parametrize(("available", "script"), [(True, "decode"), (False, "cpu_decode")], ids=["cuda", "cpu"])
+def test_bench_decode_runs_the_benchmark_of_the_machine(run, checkout, monkeypatch, available, script):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    (checkout / "benchmarks" / f"{script}.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    assert run("bench", "--decode", "--lengths", 8) == (0, "['--lengths', '8']\n", "")
+
+
 @pytest.mark.usefixtures("checkout")
 def test_bench_stops_at_a_failure_with_its_code(run):
     assert run("bench", "failing", "fast")[:2] == (3, "")

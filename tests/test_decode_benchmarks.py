@@ -41,5 +41,24 @@ def test_a_row_of_the_cpu():
     cpu_decode = importlib.import_module("cpu_decode")
     row = cpu_decode.measure(300, argparse.Namespace(heads=2, heads_kv=1, dim=16, steps=2))
     assert row["case"] == "decode/2x1x16/96/300"
-    assert row["ratio"] == pytest.approx(row["ms"] / row["dense_ms"])
+    assert row["ratio"] == pytest.approx(row["sparse_ms"] / row["dense_ms"])
+    assert row["cpu_ratio"] == pytest.approx(row["sparse_cpu_ms"] / row["dense_cpu_ms"])
     assert row["refill_ms"] > 0
+
+
+def test_the_plot_has_a_line_for_every_case():
+    pytest.importorskip("matplotlib")
+    cases = [("32x2x128", 1), ("32x2x128", 8), ("32x8x128", 1)]
+    rows = [
+        {"heads": heads, "batch": batch, "mode": mode, "blocks": 64, "length": length, "ms": 0.02, "dense_ms": 0.04}
+        | {"ratio": 0.5}
+        for heads, batch in cases
+        for mode, length in (("sparse", 8192), ("sparse", 32768), ("dense", 8191))
+    ]
+    figure = importlib.import_module("_plot_gpu").draw_decode(
+        {"header": {"device": "NVIDIA H100", "torch": "2"}, "rows": rows}
+    )
+    left, right = figure.axes
+    assert len(left.lines) == 6
+    assert [line.get_label() for line in right.lines[:3]] == [f"{heads}, batch {batch}" for heads, batch in cases]
+    assert list(right.lines[0].get_xdata()) == [8192, 32768]
