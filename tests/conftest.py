@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor import config as inductor_config
 
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels import reference
@@ -43,7 +44,7 @@ def shared_cpp_runtime(tmp_path):
     """
     for compiler in (os.environ.get("CXX", "g++"), "/usr/bin/g++"):
         if links_shared_runtime(compiler, tmp_path):
-            with torch._inductor.config.patch({"cpp.cxx": (None, compiler)}):
+            with inductor_config.patch({"cpp.cxx": (None, compiler)}):
                 yield
             return
     pytest.skip("no C++ compiler here links the C++ runtime as a shared library: set CXX to one")
