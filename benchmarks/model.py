@@ -84,12 +84,12 @@ def build(layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch
 def embeddings(plain: nn.Module, length: int, data: str) -> Tensor:
     """What the first layer receives, ``[1, length, hidden]``."""
     sizes: Any = plain.config
-    weight: Tensor = plain.get_input_embeddings().weight  # type: ignore[operator]
+    weight: Tensor = plain.get_input_embeddings().weight.detach()  # type: ignore[operator]
     if data == "local":
         noise = torch.randn(length, sizes.hidden_size, device=weight.device)
         return correlated(noise, CORRELATION).mul_(weight.float().std()).to(weight.dtype)[None]
     ids = torch.randint(0, sizes.vocab_size, (1, length), device=weight.device)
-    return weight.detach()[ids]
+    return weight[ids]
 
 
 def prefill_call(model: Any, inputs: Tensor) -> Callable[[], object]:

@@ -15,6 +15,7 @@ from infllm_pass.errors import ConfigError
 from infllm_pass.graphs import held_tensors
 from infllm_pass.held import WatchedGraph, unchanged_copy, watch
 from infllm_pass.log import CompileLog
+from infllm_pass.lowering.accesses import remembered_accesses
 from infllm_pass.lowering.dispatch import warn_untuned
 from infllm_pass.pipeline import Switch, run_pass
 from infllm_pass.plan import SiteFilter
@@ -69,7 +70,8 @@ class SwitchableBackend:
         self.log.add(report, module)
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
-        compiled = self.compiler(module, example_inputs)
+        with remembered_accesses():
+            compiled = self.compiler(module, example_inputs)
         return WatchedGraph(compiled, original, watched) if watched else compiled
 
     def reset(self) -> None:

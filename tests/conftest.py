@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor import config as inductor_config
 
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels import reference
@@ -30,6 +34,31 @@ def _fresh_compiler():
 @pytest.fixture
 def small() -> SparseAttentionConfig:
     return SMALL
+
+
+@pytest.fixture
+def shared_cpp_runtime(tmp_path):
+    """Let AOTInductor use a C++ compiler that links the C++ runtime as a shared library.
+
+    With a static one the process gets a second runtime, and loading a package, whatever is in it, crashes it.
+    """
+    for compiler in (os.environ.get("CXX", "g++"), "/usr/bin/g++"):
+        if links_shared_runtime(compiler, tmp_path):
+            with inductor_config.patch({"cpp.cxx": (None, compiler)}):
+                yield
+            return
+    pytest.skip("no C++ compiler here links the C++ runtime as a shared library: set CXX to one")
+
+
+def links_shared_runtime(compiler: str, folder: Path) -> bool:
+    library = folder / "probe.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    source = "#include <string>\nstd::string text(int number) { return std::to_string(number); }\n"
+    try:
+        subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return b"libstdc++.so" in library.read_bytes()
 
 
 def llama(**overrides):

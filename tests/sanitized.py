@@ -1,4 +1,4 @@
-"""Every kernel of prefill, training and decoding once, on odd sizes, for NVIDIA's compute-sanitizer; see ``make sanitize``."""
+"""Every kernel of prefill, training and decoding once, on odd sizes, for compute-sanitizer; see ``make sanitize``."""
 
 from __future__ import annotations
 

@@ -519,6 +519,7 @@ def test_exported_modules_keep_the_operator():
         assert relative_error(program.module()(x), module(x)) < 1e-3
 
 
+@pytest.mark.usefixtures("shared_cpp_runtime")
 @torch.no_grad()
 def test_ahead_of_time_compiled_modules_give_the_same(tmp_path):
     module = SwitchableAttention().eval()

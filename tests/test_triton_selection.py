@@ -80,13 +80,14 @@ def check(
     assert not bool((found.sum(-1) > geometry.selected_blocks).any())
 
 
-@pytest.mark.parametrize("lse", ["coarse", "exact"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 16, 96])
+@pytest.mark.parametrize(
+    ("group", "lse"), [*((group, "coarse") for group in (1, 2, 3, 4, 7, 16, 96)), *((n, "exact") for n in (1, 4, 16))]
+)
 def test_sets_equal_the_oracles(group, lse):
-    check(group, length=203 if group < 16 else 131, heads=2 if group < 96 else 1, lse=lse)
+    check(group, length=203 if group < 7 else 131, queries=30 if group == 96 else None, heads=1 + (group < 7), lse=lse)
 
 
-@pytest.mark.parametrize(("group", "query_block", "queries"), [(16, 16, None), (4, 16, 77), (4, 4, 77), (200, 2, 40)])
+@pytest.mark.parametrize(("group", "query_block", "queries"), [(16, 16, None), (4, 16, 77), (4, 4, 77), (200, 2, 16)])
 def test_query_blocks_share_a_selection(group, query_block, queries):
     length = 203 if group < 200 else 120
     # The last tile of positions has to be whole on both sides of a call, or the oracle scores it with fewer queries.
@@ -124,18 +125,20 @@ def test_large_budgets(budget, initial):
     check(2, length=6000, queries=3, heads=1, selected_blocks=budget, init_blocks=initial)
 
 
-@pytest.mark.parametrize(("group", "block_size", "window"), [(7, 16, 100), (1, 32, 130), (4, 16, 300)])
-def test_blocks_before_a_sliding_window_are_no_candidates(group, block_size, window):
-    check(group, length=310, heads=1, block_size=block_size, window=window)
+@pytest.mark.parametrize(
+    ("group", "block_size", "length", "window"), [(7, 16, 170, 100), (1, 32, 310, 130), (4, 16, 310, 300)]
+)
+def test_blocks_before_a_sliding_window_are_no_candidates(group, block_size, length, window):
+    check(group, length=length, heads=1, block_size=block_size, window=window)
 
 
 def test_padding_moves_nothing():
-    check(4, length=203, batch=2, bounds=[(0, 203), (50, 190)])
+    check(4, length=203, batch=2, heads=1, bounds=[(0, 203), (50, 190)])
 
 
 def test_short_sequences_select_nothing():
-    check(4, length=150, batch=2, bounds=[(0, 150), (60, 150)], dense_len=100)
-    check(4, length=150, dense_len=151)
+    check(4, length=150, batch=2, heads=1, bounds=[(0, 150), (60, 150)], dense_len=100)
+    check(4, length=150, heads=1, dense_len=151)
 
 
 @pytest.mark.parametrize(("length", "queries"), [(200, 1), (1, 1), (31, 31), (40, 0)])
@@ -150,14 +153,14 @@ def test_head_dimensions_that_are_no_power_of_two(dim):
 
 def test_packed_sequences_select_on_their_own():
     geometry = BlockGeometry(**SMALL)
-    bounds = torch.tensor([0, 37, 37, 201, 320], dtype=torch.int32, device=DEVICE)
-    q = torch.randn(1, 8, 320, 16, device=DEVICE)
-    k = torch.randn(1, 2, 320, 16, device=DEVICE)
+    bounds = torch.tensor([0, 37, 37, 161, 260], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(1, 8, 260, 16, device=DEVICE)
+    k = torch.randn(1, 2, 260, 16, device=DEVICE)
     plan = plan_packed_tiles(
-        TileShape.choose(4), bounds, bounds, batch=1, length_q=320, length_k=320, block_size=geometry.block_size
+        TileShape.choose(4), bounds, bounds, batch=1, length_q=260, length_k=260, block_size=geometry.block_size
     )
     _, found = select(q, k, geometry, plan)
-    for begin, end in ((0, 37), (37, 201), (201, 320)):
+    for begin, end in ((0, 37), (37, 161), (161, 260)):
         part = slice(begin, end)
         expected = reference.select_blocks(q[:, :, part], k[:, :, part], geometry=geometry, scale=0.25, offset=0)
         assert torch.equal(found[:, :, part, : expected.shape[3]], expected)

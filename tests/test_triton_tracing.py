@@ -19,7 +19,7 @@ from triton.runtime import driver
 import infllm_pass
 from infllm_pass.kernels import gathering
 from infllm_pass.kernels.configurations import MEASURED_GATHERING
-from infllm_pass.lowering import checks
+from infllm_pass.lowering import accesses, checks
 
 from .test_tiled_checks import TILED
 from .triton_device import INTERPRETED
@@ -157,6 +157,59 @@ def write_in_place(graph: torch.fx.Graph) -> None:
     with V.set_fake_mode(detect_fake_mode(fakes)):
         reinplace.canonicalize_view_scatter_ops(graph)
         reinplace.reinplace_inplaceable_ops_core(graph)
+
+
+def two_layers(x):
+    for _ in range(2):
+        out = attend(x)
+        x = torch.cat([out, out[:, :4]], 1)
+    return x
+
+
+def test_a_kernel_is_read_once_for_all_layers(monkeypatch):
+    """And says the same of the second layer as of the first."""
+    read = []
+
+    def remembering(reader):
+        def count(kernel, arguments, descriptors):
+            read.append(kernel.fn.__name__)
+            return reader(kernel, arguments, descriptors)
+
+        return original(count)
+
+    original = accesses._remembering
+    monkeypatch.setattr(accesses, "_remembering", remembering)
+    trace(attend, packed_heads(), sparsified=True)
+    once = read.copy()
+    read.clear()
+    recorder = trace(two_layers, packed_heads(), sparsified=True)
+    assert len(once) >= sum(KERNELS.values())
+    assert read == once
+    first, second = (kernels_of(recorder.graphs["fw"])[part] for part in (slice(0, 5), slice(5, 10)))
+    for one, other in zip(first, second, strict=True):
+        assert one.kwargs["tensors_to_clone"] == other.kwargs["tensors_to_clone"]
+
+
+def test_what_was_read_of_a_kernel_holds_for_the_same_types_and_numbers():
+    calls = []
+    read = accesses._remembering(lambda kernel, arguments, _: calls.append(arguments) or len(calls))
+    half, single = (torch.empty(2, dtype=dtype) for dtype in (torch.float16, torch.float32))
+    kernel, other = object(), object()
+    assert read(kernel, {"x": half, "SIZE": 1}, {}) == 1
+    assert read(kernel, {"SIZE": 1, "x": torch.empty(5, dtype=torch.float16)}, {}) == 1
+    for number, (asked, arguments, descriptors) in enumerate(
+        [
+            (kernel, {"x": single, "SIZE": 1}, {}),
+            (kernel, {"x": half, "SIZE": 2}, {}),
+            (kernel, {"x": half, "SIZE": True}, {}),
+            (other, {"x": half, "SIZE": 1}, {}),
+            (kernel, {"x": half, "SIZE": 1}, {"x": "a descriptor"}),
+            (kernel, {"x": half, "SIZE": [1]}, {}),
+            (kernel, {"x": half, "SIZE": [1]}, {}),
+        ],
+        start=2,
+    ):
+        assert read(asked, arguments, descriptors) == number
 
 
 def test_sizes_that_a_compiler_made_dynamic_become_numbers():
