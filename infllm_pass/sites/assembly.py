@@ -183,9 +183,7 @@ def _plan(
     return Roles(meaning, extents)
 
 
-def _longer_than_one(
-    axes: list[sympy.Symbol], extent: dict[sympy.Symbol, sympy.Expr]
-) -> list[sympy.Symbol]:
+def _longer_than_one(axes: list[sympy.Symbol], extent: dict[sympy.Symbol, sympy.Expr]) -> list[sympy.Symbol]:
     """Of several dimensions those that are not of extent 1, if there are any."""
     return [axis for axis in axes if extent[axis] != 1] or axes[-1:]
 
