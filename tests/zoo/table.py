@@ -112,7 +112,8 @@ def _dense(architecture: str, implementation: str, kinds: dict[str, Finding]) ->
         return ""
     named = reasons + ["not a site"] * missed + errors
     dense = [kind for kind, finding in kinds.items() if finding.calls > finding.switchable]
-    causes = "; ".join(cause.text for cause in causes_of(architecture, implementation, dense))
+    true = causes_of(architecture, implementation, dense)
+    causes = "; ".join(cause.text for cause in true if missed or not set(reasons).isdisjoint(cause.reasons))
     return _cell(", ".join(named) + (f": {causes}" if causes else ""))
 
 

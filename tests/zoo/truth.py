@@ -37,10 +37,12 @@ CAUSES: dict[str, tuple[Cause, ...]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"), (Cause.INDEXER,)),
     **dict.fromkeys(("bloom", "cpmant", "inkling_text", "mpt", "prophetnet", "xlnet"), (Cause.BIAS,)),
     **dict.fromkeys(
-        ("ctrl", "dbrx", "jetmoe", "longcat_flash", "qwen4_exp", "qwen4_exp_text", "xlm", "xmod"), (Cause.BROKEN_GRAPH,)
+        ("ctrl", "dbrx", "jetmoe", "longcat_flash", "moshi", "qwen4_exp", "qwen4_exp_text", "xlm", "xmod"),
+        (Cause.BROKEN_GRAPH,),
     ),
     **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "hy_v4", "mimo_v2_flash"), (Cause.SINK,)),
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), (Cause.HEADS_OF_512,)),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), (Cause.HEADS_OF_512, Cause.BROKEN_GRAPH)),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), (Cause.HEADS_OF_512,)),
     **dict.fromkeys(("llama4", "llama4_text"), (Cause.CHUNKS,)),
     "blt": (Cause.PATCHES,),
     "doge": (Cause.DYNAMIC_MASK,),
