@@ -126,7 +126,7 @@ def test_processes_are_replaced(monkeypatch):
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["padding kept out", "padding shows"])
 def test_a_model_whose_padding_shows_is_not_held_to_its_output(keeps, monkeypatch):
-    """Attention whose numbers differ in padded batches is an error, unless the model itself has no fixed output there."""
+    """Where numbers differ in a padded batch it is an error, unless the model itself has no fixed output there."""
 
     class Model(torch.nn.Module):
         def __init__(self):
