@@ -678,6 +678,64 @@ def values_repeated_without_gradients(q, k, v):
     return filled(q, k, v, _causal(q))
 
 
+def less_the_largest_of_each_key(q, k, v):
+    scores = _scores(q, k)
+    shifted = scores - scores.amax(-2, keepdim=True)
+    return shifted.masked_fill(~_causal(q), float("-inf")).softmax(-1) @ v
+
+
+def less_the_largest_of_other_scores(q, k, v):
+    return (_hidden(q, k) - _scores(k, q).transpose(-2, -1).amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def less_a_number_of_each_key(q, k, v):
+    return (_hidden(q, k) - k[..., 0].unsqueeze(-2)).softmax(-1) @ v
+
+
+def subtracted_mask_of_the_wrong_sign(q, k, v):
+    return (_scores(q, k) + 1e10 - (_causal(q)).to(q.dtype) * 1e10).softmax(-1) @ v
+
+
+def added_fill_that_scaling_shows_again(q, k, v):
+    return ((_scores(q, k) + (~_causal(q)).to(q.dtype) * -1e9) * 1e-8).softmax(-1) @ v
+
+
+def least_number_that_scaling_shows_again(q, k, v):
+    least = torch.finfo(q.dtype).min
+    return (_hidden(q, k).clamp(min=least) * (-1.0 / least)).softmax(-1) @ v
+
+
+def clamped_from_both_sides(q, k, v):
+    return _hidden(q, k).clamp(torch.finfo(q.dtype).min, 0.5).softmax(-1) @ v
+
+
+def masked_in_place_too_late(q, k, v):
+    scores = _scores(q, k)
+    weights = scores.softmax(-1)
+    scores.masked_fill_(~_causal(q), float("-inf"))
+    return weights @ v
+
+
+def masked_and_shown_again_in_place(q, k, v):
+    scores = _scores(q, k)
+    scores.masked_fill_(~_causal(q), float("-inf"))
+    scores.masked_fill_(~_causal(q), 0.0)
+    return scores.softmax(-1) @ v
+
+
+def edited_through_a_view_after_the_mask(q, k, v):
+    scores = _scores(q, k)
+    first = scores[..., :1]
+    scores.masked_fill_(~_causal(q), float("-inf"))
+    first.add_(1.0)
+    return scores.softmax(-1) @ v
+
+
+def keys_tiled(q, k, v):
+    k, v = (x[:, : HEADS // 2].repeat(1, 2, 1, 1) for x in (k, v))
+    return _hidden(q, k).softmax(-1) @ v
+
+
 def weights_edited_in_place(q, k, v):
     weights = _hidden(q, k).softmax(-1) * 1.0
     weights[..., 0] = 0.0
@@ -705,14 +763,23 @@ NOT_ATTENTION = [
         *(top_left_of_more_keys, top_left_of_more_queries, first_key_unused, scores_detached, weights_detached),
         *(scores_without_gradients, weights_without_gradients, cast_to_integers_between, scores_edited_in_place),
         *(scores_masked_in_place, scores_added_to_in_place_through_a_view, scores_zeroed_before_the_mask),
-        *(weights_edited_in_place,),
+        *(weights_edited_in_place, less_the_largest_of_each_key, less_the_largest_of_other_scores),
+        *(less_a_number_of_each_key, subtracted_mask_of_the_wrong_sign, added_fill_that_scaling_shows_again),
+        *(least_number_that_scaling_shows_again, clamped_from_both_sides, masked_in_place_too_late),
+        *(masked_and_shown_again_in_place, edited_through_a_view_after_the_mask),
     )
 ]
 PERHAPS_ATTENTION = [
     Case(function, dense=False)
     for function in (
         *(scale_for_each_key, reshaped_keys, keys_of_other_heads, scores_used_twice, last_key_unused),
-        *(keys_detached, keys_repeated_and_detached, values_repeated_without_gradients, queries_scaled_by_data),
+        *(
+            keys_tiled,
+            keys_detached,
+            keys_repeated_and_detached,
+            values_repeated_without_gradients,
+            queries_scaled_by_data,
+        ),
     )
 ]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from infllm_pass.guard import Branch
+from infllm_pass.kernels import reference
 from infllm_pass.pipeline import run_on_export, run_pass
 
 from .conftest import llama, relative_error
@@ -203,3 +204,48 @@ def test_both_dialects_lead_to_the_same_decisions_and_numbers(name, dynamic):
     assert all("val" in node.meta for node in program.graph.nodes if "infllm" in str(node.target))
     rounding = 1e-6 if name == "Llama, eager" else 1e-9  # its softmax is in float32
     assert relative_error(program.module()(x), model(x)) < rounding
+
+
+def upper(length):
+    return torch.arange(length)[None, :] <= torch.arange(length)[:, None]
+
+
+KEY_CONDITIONS = {
+    "a mask": lambda mask: mask.bool(),
+    "not a mask": lambda mask: ~(mask == 0),
+    "numbers compared": lambda mask: 2 * mask + 1 > 2,
+    "lengths of rows": lambda mask: torch.arange(mask.shape[1])[None, :] < mask.sum(1)[:, None],
+    "a test of pairs of keys": lambda mask: mask[:, torch.arange(mask.shape[1]) // 2] != 0,
+    "either of two": lambda mask: (mask != 0) | (torch.arange(mask.shape[1]) % 5 == 1)[None],
+    "a row for all": lambda mask: (mask[:1] != 0) & (mask[:1] < 2),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", KEY_CONDITIONS)
+@torch.no_grad()
+def test_an_exported_padded_batch_equals_the_oracle(name, dynamic):
+    """What a mask tests of the keys is computed again by ATen overloads."""
+
+    class Padded(nn.Module):
+        def forward(self, q, k, v, mask):
+            keys = KEY_CONDITIONS[name](mask)[:, None, None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=keys & upper(q.shape[2]))
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 57, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.ones(3, 57, dtype=torch.long)
+    mask[0, :6], mask[0, 20:23], mask[1, -9:] = 0, 0, 0
+    dims = {0: torch.export.Dim("batch", min=2), 2: torch.export.Dim("length", min=2, max=200)}
+    shapes = (dims, dims, dims, {0: dims[0], 1: dims[2]}) if dynamic else None
+    program = torch.export.export(Padded(), (q, k, v, mask), dynamic_shapes=shapes)
+    (row,) = run_on_export(program.graph_module, ALWAYS, branch=Branch.SPARSE).sites
+    assert (row.decision, row.mask) == ("switchable", "causal, padded keys"), row.explanation
+    operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    overloads = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+    assert all(isinstance(target, overloads) or target.__module__ == "_operator" for target in operators)
+    common = {"geometry": ALWAYS.geometry, "scale": 8**-0.5, "offset": 0, "dense_len": 0}
+    common["key_mask"] = KEY_CONDITIONS[name](mask).expand(3, 57)
+    expected, _ = reference.attention(q, k, v, reference.select_blocks(q, k, **common), **common)
+    assert relative_error(program.module()(q, k, v, mask), expected) < 1e-10
+    assert relative_error(Padded()(q, k, v, mask).nan_to_num(), expected) > 1e-3  # the selection does leave keys out

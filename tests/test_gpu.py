@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,6 +209,73 @@ class Attention(nn.Module):
 class SwitchableAttention(Attention):
     def attend(self, q, k, v):
         return switchable_attention(q, k, v, self.config)
+
+
+class Placed(Attention):
+    """Packed sequences by positions that start over, in a sliding window of so many keys or without one."""
+
+    def __init__(self, window, device="cuda"):
+        super().__init__(dtype=torch.float32)
+        self.window = window
+        self.to(device)
+
+    def forward(self, x, positions):
+        self.mask = self.visible(positions)[:, None]
+        return super().forward(x)
+
+    def visible(self, positions):
+        index = torch.arange(positions.shape[1], device=positions.device)
+        numbers = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        visible = (numbers[:, :, None] == numbers[:, None]) & (index[None, :] <= index[:, None])
+        return visible if self.window is None else visible & (index[None, :] > index[:, None] - self.window)
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+
+
+class PlacedOracle(Placed):
+    """The same by the float64 oracle, a sequence at a time."""
+
+    def attend(self, q, k, v):
+        rows = []
+        for row, visible in enumerate(self.mask[:, 0]):
+            starts = [0, *(i for i in range(1, len(visible)) if not visible[i, i - 1]), len(visible)]
+            for begin, end in itertools.pairwise(starts):
+                part = [x[row : row + 1, :, begin:end] for x in (q, k, v)]
+                common = {"geometry": TILED.geometry, "scale": 0.25, "offset": 0, "window": self.window}
+                sparse = end - begin >= TILED.dense_len
+                blocks = reference.select_blocks(*part[:2], **common, dense_len=0) if sparse else None
+                rows.append(reference.attention(*part, blocks, **common, dense_len=0)[0].to(q.dtype))
+        return torch.cat(rows, 2).unflatten(2, (len(self.mask), -1))[0].transpose(0, 1)
+
+
+def check_placed_attention(window, firsts, device):
+    """A rewritten graph has the outputs and the gradients of the oracle."""
+    model = Placed(window, device)
+    oracle = PlacedOracle(window, device)
+    oracle.load_state_dict(model.state_dict())
+    length = 300
+    x = torch.randn(len(firsts), length, 64, device=device)
+    index = torch.arange(length, device=device)
+    positions = torch.stack([torch.where(index < first, index, index - first) for first in firsts])
+    compiled = infllm_pass.sparsify(torch.compile(model), TILED, strict=True)
+    out, expected = compiled(x, positions), oracle(x, positions)
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    assert relative_error(out, expected) < 1e-4
+    assert relative_error(model.qkv.weight.grad, oracle.qkv.weight.grad) < 1e-4
+    assert relative_error(out, model(x, positions)) > 1e-3  # the selection does leave keys out
+    return infllm_pass.report(compiled).sites
+
+
+@pytest.mark.parametrize("window", [None, 150], ids=["no window", "window"])
+@pytest.mark.parametrize("firsts", [(0, 0), (40, 191)], ids=["rows", "packed"])
+def test_windows_and_packed_sequences_of_a_model_reach_the_kernels(window, firsts):
+    with no_warnings():
+        sites = check_placed_attention(window, firsts, "cuda")
+    assert [(site.branch, site.kernels, site.refusal) for site in sites] == [("sparse", "triton", "")]
+    assert "packed sequences" in sites[0].mask
+    assert ("window 150" in sites[0].mask) == (window is not None)
 
 
 def test_many_lengths_compile_one_dense_and_one_sparse_graph():

@@ -57,6 +57,27 @@ def in_place(s):
     return s.masked_fill_(hidden(s.shape[-1]), INF)
 
 
+def masked_in_place(s):
+    s.masked_fill_(hidden(s.shape[-1]).expand_as(s), INF)
+    return s
+
+
+def edited_in_place(s):
+    s *= 2.0
+    s.mul_(D**-0.5).div_(2.0)
+    s.masked_fill_(hidden(s.shape[-1]), INF)
+    return s
+
+
+def numbers(s, least=INF):
+    """A mask of numbers to add."""
+    return torch.zeros(s.shape[-2:], dtype=s.dtype).masked_fill(hidden(s.shape[-1]), least)
+
+
+def added_by_baddbmm(q, k):
+    return torch.baddbmm(torch.zeros(B * HQ, L, L, dtype=q.dtype), merged(q), merged(k).mT).view(B, HQ, L, L)
+
+
 SPELLINGS = {
     "matmul": part(product=lambda q, k: torch.matmul(q, k.transpose(2, 3))),
     "method": part(product=lambda q, k: q.matmul(k.mT)),
@@ -84,6 +105,21 @@ SPELLINGS = {
     "functional softmax": part(softmax=lambda s: F.softmax(s, dim=-1)),
     "torch softmax": part(softmax=lambda s: torch.softmax(s, 3)),
     "softmax in another dtype": part(softmax=lambda s: F.softmax(s, dim=-1, dtype=torch.float64).to(s.dtype)),
+    "added before the scale": part(scale=lambda s: (s + numbers(s)) * D**-0.5, mask=lambda s: s),
+    "least number added before the scale": part(
+        scale=lambda s: (s + numbers(s, torch.finfo(s.dtype).min)) / D**0.5, mask=lambda s: s
+    ),
+    "subtracted": part(mask=lambda s: s - 1e10 * hidden(s.shape[-1]).to(s.dtype)),
+    "added to nothing": part(product=added_by_baddbmm),
+    "masked in place": part(mask=masked_in_place),
+    "edited in place": part(scale=lambda s: s, mask=edited_in_place),
+    "less the largest": part(softmax=lambda s: (s - s.max(dim=-1, keepdim=True).values).softmax(-1)),
+    "less the largest, detached": part(softmax=lambda s: (s - s.amax(-1)[..., None].detach()).softmax(-1)),
+    "less a number": part(softmax=lambda s: (s - 3.0).softmax(-1)),
+    "not below the least": part(
+        softmax=lambda s: torch.max(s, torch.tensor(torch.finfo(s.dtype).min, dtype=s.dtype)).softmax(-1)
+    ),
+    "clamped to the least": part(softmax=lambda s: s.clamp(min=torch.finfo(s.dtype).min).softmax(-1)),
     "inactive dropout": part(softmax=lambda s: F.dropout(s.softmax(-1), 0.1, False)),
     "dropout of nothing": part(softmax=lambda s: F.dropout(s.softmax(-1), 0.0, True)),
 }
@@ -152,6 +188,7 @@ def grouped_blhd(q, k, v):
 
 GROUPS = {
     "expand and reshape": repeated(matmul_attention, expand_reshape),
+    "repeat and reshape": repeated(matmul_attention, lambda x: x[:, :, None].repeat(1, 1, G, 1, 1).flatten(1, 2)),
     "repeat_interleave": repeated(matmul_attention, lambda x: x.repeat_interleave(G, dim=1)),
     "repeat_interleave, (BH)LD": repeated(bmm, lambda x: x.repeat_interleave(G, dim=1)),
     "expand and reshape, (BH)LD": repeated(bmm, expand_reshape),
@@ -212,6 +249,33 @@ def test_spellings(spelling):
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups(group, dynamic):
     check(GROUPS[group], HKV, dynamic, HKV)
+
+
+def test_a_batch_of_one_with_products_of_three_and_of_four_dimensions():
+    def attention(q, k, v):
+        scores = (merged(q) @ merged(k).mT).view(1, HQ, L, L) * D**-0.5
+        return scores.masked_fill(hidden(L), INF).softmax(-1) @ v
+
+    q, k, v = (x[:1] for x in qkv())
+    module = capture(attention, q, k, v)
+    (row,) = run_pass(module, ALWAYS).sites
+    assert row.decision == "switchable", row.explanation
+    assert row.query_shape[:2] == (1, HQ)
+    assert relative_error(run(module, (q, k, v)), oracle(q, k, v)) < 1e-10
+
+
+def test_scores_that_something_else_reads_are_still_masked_in_place():
+    def attention(q, k, v):
+        scores = q @ k.mT
+        scores.masked_fill_(hidden(L), INF)
+        return (scores * D**-0.5).softmax(-1) @ v + scores[..., :1].exp()
+
+    q, k, v = qkv()
+    expected = attention(q, k, v)
+    module = capture(attention, q, k, v)
+    (row,) = run_pass(module, COVERING).sites
+    assert row.decision == "switchable", row.explanation
+    assert relative_error(run(module, (q, k, v)), expected) < 1e-10
 
 
 class Attention(torch.nn.Module):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from .zoo import huggingface, packages, written
-from .zoo.examination import examine
-from .zoo.running import FAMILIES
-from .zoo.specimens import CannotBuildError, Kind
+from .zoo import __main__ as zoo_command
+from .zoo import huggingface, oracle, packages, running, written
+from .zoo.examination import Finding, examine
+from .zoo.running import FAMILIES, Result
+from .zoo.specimens import CannotBuildError, Kind, Specimen
 from .zoo.table import DECISIONS
 from .zoo.truth import unexplained
 
@@ -86,3 +88,70 @@ def test_the_record_covers_the_zoo_and_holds_no_wrong_rewrite():
 
 def test_every_recorded_dense_site_has_a_true_cause():
     assert unexplained(EXPECTED) == []
+
+
+def test_results_are_kept_and_gone_on_from(monkeypatch, tmp_path):
+    kept = tmp_path / "results"
+    arguments = ["zoo", "nanoGPT style", "llama2.c style", "--results", str(kept)]
+    monkeypatch.setattr("sys.argv", arguments)
+    asked = []
+
+    def run(wanted, _workers):
+        asked.append(list(wanted))
+        for family, architecture in wanted[:1]:  # and is stopped
+            yield Result(family, architecture, {"fused": {"plain": Finding(calls=2, covering=0.5, tolerance=1.0)}})
+
+    monkeypatch.setattr(zoo_command, "run_zoo", run)
+    with pytest.raises(KeyError):
+        zoo_command.main()
+    assert zoo_command.main() == 0
+    names = ["llama2.c style", "nanoGPT style"]
+    assert asked == [[("written for the tests", name) for name in rest] for rest in (names, names[1:])]
+    found = [Result.from_json(line) for line in kept.read_text().splitlines()]
+    assert [result.architecture for result in found] == names
+    assert found[0].findings["fused"]["plain"].equal
+
+
+@pytest.mark.timeout(120)
+def test_processes_are_replaced(monkeypatch):
+    monkeypatch.setattr(running, "PROCESS_LIFE", 2)
+    worker = running._Worker()
+    processes = []
+    for _ in range(3):
+        assert "draft model" in worker.ask("transformers", "gemma4_assistant").unbuilt
+        processes.append(worker._process)
+    worker.stop()
+    assert processes[0] is processes[1] is not processes[2]
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["padding kept out", "padding shows"])
+def test_a_model_whose_padding_shows_is_not_held_to_its_output(keeps, monkeypatch):
+    """Where numbers differ in a padded batch it is an error, unless the model itself has no fixed output there."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(96, 24)
+
+        def forward(self, ids, mask):
+            x = self.embedding(ids)
+            x = x * mask[..., None] if keeps else x
+            heads = x.unflatten(-1, (3, 8)).transpose(1, 2)
+            causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+            seen = causal & mask[:, None, None].bool() if keeps else causal
+            return (
+                torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, seen).transpose(1, 2).flatten(2)
+            )
+
+    def wrong(call):
+        """An oracle that is off."""
+        return lambda *args: (call(*args)[0] * 1.5, None)
+
+    torch.manual_seed(0)
+    model = Model().double()
+    specimen = Specimen("test", "own", lambda: model, lambda m, batch: m(batch.ids, batch.attention_mask))
+    assert examine(specimen, Kind.PADDED).equal
+    monkeypatch.setattr(oracle, "_block_attention", wrong(oracle._block_attention))
+    finding = examine(specimen, Kind.PADDED)
+    assert finding.equal is (not keeps)
+    assert ("padding" in finding.unusable) is (not keeps)

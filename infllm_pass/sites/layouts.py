@@ -209,9 +209,9 @@ class Layouts:
         return next((mode for number, mode in reversed(self._switches) if number < self._positions[node]), None)
 
     def latest(self, node: Any, reader: fx.Node) -> Any:
-        """The node that stands for a tensor's value where `reader` reads it: itself, or what last wrote over it.
+        """The node that stands for a tensor's value where `reader` reads it: what last wrote over it, if anything did.
 
-        An operator in place returns the tensor that it was given, and graphs go on to name either of the two.
+        An operator in place returns the tensor that it was given, and graphs go on to name any of its results.
 
         Args:
             node: an argument of `reader`; what is no node is returned as it is.
@@ -219,13 +219,14 @@ class Layouts:
         """
         if not isinstance(node, fx.Node):
             return node
+        while (written := read_in_place(node)) is not None and isinstance(written.args["input"], fx.Node):
+            node = written.args["input"]
+        names = [node]
+        for name in names:
+            names += [user for user in name.users if user.args[:1] == (name,) and read_in_place(user) is not None]
         before = self._positions[reader]
-        writers = [user for user in node.users if user.args[:1] == (node,) and read_in_place(user) is not None]
-        return max(
-            (writer for writer in writers if self._positions[writer] < before),
-            key=self._positions.__getitem__,
-            default=node,
-        )
+        earlier = [name for name in names if self._positions[name] < before]
+        return max(earlier, key=self._positions.__getitem__, default=node)
 
     def read(self, node: fx.Node) -> Call | None:
         """What a node computes, see `vocabulary.read`, of the latest values of its arguments."""

@@ -31,7 +31,7 @@ def main() -> int:
     found = {result.place: result for result in _kept(arguments.results)}
     for result in run_zoo([place for place in wanted if place not in found], arguments.workers):
         found[result.place] = result
-        if arguments.results is not None:
+        if arguments.results is not None and not result.lost:
             with arguments.results.open("a") as file:
                 print(result.to_json(), file=file)
         _show(result)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from infllm_pass.report import SiteReport
 
 from ..conftest import SMALL
 from .oracle import count_operators, with_oracle
+from .shrink import VOCABULARY
 from .specimens import LENGTH, Batch, Kind, Specimen, make_batch
 
 COVERING = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "topk": 40})
@@ -44,7 +45,8 @@ class Finding:
         sparse: how far the small budget is from the dense model: 0.0 would mean that nothing was tested.
         tolerance: the largest error that passes.
         packs: whether the model itself keeps packed sequences apart; None where nothing is packed.
-        unusable: what the model itself, or tracing it, raised on such a batch, before the pass had a part in it.
+        unusable: why the model itself gives nothing to compare with on such a batch: what it or tracing it raised, or
+            that its padding is not kept out.
         error: what went wrong with the pass in the way; "" when nothing did.
     """
 
@@ -183,6 +185,8 @@ def examine(specimen: Specimen, kind: Kind, *, gradients: bool = False) -> Findi
     finding.sparse = _error(outputs["small"], expected, batch.valid)
     if step is not None:
         finding.gradients = max(_distance(steps["covering"], step), _distance(steps["small"], steps["oracle"]))
+    if kind is Kind.PADDED and not finding.equal and _leaks(specimen, model, batch, expected):
+        return Finding(unusable="what its padding holds changes its own output")
     if kind is Kind.PACKED:
         finding.packs = _packs(specimen, model, batch, expected)
     return finding
@@ -207,6 +211,15 @@ def _unusable(specimen: Specimen, model: nn.Module, batch: Batch) -> str:
     except Exception as error:
         return one_line(error)
     return "" if bool(logits[batch.valid].isfinite().all()) else "its own output is not finite"
+
+
+@torch.no_grad()
+def _leaks(specimen: Specimen, model: nn.Module, batch: Batch, expected: Tensor) -> bool:
+    """Whether the model's own output for valid tokens depends on the padding, of which attention may make anything."""
+    other = replace(batch, ids=batch.ids.where(batch.valid, (batch.ids + 1) % VOCABULARY))
+    with torch.compiler.set_stance("force_eager"):
+        error = _error(specimen.call(model, other), expected, batch.valid)
+    return not error <= TOLERANCES[specimen.dtype]
 
 
 def _untraceable(specimen: Specimen, model: nn.Module, batch: Batch) -> str:

@@ -23,8 +23,8 @@ from .specimens import CannotBuildError, Kind, Specimen
 
 FAMILIES = {"transformers": huggingface, "written for the tests": written, "packages": packages}
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 240.0
-"""Seconds that one architecture may take; the slowest take under a minute."""
+LIMIT_S = 900.0
+"""Seconds that one architecture may take; the slowest take two minutes of a processor."""
 PROCESS_LIFE = 25
 """Architectures that one process examines. Compiled code and caches stay with it, 40 MB for an architecture."""
 
@@ -38,12 +38,14 @@ class Result:
         architecture: its name.
         findings: by implementation and kind of batch.
         unbuilt: why it cannot be built; "" where it can.
+        lost: whether its process gave no answer, so that nothing was found.
     """
 
     family: str
     architecture: str
     findings: dict[str, dict[str, Finding]]
     unbuilt: str = ""
+    lost: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> Result:
@@ -152,7 +154,7 @@ class _Worker:
             return Result.from_json(line)
         self.stop()
         why = "its process died" if ready else f"it took longer than {LIMIT_S:.0f} s"
-        return Result(family, architecture, {}, why)
+        return Result(family, architecture, {}, why, lost=True)
 
     def stop(self) -> None:
         if self._process is not None:
