@@ -16,7 +16,6 @@ from infllm_pass.errors import (
     ConfigError,
     NoAttentionSiteError,
     NoAttentionSiteWarning,
-    UncompiledGenerateWarning,
     UnsupportedModelError,
 )
 from infllm_pass.log import CompileLog
@@ -316,13 +315,6 @@ def test_what_was_not_sparsified_is_refused(function):
         function(attend)
     with pytest.raises(UnsupportedModelError, match="not a sparsified model"), infllm_pass.dense_mode(attend):
         pass
-
-
-def test_generate_says_that_it_runs_the_original(tiny_llama):
-    model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="eager"), SMALL)
-    with pytest.warns(UncompiledGenerateWarning, match="dense and uncompiled"):
-        out = model.generate(tokens(5), max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert out.shape == (1, 7)
 
 
 @torch.no_grad()
