@@ -292,7 +292,7 @@ def test_a_model_without_generate_gets_none():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return first_layers(load_model(), 3)
+    return first_layers(load_model(), 2)
 
 
 @pytest.fixture(scope="module")
