@@ -70,5 +70,9 @@ class MaskBufferChangedWarning(UserWarning):
     """A buffer that a compiled graph's mask was read from was overwritten: the graph runs uncompiled and dense."""
 
 
+class UncountedCacheWarning(UserWarning):
+    """A cache does not count what is written to it, so that its keys are compressed anew at every step."""
+
+
 class UncompiledGenerateWarning(UserWarning):
     """``generate`` of a compiled module runs the original, unchanged model."""

@@ -9,7 +9,7 @@ import sympy
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import BATCH, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.emission import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
@@ -229,20 +229,27 @@ def _refused_offset(
 ) -> str | None:
     """Why the operators cannot be told at which key the queries stand; None if they can."""
     offset: sympy.Expr = predicate.causal_offset
-    sizes = interpreter.facts.size_sources
     if same(offset, length_k - length_q):
         return None
-    names = {name for name, _, _ in predicate.offset_leaves}
-    numbers = {symbol for symbol in offset.free_symbols - {BATCH} if symbol.name not in names}
-    if not names and numbers <= length_q.free_symbols | length_k.free_symbols:
+    leaves = predicate.offset_leaves
+    if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
         return "these are neither the last of the keys nor at a position in them"
     if predicate.segments is not None:
         return "they are packed sequences"
-    if BATCH in offset.free_symbols:
+    return unemittable(offset, leaves, interpreter, site)
+
+
+def unemittable(
+    expression: sympy.Expr, leaves: tuple[Leaf, ...], interpreter: Interpreter, site: AttentionSite
+) -> str | None:
+    """Why a position in the keys cannot be made from the graph's inputs, for all rows at once; None if it can."""
+    names = {name for name, _, _ in leaves}
+    numbers = {symbol for symbol in expression.free_symbols - {BATCH} if symbol.name not in names}
+    if BATCH in expression.free_symbols:
         numbers |= size(site.shape(site.key)[0]).free_symbols
-    if not is_expressible(offset) or not numbers <= set(sizes):
+    if not is_expressible(expression) or not numbers <= set(interpreter.facts.size_sources):
         return "that number cannot be made of the graph's inputs"
-    unreadable = [node for name, _, node in predicate.offset_leaves if not interpreter.unknowns[name].readable]
+    unreadable = [node for name, _, node in leaves if not interpreter.unknowns[name].readable]
     return f"{unreadable[0].name} lives inside a nested function" if unreadable else None
 
 
