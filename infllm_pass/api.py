@@ -48,8 +48,8 @@ class _Handle:
         self.config = config
         self.strict = strict
         self.log = CompileLog()
-        backend = SwitchableBackend(settings.compiler, config, filter_fn=filter_fn, log=self.log)
-        self.compiled = compile_with(original, backend, settings)
+        self.backend = SwitchableBackend(settings.compiler, config, filter_fn=filter_fn, log=self.log)
+        self.compiled = compile_with(original, self.backend, settings)
         self._switchable = _entry(self.compiled)
         self._dense: Callable[..., Any] | None = None
         self._active = self._switchable

@@ -101,14 +101,14 @@ class CacheInputs:
         needs_gradient = any(
             example_of(operand.node).requires_grad for operand in (site.query, site.key_heads, site.value_heads)
         )
-        if not plan.offset_is_data or not plan.switchable or needs_gradient or keys.dtype != dtype:
+        if not plan.in_cache or not plan.switchable or needs_gradient or keys.dtype != dtype:
             return None
         cell = storage(site.key_heads.node)
         inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
         position = next((place for place, node in enumerate(inputs) if storage(node) == cell), None)
         if position is None or storage_of(keys) != cell or facts.is_written_elsewhere(site.key_heads.node):
             return None
-        if any(not writer < site.node for writer in _writers(facts.graph, cell)):
+        if any(not writer < site.node for writer in _writers(facts.graph, keys)):
             return None
         if not bool(site.shape(site.query)[2] <= MOST_QUERIES):
             return None
@@ -162,9 +162,27 @@ def _add_input(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
     return node
 
 
-def _writers(graph: fx.Graph, cell: int | None) -> list[fx.Node]:
-    """The nodes that write to a storage."""
-    return [node for node in graph.nodes if any(storage(written) == cell for written in written_arguments(node))]
+def _writers(graph: fx.Graph, keys: torch.Tensor) -> list[fx.Node]:
+    """The nodes that may write to the memory of a tensor; other parts of its storage are other caches."""
+    span = _span(keys)
+    found = []
+    for node in graph.nodes:
+        for written in written_arguments(node):
+            if storage(written) != storage_of(keys):
+                continue
+            other = _span(example_of(written))
+            if span is None or other is None or (span[0] < other[1] and other[0] < span[1]):
+                found.append(node)
+    return found
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """The elements of its storage between which a tensor lies; None where sizes are dynamic."""
+    if not all(isinstance(number, int) for number in (tensor.storage_offset(), *tensor.shape, *tensor.stride())):
+        return None
+    begin = int(tensor.storage_offset())
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return begin, begin + 1 + sum((int(extent) - 1) * int(stride) for extent, stride in steps)
 
 
 class CacheUpkeep:
@@ -196,7 +214,7 @@ class CacheUpkeep:
             moved = self._call(site, operator.ne, state.first, starts)
             count = self._call(site, "masked_fill", count, moved, 0)
             self._call(site, "copy_", state.first, starts)
-        for writer in _writers(self._facts.graph, storage(site.key_heads.node)):
+        for writer in _writers(self._facts.graph, site.key_heads.example):
             count = self._lowered(plan, site, writer, count, starts)
         if count is not state.filled:
             self._call(site, "copy_", state.filled, count)

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from infllm_pass.emission import Emitter
-from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, Leaf, Segments
+from infllm_pass.lowering.positions import checked_positions
+from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
 from infllm_pass.masks.emission import Site, build
 from infllm_pass.masks.values import example_of, size, storage
 from infllm_pass.plan import SitePlan
@@ -31,6 +32,7 @@ class MaskOperands:
         self._facts = facts
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
         self._positions: dict[sympy.Expr, fx.Node] = {}
+        self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
         self._lengths: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._starts: dict[fx.Node, fx.Node] = {}
         self._bounds: dict[Segments, fx.Node] = {}
@@ -40,7 +42,7 @@ class MaskOperands:
         mask = plan.mask
         if mask is None:
             return (None,) * 6
-        offsets = self.position(mask.causal_offset, mask.offset_leaves, site) if plan.offset_is_data else None
+        offsets = self._offsets(mask, site) if plan.in_cache else None
         bounds = None if mask.segments is None else self._segment_bounds(mask.segments, site)
         window = None if mask.window is None else int(mask.window)
         return self.key_mask(mask.key_conditions, site), offsets, None, bounds, None, window
@@ -69,6 +71,33 @@ class MaskOperands:
                 mask = self._call(site, torch.logical_and, mask, test)
             self._key_masks[conditions] = self._call(site, "expand", mask, list(self._extents(site)))
         return self._key_masks[conditions]
+
+    def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
+        """Where the queries of a cache's rows begin; on the CPU a graph of Dynamo checks that they fit."""
+        offsets = self.position(mask.causal_offset, mask.offset_leaves, site)
+        tokens, capacity = (self._input_size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+        on_cpu = site.key.example.device.type == "cpu" and "example_value" in site.node.meta
+        if not on_cpu or tokens is None or capacity is None:
+            return offsets
+        if (offsets, tokens, capacity) not in self._checked:
+            with self._emitter.graph.inserting_before(offsets.next):
+                sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
+                name = self._name_of(site.key_heads.node)
+                checked = self._call(site, checked_positions._opoverload, offsets, *sizes, name)
+                self._checked[offsets, tokens, capacity] = checked
+        return self._checked[offsets, tokens, capacity]
+
+    def _input_size(self, extent: int | torch.SymInt) -> int | sympy.Symbol | None:
+        """A size as a number, or as the symbol of a size of the graph's inputs; None if it is neither."""
+        expression = size(extent)
+        if expression.is_Integer:
+            return int(expression)
+        return expression if expression in self._facts.size_sources else None
+
+    def _name_of(self, node: fx.Node) -> str:
+        """The name of the input that a tensor lives in; its own if it lives in none."""
+        inputs = (other for other in self._facts.graph.nodes if other.op == "placeholder")
+        return next((str(other.target) for other in inputs if storage(other) == storage(node)), node.name)
 
     def position(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node:
         """A key number as an int64 tensor ``[1]`` or ``[B]`` on the keys' device, in memory of its own.

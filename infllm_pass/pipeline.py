@@ -56,8 +56,9 @@ def run_pass(
     def decide(plan: SitePlan) -> LengthGuard | None:
         if not plan.switchable or switch is not Switch.BY_LENGTH or not isinstance(plan.site, AttentionSite):
             return None
-        decide_side = decide_capacity if plan.offset_is_data else decide_length
-        return decide_side(plan.site.shape(plan.site.key)[2], config.dense_len)
+        if plan.length is None:
+            return decide_capacity(plan.site.shape(plan.site.key)[2], config.dense_len)
+        return decide_length(plan.length, config.dense_len)
 
     for plan, guard, outcome in _run(module, config, filter_fn, decide, held, caches):
         rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))

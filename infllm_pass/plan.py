@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
+import torch
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
@@ -47,17 +48,27 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.offset_is_data:
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.in_cache:
             return False
         return same(size(self.site.shape(self.site.query)[2]), size(self.site.shape(self.site.key)[2]))
 
     @property
-    def offset_is_data(self) -> bool:
-        """Whether only the device knows at which key the queries stand: the keys are a cache with room for more."""
+    def in_cache(self) -> bool:
+        """Whether the queries are not the last of the keys: these are a cache with room for more."""
         if self.mask is None or self.mask.causal_offset is None or isinstance(self.site, PartialSite):
             return False
         length_q, length_k = (size(self.site.shape(tensor)[2]) for tensor in (self.site.query, self.site.key))
         return not same(self.mask.causal_offset, length_k - length_q)
+
+    @property
+    def length(self) -> int | torch.SymInt | None:
+        """Keys of a row, padding included, once the queries' own are appended; None: only the device knows it."""
+        if self.mask is None or isinstance(self.site, PartialSite):
+            return None
+        if not self.in_cache:
+            return self.site.shape(self.site.key)[2]
+        offset: sympy.Expr = self.mask.causal_offset
+        return self.site.shape(self.site.query)[2] + int(offset) if offset.is_Integer else None
 
     @property
     def windowed(self) -> bool:
@@ -231,11 +242,14 @@ def _refused_offset(
     offset: sympy.Expr = predicate.causal_offset
     if same(offset, length_k - length_q):
         return None
-    leaves = predicate.offset_leaves
-    if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
-        return "these are neither the last of the keys nor at a position in them"
     if predicate.segments is not None:
         return "they are packed sequences"
+    leaves = predicate.offset_leaves
+    if offset.is_Integer:
+        tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
+        return None if offset >= 0 and bool(tokens + int(offset) <= capacity) else "they are not all among the keys"
+    if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
+        return "these are neither the last of the keys nor at a position in them"
     return unemittable(offset, leaves, interpreter, site)
 
 

@@ -104,7 +104,7 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
-        dense = plan.windowed or (plan.offset_is_data and branch is Branch.DENSE)
+        dense = plan.windowed or (plan.in_cache and branch is Branch.DENSE)
         if dense and self._is_left_to_untuned_kernels(plan, site):
             return Outcome()
         try:
@@ -205,7 +205,7 @@ class Rewriter:
     @staticmethod
     def _cache_use(plan: SitePlan, branch: Branch) -> CacheUse:
         """What becomes of the compressed keys of a site that does not keep them."""
-        return CacheUse.RECOMPUTED if plan.offset_is_data and branch is Branch.SPARSE else CacheUse.NONE
+        return CacheUse.RECOMPUTED if plan.in_cache and branch is Branch.SPARSE else CacheUse.NONE
 
     def _cache_of(self, plan: SitePlan, site: AttentionSite, refusal: str) -> CacheSpec | None:
         """The cache that a site decodes from, if the graph may keep its compressed keys.
