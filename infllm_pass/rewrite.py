@@ -205,7 +205,8 @@ class Rewriter:
     @staticmethod
     def _cache_use(plan: SitePlan, branch: Branch) -> CacheUse:
         """What becomes of the compressed keys of a site that does not keep them."""
-        return CacheUse.RECOMPUTED if plan.in_cache and branch is Branch.SPARSE else CacheUse.NONE
+        cached = plan.in_cache or (isinstance(plan.site, AttentionSite) and plan.site.growth is not None)
+        return CacheUse.RECOMPUTED if cached and branch is Branch.SPARSE else CacheUse.NONE
 
     def _cache_of(self, plan: SitePlan, site: AttentionSite, refusal: str) -> CacheSpec | None:
         """The cache that a site decodes from, if the graph may keep its compressed keys.

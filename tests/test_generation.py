@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,6 +317,8 @@ def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smoll
     assert torch.equal(model.generate(ids, **arguments), smollm2.generate(ids, **arguments))
     assert calls_of(model) in (200, 201)
     assert {site.decision for site in infllm_pass.report(model).sites} == {"switchable"}
+    carried = "carried" if "static" in way else "recomputed"
+    assert carried in {site.cache_state for site in rows_of_steps(model)}
 
 
 @pytest.mark.checkpoint
@@ -326,3 +331,18 @@ def test_a_pipeline_runs_the_sparsified_model(smollm2, tokenizer):
     ]
     assert outputs[0] == outputs[1]
     assert calls_of(model) == 5
+
+
+@pytest.mark.checkpoint
+@pytest.mark.parametrize("flags", [[], ["--dense"], ["--cache", "dynamic"]], ids=" ".join)
+def test_the_example_streams_an_answer(flags, monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "examples" / "generate_long.py"
+    spec = importlib.util.spec_from_file_location("generate_long", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    example.main(["--tokens", "200", "--new", "6", "--layers", "1", *flags])
+    printed = capsys.readouterr().out
+    assert "6 new tokens" in printed
+    assert ("2 switchable" in printed) is (flags == [])
+    assert ("attention site(s)" in printed) is (flags != ["--dense"])
