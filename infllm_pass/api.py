@@ -36,8 +36,8 @@ class _Sides:
     """One way in which a sparsified model is compiled: its switchable side, and its dense one once that is called."""
 
     def __init__(self, handle: _Handle, settings: CompileSettings) -> None:
-        backend = SwitchableBackend(settings.compiler, handle.config, filter_fn=handle.filter_fn, log=handle.log)
-        self.compiled = compile_with(handle.original, backend, settings)
+        self.backend = SwitchableBackend(settings.compiler, handle.config, filter_fn=handle.filter_fn, log=handle.log)
+        self.compiled = compile_with(handle.original, self.backend, settings)
         self.switchable = _entry(self.compiled)
         self._dense: Callable[..., Any] | None = None
         self._compile_dense = functools.partial(compile_dense, handle, settings)
@@ -72,6 +72,11 @@ class _Handle:
         self._dense_mode = False
         self._graphs_checked = 0
         self._warned = False
+
+    @property
+    def backend(self) -> SwitchableBackend:
+        """The pass in front of the compiler, with the cache state that it keeps."""
+        return self._sides.backend
 
     @property
     def compiled(self) -> Callable[..., Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from infllm_pass.cached_graph import CachedGraph, CacheStore
+from infllm_pass.caches import CacheInputs, may_read_a_cache
 from infllm_pass.compiled import bound_compiler
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError
@@ -53,12 +55,17 @@ class SwitchableBackend:
         self.switch = switch
         self.filter_fn = filter_fn
         self.log = CompileLog() if log is None else log
+        self.store = CacheStore()
         self.__name__ = "infllm"
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
         """Rewrite and compile one graph; the contract of a Dynamo backend."""
         held = held_tensors(module, example_inputs)
-        original = unchanged_copy(module) if held.tensors else module
+        original = module
+        if held.tensors or may_read_a_cache(module.graph):
+            module = unchanged_copy(module)  # Dynamo still needs the inputs of its own
+            held = held_tensors(module, example_inputs)
+        caches = CacheInputs(self.config.geometry)
         report = run_pass(
             module,
             self.config,
@@ -66,12 +73,15 @@ class SwitchableBackend:
             filter_fn=self.filter_fn,
             number=self.log.next_number(),
             held=held,
+            caches=caches,
         )
-        self.log.add(report, module)
+        self.log.add(report, original)
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
         with remembered_accesses():
-            compiled = self.compiler(module, example_inputs)
+            compiled = self.compiler(module, [*example_inputs, *caches.examples])
+        if caches.specs:
+            compiled = CachedGraph(compiled, tuple(caches.specs), self.store)
         return WatchedGraph(compiled, original, watched) if watched else compiled
 
     def reset(self) -> None:

@@ -116,7 +116,8 @@ def compile_with(
 
     Dynamo stops compiling, and runs the plain model, after a number of recompilations. Where torch can do so
     they are counted for this compilation alone, not together with the original's or another configuration's,
-    and the number is doubled: every graph may exist for both sides of the length switch.
+    and the number is four times as large: every graph may exist for both sides of the length switch, and a model that
+    generates makes graphs for prompts and for steps.
     """
     arguments: dict[str, Any] = {
         key: dict(value) if isinstance(value, dict) else value for key, value in settings.arguments.items()
@@ -126,5 +127,5 @@ def compile_with(
         arguments["isolate_recompiles"] = True
     if "recompile_limit" in known:
         limit = arguments.get("recompile_limit") or torch._dynamo.config.recompile_limit
-        arguments["recompile_limit"] = 2 * limit
+        arguments["recompile_limit"] = 4 * limit
     return torch.compile(original, backend=backend, **arguments)

@@ -29,6 +29,18 @@ class DeviceError(InfLLMError, ValueError):
     """Tensors of one call are on different devices, or on one that cannot do what the call asks for."""
 
 
+class CachePositionError(InfLLMError, IndexError):
+    """New tokens do not fit into a cache at the position that the model was called with."""
+
+    def __init__(self, cache: str, row: int, first: int, tokens: int, capacity: int) -> None:
+        advice = "begin at slot 0 or later" if first < 0 else "make the cache larger, or reset or crop it"
+        super().__init__(
+            f"cache {cache}: row {row} is to get {tokens} tokens from slot {first} on, of {capacity} slots; {advice}"
+        )
+        self.cache = cache
+        self.row = row
+
+
 class UnsupportedModelError(InfLLMError, TypeError):
     """The object handed to `sparsify`, `dense`, `report` or `explain` is not one they can work on."""
 
@@ -68,6 +80,10 @@ class NoAttentionSiteWarning(UserWarning):
 
 class MaskBufferChangedWarning(UserWarning):
     """A buffer that a compiled graph's mask was read from was overwritten: the graph runs uncompiled and dense."""
+
+
+class UncountedCacheWarning(UserWarning):
+    """A cache does not count what is written to it, so that its keys are compressed anew at every step."""
 
 
 class UncompiledGenerateWarning(UserWarning):

@@ -68,8 +68,14 @@ class WatchedGraph:
 
 
 def unchanged_copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph and of the graphs nested in it; tensors and other modules are shared."""
+    """A copy of a graph and of the graphs nested in it, with what Dynamo notes on them; the rest is shared."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for name, value in vars(module).items():
+        vars(copied).setdefault(name, value)
+    copied.meta = module.meta
+    for node, twin in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
     for name, part in module.named_children():
         if isinstance(part, fx.GraphModule):
             setattr(copied, name, unchanged_copy(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import fx
 
 from infllm_pass.emission import Emitter
-from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, MaskPredicate, Segments
+from infllm_pass.lowering.positions import checked_positions
+from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
 from infllm_pass.masks.emission import Site, build
 from infllm_pass.masks.values import example_of, size, storage
 from infllm_pass.plan import SitePlan
@@ -29,7 +31,10 @@ class MaskOperands:
         self._emitter = emitter
         self._facts = facts
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
-        self._offsets: dict[sympy.Expr, fx.Node] = {}
+        self._positions: dict[sympy.Expr, fx.Node] = {}
+        self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
+        self._lengths: dict[tuple[fx.Node, Any], fx.Node] = {}
+        self._starts: dict[fx.Node, fx.Node] = {}
         self._bounds: dict[Segments, fx.Node] = {}
 
     def arguments(self, plan: SitePlan, site: AttentionSite) -> tuple[Any, ...]:
@@ -37,10 +42,23 @@ class MaskOperands:
         mask = plan.mask
         if mask is None:
             return (None,) * 6
-        offsets = self.offsets(mask, site) if plan.offset_is_data else None
+        offsets = self._offsets(mask, site) if plan.in_cache else None
         bounds = None if mask.segments is None else self._segment_bounds(mask.segments, site)
         window = None if mask.window is None else int(mask.window)
         return self.key_mask(mask.key_conditions, site), offsets, None, bounds, None, window
+
+    def rows(self, plan: SitePlan, site: AttentionSite) -> tuple[fx.Node, fx.Node | None, fx.Node | None, int | None]:
+        """The arguments lengths, starts, key_mask and window of the decode operators."""
+        key_mask, offsets, *_, window = self.arguments(plan, site)
+        length_q = self._emitter.size(site.node, self._emitter.operand(site.node, site.query, site.query), 2)
+        if (offsets, length_q) not in self._lengths:
+            self._lengths[offsets, length_q] = self._call(site, operator.add, offsets, length_q)
+        if key_mask is not None and key_mask not in self._starts:
+            valid = self._call(site, "to", key_mask, torch.int32)
+            first = self._call(site, "argmax", valid, 1)
+            self._starts[key_mask] = self._call(site, "to", first, torch.int32)
+        starts = None if key_mask is None else self._starts[key_mask]
+        return self._lengths[offsets, length_q], starts, key_mask, window
 
     def key_mask(self, conditions: tuple[KeyCondition, ...], site: AttentionSite) -> fx.Node | None:
         """The keys' validity as a node ``[B, Lk]`` of dtype bool."""
@@ -54,36 +72,60 @@ class MaskOperands:
             self._key_masks[conditions] = self._call(site, "expand", mask, list(self._extents(site)))
         return self._key_masks[conditions]
 
-    def offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
-        """Number of the first query's key, int64 ``[1]`` or ``[B]``, on the keys' device.
+    def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
+        """Where the queries of a cache's rows begin; on the CPU a graph of Dynamo checks that they fit."""
+        offsets = self.position(mask.causal_offset, mask.offset_leaves, site)
+        tokens, capacity = (self._input_size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+        on_cpu = site.key.example.device.type == "cpu" and "example_value" in site.node.meta
+        if not on_cpu or tokens is None or capacity is None:
+            return offsets
+        if (offsets, tokens, capacity) not in self._checked:
+            with self._emitter.graph.inserting_before(offsets.next):
+                sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
+                name = self._name_of(site.key_heads.node)
+                checked = self._call(site, checked_positions._opoverload, offsets, *sizes, name)
+                self._checked[offsets, tokens, capacity] = checked
+        return self._checked[offsets, tokens, capacity]
+
+    def _input_size(self, extent: int | torch.SymInt) -> int | sympy.Symbol | None:
+        """A size as a number, or as the symbol of a size of the graph's inputs; None if it is neither."""
+        expression = size(extent)
+        if expression.is_Integer:
+            return int(expression)
+        return expression if expression in self._facts.size_sources else None
+
+    def _name_of(self, node: fx.Node) -> str:
+        """The name of the input that a tensor lives in; its own if it lives in none."""
+        inputs = (other for other in self._facts.graph.nodes if other.op == "placeholder")
+        return next((str(other.target) for other in inputs if storage(other) == storage(node)), node.name)
+
+    def position(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node:
+        """A key number as an int64 tensor ``[1]`` or ``[B]`` on the keys' device, in memory of its own.
 
         It is made right after the tensors that it is computed from: the graph may write to them before the attention.
         """
-        expression: sympy.Expr = mask.causal_offset
-        if expression not in self._offsets:
+        if expression not in self._positions:
             graph, device = self._emitter.graph, site.key.example.device
-            leaves = [node for _, _, node in mask.offset_leaves]
             placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-            with graph.inserting_before(max([*leaves, *placeholders[-1:]]).next):
-                offset = self._number(mask, site)
-                if isinstance(example_of(offset), torch.Tensor):
-                    offset = self._call(site, "reshape", offset, [-1])
-                    if example_of(offset).device != device:
-                        offset = self._call(site, "to", offset, device, torch.int64)
+            with graph.inserting_before(max([*(node for _, _, node in leaves), *placeholders[-1:]]).next):
+                number = self._number(expression, leaves, site)
+                if isinstance(example_of(number), torch.Tensor):
+                    number = self._call(site, "reshape", number, [-1])
+                    if example_of(number).device != device:
+                        number = self._call(site, "to", number, device, torch.int64)
                 else:
-                    offset = self._call(site, torch.full, [1], offset, dtype=torch.int64, device=device)
-                self._offsets[expression] = offset
-        return self._offsets[expression]
+                    number = self._call(site, torch.full, [1], number, dtype=torch.int64, device=device)
+                self._positions[expression] = number
+        return self._positions[expression]
 
-    def _number(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
-        """The causal offset of sizes and tensors, int64, in memory of its own."""
-        leaves = {name: self._call(site, "to", node, torch.int64) for name, _, node in mask.offset_leaves}
-        expression: sympy.Expr = mask.causal_offset
+    def _number(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node:
+        """An integer expression of sizes and tensors, int64, in memory of its own."""
+        widened = {name: self._call(site, "to", node, torch.int64) for name, _, node in leaves}
         batch: Any = site.shape(site.key)[0]
         if BATCH in expression.free_symbols and isinstance(batch, torch.SymInt):
             batch = self._size(self._facts, size(batch), site)
-        value = self._build(expression, leaves, self._facts, site, (batch, None))
-        if storage(value) in {storage(node) for _, _, node in mask.offset_leaves}:
+        value = self._build(expression, widened, self._facts, site, (batch, None))
+        if storage(value) in {storage(node) for _, _, node in leaves}:
             value = self._call(site, "clone", value)
         return value
 

@@ -7,6 +7,7 @@ from enum import Enum
 
 from torch import fx
 
+from infllm_pass.caches import CacheInputs
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.expand import Expansion, expand_composites
 from infllm_pass.graphs import all_graphs
@@ -33,6 +34,7 @@ def run_pass(
     filter_fn: SiteFilter | None = None,
     number: int = 0,
     held: HeldTensors | None = None,
+    caches: CacheInputs | None = None,
 ) -> GraphReport:
     """Rewrite every attention site of a Dynamo graph, and of the graphs nested in it, in place.
 
@@ -43,6 +45,8 @@ def run_pass(
         filter_fn: sites for which it returns False stay dense.
         number: number of the graph, for the report.
         held: tensors that masks may be read from. Whoever runs the graph has to watch what was read, see `held`.
+        caches: takes up the caches whose compressed keys are inputs of the rewritten graph, which whoever runs it has
+            to hand over, see `cached_graph`; None: none are.
 
     Returns:
         What was found and done.
@@ -52,10 +56,11 @@ def run_pass(
     def decide(plan: SitePlan) -> LengthGuard | None:
         if not plan.switchable or switch is not Switch.BY_LENGTH or not isinstance(plan.site, AttentionSite):
             return None
-        decide_side = decide_capacity if plan.offset_is_data else decide_length
-        return decide_side(plan.site.shape(plan.site.key)[2], config.dense_len)
+        if plan.length is None:
+            return decide_capacity(plan.site.shape(plan.site.key)[2], config.dense_len)
+        return decide_length(plan.length, config.dense_len)
 
-    for plan, guard, outcome in _run(module, config, filter_fn, decide, held):
+    for plan, guard, outcome in _run(module, config, filter_fn, decide, held, caches):
         rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))
     return GraphReport(number, tuple(rows))
 
@@ -98,6 +103,7 @@ def _run(
     filter_fn: SiteFilter | None,
     decide: Callable[[SitePlan], LengthGuard | None],
     held: HeldTensors | None = None,
+    caches: CacheInputs | None = None,
 ) -> list[Decision]:
     """Find, plan, decide and rewrite, site by site; a site at which that fails stays as it was."""
     done: list[Decision] = []
@@ -105,7 +111,7 @@ def _run(
     calls = {expansion.call for expansion in expansions}
     used: set[Expansion] = set()
     for view in all_graphs(module, held):
-        rewriter = Rewriter(view.facts, config)
+        rewriter = Rewriter(view.facts, config, caches if view.module is module else None)
         for plan in plan_graph(view, filter_fn, config.visited_tokens):
             if plan.site.node in calls:
                 continue

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 
 from infllm_pass.graphs import GraphView
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import BATCH, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.emission import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import same, size
@@ -47,18 +48,28 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.offset_is_data:
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.in_cache:
             return False
         length_q, length_k = _lengths(self.site)
         return length_q == 1 or same(length_q, length_k)
 
     @property
-    def offset_is_data(self) -> bool:
-        """Whether only the device knows at which key the queries stand: the keys are a cache with room for more."""
+    def in_cache(self) -> bool:
+        """Whether the queries are not the last of the keys: these are a cache with room for more."""
         if self.mask is None or self.mask.causal_offset is None or isinstance(self.site, PartialSite):
             return False
         length_q, length_k = _lengths(self.site)
         return not same(self.mask.causal_offset, length_k - length_q)
+
+    @property
+    def length(self) -> int | torch.SymInt | None:
+        """Keys of a row, padding included, once the queries' own are appended; None: only the device knows it."""
+        if self.mask is None or isinstance(self.site, PartialSite):
+            return None
+        if not self.in_cache:
+            return self.site.shape(self.site.key)[2]
+        offset: sympy.Expr = self.mask.causal_offset
+        return self.site.shape(self.site.query)[2] + int(offset) if offset.is_Integer else None
 
     @property
     def windowed(self) -> bool:
@@ -249,20 +260,30 @@ def _refused_offset(
 ) -> str | None:
     """Why the operators cannot be told at which key the queries stand; None if they can."""
     offset: sympy.Expr = predicate.causal_offset
-    sizes = interpreter.facts.size_sources
     if same(offset, length_k - length_q):
         return None
-    names = {name for name, _, _ in predicate.offset_leaves}
-    numbers = {symbol for symbol in offset.free_symbols - {BATCH} if symbol.name not in names}
-    if not names and numbers <= length_q.free_symbols | length_k.free_symbols:
-        return "these are neither the last of the keys nor at a position in them"
     if predicate.segments is not None:
         return "they are packed sequences"
-    if BATCH in offset.free_symbols:
+    leaves = predicate.offset_leaves
+    if offset.is_Integer:
+        tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
+        return None if offset >= 0 and bool(tokens + int(offset) <= capacity) else "they are not all among the keys"
+    if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
+        return "these are neither the last of the keys nor at a position in them"
+    return unemittable(offset, leaves, interpreter, site)
+
+
+def unemittable(
+    expression: sympy.Expr, leaves: tuple[Leaf, ...], interpreter: Interpreter, site: AttentionSite
+) -> str | None:
+    """Why a position in the keys cannot be made from the graph's inputs, for all rows at once; None if it can."""
+    names = {name for name, _, _ in leaves}
+    numbers = {symbol for symbol in expression.free_symbols - {BATCH} if symbol.name not in names}
+    if BATCH in expression.free_symbols:
         numbers |= size(site.shape(site.key)[0]).free_symbols
-    if not is_expressible(offset) or not numbers <= set(sizes):
+    if not is_expressible(expression) or not numbers <= set(interpreter.facts.size_sources):
         return "that number cannot be made of the graph's inputs"
-    unreadable = [node for name, _, node in predicate.offset_leaves if not interpreter.unknowns[name].readable]
+    unreadable = [node for name, _, node in leaves if not interpreter.unknowns[name].readable]
     return f"{unreadable[0].name} lives inside a nested function" if unreadable else None
 
 

@@ -39,6 +39,8 @@ class SiteReport:
         branch: the side of the switch that this graph runs, "dense" or "sparse".
         kernels: what computes the site on this side: "triton", "torch operators" or "SDPA".
         refusal: why the Triton kernels do not take a site on a GPU that "torch operators" compute; else "".
+        cache_state: whether the compressed keys of a cache are "carried" from call to call or "recomputed" at each; ""
+            where there is no cache.
         guard: the length test that chose the side; "" for a dense site.
         guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
         reason: name of the `Reason`.
@@ -60,6 +62,7 @@ class SiteReport:
     branch: str
     kernels: str
     refusal: str
+    cache_state: str
     guard: str
     guard_dynamic: bool
     reason: str
@@ -68,7 +71,13 @@ class SiteReport:
     def with_outcome(self, outcome: Outcome) -> SiteReport:
         """The row once the site is rewritten."""
         elided = self.mask_elided or outcome.mask_elided
-        return replace(self, mask_elided=elided, kernels=outcome.kernels.value, refusal=outcome.refusal)
+        return replace(
+            self,
+            mask_elided=elided,
+            kernels=outcome.kernels.value,
+            refusal=outcome.refusal,
+            cache_state=outcome.cache_state.value,
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,19 @@ class Report:
 
 
 _PLACE = ("site", "module")
-_COLUMNS = ("graph", *_PLACE, "q [B,H,L,D]", "kv heads", "mask", "decision", "runs", "kernels", "guard", "why")
+_COLUMNS = (
+    "graph",
+    *_PLACE,
+    "q [B,H,L,D]",
+    "kv heads",
+    "mask",
+    "decision",
+    "runs",
+    "kernels",
+    "cache state",
+    "guard",
+    "why",
+)
 
 
 def _cells(rows: list[SiteReport]) -> dict[str, str]:
@@ -161,6 +182,7 @@ def _cells(rows: list[SiteReport]) -> dict[str, str]:
         "decision": first.decision,
         "runs": first.branch,
         "kernels": first.kernels,
+        "cache state": first.cache_state,
         "guard": first.guard + (" (dynamic)" if first.guard_dynamic else ""),
         "why": _why(first),
     }
@@ -217,6 +239,7 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         branch=(guard.branch if guard is not None else Branch.DENSE).value,
         kernels=Kernels.SDPA.value,
         refusal="",
+        cache_state="",
         guard=guard.expression if guard is not None else "",
         guard_dynamic=guard is not None and guard.dynamic,
         reason=plan.reason.name,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from infllm_pass.caches import CacheInputs, CacheSpec, CacheUpkeep
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
@@ -43,6 +44,14 @@ class Kernels(Enum):
     SDPA = "SDPA"
 
 
+class CacheUse(Enum):
+    """What becomes of a cache's compressed keys. The value is what the report calls it."""
+
+    NONE = ""
+    CARRIED = "carried"
+    RECOMPUTED = "recomputed"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a site.
@@ -51,11 +60,13 @@ class Outcome:
         mask_elided: whether its mask tensor, if it had one, is no longer read.
         kernels: what computes it.
         refusal: why the Triton kernels do not take a site on a GPU that is left to the torch operators; else "".
+        cache_state: what becomes of the compressed keys of a cache.
     """
 
     mask_elided: bool = False
     kernels: Kernels = Kernels.SDPA
     refusal: str = ""
+    cache_state: CacheUse = CacheUse.NONE
 
     @property
     def rewritten(self) -> bool:
@@ -69,14 +80,16 @@ class Rewriter:
     Args:
         facts: what is known of the graph.
         config: what sparse attention selects.
+        caches: takes up the caches whose compressed keys the graph is to keep; None: it keeps none.
     """
 
-    def __init__(self, facts: GraphFacts, config: SparseAttentionConfig) -> None:
+    def __init__(self, facts: GraphFacts, config: SparseAttentionConfig, caches: CacheInputs | None = None) -> None:
         self.graph = facts.graph
         self.config = config
         self._facts = facts
         self._emitter = Emitter(facts.graph)
         self._masks = MaskOperands(self._emitter, facts)
+        self._caches = caches
 
     def rewrite(self, plan: SitePlan, branch: Branch) -> Outcome:
         """Rewrite one site for one side of the length switch.
@@ -91,7 +104,7 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
-        dense = plan.windowed or (plan.offset_is_data and branch is Branch.DENSE)
+        dense = plan.windowed or (plan.in_cache and branch is Branch.DENSE)
         if dense and self._is_left_to_untuned_kernels(plan, site):
             return Outcome()
         try:
@@ -121,13 +134,16 @@ class Rewriter:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
                 example = example_of(q)
                 refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
-                if refusal is None:
-                    outcome = Outcome(True, Kernels.TRITON)
-                    attend = self._tiled_attention
+                kernels = Kernels.TORCH if refusal is not None else Kernels.TRITON
+                refusal = refusal if refusal is not None and example.device.type != "cpu" else ""
+                outcome = Outcome(True, kernels, refusal, self._cache_use(plan, branch))
+                spec = self._cache_of(plan, site, refusal)
+                if spec is not None:
+                    outcome = replace(outcome, cache_state=CacheUse.CARRIED)
+                    result = self._decode_attention(plan, site, q, k, v, spec, kernels)
                 else:
-                    outcome = Outcome(True, Kernels.TORCH, refusal if example.device.type != "cpu" else "")
-                    attend = self._block_attention
-                result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
+                    attend = self._tiled_attention if kernels is Kernels.TRITON else self._block_attention
+                    result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
             result = self._emitter.layout(site.node, result, site.output_steps)
             if example_of(result).dtype != example_of(site.node).dtype:
                 result = self._emit(site, "to", result, example_of(site.node).dtype)
@@ -184,6 +200,48 @@ class Rewriter:
             blocks = self._emit(site, select_blocks, q, k, *call, *selection_arguments(config.geometry))
         block_attention = torch.ops.infllm.block_attention.default
         results = self._emit(site, block_attention, q, k, v, blocks, *call, *attention_arguments(config.geometry))
+        return self._emit(site, operator.getitem, results, 0)
+
+    @staticmethod
+    def _cache_use(plan: SitePlan, branch: Branch) -> CacheUse:
+        """What becomes of the compressed keys of a site that does not keep them."""
+        cached = plan.in_cache or (isinstance(plan.site, AttentionSite) and plan.site.growth is not None)
+        return CacheUse.RECOMPUTED if cached and branch is Branch.SPARSE else CacheUse.NONE
+
+    def _cache_of(self, plan: SitePlan, site: AttentionSite, refusal: str) -> CacheSpec | None:
+        """The cache that a site decodes from, if the graph may keep its compressed keys.
+
+        On a GPU the operator for the CPU would read lengths on the host, in calls that CUDA graphs record.
+        """
+        return None if self._caches is None or refusal else self._caches.spec_of(plan, site, self._facts)
+
+    def _decode_attention(
+        self,
+        plan: SitePlan,
+        site: AttentionSite,
+        q: fx.Node,
+        k: fx.Node,
+        v: fx.Node,
+        spec: CacheSpec,
+        kernels: Kernels,
+    ) -> fx.Node:
+        """Attention of a few queries over a cache, its compressed keys kept from call to call."""
+        if self._caches is None:
+            raise AssertionError("a cache was found that nobody keeps")
+        state = self._caches.state(spec, site, self.graph)
+        rows = self._masks.rows(plan, site)
+        upkeep = CacheUpkeep(self._facts, self._emitter, self._masks)
+        upkeep.emit(plan, site, state, rows[1])
+        geometry = self.config.geometry
+        if kernels is Kernels.TRITON:
+            from infllm_pass.lowering.tiled_decode import tiled_decode_arguments  # needs Triton
+
+            target, arguments = torch.ops.infllm.tiled_decode_attention.default, tiled_decode_arguments(geometry)
+            q, k, v = (self._unit_stride(site, node) for node in (q, k, v))
+        else:
+            target, arguments = torch.ops.infllm.decode_attention.default, selection_arguments(geometry)
+        call = (*rows, plan.scale, self.config.dense_len, *arguments)
+        results = self._emit(site, target, q, k, v, state.k1, state.k2, state.filled, *call)
         return self._emit(site, operator.getitem, results, 0)
 
     def _unit_stride(self, site: AttentionSite, node: fx.Node) -> fx.Node:

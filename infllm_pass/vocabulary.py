@@ -376,6 +376,43 @@ def _named(node: fx.Node, entry: _Entry) -> Call | None:
     return Call(entry.kind, args if entry.adapt is None else entry.adapt(args))
 
 
+@dataclass(frozen=True)
+class Write:
+    """A node that overwrites a tensor at some places of its dimensions, and everywhere along the others.
+
+    Attributes:
+        target: the tensor.
+        entries: for each dimension a slice, or a node that holds positions.
+    """
+
+    target: fx.Node
+    entries: tuple[Any, ...]
+
+
+def read_write(node: fx.Node) -> Write | None:
+    """Where a node writes to; None for one that is not known to leave some of its tensor alone."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    target = node.args[0] if node.args else None
+    if node.kwargs or not isinstance(target, fx.Node):
+        return None
+    example = target.meta.get("example_value", target.meta.get("val"))
+    rank = example.dim() if isinstance(example, torch.Tensor) else 0
+    full: list[Any] = [slice(None)] * rank
+    if name in ("index_copy_", "scatter_") and len(node.args) == 4 and isinstance(node.args[1], int):
+        full[node.args[1] % rank] = node.args[2]
+        return Write(target, tuple(full))
+    if node.target is operator.setitem or (name == "index_put_" and len(node.args) == 3):
+        index = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+        if any(entry is None or isinstance(entry, bool) for entry in index):
+            return None
+        gap = [place for place, entry in enumerate(index) if entry is Ellipsis]
+        before = list(index[: gap[0]] if gap else index)
+        after = list(index[gap[0] + 1 :] if gap else ())
+        middle = [slice(None)] * (rank - len(before) - len(after))
+        return Write(target, (*before, *middle, *after))
+    return None
+
+
 def scatters(node: fx.Node) -> bool:
     """Whether a node is a copy of a tensor with some elements replaced, as a cache is updated without writing to it."""
     packet = getattr(node.target, "overloadpacket", None)

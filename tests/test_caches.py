@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
+import warnings
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import infllm_pass
+from infllm_pass import api
+from infllm_pass.errors import CachePositionError, UncountedCacheWarning
 from infllm_pass.guard import Branch
 from infllm_pass.pipeline import run_on_export, run_pass
 from infllm_pass.reasons import Reason
@@ -100,6 +105,20 @@ def test_a_position_that_is_a_number():
         place += count
 
 
+@pytest.mark.parametrize("length", [30, 70])
+def test_a_prompt_at_the_start_of_a_cache_is_switched_by_its_length(length):
+    """Nothing is read from a tensor: Dynamo guards on the length, as without a cache."""
+    module = CachedAttention()
+    model = sparsified(module)
+    keys, values = caches()
+    x = tokens(1, length)
+    with torch.no_grad():
+        out = model(x, keys, values, 0)
+        assert relative_error(out, expected(module, x, keys, values, 0)) < 1e-12
+    (site,) = infllm_pass.report(model).sites
+    assert (site.branch, site.guard) == (("dense", "30 < 40") if length < 40 else ("sparse", "70 >= 40"))
+
+
 def test_a_cache_shorter_than_dense_len_never_is_sparse():
     module = CachedAttention()
     config = dataclasses.replace(CONFIG, dense_len=100)
@@ -175,10 +194,6 @@ REFUSED = {
         lambda q, k, v, at: SDPA(q, k, v, torch.arange(k.shape[2]) <= (torch.arange(q.shape[2]) * at)[:, None]),
         Reason.UNPROVEN_MASK,
     ),
-    "a flag for fewer queries than keys": (
-        lambda q, k, v, at: SDPA(q, k, v, is_causal=True),
-        Reason.PARTIAL_KEYS,
-    ),
     "a limit for one query over keys that nothing updates": (
         lambda q, k, v, at: SDPA(q[:, :, :1], k, v, torch.arange(k.shape[2])[None] <= at),
         Reason.BIDIRECTIONAL,
@@ -197,6 +212,205 @@ def test_what_is_no_position_in_a_cache_stays_dense(what):
     module = capture(function, torch.randn(1, 2, 9, 8, dtype=torch.float64), keys, values, torch.tensor(3))
     (site,) = run_pass(module, CONFIG).sites
     assert site.reason == reason.name
+
+
+def store_of(model):
+    """The states of a sparsified model's caches."""
+    return api._find_handle(model).backend.store
+
+
+def filled(model):
+    """The counts of compressed keys of the states that are not void."""
+    states = [state for states in store_of(model)._states.values() for state in states.values()]
+    return [state.filled.tolist() for state in states]
+
+
+@pytest.fixture
+def refills(monkeypatch):
+    """Counts the states that were made or emptied."""
+    count = []
+    plain = infllm_pass.cached_graph.CacheStore.state
+
+    def state(self, cache, spec):
+        found = plain(self, cache, spec)
+        if not found.filled.any():
+            count.append(spec.name)
+        return found
+
+    monkeypatch.setattr(infllm_pass.cached_graph.CacheStore, "state", state)
+    return count
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("update", ["index_copy_", "subscript", "scatter_"])
+def test_compressed_keys_are_carried_from_step_to_step(update, backend, refills):
+    torch._dynamo.reset()
+    module = CachedAttention(UPDATES[update])
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend), CONFIG)
+    held = run(model, module, [50, 1, 1, 1])
+    assert filled(model) == [[53]]
+    assert len(refills) == 1
+    site = infllm_pass.report(model).sites[-1]
+    assert (site.cache_state, site.guard) == ("carried", "on the device")
+    assert "carried" in str(infllm_pass.report(model))
+    assert held
+
+
+def test_prompts_are_not_decoded():
+    module = CachedAttention()
+    model = sparsified(module, dynamic=True)
+    run(model, module, [50, 16, 17])
+    assert [site.cache_state for site in infllm_pass.report(model).sites] == ["recomputed", "carried"]
+
+
+def change_slice(keys):
+    keys[:, :, 3] = 5.0
+
+
+def change_view(keys):
+    keys[0].transpose(0, 1)[7].normal_()
+
+
+CHANGES = {"a slice": change_slice, "a view": change_view, "all": torch.Tensor.normal_, "reset": torch.Tensor.zero_}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_keys_that_others_write_are_compressed_anew(change):
+    module = CachedAttention()
+    model = sparsified(module)
+    keys, values = run(model, module, [50, 1, 1])
+    CHANGES[change](keys)
+    x = tokens(1, 1)
+    with torch.no_grad():
+        out = model(x, keys, values, torch.tensor(52))
+        assert relative_error(out, expected(module, x, keys, values, 52)) < 1e-12
+
+
+def test_keys_that_the_graph_writes_elsewhere_are_compressed_anew(refills):
+    """The second position is a tensor of its own, as every layer of a cache of transformers has one."""
+
+    class Elsewhere(CachedAttention):
+        def forward(self, x, keys, values, position, other):
+            keys.index_copy_(2, other + torch.arange(2), self.heads(self.k, x[:, :1].expand(-1, 2, -1)) + 1)
+            return super().forward(x, keys, values, position)
+
+    module = Elsewhere()
+    model = sparsified(module)
+    keys, values = caches()
+    with torch.no_grad():
+        CachedAttention.forward(module, tokens(1, 50), keys, values, 0)
+        for step, other in enumerate([50, 20, 48, 3, 54]):
+            x, place = tokens(1, 1), torch.tensor(50 + step)
+            out = model(x, keys, values, place, torch.tensor(other))
+            assert relative_error(out, expected(module, x, keys, values, place)) < 1e-12
+    assert len(refills) == 1  # the count was lowered in the graph, never to nothing
+
+
+def test_another_first_key_makes_other_windows():
+    module = CachedAttention()
+    model = sparsified(module)
+    keys, values = caches()
+    with torch.no_grad():
+        module(tokens(1, 60), keys, values, 0)
+        for place, start in ((60, 0), (61, 5), (62, 5), (63, 2)):
+            x, valid = tokens(1, 1), torch.arange(96)[None] >= start
+            out = model(x, keys, values, torch.tensor(place), valid)
+            assert relative_error(out, expected(module, x, keys, values, place, valid)) < 1e-12
+
+
+def test_one_tensor_holds_the_caches_of_all_layers(refills):
+    """Views of it are made for every call; what one layer writes does not void the other's keys for certain."""
+    module = CachedAttention()
+
+    def both(x, stack, position):
+        first = module(x, stack[0, 0], stack[0, 1], position)
+        return first, module(x + 1, stack[1, 0], stack[1, 1], position)
+
+    model = sparsified(both)
+    stack = torch.stack([torch.stack(caches()) for _ in range(2)])
+    with torch.no_grad():
+        for layer in range(2):
+            module(tokens(1, 60), stack[layer, 0], stack[layer, 1], 0)
+        for place in range(60, 64):
+            x = tokens(1, 1)
+            outs = model(x, stack, torch.tensor(place))
+            for layer, out in enumerate(outs):
+                assert relative_error(out, expected(module, x + layer, *stack[layer], place)) < 1e-12
+    assert len(refills) == 2
+
+
+def test_rows_and_capacity_change():
+    module = CachedAttention()
+    model = sparsified(module)
+    for batch, capacity in ((1, 96), (3, 96), (2, 96), (1, 80), (1, 96)):
+        run(model, module, [50, 1, 1, 1], batch=batch, capacity=capacity)
+
+
+def test_states_live_as_long_as_their_caches():
+    module = CachedAttention()
+    model = sparsified(module)
+    held = [run(model, module, [50, 1]) for _ in range(2)]
+    assert len(store_of(model)) == 2
+    held.pop()
+    gc.collect()
+    assert len(store_of(model)) == 1
+
+
+def test_copies_share_no_states():
+    module = CachedAttention()
+    store = store_of(model := sparsified(module))
+    held = run(model, module, [50, 1])
+    assert len(store) == 1
+    assert len(copy.deepcopy(store)) == 0
+    assert held
+
+
+def test_with_gradients_the_operator_is_one_that_has_some():
+    module = CachedAttention(UPDATES["index_copy"])
+    model = sparsified(module, dataclasses.replace(CONFIG, topk=40))
+    keys, values = caches()
+    filling = CachedAttention()
+    filling.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        filling(tokens(1, 60), keys, values, 0)
+    x, gradients = tokens(1, 2), []
+    for function in (module, model):
+        module.zero_grad()
+        function(x, keys, values, torch.tensor(60)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in module.parameters()])
+    assert all(relative_error(b, a) < 1e-12 for a, b in zip(*gradients, strict=True))
+    assert infllm_pass.report(model).sites[-1].cache_state == "recomputed"
+
+
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("place", [-1, 96, 90])
+def test_tokens_that_do_not_fit_are_an_error_before_anything_is_written(place, count):
+    if place + count <= 96 and place >= 0:
+        pytest.skip("they fit")
+    module = CachedAttention(UPDATES["subscript"])
+    model = sparsified(module)
+    keys, values = run(model, module, [50, 1])
+    before = keys.clone(), filled(model)
+    with torch.no_grad(), pytest.raises(CachePositionError, match="keys"):
+        model(tokens(1, count), keys, values, torch.tensor(place))
+    assert torch.equal(keys, before[0])
+    assert filled(model) == before[1]
+
+
+def test_a_cache_made_in_inference_mode_is_compressed_anew_at_every_step():
+    module = CachedAttention()
+    model = sparsified(module)
+    with torch.inference_mode():
+        keys, values = caches()
+        module(tokens(1, 50), keys, values, 0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for place in range(50, 54):
+                keys[:, :, 9] += 1
+                x = tokens(1, 1)
+                out = model(x, keys, values, torch.tensor(place))
+                assert relative_error(out, expected(module, x, keys, values, place)) < 1e-12
+    assert sum(issubclass(warning.category, UncountedCacheWarning) for warning in caught) == 1
 
 
 class TestTransformers:
@@ -234,3 +448,58 @@ class TestTransformers:
         sites = [site for site in infllm_pass.report(sparse).sites if "SWITCHABLE" not in site.reason]
         assert sites
         assert all(site.branch == "dense" and site.explanation for site in sites)
+
+    def test_a_step_is_one_operator_a_layer_and_compiles_once(self):
+        model, graphs = llama(), []
+
+        def backend(module, _inputs):
+            graphs.append(module)
+            return module.forward
+
+        sparse, cache = infllm_pass.sparsify(torch.compile(model, backend=backend), CONFIG), self.static(model, 340)
+        x = ids(330)
+        with torch.no_grad():
+            for place in range(30):
+                sparse(x[:, place : place + 1], past_key_values=cache)
+            compiled = len(graphs)
+            for place in range(30, 330):
+                out = sparse(x[:, place : place + 1], past_key_values=cache).logits[:, -1]
+            with oracle_attention(CONFIG):
+                whole = model(x, use_cache=False).logits[:, -1]
+        assert len(graphs) == compiled
+        assert relative_error(out, whole) < 1e-5
+        assert count_calls(graphs[-1], SDPA) == count_calls(graphs[-1], torch._C._nn.scaled_dot_product_attention) == 0
+        assert count_calls(graphs[-1], torch.ops.infllm.decode_attention.default) == 2
+
+    def test_left_padded_rows(self):
+        model = llama()
+        sparse, cache, x = sparsified(model), self.static(model), ids(80, 2)
+        mask = torch.ones(2, 80, dtype=torch.long)
+        mask[1, :13] = 0
+        place = 0
+        with torch.no_grad():
+            for count in (50, 1, 1, 20, 1):
+                seen = mask[:, : place + count]
+                positions = (seen.cumsum(1) - 1).clamp(min=0)[:, place:]
+                part = x[:, place : place + count]
+                arguments = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+                out = sparse(part, **arguments).logits[:, -1]
+                place += count
+                for row, start in enumerate((0, 13)):
+                    with oracle_attention(CONFIG):
+                        whole = model(x[row : row + 1, start:place], use_cache=False).logits[:, -1]
+                    assert relative_error(out[row], whole[0]) < 1e-5, (place, row)
+        assert infllm_pass.report(sparse).sites[-1].cache_state == "carried"
+
+    def test_tokens_are_those_of_the_dense_model_with_a_covering_budget(self):
+        model = llama()
+        sparse = sparsified(model, dataclasses.replace(CONFIG, topk=40))
+        chosen = []
+        for each in (model, sparse):
+            cache, x = self.static(model, 200), ids(1)[:, :1] * 0 + 7
+            with torch.no_grad():
+                for _ in range(150):
+                    step = each(x[:, -1:], past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                    x = torch.cat([x, step], 1)
+            chosen.append(x)
+        assert torch.equal(*chosen)

@@ -134,7 +134,10 @@ REFUSED = {
         Reason.UNPROVEN_MASK,
     ),
     "cross attention": (lambda q, k, v: sdpa(q[:, :, :20], k, v), Reason.CROSS_ATTENTION),
-    "flag with fewer queries": (lambda q, k, v: sdpa(q[:, :, :20], k, v, is_causal=True), Reason.PARTIAL_KEYS),
+    "flag with more queries than keys": (
+        lambda q, k, v: sdpa(q, k[:, :, :20], v[:, :, :20], is_causal=True),
+        Reason.PARTIAL_KEYS,
+    ),
     "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5, is_causal=True), Reason.DROPOUT),
     "seven dimensions": (
         lambda q, k, v: sdpa(*(x.view(2, 1, 2, 3, 5, 10, 8) for x in (q, k, v)), is_causal=True),

@@ -1,7 +1,16 @@
 """Proving what a mask computes: symbolic values, an interpreter over graph nodes, and normal forms."""
 
 from infllm_pass.masks.constants import HeldTensors
-from infllm_pass.masks.predicate import BATCH, KeyCondition, MaskPredicate, MaskRole, MaskTerm, Segments, UnprovenMask
+from infllm_pass.masks.predicate import (
+    BATCH,
+    KeyCondition,
+    Leaf,
+    MaskPredicate,
+    MaskRole,
+    MaskTerm,
+    Segments,
+    UnprovenMask,
+)
 from infllm_pass.masks.proof import prove_mask, prove_terms, readable
 from infllm_pass.masks.values import GraphFacts
 
@@ -10,6 +19,7 @@ __all__ = [
     "GraphFacts",
     "HeldTensors",
     "KeyCondition",
+    "Leaf",
     "MaskPredicate",
     "MaskRole",
     "MaskTerm",

@@ -14,16 +14,18 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from infllm_pass.masks import arithmetic, indexing, scans, selection, shapes, vmaps
 from infllm_pass.masks.cases import exact
+from infllm_pass.masks.predicate import Leaf
 from infllm_pass.masks.rules import RULES, shape_of
 from infllm_pass.masks.values import GraphFacts, NotFollowed, SymbolicTensor, element, size
 from infllm_pass.vocabulary import read
 
-__all__ = ["Interpreter", "Overwritten", "Unknown"]
+__all__ = ["Interpreter", "Overwritten", "Unknown", "names_in"]
 
 RULE_FILES = (arithmetic, indexing, scans, selection, shapes, vmaps)
 """Importing them fills the table of rules."""
@@ -180,6 +182,11 @@ class Interpreter:
             return self._scan(node, example, value)
         return SymbolicTensor(shape_of(example), value, example.dtype)
 
+    def tensors_in(self, expression: sympy.Basic) -> tuple[Leaf, ...]:
+        """The graph tensors that an expression made by this interpreter reads."""
+        found = ((name, self.unknowns.get(name)) for name in sorted(names_in(expression)))
+        return tuple((name, unknown.facts, unknown.node) for name, unknown in found if unknown is not None)
+
     def operand(self, argument: Any) -> SymbolicTensor:
         """An argument as a symbolic tensor: a node, or a number that may be symbolic.
 
@@ -214,3 +221,8 @@ class Interpreter:
         if isinstance(argument, bool) or not isinstance(argument, (int, torch.SymInt)):
             raise NotFollowed("one of its arguments is not a number")
         return size(argument)
+
+
+def names_in(value: sympy.Basic) -> set[str]:
+    """The names of the functions and symbols of an expression."""
+    return {atom.func.__name__ for atom in value.atoms(AppliedUndef)} | {symbol.name for symbol in value.free_symbols}

@@ -13,6 +13,10 @@ from infllm_pass.masks.values import GraphFacts, axis
 BATCH, HEAD, QUERY, KEY = (axis(dim) for dim in range(4))
 
 
+Leaf = tuple[str, GraphFacts, fx.Node]
+"""A graph tensor that an expression reads: its name there, the graph that it belongs to, and its node."""
+
+
 @dataclass(frozen=True)
 class KeyCondition:
     """A test that a key must pass, whatever the query; `masks.emission` makes it a tensor again.
@@ -25,7 +29,7 @@ class KeyCondition:
 
     facts: GraphFacts
     expression: sympy.Basic
-    leaves: tuple[tuple[str, GraphFacts, fx.Node], ...] = ()
+    leaves: tuple[Leaf, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class MaskPredicate:
     key_conditions: tuple[KeyCondition, ...] = ()
     window: sympy.Expr | None = None
     segments: Segments | None = None
-    offset_leaves: tuple[tuple[str, GraphFacts, fx.Node], ...] = ()
+    offset_leaves: tuple[Leaf, ...] = ()
 
     @property
     def plain(self) -> bool:

@@ -16,7 +16,7 @@ from torch import fx
 
 from infllm_pass.masks.cases import negation
 from infllm_pass.masks.emission import is_expressible
-from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.interpreter import Interpreter, names_in
 from infllm_pass.masks.predicate import (
     BATCH,
     HEAD,
@@ -31,7 +31,7 @@ from infllm_pass.masks.predicate import (
 )
 from infllm_pass.masks.scans import Scan
 from infllm_pass.masks.terms import first_unknown, visible
-from infllm_pass.masks.values import GraphFacts, axis
+from infllm_pass.masks.values import axis
 
 _MOST_ATOMS = 6
 """Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""
@@ -171,7 +171,7 @@ class _Reader:
     def _read_condition(self, part: sympy.Basic) -> UnprovenMask | None:
         leaves = []
         sizes = self.interpreter.facts.size_sources
-        for name in sorted(_names(part)):
+        for name in sorted(names_in(part)):
             unknown = self.interpreter.unknowns.get(name)
             if unknown is not None and not unknown.readable:
                 return UnprovenMask(unknown.node, f"a test of keys reads it, and {unknown.why}")
@@ -243,14 +243,8 @@ class _Reader:
             if segments is not None and segments != found:
                 return UnprovenMask(unknown.node, "keys are numbered by more than one tensor of sequence numbers")
             segments = found
-        return MaskPredicate(self.offset, tuple(self.conditions), window, segments, self._offset_leaves())
-
-    def _offset_leaves(self) -> tuple[tuple[str, GraphFacts, fx.Node], ...]:
-        """The tensors that the causal limit is computed from."""
-        if self.offset is None:
-            return ()
-        found = ((name, self.interpreter.unknowns.get(name)) for name in sorted(_names(self.offset)))
-        return tuple((name, unknown.facts, unknown.node) for name, unknown in found if unknown is not None)
+        leaves = () if self.offset is None else self.interpreter.tensors_in(self.offset)
+        return MaskPredicate(self.offset, tuple(self.conditions), window, segments, leaves)
 
 
 @dataclass(frozen=True)
@@ -347,10 +341,6 @@ def _steady(scan: Scan) -> Iterable[tuple[type[AppliedUndef], tuple[sympy.Expr, 
 def _at(expr: sympy.Expr, scan: Scan, index: Sequence[sympy.Expr], position: sympy.Expr) -> sympy.Expr:
     """An index expression over the scan's dimensions, read at an index with `position` along the scan."""
     return expr.xreplace({axis(dim): position if dim == scan.dim else at for dim, at in enumerate(index)})
-
-
-def _names(value: sympy.Basic) -> set[str]:
-    return {atom.func.__name__ for atom in value.atoms(AppliedUndef)} | {symbol.name for symbol in value.free_symbols}
 
 
 def readable(part: sympy.Basic) -> str:

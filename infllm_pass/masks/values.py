@@ -144,6 +144,10 @@ class GraphFacts:
         """Whether anything writes to the memory this node's tensor lives in."""
         return storage(node) in self._overwritten
 
+    def is_written_elsewhere(self, node: fx.Node) -> bool:
+        """Whether another graph, nested with this one, writes to the memory this node's tensor lives in."""
+        return self.is_overwritten(node) and self._overwritten[storage(node)] is None  # type: ignore[index]
+
     def is_settled(self, node: fx.Node, reader: fx.Node | None) -> bool:
         """Whether nothing can have written to a node's memory when a node of this graph reads it."""
         if not self.is_overwritten(node):

@@ -1,0 +1,120 @@
+"""Running a graph that keeps compressed keys of its caches: whose they are, and when they are void.
+
+The state of a cache belongs to the sparsified model and lives as long as the tensor. It is void, which costs
+compressing the cache anew and nothing else, when anybody but this model's decoding wrote to the tensor: its version
+counter tells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from infllm_pass.caches import CacheSpec
+from infllm_pass.errors import UncountedCacheWarning
+
+
+@dataclass
+class CacheState:
+    """Compressed keys of one cache.
+
+    Attributes:
+        k1: compressed keys ``[B, Hkv, n1, D]``.
+        k2: coarse keys ``[B, Hkv, n2, D]``.
+        filled: int32 ``[B]``: keys of each row, from its first, whose windows are compressed.
+        first: int32 ``[B]``: slot of each row's first key.
+        version: the tensor's version counter after the last call; None: the keys are to be compressed anew.
+    """
+
+    k1: Tensor
+    k2: Tensor
+    filled: Tensor
+    first: Tensor
+    version: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the graph gets."""
+        return self.k1, self.k2, self.filled, self.first
+
+
+class CacheStore:
+    """The states of all caches that a model decoded from, as long as these live."""
+
+    def __init__(self) -> None:
+        self._states: MutableMapping[Tensor, dict[Any, CacheState]] = WeakTensorKeyDictionary()
+        self._warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheStore:
+        """A copy of the model decodes with states of its own."""
+        return CacheStore()
+
+    def __len__(self) -> int:
+        return sum(len(states) for states in self._states.values())
+
+    def state(self, cache: Tensor, spec: CacheSpec) -> CacheState:
+        """The state of a cache, brought to life if there is none, and emptied if it is void.
+
+        Args:
+            cache: the tensor that a graph is about to be called with.
+            spec: what the graph keeps of it.
+        """
+        rows = spec.rows(cache)
+        owner = cache if cache._base is None else cache._base  # views that are made for a call share one
+        place = (cache.storage_offset(), cache.stride(), rows, cache.dtype, cache.device, spec.keys, spec.view)
+        states = self._states.setdefault(owner, {})
+        state: CacheState | None = states.get((place, spec.geometry))
+        if state is None:
+            shapes = spec.state_shapes(rows)
+            fine, coarse = (torch.empty(shape, dtype=cache.dtype, device=cache.device) for shape in shapes)
+            filled, start = (torch.zeros(rows, dtype=torch.int32, device=cache.device) for _ in range(2))
+            state = states[place, spec.geometry] = CacheState(fine, coarse, filled, start)
+        elif state.version is None or state.version != self.version(cache):
+            state.filled.zero_()
+        return state
+
+    def version(self, cache: Tensor) -> int | None:
+        """How often a tensor was written to; None for one that does not count it."""
+        if not cache.is_inference():
+            return cache._version
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a cache was made under torch.inference_mode() and does not count what is written to it: its keys are "
+                "compressed anew at every step; make the cache, or run the model, under torch.no_grad()",
+                UncountedCacheWarning,
+                stacklevel=4,
+            )
+        return None
+
+
+class CachedGraph:
+    """Calls a compiled graph with the states of its caches as its last inputs.
+
+    Args:
+        compiled: the compiled graph.
+        specs: the caches that it keeps compressed keys of, in the order of its inputs.
+        store: the states.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], specs: tuple[CacheSpec, ...], store: CacheStore) -> None:
+        self.compiled = compiled
+        self.specs = specs
+        self.store = store
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph; the outputs are its own."""
+        with torch.inference_mode(False):  # states outlive the mode that they were made in
+            states = [self.store.state(inputs[spec.position], spec) for spec in self.specs]
+        for state in states:
+            state.version = None  # in case the call fails half-way
+        outputs = self.compiled(*inputs, *(tensor for state in states for tensor in state.inputs))
+        for spec, state in zip(self.specs, states, strict=True):
+            state.version = self.store.version(inputs[spec.position])
+        return outputs
