@@ -413,8 +413,42 @@ def test_a_cache_made_in_inference_mode_is_compressed_anew_at_every_step():
     assert sum(issubclass(warning.category, UncountedCacheWarning) for warning in caught) == 1
 
 
+class BufferedCache(CachedAttention):
+    """As gpt-fast: caches and causal mask are buffers, a row of the mask is picked by a position that is an input."""
+
+    def __init__(self):
+        super().__init__()
+        for name, cache in zip(("keys", "values"), caches(), strict=True):
+            self.register_buffer(name, cache)
+        self.register_buffer("causal", torch.ones(96, 96, dtype=torch.bool).tril())
+
+    def forward(self, x, places):
+        q, k, v = (self.heads(project, x) for project in (self.q, self.k, self.v))
+        self.keys[:, :, places], self.values[:, :, places] = k, v
+        k, v = (cache.repeat_interleave(3, dim=1) for cache in (self.keys, self.values))
+        return SDPA(q, k, v, attn_mask=self.causal[None, None, places])
+
+
+def test_caches_and_mask_in_buffers():
+    module = BufferedCache()
+    model = sparsified(module)
+    with torch.no_grad():
+        model(tokens(1, 60), torch.arange(60))
+        for place in range(60, 65):
+            x = tokens(1, 1)
+            out = model(x, torch.tensor([place]))
+            assert relative_error(out, expected(module, x, module.keys, module.values, place)) < 1e-12
+    prompt, step = infllm_pass.report(model).sites
+    assert (prompt.reason, step.reason, step.cache_state) == ("UNPROVEN_MASK", "SWITCHABLE", "carried")
+
+
 class TestTransformers:
-    """A tiny Llama with the caches of transformers."""
+    """A tiny Llama with the caches of transformers.
+
+    Up to `dense_len` everything is visited, so that what earlier layers made of early tokens is the same on both sides.
+    """
+
+    config = dataclasses.replace(CONFIG, dense_len=32)
 
     def static(self, model, capacity=96):
         from transformers import StaticCache
@@ -423,13 +457,13 @@ class TestTransformers:
 
     def test_logits_of_every_step_are_those_of_the_whole_prefix(self):
         model = llama()
-        sparse, cache, x = sparsified(model), self.static(model), ids(80)
+        sparse, cache, x = sparsified(model, self.config), self.static(model), ids(80)
         place = 0
         with torch.no_grad():
             for count in STEPS:
                 out = sparse(x[:, place : place + count], past_key_values=cache).logits[:, -1]
                 place += count
-                with oracle_attention(CONFIG):
+                with oracle_attention(self.config):
                     whole = model(x[:, :place], use_cache=False).logits[:, -1]
                 assert relative_error(out, whole) < 1e-5, place
 
@@ -440,7 +474,7 @@ class TestTransformers:
         sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
         config = MistralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, sliding_window=24)
         model = MistralForCausalLM(config).double().eval()
-        sparse, cache, x = sparsified(model), StaticCache(config=config, max_cache_len=96), ids(60)
+        sparse, cache, x = sparsified(model, self.config), StaticCache(config=config, max_cache_len=96), ids(60)
         with torch.no_grad():
             for part in (slice(0, 30), slice(30, 31), slice(31, 32)):
                 out = sparse(x[:, part], past_key_values=cache).logits[:, -1]
@@ -456,7 +490,10 @@ class TestTransformers:
             graphs.append(module)
             return module.forward
 
-        sparse, cache = infllm_pass.sparsify(torch.compile(model, backend=backend), CONFIG), self.static(model, 340)
+        sparse, cache = (
+            infllm_pass.sparsify(torch.compile(model, backend=backend), self.config),
+            self.static(model, 340),
+        )
         x = ids(330)
         with torch.no_grad():
             for place in range(30):
@@ -464,7 +501,7 @@ class TestTransformers:
             compiled = len(graphs)
             for place in range(30, 330):
                 out = sparse(x[:, place : place + 1], past_key_values=cache).logits[:, -1]
-            with oracle_attention(CONFIG):
+            with oracle_attention(self.config):
                 whole = model(x, use_cache=False).logits[:, -1]
         assert len(graphs) == compiled
         assert relative_error(out, whole) < 1e-5
@@ -473,7 +510,7 @@ class TestTransformers:
 
     def test_left_padded_rows(self):
         model = llama()
-        sparse, cache, x = sparsified(model), self.static(model), ids(80, 2)
+        sparse, cache, x = sparsified(model, self.config), self.static(model), ids(80, 2)
         mask = torch.ones(2, 80, dtype=torch.long)
         mask[1, :13] = 0
         place = 0
@@ -486,14 +523,14 @@ class TestTransformers:
                 out = sparse(part, **arguments).logits[:, -1]
                 place += count
                 for row, start in enumerate((0, 13)):
-                    with oracle_attention(CONFIG):
+                    with oracle_attention(self.config):
                         whole = model(x[row : row + 1, start:place], use_cache=False).logits[:, -1]
                     assert relative_error(out[row], whole[0]) < 1e-5, (place, row)
         assert infllm_pass.report(sparse).sites[-1].cache_state == "carried"
 
     def test_tokens_are_those_of_the_dense_model_with_a_covering_budget(self):
         model = llama()
-        sparse = sparsified(model, dataclasses.replace(CONFIG, topk=40))
+        sparse = sparsified(model, dataclasses.replace(self.config, topk=40))
         chosen = []
         for each in (model, sparse):
             cache, x = self.static(model, 200), ids(1)[:, :1] * 0 + 7

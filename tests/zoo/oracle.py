@@ -63,13 +63,16 @@ def _block_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     call = _bind(torch.ops.infllm.block_attention.default, args, kwargs)
     q, k, selection = (call[name] for name in ("q", "k", "blocks"))
     shift = k.shape[2] - q.shape[2] if call["offset"] is None else call["offset"]
-    shifts = [shift] * q.shape[0]
-    if call.get("offsets") is not None:
-        shifts = [shift + int(extra) for extra in call["offsets"].expand(q.shape[0])]
+    shifts, length = [shift] * q.shape[0], k.shape[2]
+    if call.get("offsets") is not None:  # the keys are a cache: its rows end at their last queries
+        shifts = [(call["offset"] or 0) + int(extra) for extra in call["offsets"].expand(q.shape[0])]
+        length = max(shifts) + q.shape[2]
+        if any(offset != shifts[0] for offset in shifts):
+            raise NotImplementedError("rows at positions of their own")
     rows = []
     for row, offset in enumerate(shifts):
         parts = [
-            _attend(row, keys, offset, call, selection) for keys in _segments(row, k.shape[2], call.get("cu_seqlens_k"))
+            _attend(row, keys, offset, call, selection) for keys in _segments(row, length, call.get("cu_seqlens_k"))
         ]
         rows.append((torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)))
     out, lse = (torch.cat([row[index] for row in rows]) for index in (0, 1))
@@ -90,7 +93,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """One packed sequence, with the queries that stand on its keys; a whole row when nothing is packed."""
     q, k, v = (call[name][row : row + 1] for name in ("q", "k", "v"))
-    if keys != slice(0, k.shape[2]):
+    if call.get("cu_seqlens_k") is not None and keys != slice(0, k.shape[2]):
         if offset != 0 or q.shape[2] != k.shape[2]:
             raise NotImplementedError("packed sequences whose queries are not their keys")
         q = q[:, :, keys]

@@ -15,7 +15,6 @@ class Cause(Enum):
         "Dynamo splits its graph: the mask, or the weights it returns, cross the split",
         ("ADDITIVE_BIAS", "UNPROVEN_MASK", "RETURNED_WEIGHTS"),
     )
-    CACHED = "its keys are a buffer with room for more than the tokens seen", ("PARTIAL_KEYS",)
     CAP = "its scores are capped by a tanh", ("SOFT_CAP",)
     CHUNKS = "it attends within chunks of fixed length", ("UNPROVEN_MASK",)
     DYNAMIC_MASK = "it masks keys by weights computed from the values", ("ADDITIVE_BIAS",)
@@ -47,7 +46,6 @@ CAUSES: dict[str, tuple[Cause, ...]] = {
     "blt": (Cause.PATCHES,),
     "doge": (Cause.DYNAMIC_MASK,),
     "gemma2": (Cause.CAP,),
-    "gpt-fast style": (Cause.CACHED,),
     "inkling2_text": (Cause.LAYERS_ATTEND, Cause.SINK),
     "litgpt Gemma-2-2b": (Cause.CAP,),
     "litgpt Mistral-7B-v0.1": (Cause.WRITTEN_MASK,),
