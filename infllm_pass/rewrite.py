@@ -163,7 +163,7 @@ class Rewriter:
             v,
             None,
             0.0,
-            example_of(q).shape[2] != 1,  # a single query is the last of the keys and sees them all
+            size(site.shape(site.query)[2]) != 1,  # a single query is the last of the keys and sees them all
             scale=plan.scale,
             enable_gqa=heads[0] != heads[1] or heads[0] != heads[2],
         )
