@@ -92,6 +92,15 @@ class CacheInputs:
         nodes = [node for state in self.specs.values() for node in vars(state).values()]
         return [example_of(node) for node in nodes]
 
+    def drop_unused(self, graph: fx.Graph) -> None:
+        """Take back the inputs of sites that were not rewritten after all."""
+        for spec, state in list(self.specs.items()):
+            nodes: list[fx.Node] = list(vars(state).values())
+            if not any(node.users for node in nodes):
+                for node in nodes:
+                    graph.erase_node(node)
+                del self.specs[spec]
+
     def spec_of(self, plan: SitePlan, site: AttentionSite, facts: GraphFacts) -> CacheSpec | None:
         """The cache that a site decodes from; None if it does not decode, or from nothing that outlives the call.
 

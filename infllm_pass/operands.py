@@ -109,7 +109,7 @@ class MaskOperands:
             placeholders = [node for node in graph.nodes if node.op == "placeholder"]
             with graph.inserting_before(max([*(node for _, _, node in leaves), *placeholders[-1:]]).next):
                 number = self._number(expression, leaves, site)
-                if isinstance(example_of(number), torch.Tensor):
+                if isinstance(number, fx.Node) and isinstance(example_of(number), torch.Tensor):
                     number = self._call(site, "reshape", number, [-1])
                     if example_of(number).device != device:
                         number = self._call(site, "to", number, device, torch.int64)
@@ -118,14 +118,14 @@ class MaskOperands:
                 self._positions[expression] = number
         return self._positions[expression]
 
-    def _number(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node:
+    def _number(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node | int:
         """An integer expression of sizes and tensors, int64, in memory of its own."""
         widened = {name: self._call(site, "to", node, torch.int64) for name, _, node in leaves}
         batch: Any = site.shape(site.key)[0]
         if BATCH in expression.free_symbols and isinstance(batch, torch.SymInt):
             batch = self._size(self._facts, size(batch), site)
         value = self._build(expression, widened, self._facts, site, (batch, None))
-        if storage(value) in {storage(node) for _, _, node in leaves}:
+        if leaves and storage(value) in {storage(node) for _, _, node in leaves}:
             value = self._call(site, "clone", value)
         return value
 

@@ -127,6 +127,8 @@ def _run(
             done.append((plan, guard, outcome))
         if done:
             view.module.graph.lint()
+    if caches is not None:
+        caches.drop_unused(module.graph)
     for expansion in expansions:
         if expansion in used:
             expansion.accept()

@@ -27,7 +27,7 @@ from infllm_pass.guard import Branch
 from infllm_pass.liveness import dead_users, pure
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
-from infllm_pass.masks.values import GraphFacts, example_of
+from infllm_pass.masks.values import GraphFacts, example_of, size
 from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand

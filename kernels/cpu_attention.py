@@ -85,6 +85,9 @@ def attend_sequence(
         mask: bool ``[L]``, False where a key is invalid; None if none is.
         window: the query at position ``p`` sees keys after ``p - window`` only; None: all up to its own.
     """
+    if blocks is None and window is None and mask is None and _has_fused_kernel(q, k, v):
+        _attend_fused(q, k, v, out, lse, scale, offset)
+        return
     length_q, dim_v = q.shape[2], v.shape[-1]
     sight = Sight(geometry, window, hidden_keys(mask))
     for head in range(q.shape[0]):
@@ -109,6 +112,29 @@ def attend_sequence(
             part, part_lse = sums.result()
             out[head, :, begin:end] = part.transpose(0, 1)
             lse[head, :, begin:end] = part_lse.t()
+
+
+def _has_fused_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's flash kernel for the CPU takes these tensors."""
+    unit = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
+    return q.device.type == "cpu" and unit and k.shape[-1] == v.shape[-1]
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, offset: int) -> None:
+    """Dense causal attention by the flash kernel: the keys that all queries see, and those from the first query on."""
+    group, length_q = q.shape[1:3]
+    keys, values = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))  # [Hkv, G, L, D]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    own = slice(offset, offset + length_q)
+    part, part_lse = attend(q, keys[:, :, own], values[:, :, own], 0.0, True, scale=scale)
+    if offset == 0:
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return
+    common, common_lse = attend(q, keys[:, :, :offset], values[:, :, :offset], 0.0, False, scale=scale)
+    torch.logaddexp(part_lse.to(lse.dtype), common_lse.to(lse.dtype), out=lse)
+    weight = (common_lse - lse).exp_()[..., None]  # [Hkv, G, n, 1]
+    out.copy_(torch.lerp(part.to(weight.dtype), common.to(weight.dtype), weight))
 
 
 def padded_rows(x: Tensor, factor: float = 1.0) -> Tensor:

@@ -139,9 +139,13 @@ class Session:
         """Change keys behind the model's back: a slot, or a view of several."""
         row, slot = self.rng.randrange(BATCH), self.rng.randrange(CAPACITY - 8)
         if self.rng.random() < 0.5:
-            self.talk.keys[row, :, slot] = torch.randn(1, dtype=torch.float64)
+            self.talk.keys[row, :, slot] = 4 * torch.randn(1, dtype=torch.float64)
         else:
-            self.talk.keys.transpose(1, 2)[:, slot : slot + 8].normal_()
+            self.talk.keys.transpose(1, 2)[:, slot : slot + 8].normal_(std=4)
+
+    def mask(self) -> None:
+        """Other keys become valid under the text that there is."""
+        self.talk.pad(self.rng)
 
     def original(self) -> None:
         """Let the dense original append tokens."""
@@ -155,7 +159,7 @@ class Session:
         """One sequence of operations, from a new cache on."""
         self.talks, self.log = [Conversation.new(self.rng)], []
         calls = [self.prompt, self.step, self.step, self.step, self.several]
-        others = [self.crop, self.reset, self.reorder, self.swap, self.write, self.original]
+        others = [self.crop, self.reset, self.reorder, self.swap, self.write, self.mask, self.original]
         for _ in range(operations):
             operation = self.rng.choice(self.rng.choice([calls, calls, others]))
             self.log.append(operation.__name__)

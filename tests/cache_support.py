@@ -14,9 +14,9 @@ from infllm_pass.kernels import reference
 HIDDEN, HEADS, KV_HEADS, DIM = 24, 6, 2, 8
 
 CONFIG = SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, init_blocks=1, window_size=16, topk=2, dense_len=40
+    kernel_size=8, kernel_stride=4, block_size=8, init_blocks=1, window_size=8, topk=3, dense_len=40
 )
-"""Three blocks are visited: from 49 keys on sparse and dense attention differ, from 40 on the switch is sparse."""
+"""Four blocks are visited, of which the scores choose one; from 40 keys on, ten candidates at 96."""
 
 
 def index_copy(cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
@@ -120,20 +120,15 @@ def expected(
 ) -> Tensor:
     """What the oracle gives over the tokens that the rows hold: ``[B, HEADS, T, DIM]``; the caches hold `x` already."""
     q = module.heads(module.q, x)
-    positions = torch.as_tensor(position).reshape(-1).expand(x.shape[0]).tolist()
+    positions = torch.as_tensor(position).reshape(-1).expand(x.shape[0])
     rows = []
-    for row, first in enumerate(positions):
-        part = slice(row, row + 1)
-        length = first + x.shape[1]
-        mask = None if valid is None else valid[part, :length]
-        common = {
-            "geometry": config.geometry,
-            "scale": DIM**-0.5,
-            "offset": first,
-            "key_mask": mask,
-            "dense_len": config.dense_len,
-        }
-        k, v = keys[part, :, :length], values[part, :, :length]
+    for row, first in enumerate(positions.tolist()):
+        part, seen = slice(row, row + 1), slice(0, first + x.shape[1])
+        common = {"geometry": config.geometry, "scale": DIM**-0.5, "dense_len": config.dense_len}
+        common |= {"offset": first} if valid is None else {"offset": 0, "offsets": positions[part]}
+        if valid is not None:
+            seen, common["key_mask"] = slice(None), valid[part]  # a row ends at its last query, in a hole or not
+        k, v = keys[part, :, seen], values[part, :, seen]
         selected = reference.select_blocks(q[part], k, **common)
         rows.append(reference.attention(q[part], k, v, selected, **common)[0])
     return torch.cat(rows)

@@ -413,6 +413,35 @@ def test_a_cache_made_in_inference_mode_is_compressed_anew_at_every_step():
     assert sum(issubclass(warning.category, UncountedCacheWarning) for warning in caught) == 1
 
 
+class BufferedCache(CachedAttention):
+    """As gpt-fast: caches and causal mask are buffers, a row of the mask is picked by a position that is an input."""
+
+    def __init__(self):
+        super().__init__()
+        for name, cache in zip(("keys", "values"), caches(), strict=True):
+            self.register_buffer(name, cache)
+        self.register_buffer("causal", torch.ones(96, 96, dtype=torch.bool).tril())
+
+    def forward(self, x, places):
+        q, k, v = (self.heads(project, x) for project in (self.q, self.k, self.v))
+        self.keys[:, :, places], self.values[:, :, places] = k, v
+        k, v = (cache.repeat_interleave(3, dim=1) for cache in (self.keys, self.values))
+        return SDPA(q, k, v, attn_mask=self.causal[None, None, places])
+
+
+def test_caches_and_mask_in_buffers():
+    module = BufferedCache()
+    model = sparsified(module)
+    with torch.no_grad():
+        model(tokens(1, 60), torch.arange(60))
+        for place in range(60, 65):
+            x = tokens(1, 1)
+            out = model(x, torch.tensor([place]))
+            assert relative_error(out, expected(module, x, module.keys, module.values, place)) < 1e-12
+    prompt, step = infllm_pass.report(model).sites
+    assert (prompt.reason, step.reason, step.cache_state) == ("UNPROVEN_MASK", "SWITCHABLE", "carried")
+
+
 class TestTransformers:
     """A tiny Llama with the caches of transformers."""
 

@@ -12,6 +12,7 @@ import triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.runtime import driver
 
+import infllm_pass
 from infllm_pass.kernels.decode_attention import MAX_SPLITS, _decode_attention_kernel, _decode_merge_kernel
 from infllm_pass.kernels.decode_compression import decode_compress_kernel
 from infllm_pass.kernels.decode_launch import generic_decode
@@ -23,6 +24,7 @@ from infllm_pass.lowering import checks
 from infllm_pass.lowering.decode import new_state
 from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
+from .cache_support import CONFIG, CachedAttention, caches, tokens
 from .test_triton_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead
@@ -201,3 +203,21 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
     # Sizes are compared with each other and with bounds; none is pinned to a number.
     pinned = [guard for guard in recorder.guards if isinstance(guard, sympy.Eq | sympy.Ne) and guard.rhs.is_number]
     assert not pinned
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_rewritten_step_updates_its_state_in_place():
+    """The pass in front of a compiler: five kernels a site, and no copy of a cache or of its state."""
+    torch._dynamo.reset()
+    recorder = Recorder()
+    backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
+    module = CachedAttention().float()
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), CONFIG)
+    keys, values = (cache.float() for cache in caches(3))
+    with torch.no_grad(), pytest.raises(_Traced):
+        model(tokens(3, 1).float(), keys, values, torch.tensor(60), torch.ones(3, 96, dtype=torch.bool))
+    (site,) = infllm_pass.report(model).sites
+    assert (site.kernels, site.cache_state, site.guard) == ("triton", "carried", "on the device")
+    (graph,) = (module.graph for module in recorder.graphs.values())
+    write_in_place(graph)
+    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(recorder.graphs["fw"])] == [[] for _ in range(5)]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from infllm_pass.masks.arithmetic import cast
 from infllm_pass.masks.rules import ONE, ZERO, dim_of, integer_value, rule, shape_of
 from infllm_pass.masks.selection import select
-from infllm_pass.masks.values import NotFollowed, axis
+from infllm_pass.masks.values import NotFollowed, SymbolicTensor, axis
 from infllm_pass.vocabulary import Kind
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _getitem(run: Interpreter, example: torch.Tensor, input: Any, index: Any) ->
             new += 1
         elif position in tensors:
             first = new - shared if position != tensors[0] else new
-            picked.append(_gathered(run, entry, shape_of(example)[first : first + shared], first))
+            picked.append(_gathered(run, entry, shape_of(example)[first : first + shared], first, source, len(picked)))
             new = first + shared
         else:
             picked.append(_position(run, entry, source.shape[len(picked)]))
@@ -68,11 +69,15 @@ def _shared_rank(run: Interpreter, entries: list[Any], tensors: list[int]) -> in
     return max(ranks)
 
 
-def _gathered(run: Interpreter, entry: fx.Node, block: tuple[sympy.Expr, ...], first: int) -> sympy.Expr:
+def _gathered(
+    run: Interpreter, entry: fx.Node, block: tuple[sympy.Expr, ...], first: int, source: SymbolicTensor, dim: int
+) -> sympy.Expr:
     """An index tensor's element; `first` is the dimension of the result at which its dimensions start."""
     value = integer_value(run.operand(entry), block)
     if value.is_nonnegative is not True:  # a negative one counts from the end
-        raise NotFollowed("its index may be negative")
+        if source.value.atoms(AppliedUndef):
+            raise NotFollowed("its index may be negative")
+        value = sympy.Mod(value, source.shape[dim])
     return value.xreplace({axis(dim): axis(first + dim) for dim in range(len(block))})
 
 
