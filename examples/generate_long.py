@@ -31,7 +31,8 @@ class Clock(TextStreamer):
         self.times = []
 
     def put(self, value):
-        self.times.append(time.perf_counter())  # the prompt is put first
+        """Take the prompt, then each token."""
+        self.times.append(time.perf_counter())
         super().put(value)
 
 
@@ -54,17 +55,12 @@ def main(argv=None):
     out = answering.generate(
         **inputs.to(device), max_new_tokens=args.new, do_sample=False, cache_implementation=args.cache, streamer=clock
     )
-    first, seconds = clock.times[1] - clock.times[0], clock.times[-1] - clock.times[2]
-    print(f"\nprompt of {inputs.input_ids.shape[1]} tokens, compilation included: {first:.1f} s")
-    print(
-        f"{out.shape[1] - inputs.input_ids.shape[1]} new tokens, from the third on {_rate(clock, seconds):.1f} a second"
-    )
+    prompt, times = inputs.input_ids.shape[1], clock.times  # the prompt's, the first token's, …
+    rate = (len(times) - 3) / (times[-1] - times[2]) if len(times) > 3 else float("nan")
+    print(f"\nprompt of {prompt} tokens: {times[1] - times[0]:.1f} s, compilation included")
+    print(f"{out.shape[1] - prompt} new tokens, {rate:.1f} a second from the third on")
     if not args.dense:
         print(infllm_pass.report(sparse))
-
-
-def _rate(clock, seconds):
-    return (len(clock.times) - 3) / seconds if seconds else float("nan")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from infllm_pass.guard import Branch
 from infllm_pass.liveness import dead_users, pure
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
-from infllm_pass.masks.values import GraphFacts, example_of
+from infllm_pass.masks.values import GraphFacts, example_of, size
 from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
@@ -163,7 +163,7 @@ class Rewriter:
             v,
             None,
             0.0,
-            example_of(q).shape[2] != 1,  # a single query is the last of the keys and sees them all
+            size(site.shape(site.query)[2]) != 1,  # a single query is the last of the keys and sees them all
             scale=plan.scale,
             enable_gqa=heads[0] != heads[1] or heads[0] != heads[2],
         )
