@@ -192,7 +192,7 @@ def test_a_failure_of_a_matcher_is_a_row_and_the_model_runs(monkeypatch):
     def fail(*_args, **_kwargs):
         raise KeyError("injected")
 
-    monkeypatch.setattr("infllm_pass.sites.softmax._follow_scores", fail)
+    monkeypatch.setattr("infllm_pass.sites.softmax.follow_scores", fail)
     q, k, v = qkv()
     out, (row,) = compiled(matmul_attention, COVERING, q, k, v)
     assert row.reason == "INTERNAL"

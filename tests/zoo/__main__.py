@@ -11,7 +11,7 @@ from .table import DECISIONS, TABLE, decisions, dump, markdown
 
 
 def main() -> int:
-    """Run as the arguments say; the exit status is 1 where numbers differ."""
+    """Run as the arguments say; the exit status is 1 where numbers differ or an architecture gave no answer."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument(
         "names", nargs="*", help="architectures to examine; without any: all, and the files are written"
@@ -36,10 +36,12 @@ def main() -> int:
                 print(result.to_json(), file=file)
         _show(result)
     results = [found[place] for place in wanted]
-    if not arguments.names:
+    lost = any(result.lost for result in results)
+    if not arguments.names and not lost:
         TABLE.write_text(markdown(results))
         DECISIONS.write_text(dump(decisions(results)))
-    return int(any(not finding.equal for r in results for kinds in r.findings.values() for finding in kinds.values()))
+    unequal = any(not finding.equal for r in results for kinds in r.findings.values() for finding in kinds.values())
+    return int(lost or unequal)
 
 
 def _kept(path: Path | None) -> list[Result]:
