@@ -103,11 +103,15 @@ class _Reader:
         return self._normal_form()
 
     def _turn(self, part: sympy.Basic) -> int:
-        """When a part is read: limits towards later keys first, disjunctions, which they may decide, last."""
+        """When a part is read: limits towards later keys first, and of these ones by data; disjunctions, which they may
+        decide, last.
+        """
         if isinstance(part, sympy.Or):
-            return 2
+            return 3
         limit = self._limit(part)
-        return 0 if limit is not None and limit.upper else 1
+        if limit is None or not limit.upper:
+            return 2
+        return 0 if self.interpreter.tensors_in(limit.distance) else 1
 
     def _without_impossible(self, part: sympy.Basic) -> sympy.Basic:
         """A disjunction without the limits that the limits read so far rule out, nor those that another implies."""
@@ -129,6 +133,8 @@ class _Reader:
 
     def _read_part(self, part: sympy.Basic) -> UnprovenMask | None:
         limit = self._limit(part)
+        if limit is not None and limit.upper and self._is_limit_beside_another(limit):
+            return self._read_condition(part)
         if limit is not None and limit.upper:
             return self._tighten("offset", limit.distance, lambda new, old: new - old)
         if limit is not None:
@@ -152,6 +158,13 @@ class _Reader:
             return limit
         # Further back, an unrelated limit is the start of a padded row.
         return limit if self.offset is not None and (self.offset - limit.distance).is_Integer else None
+
+    def _is_limit_beside_another(self, limit: _Limit) -> bool:
+        """Whether the keys of one query have another limit already, which is not known to be the looser or tighter."""
+        if not self.one_query or self.offset is None:
+            return False
+        excess = sympy.expand(limit.distance - self.offset)
+        return excess.is_nonpositive is not True and excess.is_nonnegative is not True
 
     def _tighten(self, name: str, new: sympy.Expr, looser: object) -> UnprovenMask | None:
         """Keep the tighter of two limits, if one is tighter for all sizes."""
