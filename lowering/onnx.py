@@ -7,8 +7,6 @@ functions of the file (`onnx_function`).
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -26,6 +24,7 @@ from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import joined
 from infllm_pass.lowering.node import DOMAIN, NAME, VERSION, AttentionNode
+from infllm_pass.lowering.output import refuse_unwritable, written_whole
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -71,14 +70,7 @@ class OnnxTarget:
         self.external_data = external_data
         if opset not in OPSETS:
             raise ExportError(f"opset {opset} is not supported: expected {OPSETS.start} to {OPSETS.stop - 1}")
-        if self.path.is_dir():
-            raise ExportError(f"{self.path} is a folder: give the name of a file")
-        if not overwrite:
-            for file in (self.path, self.data_path):
-                if file.exists():
-                    raise ExportError(f"{file} exists: choose another path, or pass overwrite=True")
-        if not os.access(self.path.parent, os.W_OK):
-            raise ExportError(f"{self.path.parent} is no folder that can be written to")
+        refuse_unwritable(self.path, self.data_path, overwrite=overwrite)
 
     @property
     def data_path(self) -> Path:
@@ -104,15 +96,8 @@ class OnnxTarget:
             DtypeError: a site's dtype has none.
         """
         model = _translate(program, self.opset, input_names, output_names)
-        try:
-            # In the same folder, so that moving it into place is one step.
-            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
-                self._save(model, Path(folder) / self.path.name)
-                for file in (Path(folder) / self.data_path.name, Path(folder) / self.path.name):
-                    if file.exists():
-                        file.replace(self.path.with_name(file.name))
-        except OSError as error:
-            raise ExportError(f"{self.path} cannot be written: {error}") from error
+        with written_whole(self.path, self.data_path) as path:
+            self._save(model, path)
 
     def _save(self, model: onnx_ir.Model, path: Path) -> None:
         import onnx
