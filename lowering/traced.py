@@ -128,7 +128,6 @@ def switchable_attention(
         lse=lse,  # type: ignore[arg-type]
         query_block=query_block,
     )
-    plain = key_mask is None and offsets is None and offset is None and window is None
 
     def run(*operands: Any, select: bool) -> Tensor:
         return _attend(*operands, geometry=geometry, window=window, scale=scale, dense_len=dense_len, select=select)
@@ -136,8 +135,11 @@ def switchable_attention(
     def sparse(*operands: Any) -> Tensor:
         return run(*operands, select=True)
 
+    plain = key_mask is None and offsets is None and offset is None and window is None
+    plain = plain and guard_or_false(q.shape[2] == k.shape[2])
+
     def dense(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-        if plain and guard_or_false(q.shape[2] == k.shape[2]):
+        if plain:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
             return out.clone(memory_format=torch.contiguous_format)
         return run(q, k, v, *more, select=False)
@@ -148,22 +150,54 @@ def switchable_attention(
         return sparse(*operands)
     if statically_known_true(k.shape[2] < dense_len):
         return dense(*operands)
-    given, fill = _without_none(operands)
-    out: Tensor = torch.ops.higher_order.cond(
-        reached, lambda *some: (sparse(*fill(some)),), lambda *some: (dense(*fill(some)),), given
-    )[0]
+    # Inductor reads the operands of a `cond` by the strides that were traced, yet lays out what it computes as it likes:
+    # flat ones leave it no choice.
+    sizes = (q.shape[0], q.shape[2], k.shape[2], offset)
+    flat = (None if x is None else x.reshape(-1) for x in (q, k, v, key_mask, offsets))
+    given, fill = _operands((*sizes, *flat))
+
+    def side(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
+        def call(*some: Any) -> tuple[Tensor]:
+            batch, length_q, length_k, offset, *flat = fill(some)
+            shapes = (
+                (batch, q.shape[1], length_q, q.shape[3]),
+                (batch, k.shape[1], length_k, k.shape[3]),
+                (batch, v.shape[1], length_k, v.shape[3]),
+                (batch, length_k),
+                (-1,),
+            )
+            tensors = [None if x is None else x.view(shape) for x, shape in zip(flat, shapes, strict=True)]
+            return (run(*tensors, offset),)
+
+        return call
+
+    out: Tensor = torch.ops.higher_order.cond(reached, side(sparse), side(dense), given)[0]
     return out
 
 
-def _without_none(operands: Sequence[Any]) -> tuple[tuple[Any, ...], Callable[[Sequence[Any]], tuple[Any, ...]]]:
-    """Operands of a structured operator, which takes no None, and a function that puts the None back."""
-    given = [operand is not None for operand in operands]
+def _operands(values: Sequence[Any]) -> tuple[tuple[Any, ...], Callable[[Sequence[Any]], tuple[Any, ...]]]:
+    """Values as operands of a structured operator, and a function that gives the values back inside of it.
+
+    Such an operator takes no None and no number, and every size once.
+    """
+    given: list[Any] = []
+    places: list[int | None] = []
+    known: dict[Any, int] = {}
+    for value in values:
+        dynamic = isinstance(value, SymInt) and not value.node.expr.is_number
+        if not dynamic and not isinstance(value, Tensor):
+            places.append(None)
+            continue
+        key = value.node.expr if dynamic else id(value)
+        if key not in known:
+            known[key] = len(given)
+            given.append(value)
+        places.append(known[key])
 
     def fill(some: Sequence[Any]) -> tuple[Any, ...]:
-        left = iter(some)
-        return tuple(next(left) if there else None for there in given)
+        return tuple(value if place is None else some[place] for value, place in zip(values, places, strict=True))
 
-    return tuple(operand for operand in operands if operand is not None), fill
+    return tuple(given), fill
 
 
 def _attend(
@@ -277,19 +311,20 @@ def _all_groups(call: _Call, sizes: _Sizes, count: Size) -> Tensor:
     size = min(GROUP, count) if isinstance(count, int) else GROUP
     groups = (count + size - 1) // size
     device = call.queries.device
-    given, fill = _without_none(call)
+    given, fill = _operands((count, *call))
 
     def going_on(number: Tensor, out: Tensor, *_: Any) -> Tensor:
         return number < out.shape[0]
 
-    def append(number: Tensor, out: Tensor, count: Size, *some: Any) -> tuple[Tensor, Tensor]:
+    def append(number: Tensor, out: Tensor, *some: Any) -> tuple[Tensor, Tensor]:
+        count, *call = fill(some)
         chunks = (number * size + torch.arange(size, device=device)).clamp(max=count - 1)
-        part = _group(_Call(*fill(some)), sizes, chunks)
+        part = _group(_Call(*call), sizes, chunks)
         return number + 1, out.index_copy(0, number[None], part[None])
 
     out = torch.zeros(groups, size, sizes.chunk, *call.queries.shape[1:2], *call.values.shape[2:], device=device)
     start = (torch.zeros((), dtype=torch.int64, device=device), out)
-    _, out = torch.ops.higher_order.while_loop(going_on, append, start, (count, *given))
+    _, out = torch.ops.higher_order.while_loop(going_on, append, start, given)
     return out.flatten(0, 1)
 
 
@@ -463,7 +498,7 @@ def _visit(
     )
     queries = q.transpose(1, 2).contiguous()  # [W, G, C, D]
     operands = (order, seen, row, sequence, queries, at_key, call.keys, call.values, call.blocks, call.valid)
-    given, fill = _without_none(operands)
+    given, fill = _operands(operands)
     _, top, total, sums = torch.ops.higher_order.while_loop(going_on, step, start, (steps, *given))
     # A row that saw no key has weighed hidden ones all alike.
     out = torch.where((top > HIDDEN / 2)[..., None], sums / total[..., None], 0.0)
