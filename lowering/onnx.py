@@ -7,7 +7,7 @@ functions of the file (`onnx_function`).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from os import PathLike
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
@@ -158,7 +159,7 @@ def _write_nodes(graph: fx.Graph) -> None:
             continue
         given = dict(zip(names, call.args, strict=True))
         with graph.inserting_before(call):
-            place = _offset(graph, given["offsets"], given["offset"], call.meta["val"])
+            place = _offset(graph, given, call)
             node = AttentionNode(
                 BlockGeometry(**{field.name: given[field.name] for field in fields(BlockGeometry)}),
                 scale=given["scale"],
@@ -197,14 +198,22 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _offset(graph: fx.Graph, offsets: fx.Node | None, offset: fx.Node | int | None, like: Tensor) -> fx.Node | None:
+def _offset(graph: fx.Graph, given: Mapping[str, Any], call: fx.Node) -> fx.Node | None:
     """The key index of the first query as one int64 tensor, or None where it follows from the lengths."""
+    offsets, offset = given["offsets"], given["offset"]
     if offsets is not None:
         offsets = _call(graph, aten.to.dtype, offsets, torch.int64)
         return offsets if offset is None else _call(graph, aten.add.Tensor, offsets, offset)
-    return (
-        None if offset is None else _call(graph, aten.full.default, [1], offset, dtype=torch.int64, device=like.device)
-    )
+    if offset is None:
+        return None
+    place = offset.meta["val"] if isinstance(offset, fx.Node) else offset
+    length_q, length_k = (given[name].meta["val"].shape[2] for name in ("q", "k"))
+    if not statically_known_true(place == length_k - length_q):
+        raise ExportError(
+            f"the queries of {call.name} stand at the number {place} and are not known to be the last of the keys: "
+            "give the offset as a tensor"
+        )
+    return None
 
 
 def _size(graph: fx.Graph, tensor: fx.Node, dim: int) -> fx.Node | int:
