@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import statically_known_true

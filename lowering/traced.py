@@ -140,8 +140,7 @@ def switchable_attention(
 
     def dense(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
         if plain:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            return out.clone(memory_format=torch.contiguous_format)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return run(q, k, v, *more, select=False)
 
     operands = (q, k, v, key_mask, offsets, offset)
@@ -150,8 +149,8 @@ def switchable_attention(
         return sparse(*operands)
     if statically_known_true(k.shape[2] < dense_len):
         return dense(*operands)
-    # Inductor reads the operands of a `cond` by the strides that were traced, yet lays out what it computes as it likes:
-    # flat ones leave it no choice.
+    # Inductor reads operands and results of a `cond` by the strides that were traced, yet lays out what it computes as
+    # it likes: flat tensors leave it no choice.
     sizes = (q.shape[0], q.shape[2], k.shape[2], offset)
     flat = (None if x is None else x.reshape(-1) for x in (q, k, v, key_mask, offsets))
     given, fill = _operands((*sizes, *flat))
@@ -167,12 +166,12 @@ def switchable_attention(
                 (-1,),
             )
             tensors = [None if x is None else x.view(shape) for x, shape in zip(flat, shapes, strict=True)]
-            return (run(*tensors, offset),)
+            return (run(*tensors, offset).reshape(-1),)
 
         return call
 
     out: Tensor = torch.ops.higher_order.cond(reached, side(sparse), side(dense), given)[0]
-    return out
+    return out.view(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
 def _operands(values: Sequence[Any]) -> tuple[tuple[Any, ...], Callable[[Sequence[Any]], tuple[Any, ...]]]:
@@ -214,7 +213,7 @@ def _attend(
     dense_len: int,
     select: bool,
 ) -> Tensor:
-    """Attention of all queries, ``[B, Hq, Lq, Dv]``, contiguous; without `select` every sequence is dense."""
+    """Attention of all queries, ``[B, Hq, Lq, Dv]``; without `select` every sequence is dense."""
     g, m = geometry, geometry.query_block
     batch, heads_q, length_q, dim = q.shape
     heads, length_k, dim_v = v.shape[1:]
@@ -275,8 +274,7 @@ def _attend(
         out = out.gather(2, index[:, None, :, None, None].expand(batch, heads, length_q, group, dim_v))
     else:
         out = out[:, :, :length_q]
-    out = out.transpose(2, 3).reshape(batch, heads_q, length_q, dim_v).to(q.dtype)
-    return out.clone(memory_format=torch.contiguous_format)  # strides that both sides of the switch have
+    return out.transpose(2, 3).reshape(batch, heads_q, length_q, dim_v).to(q.dtype)
 
 
 def _in_blocks(x: Tensor, geometry: BlockGeometry, blocks: Size) -> Tensor:
