@@ -7,8 +7,10 @@ The path of one attention call: `sites` finds it in Dynamo's graph, `masks` prov
 operators that it becomes and `kernels` the arithmetic. `report` tells what was done at every site.
 """
 
+from infllm_pass.aoti import Package, load_package, package
 from infllm_pass.api import dense, dense_mode, explain, report, sparsify
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.engines import export_tensorrt
 from infllm_pass.export import export, export_onnx
 from infllm_pass.functional import switchable_attention, switchable_attention_varlen
 from infllm_pass.reasons import Reason
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionSite",
     "GraphReport",
+    "Package",
     "Reason",
     "Report",
     "SiteReport",
@@ -29,6 +32,9 @@ __all__ = [
     "explain",
     "export",
     "export_onnx",
+    "export_tensorrt",
+    "load_package",
+    "package",
     "report",
     "sparsify",
     "switchable_attention",

@@ -41,6 +41,7 @@ examples:
   infllm-pass explain ~/models/Llama-3.1-8B      which attention sites become switchable, and why not
   infllm-pass explain ./model --length 32768 --dense-len 16384 --json
   infllm-pass explain my_package.models:build    the model that a function returns
+  infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_explain(commands)
+    _add_export(commands)
     _add_bench(commands)
     return parser
 
@@ -160,6 +162,34 @@ def _explain(options: argparse.Namespace) -> int:
     from infllm_pass.cli_explain import explain
 
     explain(options, lambda base: _configured(base, options), _console())
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a model as an ONNX file, a TensorRT engine or an AOTInductor package",
+        description="Exports a language model for batches and lengths of any size, dense and sparse attention and the "
+        "switch between them inside, and reports every attention site.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="SmolLM2-135M-Instruct, or a model folder: its architecture without weights"
+    )
+    parser.add_argument("--to", choices=("onnx", "tensorrt", "aoti"), required=True, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file (model.onnx, model.engine or model.pt2)")
+    parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to keep (all)")
+    parser.add_argument(
+        "--max-length", type=_positive, default=8192, metavar="N", help="longest input of a TensorRT engine (8192)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_config(parser, {})
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from infllm_pass.cli_export import export_checkpoint
+
+    export_checkpoint(options, lambda base: _configured(base, options), _console())
     return 0
 
 

@@ -66,6 +66,10 @@ class ExportError(InfLLMError, RuntimeError):
     """A model, or a part of it, cannot be exported to a format, or a file cannot be written."""
 
 
+class InputSizeError(ShapeError):
+    """An input of a packaged model has a size that the model was not exported for."""
+
+
 class MeasurementError(InfLLMError, RuntimeError):
     """A measuring process ended before it had measured anything."""
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import NoAttentionSiteError, UnsupportedModelError
+from infllm_pass.errors import ExportError, NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.guard import Branch
 from infllm_pass.pipeline import run_on_export
 from infllm_pass.plan import SiteFilter
@@ -51,9 +53,10 @@ def export(
     Raises:
         NoAttentionSiteError: no site is switchable; the message says why.
         UnsupportedModelError: the object is no model that can be exported.
+        ExportError: torch.export refuses it: sizes outside `dynamic_shapes`, control flow that depends on data.
         ConfigError: the configuration is not valid.
     """
-    return _export(model, args, kwargs, dynamic_shapes, config, filter_fn)[0]
+    return export_with_report(model, args, kwargs, dynamic_shapes, config, filter_fn)[0]
 
 
 def export_onnx(
@@ -104,12 +107,12 @@ def export_onnx(
 
     require_onnx()
     target = OnnxTarget(path, opset=opset, external_data=external_data, overwrite=overwrite)
-    program, report = _export(model, args, kwargs, dynamic_shapes, config, filter_fn)
+    program, report = export_with_report(model, args, kwargs, dynamic_shapes, config, filter_fn)
     target.write(program, input_names=input_names, output_names=output_names)
     return report
 
 
-def _export(
+def export_with_report(
     model: nn.Module | ExportedProgram,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
@@ -117,6 +120,7 @@ def _export(
     config: SparseAttentionConfig | Mapping[str, Any] | None,
     filter_fn: SiteFilter | None,
 ) -> tuple[ExportedProgram, Report]:
+    """`export`, with what was found and done at every site."""
     chosen = SparseAttentionConfig.coerce(config)
     program = _program(model, args, kwargs, dynamic_shapes)
     module = copy.deepcopy(program.graph_module)
@@ -136,8 +140,11 @@ def _program(
             f"{type(model).__name__} cannot be exported: give an nn.Module or a torch.export.ExportedProgram"
         )
     original = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    with torch.no_grad():
-        return torch.export.export(original, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    try:
+        with torch.no_grad():
+            return torch.export.export(original, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    except (UserError, ConstraintViolationError) as error:
+        raise ExportError(f"torch.export refuses the model, its arguments or dynamic_shapes: {error}") from error
 
 
 def _calls_operators(module: fx.GraphModule) -> bool:

@@ -105,14 +105,19 @@ def _switchable_attention_fake(
 
 OPERATOR = torch.ops.infllm.switchable_attention.default
 
-_PARTS = {"block_attention", "tiled_attention"}
+TORCH_PARTS = frozenset({"block_attention"})
+"""The operators of attention that are implemented in Python."""
+
+PARTS = TORCH_PARTS | {"tiled_attention"}
+"""All operators of attention over whole prompts."""
 
 
-def join_sites(graph: fx.Graph) -> int:
+def join_sites(graph: fx.Graph, parts: frozenset[str] = PARTS) -> int:
     """Replace selection and attention by one operator, wherever a graph holds them.
 
     Args:
         graph: the graph of an exported program.
+        parts: names of the operators of attention to replace.
 
     Returns:
         How many calls of the one operator the graph holds now.
@@ -121,7 +126,7 @@ def join_sites(graph: fx.Graph) -> int:
         ExportError: a call has no such form: packed sequences, or a log-sum-exp that the graph reads.
     """
     for node in list(graph.nodes):
-        if _name(node) not in _PARTS:
+        if _name(node) not in parts:
             continue
         arguments, blocks = _joined_arguments(node)
         for user in list(node.users):

@@ -7,9 +7,7 @@ functions of the file (`onnx_function`).
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from os import PathLike
@@ -17,15 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import joined
 from infllm_pass.lowering.node import DOMAIN, NAME, VERSION, AttentionNode
+from infllm_pass.lowering.output import refuse_unwritable, written_whole
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -71,14 +71,7 @@ class OnnxTarget:
         self.external_data = external_data
         if opset not in OPSETS:
             raise ExportError(f"opset {opset} is not supported: expected {OPSETS.start} to {OPSETS.stop - 1}")
-        if self.path.is_dir():
-            raise ExportError(f"{self.path} is a folder: give the name of a file")
-        if not overwrite:
-            for file in (self.path, self.data_path):
-                if file.exists():
-                    raise ExportError(f"{file} exists: choose another path, or pass overwrite=True")
-        if not os.access(self.path.parent, os.W_OK):
-            raise ExportError(f"{self.path.parent} is no folder that can be written to")
+        refuse_unwritable(self.path, self.data_path, overwrite=overwrite)
 
     @property
     def data_path(self) -> Path:
@@ -104,15 +97,8 @@ class OnnxTarget:
             DtypeError: a site's dtype has none.
         """
         model = _translate(program, self.opset, input_names, output_names)
-        try:
-            # In the same folder, so that moving it into place is one step.
-            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
-                self._save(model, Path(folder) / self.path.name)
-                for file in (Path(folder) / self.data_path.name, Path(folder) / self.path.name):
-                    if file.exists():
-                        file.replace(self.path.with_name(file.name))
-        except OSError as error:
-            raise ExportError(f"{self.path} cannot be written: {error}") from error
+        with written_whole(self.path, self.data_path) as path:
+            self._save(model, path)
 
     def _save(self, model: onnx_ir.Model, path: Path) -> None:
         import onnx
@@ -173,7 +159,7 @@ def _write_nodes(graph: fx.Graph) -> None:
             continue
         given = dict(zip(names, call.args, strict=True))
         with graph.inserting_before(call):
-            place = _offset(graph, given["offsets"], given["offset"], call.meta["val"])
+            place = _offset(graph, given, call)
             node = AttentionNode(
                 BlockGeometry(**{field.name: given[field.name] for field in fields(BlockGeometry)}),
                 scale=given["scale"],
@@ -212,14 +198,22 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _offset(graph: fx.Graph, offsets: fx.Node | None, offset: fx.Node | int | None, like: Tensor) -> fx.Node | None:
+def _offset(graph: fx.Graph, given: Mapping[str, Any], call: fx.Node) -> fx.Node | None:
     """The key index of the first query as one int64 tensor, or None where it follows from the lengths."""
+    offsets, offset = given["offsets"], given["offset"]
     if offsets is not None:
         offsets = _call(graph, aten.to.dtype, offsets, torch.int64)
         return offsets if offset is None else _call(graph, aten.add.Tensor, offsets, offset)
-    return (
-        None if offset is None else _call(graph, aten.full.default, [1], offset, dtype=torch.int64, device=like.device)
-    )
+    if offset is None:
+        return None
+    place = offset.meta["val"] if isinstance(offset, fx.Node) else offset
+    length_q, length_k = (given[name].meta["val"].shape[2] for name in ("q", "k"))
+    if not statically_known_true(place == length_k - length_q):
+        raise ExportError(
+            f"the queries of {call.name} stand at the number {place} and are not known to be the last of the keys: "
+            "give the offset as a tensor"
+        )
+    return None
 
 
 def _size(graph: fx.Graph, tensor: fx.Node, dim: int) -> fx.Node | int:

@@ -39,7 +39,8 @@ def attention_function(node: AttentionNode, opset: int, overload: str = "") -> F
     """The body of a node as a model-local function.
 
     Its inputs are q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, v ``[B, Hkv, Lk, Dv]``, and, as the node has them,
-    key_mask bool ``[B, Lk]`` and offset int64 ``[1]`` or ``[B]``, the key index of the first query. Its output is
+    key_mask bool ``[B, Lk]`` and offset int64 ``[1]`` or ``[B]``, the key index of the first query; keys after the last
+    query then are free slots of a cache. Its output is
     ``[B, Hq, Lq, Dv]`` in q's type; a query that sees no key gives 0.
 
     Args:
@@ -101,16 +102,21 @@ class _Writer:
         offset = inputs.get("offset", self.length_k - self.length_q)
         self.start = b.op("Expand", offset, self.batch)
         self.key_mask = inputs.get("key_mask")
-        if self.key_mask is None:
-            self.lengths = b.op("Expand", self.length_k, self.batch)
-            return
-        index = b.arange(self.length_k)
-        ends = b.op("Where", self.key_mask, index + 1, 0)
-        end = b.op("ReduceMax", ends, [1], keepdims=0)
-        first = b.op("ReduceMin", b.op("Where", self.key_mask, index, self.length_k), [1], keepdims=0)
-        self.first = b.op("Min", first, end)
-        self.lengths = end - self.first
-        self.start = self.start - self.first
+        end = b.op("Expand", self.length_k, self.batch)
+        if self.key_mask is not None:
+            index = b.arange(self.length_k)
+            ends = b.op("Where", self.key_mask, index + 1, 0)
+            first = b.op("ReduceMin", b.op("Where", self.key_mask, index, self.length_k), [1], keepdims=0)
+            end = b.op("ReduceMax", ends, [1], keepdims=0)
+            self.first = b.op("Min", first, end)
+        if self.node.placed:  # what follows the last query are free slots of a cache
+            end = b.op("Max", b.op("Min", end, self.start + self.length_q), 0)
+            if self.key_mask is not None:
+                end = b.op("Max", end, self.first)
+        self.lengths = end
+        if self.key_mask is not None:
+            self.lengths = end - self.first
+            self.start = self.start - self.first
 
     def _token_rows(self, x: Value, heads: Value) -> Value:
         """``[B, H x heads, L, D]`` as ``[B x H x L, heads, D]``: one row for each token of a key/value head."""

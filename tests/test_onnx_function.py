@@ -68,7 +68,8 @@ def oracle(node, q, k, v, key_mask=None, offset=None):
     common = {
         "geometry": node.geometry,
         "scale": node.scale,
-        "offset": k.shape[2] - q.shape[2] if offset is None else int(offset),
+        "offset": k.shape[2] - q.shape[2] if offset is None else 0,
+        "offsets": None if offset is None else torch.tensor([int(offset)]),
         "key_mask": key_mask,
         "dense_len": node.dense_len,
         "window": node.window or None,

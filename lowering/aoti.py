@@ -1,0 +1,127 @@
+"""Compiling an exported program with AOTInductor into a package that needs neither Python nor this project.
+
+Triton operators are compiled in as they are. The torch operators of other devices would call back into Python: they
+are written out first (`traced`).
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from infllm_pass.errors import DtypeError, ExportError
+from infllm_pass.lowering import joined, traced
+from infllm_pass.lowering.output import refuse_unwritable, written_whole
+
+SUFFIX = ".pt2"
+
+RANGES = "infllm_pass.input_sizes"
+"""Key of a package's metadata: JSON, for every tensor a list of its sizes, each a number or ``[least, most or null]``."""
+
+
+class PackageTarget:
+    """A package to be written, checked before any work is done for it.
+
+    Args:
+        path: the file.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        ExportError: the file exists or cannot be written, its name does not end in ``.pt2``, or there is no C++
+            compiler.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.suffix != SUFFIX:
+            raise ExportError(f"{self.path} is no name for a package: let it end in {SUFFIX}")
+        refuse_unwritable(self.path, overwrite=overwrite)
+        _require_compiler()
+
+    def write(self, program: ExportedProgram) -> None:
+        """Compile a program; the file appears whole, or not at all.
+
+        Args:
+            program: the program, from `infllm_pass.export`. Its graph is changed.
+
+        Raises:
+            ExportError: a part of the program cannot be compiled, or the file cannot be written.
+            DtypeError: a site on the CPU has a dtype that is not taken.
+        """
+        program = written_out(program)
+        options = {"aot_inductor.metadata": {RANGES: json.dumps(input_sizes(program))}}
+        if any(node.target in _LOOPS for node in program.graph.nodes):
+            # Inductor of torch 2.11 plans the reuse of buffers of a loop's body by the graph around it, and fails.
+            options["allow_buffer_reuse"] = False  # type: ignore[assignment]
+        with written_whole(self.path) as path:
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+            except torch._inductor.exc.InductorError as error:
+                raise ExportError(f"Inductor cannot compile the program: {error}") from error
+
+
+_LOOPS = (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop)
+
+
+def _require_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise ExportError("packaging needs a C++ compiler: install g++, or name one in the variable CXX") from error
+
+
+def written_out(program: ExportedProgram) -> ExportedProgram:
+    """The program without calls of operators that are implemented in Python.
+
+    Args:
+        program: the program. Its graph is changed.
+
+    Raises:
+        ExportError: a call has no such form.
+        DtypeError: a call has a dtype that is not taken.
+    """
+    if not joined.join_sites(program.graph, parts=joined.TORCH_PARTS):
+        return program
+    for node in program.graph.nodes:
+        if node.target is joined.OPERATOR:
+            example = node.meta["val"]
+            if example.device.type != "cpu":
+                raise ExportError(
+                    f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
+                    "only: see the report's column `kernels` for what keeps it from the Triton kernels"
+                )
+            if example.dtype not in traced.DTYPES:
+                raise DtypeError(
+                    f"{node.name} computes in {example.dtype}: a package for the CPU takes "
+                    f"{', '.join(map(str, traced.DTYPES))}; cast the model first"
+                )
+    return program.run_decompositions({joined.OPERATOR: traced.switchable_attention})
+
+
+def input_sizes(program: ExportedProgram) -> list[list[Any]]:
+    """The sizes that a program takes: for every tensor among its inputs, numbers and ranges."""
+    users = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    sizes = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in users:
+            value = node.meta.get("val")
+            sizes.append([_range(program, size) for size in value.shape] if isinstance(value, Tensor) else [])
+    return sizes
+
+
+def _range(program: ExportedProgram, size: int | SymInt) -> int | list[int | None]:
+    if isinstance(size, int):
+        return size
+    bounds = program.range_constraints.get(size.node.expr)
+    if bounds is None:
+        return [0, None]
+    return [int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else None]

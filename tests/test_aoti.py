@@ -1,0 +1,184 @@
+"""Models as packages of AOTInductor: loaded without this project, from Python and from C++."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import infllm_pass
+from infllm_pass.errors import DtypeError, ExportError, InputSizeError, NoAttentionSiteError
+from infllm_pass.lowering import aoti
+
+from .conftest import SMALL, llama, relative_error, tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+LOADING = """
+import sys, torch
+class Barred:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "infllm_pass":
+            raise ImportError(name)
+sys.meta_path.insert(0, Barred())
+model = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save([model(ids) for ids in torch.load(sys.argv[2])], sys.argv[3])
+assert not [name for name in sys.modules if name.startswith("infllm")]
+"""
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+class Plain(nn.Module):
+    def forward(self, q):
+        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Logits(llama(num_hidden_layers=1).float())
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    path = tmp_path_factory.mktemp("package") / "llama.pt2"
+    report = infllm_pass.package(model, (tokens(50, 2),), path, dynamic_shapes={"ids": DYNAMIC}, config=SMALL)
+    assert report.switchable == len(report.sites) == 1
+    assert [each.name for each in path.parent.iterdir()] == ["llama.pt2"]
+    return path
+
+
+def test_a_fresh_process_without_this_project_gives_the_same_logits(model, file, tmp_path):
+    inputs = [tokens(length, batch) for length, batch in ((2, 1), (63, 3), (64, 2), (333, 1))]
+    torch.save(inputs, tmp_path / "ids")
+    command = [sys.executable, "-c", LOADING, str(file), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sparsified = infllm_pass.sparsify(torch.compile(model, backend="eager"), SMALL)
+    for ids, got in zip(inputs, torch.load(tmp_path / "logits"), strict=True):
+        with torch.no_grad():
+            expected, dense = sparsified(ids), model(ids)
+        assert relative_error(got, expected) <= 1e-4
+        assert (relative_error(got, dense) > 1e-2) == (ids.shape[1] >= SMALL.dense_len)
+
+
+def test_the_program_in_c_plus_plus(file, tmp_path):
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake")
+    build = tmp_path / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, prefix], ["cmake", "--build", build]):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    loaded = infllm_pass.load_package(file)
+    for length in (30, 150):
+        ids = tokens(length)
+        (tmp_path / "ids.txt").write_text(" ".join(map(str, ids[0].tolist())))
+        done = subprocess.run([build / "logits", file, tmp_path / "ids.txt"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        got = torch.tensor([float(line) for line in done.stdout.splitlines()])
+        assert relative_error(got, loaded(ids)[0, -1]) <= 1e-6
+    done = subprocess.run([build / "logits", file, tmp_path / "none.txt"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no token ids" in done.stderr
+
+
+def test_sizes_outside_the_exported_range_are_refused():
+    program = torch.export.export(
+        Plain(), (torch.randn(2, 4, 90, 8),), dynamic_shapes={"q": {0: Dim.DYNAMIC, 2: Dim("length", min=16, max=512)}}
+    )
+    sizes = aoti.input_sizes(program)
+    assert sizes[0][1:] == [4, [16, 512], 8]
+
+    class Stub:
+        def __init__(self):
+            self.loader = self
+
+        def get_metadata(self):
+            return {aoti.RANGES: json.dumps(sizes)}
+
+        def __call__(self, q):
+            return q
+
+    loaded = infllm_pass.Package(Stub())
+    assert loaded(torch.zeros(7, 4, 512, 8)).shape[0] == 7
+    with pytest.raises(InputSizeError, match="has size 513 in dimension 2: the model was exported for 16 to 512"):
+        loaded(torch.zeros(2, 4, 513, 8))
+    with pytest.raises(InputSizeError, match="exported for 4;"):
+        loaded(torch.zeros(2, 5, 100, 8))
+    with pytest.raises(InputSizeError, match="has 3 dimensions: the model was exported for 4"):
+        loaded(torch.zeros(4, 100, 8))
+
+
+def test_an_example_outside_its_range_is_refused():
+    shapes = {"q": {2: Dim("length", min=16, max=64)}}
+    with pytest.raises(ExportError, match=r"torch\.export refuses"):
+        infllm_pass.export(Plain(), (torch.randn(2, 4, 90, 8),), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("model.pt2", "exists: choose another path, or pass overwrite=True"),
+        ("model.so", r"let it end in \.pt2"),
+        ("no/such/folder.pt2", "no folder that can be written to"),
+    ],
+)
+def test_bad_paths_are_refused_before_any_work(tmp_path, place, message):
+    (tmp_path / "model.pt2").write_bytes(b"mine")
+    with pytest.raises(ExportError, match=message):
+        infllm_pass.package(Plain(), (torch.randn(1, 2, 90, 8),), tmp_path / place)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+    assert (tmp_path / "model.pt2").read_bytes() == b"mine"
+
+
+def test_no_half_written_file(tmp_path, monkeypatch):
+    def fail(_program, *, package_path, inductor_configs):
+        Path(package_path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(ExportError, match="cannot be written: no space left"):
+        infllm_pass.package(Plain(), (torch.randn(1, 2, 90, 8),), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_compiler(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def fail():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", fail)
+    with pytest.raises(ExportError, match=r"needs a C\+\+ compiler: install g\+\+"):
+        infllm_pass.package(Plain(), (torch.randn(1, 2, 90, 8),), tmp_path / "model.pt2")
+
+
+def test_dtypes_and_models_that_cannot_be_packaged(tmp_path):
+    path = tmp_path / "model.pt2"
+    with pytest.raises(DtypeError, match=r"computes in torch\.float64: a package for the CPU takes torch\.float32"):
+        infllm_pass.package(Plain(), (torch.randn(1, 2, 90, 8, dtype=torch.float64),), path)
+    with pytest.raises(NoAttentionSiteError, match="no attention site is switchable"):
+        infllm_pass.package(nn.Linear(4, 4), (torch.randn(1, 4),), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_packages(tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"nothing")
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        infllm_pass.load_package(tmp_path / "model.pt2")
