@@ -23,7 +23,7 @@ from infllm_pass.lowering.output import refuse_unwritable, written_whole
 SUFFIX = ".pt2"
 
 RANGES = "infllm_pass.input_sizes"
-"""Key of a package's metadata: JSON, for every tensor a list of its sizes, each a number or ``[least, most or null]``."""
+"""Key of a package's metadata. JSON: for every tensor a list of sizes, each a number or ``[least, most or null]``."""
 
 
 class PackageTarget:
