@@ -23,7 +23,7 @@ from infllm_pass.lowering.output import refuse_unwritable, written_whole
 SUFFIX = ".pt2"
 
 RANGES = "infllm_pass.input_sizes"
-"""Key of a package's metadata: JSON, for every tensor a list of its sizes, each a number or ``[least, most or null]``."""
+"""Key of a package's metadata. JSON: for every tensor a list of sizes, each a number or ``[least, most or null]``."""
 
 
 class PackageTarget:
@@ -124,4 +124,6 @@ def _range(program: ExportedProgram, size: int | SymInt) -> int | list[int | Non
     bounds = program.range_constraints.get(size.node.expr)
     if bounds is None:
         return [0, None]
-    return [int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else None]
+    # torch.export says 2 where nothing was asked for, and tells 1 from it by its strides alone.
+    least = 1 if bounds.lower <= 2 else int(bounds.lower)
+    return [least, int(bounds.upper) if bounds.upper.is_Integer else None]

@@ -321,3 +321,18 @@ def test_measurements_run_in_processes_and_caches_of_their_own():
 def test_failures_of_a_process_arrive_as_errors(function, error, message):
     with pytest.raises(error, match=message):
         demo_worker.run_apart(function, tell=lambda *args: None)
+
+
+def test_export_writes_a_file(tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    folder = tmp_path / "model"
+    tiny_config().save_pretrained(folder)
+    out = tmp_path / "tiny.onnx"
+    command = ["export", str(folder), "--to", "onnx", "--out", str(out), "--layers", "1", "--dense-len", "16"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "switchable" in printed
+    assert str(out.name) in printed
+    assert out.stat().st_size > 0
+    assert main(command) == 2
+    assert "exists: choose another path" in capsys.readouterr().err

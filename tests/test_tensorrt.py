@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import infllm_pass
+from infllm_pass.errors import ExportError, MissingDependencyError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.node import DOMAIN, NAME, AttentionNode
 
@@ -105,13 +106,65 @@ def build(file, how, environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_parser_takes_the_plugin_and_an_engine_is_built(file, environment):
-    seen = build(file, "plugin", environment)
-    assert seen["parsed"], seen["errors"]
-    assert len(seen["plugins"]) == 2
-    assert seen["loops"] == 0
-    assert seen["dynamic"] == [[-1, -1]]
-    assert seen["named_in_engine"] >= 2
+PROFILE = {"ids": ((1, 2), (1, 200), (4, 1024))}
+
+
+def test_an_engine_with_the_plugin(file, tmp_path):
+    path = tmp_path / "llama.engine"
+    report = infllm_pass.export_tensorrt(file, path, PROFILE)
+    assert (report.package, len(report.plugins), report.bodies) == ("tensorrt_rtx", 2, 0)
+    assert all(name.startswith(NAME) for name in report.plugins)
+    assert report.inputs == {"ids": (-1, -1)}
+    assert [each.name for each in tmp_path.iterdir()] == ["llama.engine"]
+    engine = path.read_bytes()
+    assert len(engine) == report.size
+    assert engine.count(NAME.encode()) >= 2
+    assert str(report).count(f": {NAME}") == 2
+    with pytest.raises(ExportError, match="exists"):
+        infllm_pass.export_tensorrt(file, path, PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ({}, r"'ids' has dynamic sizes \(-1, -1\): give its least"),
+        ({"tokens": PROFILE["ids"]}, "the profile names 'tokens': the file's inputs are ids"),
+    ],
+)
+def test_profiles_that_do_not_fit(file, tmp_path, profile, message):
+    with pytest.raises(ExportError, match=message):
+        infllm_pass.export_tensorrt(file, tmp_path / "llama.engine", profile)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_parsed(tmp_path):
+    with pytest.raises(ExportError, match="is no file"):
+        infllm_pass.export_tensorrt(tmp_path / "none.onnx", tmp_path / "none.engine")
+    (tmp_path / "bad.onnx").write_bytes(b"nothing")
+    with pytest.raises(ExportError, match="cannot parse"):
+        infllm_pass.export_tensorrt(tmp_path / "bad.onnx", tmp_path / "bad.engine")
+    assert [each.name for each in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+def test_without_tensorrt(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("tensorrt") else found(name))
+    with pytest.raises(MissingDependencyError, match=r"pip install 'infllm-pass\[tensorrt\]'"):
+        infllm_pass.export_tensorrt("model.onnx", tmp_path / "model.engine")
+
+
+def test_a_build_shows_how_far_it_is():
+    from rich.progress import Progress
+
+    from infllm_pass.lowering.engine import progress_monitor
+
+    progress = Progress()
+    monitor = progress_monitor(trt, progress)
+    monitor.phase_start("building", None, 4)
+    assert monitor.step_complete("building", 1)
+    assert [(task.description, task.completed, task.total) for task in progress.tasks] == [("building", 2, 4)]
+    monitor.phase_finish("building")
+    assert not progress.tasks
 
 
 def test_the_parser_imports_the_body_where_no_plugin_is_registered(file, environment):
