@@ -12,7 +12,6 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -20,12 +19,12 @@ from infllm_pass.emission import Emitter
 from infllm_pass.graphs import fake_mode_of
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.decode import state_slots
-from infllm_pass.masks.interpreter import Interpreter, Overwritten
-from infllm_pass.masks.predicate import BATCH
-from infllm_pass.masks.values import GraphFacts, NotFollowed, axis, example_of, same, size, storage
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.values import GraphFacts, example_of, same, size, storage
 from infllm_pass.operands import MaskOperands
 from infllm_pass.plan import SitePlan, unemittable
 from infllm_pass.sites import AttentionSite
+from infllm_pass.slots import written_slots
 from infllm_pass.vocabulary import Write, read_write, written_arguments
 
 MOST_QUERIES = 16
@@ -254,7 +253,7 @@ class CacheUpkeep:
         place = write.entries[along[0]] if len(along) == 1 and len(write.entries) == target.dim() else None
         if place is None:
             return None, False
-        found = self._start_of(place, keys.shape[0])
+        found = written_slots(self._interpreter, place, keys.shape[0])
         if found is None:
             return None, False
         start, extent = found
@@ -267,34 +266,6 @@ class CacheUpkeep:
         if unemittable(start, leaves, self._interpreter, site):
             return None, False
         return self._masks.position(start, leaves, site), False
-
-    def _start_of(self, place: Any, batch: Any) -> tuple[sympy.Expr, sympy.Expr | None] | None:
-        """The first of consecutive slots, and their number if it is known."""
-        if isinstance(place, slice):
-            try:
-                start = self._interpreter.integer(0 if place.start is None else place.start)
-                stop = None if place.stop is None else self._interpreter.integer(place.stop)
-            except NotFollowed:
-                return None
-            return start, None if stop is None else sympy.expand(stop - start)
-        example = example_of(place) if isinstance(place, fx.Node) else None
-        if not isinstance(example, torch.Tensor):
-            return None
-        try:
-            value = self._interpreter.evaluate(place)
-        except Overwritten:
-            return None
-        if value is None or value.dtype not in (torch.int64, torch.int32) or not isinstance(value.value, sympy.Expr):
-            return None
-        axes = {axis(dim) for dim in range(example.dim())}
-        for dim in reversed(range(example.dim())):
-            start = sympy.expand(value.value - axis(dim))
-            by_row = {BATCH} if dim > 0 and same(size(example.shape[0]), size(batch)) else set()
-            if not start.free_symbols & (axes - by_row):
-                return start, size(example.shape[dim])
-        if example.numel() == 1:
-            return value.value.xreplace({symbol: sympy.Integer(0) for symbol in axes}), size(1)
-        return None
 
     def _call(self, site: AttentionSite, target: Any, *args: Any) -> fx.Node:
         return self._emitter.call(site.node, target, *args)

@@ -17,6 +17,7 @@ from infllm_pass.masks.values import same, size
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.constants import read_number
+from infllm_pass.slots import writes_slots
 from infllm_pass.vocabulary import scatters
 
 SiteFilter = Callable[[AttentionSite], bool]
@@ -265,12 +266,15 @@ def _refused_offset(
     if predicate.segments is not None:
         return "they are packed sequences"
     leaves = predicate.offset_leaves
+    tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
     if offset.is_Integer:
-        tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
         return None if offset >= 0 and bool(tokens + int(offset) <= capacity) else "they are not all among the keys"
     if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
         return "these are neither the last of the keys nor at a position in them"
-    return unemittable(offset, leaves, interpreter, site)
+    refusal = unemittable(offset, leaves, interpreter, site)
+    if refusal is None and not writes_slots(interpreter, offset, tokens, capacity, site.shape(site.key)[0]):
+        return "the graph writes no keys there, so that they may stand past the last of them"
+    return refusal
 
 
 def unemittable(

@@ -391,33 +391,47 @@ class Write:
 
 def read_write(node: fx.Node) -> Write | None:
     """Where a node writes to; None for one that is not known to leave some of its tensor alone."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return read_update(node) if node.target is operator.setitem or _called(node).endswith("_") else None
+
+
+def read_update(node: fx.Node) -> Write | None:
+    """As `read_write`, and the same of nodes that make a copy of a tensor with some elements replaced."""
+    name = _called(node).removesuffix("_")
     target = node.args[0] if node.args else None
     if node.kwargs or not isinstance(target, fx.Node):
         return None
     example = target.meta.get("example_value", target.meta.get("val"))
-    rank = example.dim() if isinstance(example, torch.Tensor) else 0
-    full: list[Any] = [slice(None)] * rank
-    if name in ("index_copy_", "scatter_") and len(node.args) == 4 and isinstance(node.args[1], int):
-        full[node.args[1] % rank] = node.args[2]
+    if not isinstance(example, torch.Tensor):
+        return None
+    full: list[Any] = [slice(None)] * example.dim()
+    if name in ("index_copy", "scatter") and len(node.args) == 4 and isinstance(node.args[1], int):
+        full[node.args[1] % example.dim()] = node.args[2]
         return Write(target, tuple(full))
-    if node.target is operator.setitem or (name == "index_put_" and len(node.args) == 3):
+    if node.target is operator.setitem or (name == "index_put" and len(node.args) == 3):
         index = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+        if node.target is not operator.setitem:
+            index = [slice(None) if entry is None else entry for entry in index]  # its way to leave a dimension alone
         if any(entry is None or isinstance(entry, bool) for entry in index):
             return None
         gap = [place for place, entry in enumerate(index) if entry is Ellipsis]
         before = list(index[: gap[0]] if gap else index)
         after = list(index[gap[0] + 1 :] if gap else ())
-        middle = [slice(None)] * (rank - len(before) - len(after))
+        middle = [slice(None)] * (example.dim() - len(before) - len(after))
         return Write(target, (*before, *middle, *after))
     return None
 
 
+def _called(node: fx.Node) -> str:
+    """The name of what a node calls, without the namespace and the overload."""
+    if isinstance(node.target, str):
+        return node.target if node.op == "call_method" else ""
+    name: str = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+    return name
+
+
 def scatters(node: fx.Node) -> bool:
     """Whether a node is a copy of a tensor with some elements replaced, as a cache is updated without writing to it."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = node.target if node.op == "call_method" else getattr(packet or node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _SCATTERS
+    return node.op in ("call_function", "call_method") and _called(node) in _SCATTERS
 
 
 _SCATTERS = {"index_copy", "index_put", "index_fill", "scatter", "slice_scatter", "select_scatter", "where"}

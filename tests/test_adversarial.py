@@ -760,7 +760,7 @@ NOT_ATTENTION = [
         *(softmax_plus_one, sigmoid, log_softmax, softmin, squared_weights, weights_cut_off, transposed_weights),
         *(wrong_einsum, permuted_weights, rolled_scores, mixed_heads, weights_returned, scale_from_data),
         *(scale_for_each_distance, channels_attend, keys_twice),
-        *(top_left_of_more_keys, top_left_of_more_queries, first_key_unused, scores_detached, weights_detached),
+        *(top_left_of_more_queries, first_key_unused, scores_detached, weights_detached),
         *(scores_without_gradients, weights_without_gradients, cast_to_integers_between, scores_edited_in_place),
         *(scores_masked_in_place, scores_added_to_in_place_through_a_view, scores_zeroed_before_the_mask),
         *(weights_edited_in_place, less_the_largest_of_each_key, less_the_largest_of_other_scores),
@@ -772,7 +772,14 @@ NOT_ATTENTION = [
 PERHAPS_ATTENTION = [
     Case(function, dense=False)
     for function in (
-        *(scale_for_each_key, reshaped_keys, keys_of_other_heads, scores_used_twice, last_key_unused),
+        *(
+            top_left_of_more_keys,
+            scale_for_each_key,
+            reshaped_keys,
+            keys_of_other_heads,
+            scores_used_twice,
+            last_key_unused,
+        ),
         *(
             keys_tiled,
             keys_detached,
