@@ -49,10 +49,17 @@ class SitePlan:
     @property
     def maskless(self) -> bool:
         """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.in_cache:
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
             return False
+        if self.flagged:
+            return True
         length_q, length_k = _lengths(self.site)
-        return length_q == 1 or same(length_q, length_k)
+        return not self.in_cache and (length_q == 1 or same(length_q, length_k))
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the causal flag of the call is all that limits the keys, whatever their number."""
+        return isinstance(self.site, AttentionSite) and self.site.is_causal is True and not self.site.masks
 
     @property
     def in_cache(self) -> bool:

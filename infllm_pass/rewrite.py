@@ -104,7 +104,7 @@ class Rewriter:
         site = plan.site
         if not isinstance(site, AttentionSite) or not (plan.switchable or plan.maskless or plan.windowed):
             return Outcome()
-        dense = plan.windowed or (plan.in_cache and branch is Branch.DENSE)
+        dense = plan.windowed or (plan.in_cache and not plan.maskless and branch is Branch.DENSE)
         if dense and self._is_left_to_untuned_kernels(plan, site):
             return Outcome()
         try:
@@ -163,7 +163,7 @@ class Rewriter:
             v,
             None,
             0.0,
-            size(site.shape(site.query)[2]) != 1,  # a single query is the last of the keys and sees them all
+            plan.flagged or size(site.shape(site.query)[2]) != 1,  # a single query, the last of the keys, sees all
             scale=plan.scale,
             enable_gqa=heads[0] != heads[1] or heads[0] != heads[2],
         )
