@@ -156,7 +156,7 @@ def draw_model(results: dict[str, Any]) -> Any:
 
 
 def draw_generate(results: dict[str, Any]) -> Any:
-    """Time of a token, the speed-up over the faster dense variant, and the time to the first token, where it is known."""
+    """Time of a token, the speed-up over the faster dense variant, and the time to the first token."""
     rows = results["rows"]
     known = [(name, label) for name, label in GENERATE.items() if any(row.get(name) is not None for row in rows)]
     figure, panels = plt.subplots(1, len(known), figsize=(5 * len(known), 4.2), squeeze=False, layout="constrained")

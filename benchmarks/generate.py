@@ -1,12 +1,14 @@
-"""Generation on the GPU: a Llama of Llama-3-8B's sizes with random weights over a static cache, dense and sparse, bfloat16.
+"""Generation on the GPU: a Llama of Llama-3-8B's sizes with random weights over a static cache, bfloat16.
 
-Three ways to run the same model, each with ``mode="reduce-overhead"`` for steps (one CUDA graph) and the default mode for
-prompts: ``compiled``, what ``torch.compile`` makes of it; ``dense``, ``infllm_pass.dense()``; and ``sparsified``, with 96
-visited blocks. A prompt is fed in chunks of one size, after a first chunk that compiles; ``ttft_s`` is the time up to the
-first new token, on the host's clock, and ``prompt_peak_gb`` the peak of memory until then. With ``--fill random`` the cache is filled with random numbers instead, which saves the
-time. Then every step feeds its likeliest token to the next one: ``ms`` is the median time from step to step, by CUDA events,
-nothing waiting for the host. ``refill_ms`` is the first step after the prompt, ``peak_gb`` the peak of allocated memory
-during the steps, weights included. Every row is compiled by itself; results are written after every row.
+The same model in three ways, each with ``mode="reduce-overhead"`` for steps (one CUDA graph) and the default mode for
+prompts: ``compiled``, what ``torch.compile`` makes of it; ``dense``, ``infllm_pass.dense()``; and ``sparsified``,
+with 96 visited blocks. A prompt is fed in chunks of one size, after a first chunk that compiles; ``ttft_s`` is the
+time up to the first new token, on the host's clock, and ``prompt_peak_gb`` the peak of memory until then. With
+``--fill random`` the cache is filled with random numbers instead, which saves the time. Then every step feeds its
+likeliest token to the next one: ``ms`` is the median time from step to step, by CUDA events, nothing waiting for the
+host. ``refill_ms`` is a step after somebody wrote to the caches, as the first after a prompt; ``peak_gb`` is the peak
+of allocated memory during the steps, weights included. Every row is compiled by itself; results are written after
+every row.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The state of a cache belongs to the sparsified model and lives as long as the tensor. It is void, which costs
 compressing the cache anew and nothing else, when anybody but this model's decoding wrote to the tensor: its version
-counter tells. CUDA graphs that Inductor records lie inside the compiled graph that is called here, so that this is asked
-at every replay; in a CUDA graph that others record around the model it cannot be, and the state is void at every replay.
+counter tells. CUDA graphs that Inductor records lie inside the compiled graph that is called here, so the counter is
+read at every replay. In a CUDA graph that others record around the model it is not, and every replay starts over.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class CacheStore:
             return None
         if is_being_captured(cache):
             self._warn(
-                "a CUDA graph is captured around a model that decodes from a cache, and replaying it does not count what "
-                "is written: the cache's keys are compressed anew at every replay; let "
+                "a CUDA graph is captured around a model that decodes from a cache, and replaying it does not count "
+                "what is written: the cache's keys are compressed anew at every replay; let "
                 'torch.compile(mode="reduce-overhead") record the CUDA graph instead'
             )
             return None
