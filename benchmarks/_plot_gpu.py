@@ -24,6 +24,7 @@ BASELINES = {
     "flex_ms": "FlexAttention, causal",
     "flex_blocks_ms": "FlexAttention, same 64 blocks",
 }
+GENERATE = {"ms": "ms a token", "speedup": "times as fast as dense", "ttft_s": "time to first token, s"}
 STAGES = {"select": "selection", "attend": "attention", "bwd": "backward"}
 
 
@@ -154,6 +155,32 @@ def draw_model(results: dict[str, Any]) -> Any:
     return _titled(figure, f"prefill of {rows[0]['layers']} layers of Llama-3-8B's sizes", results["header"])
 
 
+def draw_generate(results: dict[str, Any]) -> Any:
+    """Time of a token, the speed-up over the faster dense variant, and the time to the first token."""
+    rows = results["rows"]
+    known = [(name, label) for name, label in GENERATE.items() if any(row.get(name) is not None for row in rows)]
+    figure, panels = plt.subplots(1, len(known), figsize=(5 * len(known), 4.2), squeeze=False, layout="constrained")
+    styles = {"sparsified": "-", "dense": "--", "compiled": ":"}
+    for batch, colour in zip(sorted({row["batch"] for row in rows}), ("#d9531e", "#6a8caf", "#5a8a4a"), strict=False):
+        for variant, line in styles.items():
+            mine = sorted(
+                (row for row in rows if (row["batch"], row["variant"]) == (batch, variant)),
+                key=lambda row: row["length"],
+            )
+            for axes, (name, _) in zip(panels[0], known, strict=True):
+                points = [(row["length"], row[name]) for row in mine if row.get(name) is not None]
+                if points and not (name == "speedup" and variant != "sparsified"):
+                    axes.plot(*zip(*points, strict=True), "o" + line, color=colour, label=f"{variant}, batch {batch}")
+    for axes, (name, label) in zip(panels[0], known, strict=True):
+        if name == "speedup":
+            axes.axhline(1.0, color="black", linewidth=1)
+        axes.set(ylim=(0, None), ylabel=label)
+        _finish(axes, sorted({row["length"] for row in rows}))
+        axes.set_xlabel("tokens in the cache")
+    title = f"generation with {rows[0]['layers']} layers of Llama-3-8B's sizes, static cache, CUDA graphs"
+    return _titled(figure, title, results["header"])
+
+
 def _lengths(rows: list[Row], heads: str) -> list[int]:
     return sorted({row["length"] for row in rows if row["heads"] == heads})
 
@@ -181,6 +208,7 @@ DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "gpu_breakeven": (("breakeven",), draw_breakeven),
     "gpu_decode": (("decode",), draw_decode),
     "gpu_model": (("model",), draw_model),
+    "gpu_generate": (("generate",), draw_generate),
 }
 """Images, and the results that each is drawn from; the first is needed."""
 

@@ -2,7 +2,8 @@
 
 The state of a cache belongs to the sparsified model and lives as long as the tensor. It is void, which costs
 compressing the cache anew and nothing else, when anybody but this model's decoding wrote to the tensor: its version
-counter tells.
+counter tells. CUDA graphs that Inductor records lie inside the compiled graph that is called here, so the counter is
+read at every replay. In a CUDA graph that others record around the model it is not, and every replay starts over.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class CacheStore:
 
     def __init__(self) -> None:
         self._states: MutableMapping[Tensor, dict[Any, CacheState]] = WeakTensorKeyDictionary()
-        self._warned = False
+        self._warned: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheStore:
         """A copy of the model decodes with states of its own."""
@@ -81,17 +82,31 @@ class CacheStore:
 
     def version(self, cache: Tensor) -> int | None:
         """How often a tensor was written to; None for one that does not count it."""
-        if not cache.is_inference():
-            return cache._version
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
+        if cache.is_inference():
+            self._warn(
                 "a cache was made under torch.inference_mode() and does not count what is written to it: its keys are "
-                "compressed anew at every step; make the cache, or run the model, under torch.no_grad()",
-                UncountedCacheWarning,
-                stacklevel=4,
+                "compressed anew at every step; make the cache, or run the model, under torch.no_grad()"
             )
-        return None
+            return None
+        if is_being_captured(cache):
+            self._warn(
+                "a CUDA graph is captured around a model that decodes from a cache, and replaying it does not count "
+                "what is written: the cache's keys are compressed anew at every replay; let "
+                'torch.compile(mode="reduce-overhead") record the CUDA graph instead'
+            )
+            return None
+        return cache._version
+
+    def _warn(self, message: str) -> None:
+        """Warn once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UncountedCacheWarning, stacklevel=5)
+
+
+def is_being_captured(tensor: Tensor) -> bool:
+    """Whether calls on a tensor's device are recorded in a CUDA graph rather than run."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class CachedGraph:

@@ -46,6 +46,7 @@ examples:
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
   infllm-pass bench --decode                     a decode step over a cache, on a CUDA device or on the CPU
+  infllm-pass bench generate --fill random       a whole model's tokens over a static cache, on a CUDA device
 """
 
 

@@ -87,7 +87,7 @@ class MaskBufferChangedWarning(UserWarning):
 
 
 class UncountedCacheWarning(UserWarning):
-    """A cache does not count what is written to it, so that its keys are compressed anew at every step."""
+    """What is written to a cache is not counted, so that its keys are compressed anew at every step."""
 
 
 class UncompiledGenerateWarning(UserWarning):

@@ -35,6 +35,9 @@ from infllm_pass.sites import AttentionSite, Operand
 _GQA_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 """On CUDA only the half-precision flash kernels take grouped heads; float32 would fall back to N x N scores."""
 
+_NEVER_SPARSE = torch.iinfo(torch.int32).max
+"""A `dense_len` beyond all lengths: decoding then is dense, in the operator that splits the keys among programs."""
+
 
 class Kernels(Enum):
     """What computes a site. The value is what the report calls it."""
@@ -140,7 +143,8 @@ class Rewriter:
                 spec = self._cache_of(plan, site, refusal)
                 if spec is not None:
                     outcome = replace(outcome, cache_state=CacheUse.CARRIED)
-                    result = self._decode_attention(plan, site, q, k, v, spec, kernels)
+                    dense_len = self.config.dense_len if branch is Branch.SPARSE else _NEVER_SPARSE
+                    result = self._decode_attention(plan, site, q, k, v, spec, kernels, dense_len)
                 else:
                     attend = self._tiled_attention if kernels is Kernels.TRITON else self._block_attention
                     result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
@@ -224,6 +228,7 @@ class Rewriter:
         v: fx.Node,
         spec: CacheSpec,
         kernels: Kernels,
+        dense_len: int,
     ) -> fx.Node:
         """Attention of a few queries over a cache, its compressed keys kept from call to call."""
         if self._caches is None:
@@ -240,7 +245,7 @@ class Rewriter:
             q, k, v = (self._unit_stride(site, node) for node in (q, k, v))
         else:
             target, arguments = torch.ops.infllm.decode_attention.default, selection_arguments(geometry)
-        call = (*rows, plan.scale, self.config.dense_len, *arguments)
+        call = (*rows, plan.scale, dense_len, *arguments)
         results = self._emit(site, target, q, k, v, state.k1, state.k2, state.filled, *call)
         return self._emit(site, operator.getitem, results, 0)
 

@@ -18,7 +18,7 @@ from .triton_support import lists_from_sets
 
 GEOMETRY = SMALL.geometry
 CPU = torch.device("cpu")
-SCRIPTS = ("prefill", "backward", "memory", "breakeven", "model")
+SCRIPTS = ("prefill", "backward", "memory", "breakeven", "model", "generate")
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +190,12 @@ def results(bench, monkeypatch):
             )
             for length in (128, 256)
         ],
+        "generate": [
+            {"variant": variant, "layers": 32, "length": length, "batch": 1, "ms": ms, "ttft_s": None}
+            | {"speedup": 2.0 / ms}
+            for variant, ms in (("dense", 2.0), ("sparsified", 1.0))
+            for length in (128, 256)
+        ],
     }
 
 
@@ -269,6 +275,31 @@ def test_a_model_is_measured_dense_and_sparse(bench):
     cases = ["eager_sdpa/1/128/random", "sparsified/1/128/random", "sparsified/1/128/local"]
     assert [row["case"] for row in rows] == [f"model/{case}" for case in cases]
     assert rows[1]["ratio"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
+
+
+def test_generation_is_measured_dense_and_sparse(bench):
+    pytest.importorskip("transformers")
+    generate = bench("generate")
+    sizes = generate.LLAMA_3_8B | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32}
+    plain = generate.build(1, sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}, CPU, torch.float32)
+    rows = [
+        generate.measure(variant, plain, 2, 64, SMALL, chunk=chunk, steps=3)
+        for variant, chunk in (("dense", None), ("sparsified", 32))
+    ]
+    generate.add_speedups(rows)
+    assert [row["case"] for row in rows] == ["generate/dense/1/64/2", "generate/sparsified/1/64/2"]
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["ms"] / rows[1]["ms"])
+    assert rows[0]["ttft_s"] is None
+    assert rows[1]["ttft_s"] > 0
+    assert [(row["graphs"], row["recompiled"]) for row in rows] == [(1, 0), (2, 0)]
+
+
+def test_a_prompt_that_is_no_multiple_of_the_chunk_is_refused(bench, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["generate", "--lengths", "10000"])
+    with pytest.raises(SystemExit) as leaving:
+        bench("generate").main()
+    assert leaving.value.code == 2
+    assert "10000 is no multiple of --chunk 8192" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

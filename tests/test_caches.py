@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import warnings
 
 import pytest
 import torch
+from torch._inductor import compile_fx
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 import infllm_pass
@@ -413,6 +417,30 @@ def test_a_cache_made_in_inference_mode_is_compressed_anew_at_every_step():
     assert sum(issubclass(warning.category, UncountedCacheWarning) for warning in caught) == 1
 
 
+@torch.no_grad()
+def test_in_a_cuda_graph_of_somebody_else_every_replay_starts_over(monkeypatch):
+    """What is captured is not run: the emptying of a state has to be part of it, whatever the version counter says."""
+    module = CachedAttention()
+    model = sparsified(module)
+    keys, values = run(model, module, [50, 1, 1])
+    state = next(iter(store_of(model)._states[keys].values()))
+
+    def writes(place):
+        """How often a step writes to the count of compressed keys."""
+        before = state.filled._version
+        model(tokens(1, 1), keys, values, torch.tensor(place))
+        return state.filled._version - before
+
+    carried = writes(52)
+    with monkeypatch.context() as during:
+        during.setattr(infllm_pass.cached_graph, "is_being_captured", lambda tensor: True)
+        with pytest.warns(UncountedCacheWarning, match="reduce-overhead"):
+            assert writes(53) == carried + 1
+        assert writes(54) == carried + 1
+    assert writes(55) == carried + 1  # what replays wrote since is not counted
+    assert writes(56) == carried
+
+
 class BufferedCache(CachedAttention):
     """As gpt-fast: caches and causal mask are buffers, a row of the mask is picked by a position that is an input."""
 
@@ -466,6 +494,47 @@ class TestTransformers:
                 with oracle_attention(self.config):
                     whole = model(x[:, :place], use_cache=False).logits[:, -1]
                 assert relative_error(out, whole) < 1e-5, place
+
+    def test_what_a_step_writes_has_a_fixed_address(self):
+        """Otherwise Inductor refuses to record a CUDA graph; another cache is no reason to compile again."""
+        seen, plain = [], compile_fx.compile_fx_inner
+
+        def inner(module, example_inputs, **settings):
+            compiled = plain(module, example_inputs, **settings)
+            fixed, written = set(settings["static_input_idxs"]), set(compiled.mutated_input_idxs)
+            seen.append((len(written), written - fixed))
+            return compiled
+
+        model, x = llama(), ids(60)
+        backend = functools.partial(compile_fx.compile_fx, inner_compile=inner)
+        sparse = infllm_pass.sparsify(torch.compile(model, backend=backend), self.config)
+        with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+            for _ in range(2):
+                cache = self.static(model)
+                cache.early_initialization(1, 2, 8, torch.float64, "cpu")
+                for part in (slice(0, 50), slice(50, 51), slice(51, 52)):
+                    sparse(x[:, part].clone(), past_key_values=cache)
+        prompt, step = seen
+        assert prompt == (6, set())  # keys, values and position of two layers
+        assert step == (12, set())  # and k1, k2, and filled
+
+    def test_the_dense_side_decodes_densely(self):
+        model, x = llama(), ids(60)
+        sparse = sparsified(model, self.config)
+        with torch.no_grad(), oracle_attention(dataclasses.replace(self.config, topk=40)):
+            expected = model(x, use_cache=False).logits[:, 50:]
+        outs = {}
+        for name, call in (("dense", infllm_pass.dense(sparse)), ("mode", sparse), ("sparse", sparse)):
+            cache, side = self.static(model), contextlib.nullcontext()
+            if name == "mode":
+                side = infllm_pass.dense_mode(sparse)
+            with torch.no_grad(), side:
+                call(x[:, :50], past_key_values=cache)
+                steps = [call(x[:, place : place + 1], past_key_values=cache).logits for place in range(50, 60)]
+            outs[name] = relative_error(torch.cat(steps, 1), expected)
+        assert outs["dense"] < 1e-5
+        assert outs["mode"] < 1e-5
+        assert outs["sparse"] > 1e-2
 
     def test_sliding_layers_stay_dense_with_a_reason(self):
         """What they hold is moved or put together at every step: where a query stands in it is not in the graph."""
