@@ -78,6 +78,7 @@ class Session:
     def __call__(
         self, ids: Tensor, keys: list[Tensor], values: list[Tensor], length: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        """See `Step.forward`."""
         names = [each.name for each in self.session.get_inputs()]
         feeds = {name: x.numpy() for name, x in zip(names, (ids, *keys, *values, length), strict=True)}
         logits, *cache, length = map(torch.from_numpy, self.session.run(None, feeds))

@@ -151,8 +151,8 @@ def _program(
 def _functional(program: ExportedProgram) -> ExportedProgram:
     """The program without writes in place, and with a signature that says which buffers and inputs it writes to.
 
-    A cache whose position is set and then advanced in place has no mask that could be proved: values that depend on when
-    they are read. Programs that write to nothing stay as they are.
+    No mask could be proved of a cache whose position is set and then advanced in place: its value depends on when it
+    is read. Programs that write to nothing stay as they are.
     """
     if not any(written_arguments(node) for node in program.graph.nodes):
         return program
@@ -161,8 +161,8 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             return program.run_decompositions({})
     except AssertionError as error:  # how torch says that two inputs share memory
         raise ExportError(
-            "the program writes to memory that two of its inputs share, as when a cache is a buffer and is held outside "
-            "of the module too: export it with torch.export.export(..., strict=True), and give that program"
+            "the program writes to memory that two of its inputs share, as when a cache is a buffer and held outside of "
+            "the module too: export it with torch.export.export(..., strict=True), and give that program"
         ) from error
 
 

@@ -147,7 +147,7 @@ def _translate(
 
 
 def _names(given: Sequence[str] | None, own: Sequence[Any]) -> list[str]:
-    """The names given, and their own for what these do not reach. Constants are neither inputs nor outputs of a file."""
+    """The names given, and their own for what these do not reach; a file has no constants as inputs or outputs."""
     names = [name for name in own if isinstance(name, str)]
     return [*(given or ()), *names[len(given or ()) :]]
 

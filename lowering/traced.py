@@ -175,7 +175,7 @@ def switchable_attention(
 
 
 def _token_first(out: Tensor) -> Tensor:
-    """The result ``[B, H, L, D]`` stored as ``[B, L, H, D]``, as the operator's is: programs hold views that need that."""
+    """The result ``[B, H, L, D]`` stored as ``[B, L, H, D]``, as the operator's is: programs hold views of it."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import infllm_pass
 from infllm_pass import demo_worker
 from infllm_pass.cli import main
+from infllm_pass.cli_export import TARGETS
 from infllm_pass.demo import DemoOptions, write_atomically
 from infllm_pass.errors import CheckpointError, ConfigError
 
@@ -323,15 +325,23 @@ def test_failures_of_a_process_arrive_as_errors(function, error, message):
         demo_worker.run_apart(function, tell=lambda *args: None)
 
 
-def test_export_writes_a_file(tmp_path, capsys):
-    pytest.importorskip("onnxscript")
+@pytest.mark.parametrize("target", ["onnx", "aoti", "tensorrt"])
+def test_export_writes_a_file(tmp_path, capsys, target):
+    if target == "aoti":
+        if shutil.which("g++") is None:
+            pytest.skip("no g++")
+    else:
+        pytest.importorskip("onnxscript")
+    if target == "tensorrt":
+        pytest.importorskip("tensorrt_rtx")
     folder = tmp_path / "model"
     tiny_config().save_pretrained(folder)
-    out = tmp_path / "tiny.onnx"
-    command = ["export", str(folder), "--to", "onnx", "--out", str(out), "--layers", "1", "--dense-len", "16"]
-    assert main(command) == 0
+    out = tmp_path / f"tiny{TARGETS[target]}"
+    command = ["export", str(folder), "--to", target, "--out", str(out), "--layers", "1", "--dense-len", "16"]
+    assert main([*command, "--max-length", "64"]) == 0
     printed = capsys.readouterr().out
     assert "switchable" in printed
+    assert ("1 plugins" in printed) == (target == "tensorrt")
     assert str(out.name) in printed
     assert out.stat().st_size > 0
     assert main(command) == 2
