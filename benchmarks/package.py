@@ -1,8 +1,8 @@
 """A packaged model against the compiled one: the model of `model.py` as a ``.pt2`` of AOTInductor, bfloat16.
 
-Prefill of one sequence, of embeddings of independent tokens, with 96 visited blocks: ``sparsify(torch.compile(model))``,
-the same with ``dynamic=True``, and the package, which is made once and serves all lengths. ``ratio`` is to the first.
-Times are medians by CUDA events. Results are written after every row.
+Prefill of one sequence, of embeddings of independent tokens, with 96 visited blocks:
+``sparsify(torch.compile(model))``, the same with ``dynamic=True``, and the package, which is made once and serves all
+lengths. ``ratio`` is to the first. Times are medians by CUDA events. Results are written after every row.
 """
 
 from __future__ import annotations

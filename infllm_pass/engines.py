@@ -49,8 +49,8 @@ def export_tensorrt(
 def register_torch_tensorrt() -> None:
     """Let Torch-TensorRT put the plugin in the place of attention in programs that `export` gave on a CUDA device.
 
-    After it ``torch_tensorrt.dynamo.compile(program, inputs)`` builds engines with the plugin. Sites that the plugin does
-    not take (see the report's column `kernels`) run in PyTorch, between engines.
+    After it ``torch_tensorrt.dynamo.compile(program, inputs)`` builds engines with the plugin. Sites that the Triton
+    kernels do not take (see the report's column `kernels`) run in PyTorch, between engines.
 
     Raises:
         MissingDependencyError: ``torch_tensorrt`` is not installed.

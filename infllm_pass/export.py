@@ -158,12 +158,13 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         return program
     try:
         with torch.no_grad():
-            return program.run_decompositions({})
+            functional: ExportedProgram = program.run_decompositions({})
     except AssertionError as error:  # how torch says that two inputs share memory
         raise ExportError(
-            "the program writes to memory that two of its inputs share, as when a cache is a buffer and held outside of "
+            "the program writes to memory that two of its inputs share, as when a cache is a buffer and held outside "
             "the module too: export it with torch.export.export(..., strict=True), and give that program"
         ) from error
+    return functional
 
 
 def _calls_operators(module: fx.GraphModule) -> bool:
