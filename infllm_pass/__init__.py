@@ -10,7 +10,7 @@ operators that it becomes and `kernels` the arithmetic. `report` tells what was 
 from infllm_pass.aoti import Package, load_package, package
 from infllm_pass.api import dense, dense_mode, explain, report, sparsify
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.engines import export_tensorrt
+from infllm_pass.engines import export_tensorrt, register_torch_tensorrt
 from infllm_pass.export import export, export_onnx
 from infllm_pass.functional import switchable_attention, switchable_attention_varlen
 from infllm_pass.reasons import Reason
@@ -35,6 +35,7 @@ __all__ = [
     "export_tensorrt",
     "load_package",
     "package",
+    "register_torch_tensorrt",
     "report",
     "sparsify",
     "switchable_attention",

@@ -1,4 +1,4 @@
-"""TensorRT engines from ONNX files, with this project's plugin in the place of attention."""
+"""TensorRT engines from ONNX files and from exported programs, with this project's plugin in the place of attention."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def export_tensorrt(
 
     target = EngineTarget(engine_path, overwrite=overwrite)
     return target.build(onnx_path, profile or {}, plugin=plugin, progress=progress)
+
+
+def register_torch_tensorrt() -> None:
+    """Let Torch-TensorRT put the plugin in the place of attention in programs that `export` gave on a CUDA device.
+
+    After it ``torch_tensorrt.dynamo.compile(program, inputs)`` builds engines with the plugin. Sites that the Triton
+    kernels do not take (see the report's column `kernels`) run in PyTorch, between engines.
+
+    Raises:
+        MissingDependencyError: ``torch_tensorrt`` is not installed.
+    """
+    from infllm_pass.lowering.torch_tensorrt import register_converters
+
+    register_converters()

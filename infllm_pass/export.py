@@ -25,6 +25,7 @@ from infllm_pass.guard import Branch
 from infllm_pass.pipeline import run_on_export
 from infllm_pass.plan import SiteFilter
 from infllm_pass.report import Report
+from infllm_pass.vocabulary import written_arguments
 
 
 def export(
@@ -122,7 +123,7 @@ def export_with_report(
 ) -> tuple[ExportedProgram, Report]:
     """`export`, with what was found and done at every site."""
     chosen = SparseAttentionConfig.coerce(config)
-    program = _program(model, args, kwargs, dynamic_shapes)
+    program = _functional(_program(model, args, kwargs, dynamic_shapes))
     module = copy.deepcopy(program.graph_module)
     report = Report([run_on_export(module, chosen, branch=Branch.SPARSE, filter_fn=filter_fn)])
     if not report.switchable and not _calls_operators(module):
@@ -145,6 +146,25 @@ def _program(
             return torch.export.export(original, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     except (UserError, ConstraintViolationError) as error:
         raise ExportError(f"torch.export refuses the model, its arguments or dynamic_shapes: {error}") from error
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without writes in place, and with a signature that says which buffers and inputs it writes to.
+
+    No mask could be proved of a cache whose position is set and then advanced in place: its value depends on when it
+    is read. Programs that write to nothing stay as they are.
+    """
+    if not any(written_arguments(node) for node in program.graph.nodes):
+        return program
+    try:
+        with torch.no_grad():
+            functional: ExportedProgram = program.run_decompositions({})
+    except AssertionError as error:  # how torch says that two inputs share memory
+        raise ExportError(
+            "the program writes to memory that two of its inputs share, as when a cache is a buffer and held outside "
+            "the module too: export it with torch.export.export(..., strict=True), and give that program"
+        ) from error
+    return functional
 
 
 def _calls_operators(module: fx.GraphModule) -> bool:

@@ -26,6 +26,7 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import joined
 from infllm_pass.lowering.node import DOMAIN, NAME, VERSION, AttentionNode
 from infllm_pass.lowering.output import refuse_unwritable, written_whole
+from infllm_pass.lowering.state import without_state
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -120,6 +121,9 @@ def _translate(
     joined.join_sites(program.graph)
     _check_dtypes(program)
     _write_nodes(program.graph)
+    program, gained = without_state(program)
+    input_names = _names(input_names, program.graph_signature.user_inputs)
+    output_names = _names(output_names, [*program.graph_signature.user_outputs[: -len(gained) or None], *gained])
     try:
         exported = torch.onnx.export(
             program,
@@ -140,6 +144,12 @@ def _translate(
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names files of this machine
     _add_functions(model, opset)
     return model
+
+
+def _names(given: Sequence[str] | None, own: Sequence[Any]) -> list[str]:
+    """The names given, and their own for what these do not reach; a file has no constants as inputs or outputs."""
+    names = [name for name in own if isinstance(name, str)]
+    return [*(given or ()), *names[len(given or ()) :]]
 
 
 def _check_dtypes(program: ExportedProgram) -> None:

@@ -146,9 +146,9 @@ def switchable_attention(
     operands = (q, k, v, key_mask, offsets, offset)
     reached = k.shape[2] >= dense_len
     if statically_known_true(reached):
-        return sparse(*operands)
+        return _token_first(sparse(*operands))
     if statically_known_true(k.shape[2] < dense_len):
-        return dense(*operands)
+        return _token_first(dense(*operands))
     # Inductor reads operands and results of a `cond` by the strides that were traced, yet lays out what it computes as
     # it likes: flat tensors leave it no choice.
     sizes = (q.shape[0], q.shape[2], k.shape[2], offset)
@@ -171,7 +171,12 @@ def switchable_attention(
         return call
 
     out: Tensor = torch.ops.higher_order.cond(reached, side(sparse), side(dense), given)[0]
-    return out.view(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    return _token_first(out.view(q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+def _token_first(out: Tensor) -> Tensor:
+    """The result ``[B, H, L, D]`` stored as ``[B, L, H, D]``, as the operator's is: programs hold views of it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _operands(values: Sequence[Any]) -> tuple[tuple[Any, ...], Callable[[Sequence[Any]], tuple[Any, ...]]]:

@@ -1,5 +1,6 @@
 """Models as packages of AOTInductor: loaded without this project, from Python and from C++."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from .conftest import SMALL, llama, relative_error, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+NAMES = ("llama.onnx", "llama.pt2", "llama.engine")
 
 LOADING = """
 import sys, torch
@@ -54,14 +57,33 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def file(model, tmp_path_factory):
+def example():
+    """The module ``examples/export_llama.py``."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    spec = importlib.util.spec_from_file_location("export_llama", ROOT / "examples" / "export_llama.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def file(example, model, tmp_path_factory):
+    """The package that the example writes beside its other files."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("package") / "llama.pt2"
-    report = infllm_pass.package(model, (tokens(50, 2),), path, dynamic_shapes={"ids": DYNAMIC}, config=SMALL)
-    assert report.switchable == len(report.sites) == 1
-    assert [each.name for each in path.parent.iterdir()] == ["llama.pt2"]
-    return path
+    folder = tmp_path_factory.mktemp("package")
+    example.export(model, tokens(600), SMALL, folder)
+    assert {"llama.onnx", "llama.pt2"} <= {each.name for each in folder.iterdir()} <= {*NAMES}
+    return folder / "llama.pt2"
+
+
+def test_the_example_gives_the_same_logits_three_ways(example, model, file):
+    errors = example.compare(model, tokens(300), SMALL, file.parent, [40, 300])
+    assert len(errors) == 4
+    assert max(errors.values()) <= 1e-4
+    engine = file.with_name("llama.engine")
+    assert engine.exists() == any(map(importlib.util.find_spec, ("tensorrt", "tensorrt_rtx")))
 
 
 def test_a_fresh_process_without_this_project_gives_the_same_logits(model, file, tmp_path):

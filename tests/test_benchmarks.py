@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import infllm_pass
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.tiles import TilePlan, TileShape
@@ -302,7 +303,23 @@ def test_a_prompt_that_is_no_multiple_of_the_chunk_is_refused(bench, monkeypatch
     assert "10000 is no multiple of --chunk 8192" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_package_is_measured_against_the_compiled_model(bench, monkeypatch):
+    pytest.importorskip("transformers")
+    package, sizes = bench("package"), {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    plain = package.build(1, package.SIZES | sizes | {"intermediate_size": 32}, CPU, torch.float32)
+    model = package.States(plain).eval()
+
+    def prepare(variant, model, example, config, folder):
+        return infllm_pass.sparsify(torch.compile(model, backend="eager"), config)
+
+    monkeypatch.setattr(package, "prepare", prepare)  # compiling takes most of a minute
+    rows = list(package.measure(model, [70, 40], SMALL, variants=("compiled", "package")))
+    assert [row["case"] for row in rows] == ["compiled/40", "compiled/70", "package/40", "package/70"]
+    assert [row["ratio"] for row in rows[:2]] == [1, 1]
+    assert all(row["ratio"] > 0 and row["error"] <= 1e-6 and row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "package"])
 def test_without_a_gpu_one_line_says_so(bench, monkeypatch, capsys, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", [script])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 import infllm_pass
-from infllm_pass import demo_worker
+from infllm_pass import cli_export, demo_worker
 from infllm_pass.cli import main
+from infllm_pass.cli_export import TARGETS
 from infllm_pass.demo import DemoOptions, write_atomically
 from infllm_pass.errors import CheckpointError, ConfigError
 
@@ -323,12 +325,23 @@ def test_failures_of_a_process_arrive_as_errors(function, error, message):
         demo_worker.run_apart(function, tell=lambda *args: None)
 
 
-def test_export_writes_a_file(tmp_path, capsys):
-    pytest.importorskip("onnxscript")
+@pytest.mark.parametrize("target", ["onnx", "aoti"])
+def test_export_writes_a_file(tmp_path, capsys, monkeypatch, target):
+    def compile_and_package(program, *, package_path, inductor_configs):
+        """In the place of Inductor, which takes half a minute: see test_aoti."""
+        with torch.no_grad():
+            assert program.module()(torch.zeros(3, 40, dtype=torch.int64)).shape == (3, 40, 64)
+        Path(package_path).write_bytes(b"compiled")
+
+    if target == "onnx":
+        pytest.importorskip("onnxscript")
+    elif shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
     folder = tmp_path / "model"
     tiny_config().save_pretrained(folder)
-    out = tmp_path / "tiny.onnx"
-    command = ["export", str(folder), "--to", "onnx", "--out", str(out), "--layers", "1", "--dense-len", "16"]
+    out = tmp_path / f"tiny{TARGETS[target]}"
+    command = ["export", str(folder), "--to", target, "--out", str(out), "--layers", "1", "--dense-len", "16"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "switchable" in printed
@@ -336,3 +349,24 @@ def test_export_writes_a_file(tmp_path, capsys):
     assert out.stat().st_size > 0
     assert main(command) == 2
     assert "exists: choose another path" in capsys.readouterr().err
+
+
+def test_an_engine_is_built_from_a_file_beside_it(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    calls = []
+
+    def build(onnx_path, engine_path, profile, *, overwrite):
+        calls.append((onnx_path.name, profile, overwrite))
+        engine_path.write_bytes(onnx_path.read_bytes()[:8])
+        return "1 plugins"
+
+    monkeypatch.setattr(cli_export, "export_tensorrt", build)
+    folder, out = tmp_path / "model", tmp_path / "tiny.engine"
+    tiny_config().save_pretrained(folder)
+    command = ["export", str(folder), "--to", "tensorrt", "--out", str(out), "--layers", "1", "--max-length", "640"]
+    assert main(command) == 0
+    assert calls == [("tiny.onnx", {"ids": ((1, 1), (1, 320), (1, 640))}, False)]
+    printed = capsys.readouterr().out
+    assert "1 plugins" in printed
+    assert "switchable" in printed
+    assert (tmp_path / "tiny.onnx").exists()

@@ -93,9 +93,9 @@ def environment(tmp_path_factory):
     return {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
 
 
-def build(file, how, environment):
+def parsed(file, environment):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tensorrt_build", str(file), how],
+        [sys.executable, "-m", "tests.tensorrt_bodies", str(file)],
         env=environment,
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -168,7 +168,7 @@ def test_a_build_shows_how_far_it_is():
 
 
 def test_the_parser_imports_the_body_where_no_plugin_is_registered(file, environment):
-    seen = build(file, "body", environment)
+    seen = parsed(file, environment)
     assert seen["parsed"], seen["errors"]
     assert not seen["plugins"]
     assert seen["loops"] == 4  # one over chunks of queries and one over their keys, in each layer
