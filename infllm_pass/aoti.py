@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export._tree_utils import reorder_kwargs
 from torch.utils import _pytree as pytree
 
 from infllm_pass.config import SparseAttentionConfig
@@ -82,13 +83,16 @@ class Package:
         if written is None:
             raise ExportError("the package was not written by infllm_pass.package")
         self._sizes: list[list[Any]] = json.loads(written)
+        self._structure = pytree.treespec_loads(model.loader.get_call_spec()[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
 
         Raises:
             InputSizeError: a tensor has a size that the model was not exported for.
+            ValueError: the keywords are not those that the model was exported with.
         """
+        kwargs = reorder_kwargs(kwargs, self._structure)
         values = [value for value in pytree.tree_leaves((args, kwargs)) if value is not None]
         for place, (value, sizes) in enumerate(zip(values, self._sizes, strict=False)):
             if isinstance(value, Tensor):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 import infllm_pass
 from infllm_pass.errors import DtypeError, ExportError, InputSizeError, NoAttentionSiteError
@@ -136,9 +137,13 @@ def test_sizes_outside_the_exported_range_are_refused():
         def get_metadata(self):
             return {aoti.RANGES: json.dumps(sizes)}
 
-        def __call__(self, q):
-            return q
+        def get_call_spec(self):
+            return [pytree.treespec_dumps(pytree.tree_structure(given)) for given in structures]
 
+        def __call__(self, *args, **kwargs):
+            return next(iter((*args, *kwargs.values())))
+
+    structures = (((0,), {}), 0)
     loaded = infllm_pass.Package(Stub())
     assert loaded(torch.zeros(7, 4, 512, 8)).shape[0] == 7
     with pytest.raises(InputSizeError, match="has size 513 in dimension 2: the model was exported for 16 to 512"):
@@ -147,6 +152,11 @@ def test_sizes_outside_the_exported_range_are_refused():
         loaded(torch.zeros(2, 5, 100, 8))
     with pytest.raises(InputSizeError, match="has 3 dimensions: the model was exported for 4"):
         loaded(torch.zeros(4, 100, 8))
+    structures, sizes = (((), {"q": 0, "k": 0}), 0), [[4], [[1, None], 2]]
+    loaded = infllm_pass.Package(Stub())
+    assert loaded(k=torch.zeros(9, 2), q=torch.zeros(4)).shape == (4,)
+    with pytest.raises(InputSizeError, match="input 0 has 2 dimensions"):
+        loaded(k=torch.zeros(4), q=torch.zeros(9, 2))
 
 
 def test_an_example_outside_its_range_is_refused():
