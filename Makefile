@@ -58,7 +58,7 @@ bench: install
 	$(BIN)/infllm-pass bench cpu_prefill cpu_decode
 
 bench-gpu: install
-	$(BIN)/infllm-pass bench prefill backward memory breakeven decode model
+	$(BIN)/infllm-pass bench prefill backward memory breakeven decode model generate package
 
 lock:
 	rm -rf $(VENV)-lock
