@@ -30,7 +30,7 @@ class Reason(Enum):
     )
     PARTIAL_KEYS = (
         "the queries are not provably the last of the keys that they see: let the mask compare key numbers with an "
-        "arange plus a position, a 0-d tensor or one number a row, and write their keys to that position in the same graph"
+        "arange plus a position, a 0-d tensor or one number a row, and let the same graph write keys there"
     )
     DROPOUT = "attention dropout is active: call eval() or set the dropout probability to 0"
     SCALE_IS_DATA = "the softmax scale is computed from data: use a number"
