@@ -54,7 +54,7 @@ CASES = {
     "windows that reach ahead": {"geometry": replace(SMALL, kernel_size=64)},
     "no first block": {"geometry": replace(SMALL, init_blocks=0, local_blocks=2, selected_blocks=5)},
     "sliding window": {"window": 100},
-    "dense sliding window": {"window": 30, "dense_len": 1000},
+    "dense sliding window": {"window": 30, "dense_len": 2**31 - 1},
     "shared by 16": {"geometry": replace(SMALL, query_block=16)},
     "equal scores": {"level": True},
     "tokens first": {"token_first": True},
