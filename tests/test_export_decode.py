@@ -157,3 +157,12 @@ def test_programs_become_functions_of_their_state():
     assert function.graph_signature.user_inputs == ("x", "seen", "total")
     out, total, seen = function.module()(torch.ones(3), torch.tensor([4.0, 5.0]), torch.full((3,), 2.0))
     assert (out.tolist(), total.tolist(), seen.tolist()) == ([5.0] * 3, [3.0] * 3, [5.0, 6.0])
+
+
+@pytest.mark.checkpoint
+def test_the_example_on_the_public_checkpoint(example, capsys):
+    """A prompt of 480 tokens and 64 more, past a `dense_len` of 512."""
+    example.main(1)
+    printed = capsys.readouterr().out
+    assert "1 attention site(s), 1 switchable" in printed
+    assert "64 of 64 tokens as in PyTorch" in printed
