@@ -36,7 +36,7 @@ from _gpu import (
     results_path,
     show,
 )
-from model import LLAMA_3_8B, synchronize
+from model import LLAMA_3_8B, build, synchronize
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -67,22 +67,6 @@ VARIANTS: dict[str, Variant] = {
     "sparsified": lambda compiled, config: infllm_pass.sparsify(compiled, config, strict=True),
 }
 """What is done with the compiled model."""
-
-
-def build(layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A Llama with a language model head and random weights, made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=1 << 20)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model: nn.Module = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    return model.eval()
 
 
 class Text:
@@ -285,7 +269,7 @@ def main() -> None:
         command.error(f"--lengths: {wrong[0]} is no multiple of --chunk {chunk}, which a prompt is fed in")
     device = require_gpu()
     config = config_for(arguments.blocks, SparseAttentionConfig().dense_len)
-    plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
+    plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16, head=True)
     import transformers
 
     header = gpu_header(device) | {"transformers": transformers.__version__, "sizes": LLAMA_3_8B}

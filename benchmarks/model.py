@@ -65,9 +65,11 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
 """Transformers' name of the attention, and what is done with the model."""
 
 
-def build(layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A base Llama with random weights."""
-    from transformers import LlamaConfig, LlamaModel
+def build(
+    layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, *, head: bool = False
+) -> nn.Module:
+    """A Llama with random weights, made on the device; with its language model head if asked for."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=1 << 20)
@@ -75,7 +77,7 @@ def build(layers: int, sizes: dict[str, Any], device: torch.device, dtype: torch
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model: nn.Module = LlamaModel(config)
+            model: nn.Module = (LlamaForCausalLM if head else LlamaModel)(config)
     finally:
         torch.set_default_dtype(default)
     return model.eval()

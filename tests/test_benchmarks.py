@@ -282,7 +282,9 @@ def test_generation_is_measured_dense_and_sparse(bench):
     pytest.importorskip("transformers")
     generate = bench("generate")
     sizes = generate.LLAMA_3_8B | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32}
-    plain = generate.build(1, sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}, CPU, torch.float32)
+    plain = generate.build(
+        1, sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}, CPU, torch.float32, head=True
+    )
     rows = [
         generate.measure(variant, plain, 2, 64, SMALL, chunk=chunk, steps=3)
         for variant, chunk in (("dense", None), ("sparsified", 32))
