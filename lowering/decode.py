@@ -16,6 +16,7 @@ from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels import cpu_decode
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 from infllm_pass.lowering.checks import check_attention
+from infllm_pass.lowering.operators import static_geometry
 
 
 def new_state(k: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,15 +158,8 @@ def decode_attention(
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is written.
     """
-    geometry = BlockGeometry(
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        block_size=block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        selected_blocks=selected_blocks,
-        lse=lse,  # type: ignore[arg-type]
-        query_block=query_block,
+    geometry = static_geometry(
+        *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
     check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
     return cpu_decode.decode_attention(

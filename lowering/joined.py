@@ -18,6 +18,7 @@ from infllm_pass.errors import ExportError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.checks import check_attention, check_sequences
 from infllm_pass.lowering.dispatch import attend
+from infllm_pass.lowering.operators import static_geometry
 
 ALWAYS_DENSE = 2**31 - 1
 """The ``dense_len`` of a call that selects nothing."""
@@ -64,15 +65,8 @@ def switchable_attention(
     Raises:
         ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is computed.
     """
-    geometry = BlockGeometry(
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        block_size=block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        selected_blocks=selected_blocks,
-        lse=lse,  # type: ignore[arg-type]
-        query_block=query_block,
+    geometry = static_geometry(
+        *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
     call = (key_mask, offsets, None, None, offset, window, scale, dense_len)
     return attend(q, k, v, call, geometry, scale=scale, select=bool(k.shape[2] >= dense_len))

@@ -40,6 +40,11 @@ def selection_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
     )
 
 
+def static_geometry(*numbers: Any) -> BlockGeometry:
+    """The geometry that `selection_arguments` gave: plain numbers, although a compiler may have made them dynamic."""
+    return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
+
+
 def attention_arguments(geometry: BlockGeometry) -> tuple[int, int, int]:
     """The last arguments of `block_attention` and its backward, from ``block_size`` on."""
     return geometry.block_size, geometry.init_blocks, geometry.local_blocks
@@ -100,15 +105,8 @@ def select_blocks(
     """
     check_queries_keys(q, k, key_mask)
     check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
-    geometry = BlockGeometry(
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        block_size=block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        selected_blocks=selected_blocks,
-        lse=lse,  # type: ignore[arg-type]
-        query_block=query_block,
+    geometry = static_geometry(
+        *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
     return cpu.select_blocks(
         q,

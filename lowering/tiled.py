@@ -28,7 +28,7 @@ from infllm_pass.kernels.planning import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.selection import select_tiles
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
 from infllm_pass.lowering.checks import check_tiled
-from infllm_pass.lowering.operators import selection_arguments
+from infllm_pass.lowering.operators import selection_arguments, static_geometry
 
 
 def _sources() -> str:
@@ -44,11 +44,6 @@ SOURCES = _sources()
 def tiled_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
     """The last arguments of `tiled_attention`, from ``kernel_size`` on."""
     return (*selection_arguments(geometry), SOURCES)
-
-
-def static_geometry(*numbers: Any) -> BlockGeometry:
-    """Sizes as plain numbers, although a compiler may have made them dynamic: kernels are compiled for them."""
-    return BlockGeometry(*(number if isinstance(number, str) else int(number) for number in numbers))
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import tiled
 from infllm_pass.lowering.checks import check_tiled
 from infllm_pass.lowering.decode import check_decode
-from infllm_pass.lowering.operators import selection_arguments
+from infllm_pass.lowering.operators import selection_arguments, static_geometry
 
 SOURCES = hashlib.sha256(tiled.SOURCES.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 """An argument of every call, so that compile caches, which know an operator by its name, drop what other code made."""
@@ -67,7 +67,7 @@ def tiled_decode_attention(
     Raises:
         ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
     """
-    geometry = tiled.static_geometry(
+    geometry = static_geometry(
         *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
     check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
