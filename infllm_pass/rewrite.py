@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from infllm_pass.caches import CacheInputs, CacheSpec, CacheUpkeep
+from infllm_pass.caches import CacheInputs, CacheUpkeep, StateNodes
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
@@ -140,11 +140,11 @@ class Rewriter:
                 kernels = Kernels.TORCH if refusal is not None else Kernels.TRITON
                 refusal = refusal if refusal is not None and example.device.type != "cpu" else ""
                 outcome = Outcome(True, kernels, refusal, self._cache_use(plan, branch))
-                spec = self._cache_of(plan, site, refusal)
-                if spec is not None:
+                state = self._state_of(plan, site, refusal)
+                if state is not None:
                     outcome = replace(outcome, cache_state=CacheUse.CARRIED)
                     dense_len = self.config.dense_len if branch is Branch.SPARSE else _NEVER_SPARSE
-                    result = self._decode_attention(plan, site, q, k, v, spec, kernels, dense_len)
+                    result = self._decode_attention(plan, site, q, k, v, state, kernels, dense_len)
                 else:
                     attend = self._tiled_attention if kernels is Kernels.TRITON else self._block_attention
                     result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
@@ -212,12 +212,13 @@ class Rewriter:
         cached = plan.in_cache or (isinstance(plan.site, AttentionSite) and plan.site.growth is not None)
         return CacheUse.RECOMPUTED if cached and branch is Branch.SPARSE else CacheUse.NONE
 
-    def _cache_of(self, plan: SitePlan, site: AttentionSite, refusal: str) -> CacheSpec | None:
-        """The cache that a site decodes from, if the graph may keep its compressed keys.
+    def _state_of(self, plan: SitePlan, site: AttentionSite, refusal: str) -> StateNodes | None:
+        """The state of the cache that a site decodes from, if the graph may keep its compressed keys.
 
         On a GPU the operator for the CPU would read lengths on the host, in calls that CUDA graphs record.
         """
-        return None if self._caches is None or refusal else self._caches.spec_of(plan, site, self._facts)
+        spec = None if self._caches is None or refusal else self._caches.spec_of(plan, site, self._facts)
+        return None if self._caches is None or spec is None else self._caches.state(spec, site, self.graph)
 
     def _decode_attention(
         self,
@@ -226,14 +227,11 @@ class Rewriter:
         q: fx.Node,
         k: fx.Node,
         v: fx.Node,
-        spec: CacheSpec,
+        state: StateNodes,
         kernels: Kernels,
         dense_len: int,
     ) -> fx.Node:
         """Attention of a few queries over a cache, its compressed keys kept from call to call."""
-        if self._caches is None:
-            raise AssertionError("a cache was found that nobody keeps")
-        state = self._caches.state(spec, site, self.graph)
         rows = self._masks.rows(plan, site)
         upkeep = CacheUpkeep(self._facts, self._emitter, self._masks)
         upkeep.emit(plan, site, state, rows[1])
