@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infllm_pass.kernels.configurations import launch_for
+from infllm_pass.kernels.configurations import Launch, launch_for
 from infllm_pass.kernels.gathering import choose_variant, gather_far_blocks
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import is_recorded, precision, wrap_triton
@@ -342,6 +342,17 @@ def _attention_forward_kernel(
     )
 
 
+def recording_drops_options(q: Tensor, v: Tensor) -> bool:
+    """Whether a compiler is recording launches and would drop options of the forward's configuration."""
+    return _launch(q, v).recorded is not None and is_recorded(_attention_forward_kernel)
+
+
+def _launch(q: Tensor, v: Tensor) -> Launch:
+    """The configuration of the forward."""
+    sizes = (max(16, triton.next_power_of_2(int(x.shape[3]))) for x in (q, v))
+    return launch_for("attention_forward", q, max(sizes))
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -386,7 +397,7 @@ def attention_forward(
         lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    launch = launch_for("attention_forward", q, max(block_d, block_dv))
+    launch = _launch(q, v)
     if launch.recorded is not None and is_recorded(_attention_forward_kernel):
         launch = launch.recorded
     parts = shape.tokens * shape.padded_group // launch.rows

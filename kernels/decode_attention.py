@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_launch import decode_launch
 from infllm_pass.kernels.decode_rows import (
@@ -24,7 +25,7 @@ from infllm_pass.kernels.decode_rows import (
     tile_visits,
 )
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
+from infllm_pass.kernels.launch import dependent_launch, multiprocessors, precision, wrap_triton
 from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
 
 MAX_SPLITS = 128
@@ -84,6 +85,7 @@ def _decode_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
     M: tl.constexpr = TOKENS * GP
@@ -106,15 +108,18 @@ def _decode_attention_kernel(
     member = row % GP
     write = (token < length_q) & (member < G)
     out_row = ((pair * G + member) * length_q + token) * splits + split
+    position = length - length_q + token
+    real = (token < length_q) & (member < G) & (position >= 0)
+    dims = tl.arange(0, DP)
+    q_row = q + batch * stride_qb + head * G * stride_qh
+    at = q_row + (member.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qt)[:, None] + dims[None, :]
+    queries = tl.load(at, mask=real[:, None] & (dims < D)[None, :], other=0.0)  # [M, DP]
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     if begin < end:
-        position = length - length_q + token
-        real = (token < length_q) & (member < G) & (position >= 0)
         line_of_row = line_of(tl.maximum(position, 0), length, length_q, QUERY_BLOCK)
-        dims = tl.arange(0, DP)
         value_dims = tl.arange(0, BLOCK_DV)[None, :]
-        q_row = q + batch * stride_qb + head * G * stride_qh
-        at = q_row + (member.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qt)[:, None] + dims[None, :]
-        queries = tl.load(at, mask=real[:, None] & (dims < D)[None, :], other=0.0)  # [M, DP]
         k_row = k + batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_kt
         v_row = v + batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vt
         mask_row = key_mask + batch * stride_mb + start.to(tl.int64) * stride_mt
@@ -176,6 +181,7 @@ def _decode_merge_kernel(
     VALUE_DIM: tl.constexpr,
     MOST: tl.constexpr,  # a power of two, at least `splits`
     DIMS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program a query, head and DIMS numbers of the output; parts without a key have no output."""
     row = tl.program_id(0).to(tl.int64)
@@ -183,6 +189,9 @@ def _decode_merge_kernel(
     head = row // length_q % heads
     batch = row // length_q // heads
     split = tl.arange(0, MOST)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     parts = tl.load(part_lse + row * splits + split, mask=split < splits, other=float("-inf"))
     highest = tl.max(parts, 0)
     weight = tl.exp2(parts - tl.where(highest == float("-inf"), 0.0, highest))
@@ -281,6 +290,7 @@ def decode_attend(
         HAS_WINDOW=window is not None,
         HAS_STARTS=rows.starts is not None,
         PRECISION=precision(q),
+        **dependent_launch(_decode_attention_kernel, q),
         num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,
     )
@@ -296,6 +306,7 @@ def decode_attend(
         VALUE_DIM=value_dim,
         MOST=MAX_SPLITS,
         DIMS=dims,
+        **dependent_launch(_decode_merge_kernel, q),
         num_warps=4,
     )
     return out.transpose(1, 2), lse

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_rows import DECODE_FACTOR, clip_row, count_windows, last_of_line, line_of
 
@@ -135,6 +136,7 @@ def decode_compress_kernel(
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """A program owns CHUNK coarse keys: it writes the new ones, and takes the queries' log-sum-exp over them all."""
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
@@ -143,6 +145,9 @@ def decode_compress_kernel(
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // heads
     head = pair % heads
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     row_end = tl.load(lengths + batch * lengths_stride)
     start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     if chunk == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_rows import clip_row, first_block, last_of_line, line_of, scored_blocks
 
@@ -140,6 +141,7 @@ def decode_rank_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     RANKED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program a line; the first of a row also notes how many keys are compressed by now."""
     line = tl.program_id(0)
@@ -147,6 +149,9 @@ def decode_rank_kernel(
     batch = pair // heads
     row_end = tl.load(lengths + batch * lengths_stride)
     _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     if (line == 0) & (pair % heads == 0):
         tl.store(filled + batch, length)
     last = last_of_line(line, length, length_q, QUERY_BLOCK)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_compression import decode_compress_kernel, load_columns
 from infllm_pass.kernels.decode_launch import decode_launch
@@ -27,7 +28,7 @@ from infllm_pass.kernels.decode_rows import (
     scored_blocks,
 )
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
-from infllm_pass.kernels.launch import precision, wrap_triton
+from infllm_pass.kernels.launch import dependent_launch, is_recorded, launching_at_once, precision, wrap_triton
 from infllm_pass.kernels.walking import LOG2_E, UNBOUNDED
 
 DECODE_PARTS = tl.constexpr(32)
@@ -105,6 +106,7 @@ def _decode_score_kernel(
     RANKED: tl.constexpr,  # blocks that ranking keeps in registers
     WIDTH: tl.constexpr,  # the next power of two of BUDGET
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Scores of BLOCKS blocks for the lines of a tile, or for one line of several queries.
 
@@ -134,6 +136,9 @@ def _decode_score_kernel(
     exists = exists & (high > low)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     final = tl.max(tl.where(exists, high, 0), 0)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     if (tl.program_id(0) * BLOCKS < final) & ((tl.program_id(0) + 1) * BLOCKS > tl.min(low, 0)):
         q_row = q + batch * stride_qb + head * G * stride_qh
         parts_row = parts + pair * chunks * tiles * C
@@ -192,6 +197,14 @@ def _decode_score_kernel(
                 arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
                 if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
                     list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
+
+
+def recording_drops_overlap(tensor: Tensor) -> bool:
+    """Whether a compiler is recording launches on a device where, launched at once, they would overlap."""
+    if not is_recorded(_decode_score_kernel):
+        return False
+    with launching_at_once():
+        return dependent_launch(_decode_score_kernel, tensor)["DEPENDENT"]
 
 
 def decode_select(
@@ -287,6 +300,7 @@ def decode_select(
         EXACT=exact,
         CHUNK=launch.chunk,
         KEYS=launch.keys,
+        **dependent_launch(decode_compress_kernel, q),
         num_warps=launch.warps(launch.compress_warps, shape.columns),
         num_stages=launch.compress_stages,
     )
@@ -319,6 +333,7 @@ def decode_select(
         NORM_STRIDE=g.kernel_stride if exact else COARSE_FACTOR * g.kernel_stride,
         BLOCKS=launch.blocks,
         RANKS=ranks,
+        **dependent_launch(_decode_score_kernel, q),
         num_warps=launch.warps(launch.score_warps, shape.columns),
         num_stages=launch.score_stages,
     )
@@ -337,6 +352,7 @@ def decode_select(
         UNBOUNDED if window is None else window,
         **common,
         **ranking,
+        **dependent_launch(decode_rank_kernel, q),
         num_warps=launch.rank_warps,
     )
     return blocks

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import JITFunction
 from triton.runtime import Autotuner
+
+_at_once = ContextVar("infllm_launching_at_once", default=False)
+
+
+@contextmanager
+def launching_at_once() -> Iterator[None]:
+    """Within an operator that compilers call and do not look into: launches run, with all of their options."""
+    token = _at_once.set(True)
+    try:
+        yield
+    finally:
+        _at_once.reset(token)
 
 
 def wrap_triton(kernel: Any) -> Any:
@@ -16,12 +31,27 @@ def wrap_triton(kernel: Any) -> Any:
     The name matters: PyTorch reads the source of an operator for calls of this name, to learn which kernels its compile
     caches have to depend on.
     """
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction | Autotuner) else kernel
+    if _at_once.get() or not isinstance(kernel, JITFunction | Autotuner):
+        return kernel
+    return torch.library.wrap_triton(kernel)
 
 
 def is_recorded(kernel: Any) -> bool:
     """Whether a compiler records the launches of a kernel; it keeps no options but ``num_warps`` and ``num_stages``."""
-    return isinstance(kernel, JITFunction) and torch.library.wrap_triton(kernel) is not kernel
+    return isinstance(kernel, JITFunction) and wrap_triton(kernel) is not kernel
+
+
+def dependent_launch(kernel: Any, tensor: Tensor) -> dict[str, bool]:
+    """Arguments that let a launch begin while the kernel before it ends (programmatic dependent launch).
+
+    The kernel's constant ``DEPENDENT`` says whether it has to wait for the one before, and whether it lets the next one
+    begin. From sm_90 on, and not where a compiler records the launch, which drops the option.
+    """
+    if tensor.device.type != "cuda" or not isinstance(kernel, JITFunction) or is_recorded(kernel):
+        return {"DEPENDENT": False}
+    if torch.cuda.get_device_capability(tensor.device)[0] < 9:
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
 
 
 def precision(tensor: Tensor) -> str:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import infllm_pass.kernels
-from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.attention_backward import output_delta, query_gradient
 from infllm_pass.kernels.attention_backward_keys import key_gradients
 from infllm_pass.kernels.compression import compress_keys
@@ -27,13 +26,14 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.planning import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.selection import select_tiles
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
+from infllm_pass.lowering import launched
 from infllm_pass.lowering.checks import check_tiled
 from infllm_pass.lowering.operators import selection_arguments, static_geometry
 
 
 def _sources() -> str:
-    """A hash of the source of all kernels and of this file."""
-    files = [Path(__file__), *sorted(Path(infllm_pass.kernels.__path__[0]).glob("*.py"))]
+    """A hash of the source of all kernels and of what launches them."""
+    files = [Path(__file__), Path(launched.__file__), *sorted(Path(infllm_pass.kernels.__path__[0]).glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -168,7 +168,7 @@ def tiled_attention(
             q, k1, k2, plan, geometry=geometry, scale=scale, dense_len=dense_len, length_k=k.shape[2], window=window
         )
     whole = _covers_every_query(q, k, key_mask, offsets, cu_seqlens_k, offset)
-    out, log_sum = attention_forward(
+    out, log_sum = launched.attend(
         q,
         k,
         v,

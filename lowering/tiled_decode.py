@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infllm_pass.kernels.decode_attention import decode_attend
 from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
-from infllm_pass.kernels.decode_selection import decode_select
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering import tiled
+from infllm_pass.lowering import launched, tiled
 from infllm_pass.lowering.checks import check_tiled
 from infllm_pass.lowering.decode import check_decode
 from infllm_pass.lowering.operators import selection_arguments, static_geometry
@@ -72,16 +70,8 @@ def tiled_decode_attention(
     )
     check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
     check_tiled(q, k, v, key_mask, None, None, None, window, scale, geometry)
-    rows = DecodeRows(lengths, starts)
-    blocks = decode_select(
-        *(q, k, DecodeState(k1, k2, filled), rows),
-        geometry=geometry,
-        scale=scale,
-        dense_len=dense_len,
-        window=window,
-    )
-    return decode_attend(
-        *(q, k, v, blocks, rows, key_mask),
+    return launched.decode(
+        *(q, k, v, DecodeState(k1, k2, filled), DecodeRows(lengths, starts), key_mask),
         geometry=geometry,
         scale=scale,
         dense_len=dense_len,

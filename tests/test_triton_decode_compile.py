@@ -10,6 +10,7 @@ import sympy
 import torch
 import triton
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config
 from triton.runtime import driver
 
 import infllm_pass
@@ -20,7 +21,7 @@ from infllm_pass.kernels.decode_ranking import decode_rank_kernel
 from infllm_pass.kernels.decode_rows import DecodeShape
 from infllm_pass.kernels.decode_selection import _decode_score_kernel
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering import checks
+from infllm_pass.lowering import checks, launched
 from infllm_pass.lowering.decode import new_state
 from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
@@ -83,7 +84,7 @@ VARIANTS = [
 ]
 
 
-def arguments(variant: Variant) -> dict[str, object]:
+def arguments(variant: Variant, capability: int) -> dict[str, object]:
     """A value for every parameter of the kernels."""
     shape = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize)
     padded, padded_value = (max(16, triton.next_power_of_2(size)) for size in (variant.dim, variant.value_dim))
@@ -132,6 +133,7 @@ def arguments(variant: Variant) -> dict[str, object]:
         "MOST": MAX_SPLITS,
         "DIMS": min(32, padded_value),
         "PRECISION": "ieee",
+        "DEPENDENT": capability >= 90,
     }
 
 
@@ -152,7 +154,7 @@ def kernels(variant: Variant) -> dict[str, tuple[triton.JITFunction, int, int]]:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_decode_kernels_compile(variant, capability, record_property):
-    given = arguments(variant)
+    given = arguments(variant, capability)
     for name, (kernel, warps, stages) in kernels(variant).items():
         report = compile_ahead(kernel, given, capability=capability, num_warps=warps, num_stages=stages)
         record_property(name, report)
@@ -209,18 +211,26 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
 
 
 @pytest.mark.usefixtures("imagined")
-def test_a_rewritten_step_updates_its_state_in_place():
-    """The pass in front of a compiler: four kernels a site, and no copy of a cache or of its state."""
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "CUDA graphs"])
+def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
+    """The pass in front of a compiler: no copy of a cache or of its state.
+
+    Four kernels a site, or, where CUDA graphs record launches that overlap, the operator that launches them.
+    """
     torch._dynamo.reset()
+    monkeypatch.setattr(launched, "recording_drops_overlap", lambda _: True)
     recorder = Recorder()
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
     module = CachedAttention().float()
     model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), CONFIG)
     keys, values = (cache.float() for cache in caches(3))
-    with torch.no_grad(), pytest.raises(_Traced):
+    with torch.no_grad(), pytest.raises(_Traced), config.patch({"triton.cudagraphs": graphs}):
         model(tokens(3, 1).float(), keys, values, torch.tensor(60), torch.ones(3, 96, dtype=torch.bool))
     (site,) = infllm_pass.report(model).sites
     assert (site.kernels, site.cache_state, site.guard) == ("triton", "carried", "on the device")
     (graph,) = (module.graph for module in recorder.graphs.values())
     write_in_place(graph)
-    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(recorder.graphs["fw"])] == [[] for _ in range(4)]
+    kernels = kernels_of(recorder.graphs["fw"])
+    assert [node.kwargs["tensors_to_clone"] for node in kernels] == [[] for _ in range(0 if graphs else 4)]
+    operators = [node for node in graph.nodes if node.args[:1] == (torch.ops.infllm.launched_decode_attention.default,)]
+    assert [node.meta["only_clone_these_tensors"] for node in operators] == [[] for _ in range(graphs)]

@@ -19,7 +19,7 @@ from triton.runtime import driver
 import infllm_pass
 from infllm_pass.kernels import gathering
 from infllm_pass.kernels.configurations import MEASURED_GATHERING
-from infllm_pass.lowering import accesses, checks
+from infllm_pass.lowering import accesses, checks, launched
 
 from .test_tiled_checks import TILED
 from .triton_device import INTERPRETED
@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter traces noth
 LENGTHS = [64, 65, 100, 127, 128, 1000, 4096, 8191, 131072, 1 << 20]
 KERNELS = {"fw": 5, "bw": 10}
 """Kernels of a forward and of a backward, at least."""
+
+STAGE = torch.ops.infllm.attend_tiles.default
 
 
 class _Traced(Exception):
@@ -145,6 +147,20 @@ def test_compilers_see_kernels_that_write_only_their_results(case, gathered, cap
     for length in LENGTHS:
         sizes = dict.fromkeys(symbols, length)
         assert all(bool(guard.subs(sizes)) for guard in recorder.guards), length
+
+
+@pytest.mark.parametrize("packaged", [False, True], ids=["", "packaged"])
+def test_a_stage_whose_options_would_be_dropped_is_called(packaged, monkeypatch):
+    """As an operator that launches at once; a graph that runs without Python has the kernels."""
+    monkeypatch.setattr(launched, "recording_drops_options", lambda *_: True)
+    with V.set_aot_compilation(packaged):
+        recorder = trace(attend, packed_heads(), sparsified=True)
+    called = [name for name, module in recorder.graphs.items() for node in module.graph.nodes if node.target is STAGE]
+    assert called == ([] if packaged else ["fw"])
+    assert len(kernels_of(recorder.graphs["fw"])) == KERNELS["fw"] - len(called)
+    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
+    for length in LENGTHS:
+        assert all(bool(guard.subs(dict.fromkeys(symbols, length))) for guard in recorder.guards), length
 
 
 def kernels_of(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
