@@ -1,6 +1,7 @@
 """The stages of sparse attention on the GPU, one call each, for rows of one unpadded sequence.
 
-Everything the benchmarks know about the kernels is here.
+Everything the benchmarks know about the kernels is here. Kernels are launched with the options that they have in
+compiled graphs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.compression import compress_keys
+from infllm_pass.kernels.launch import launching_at_once
 from infllm_pass.kernels.planning import plan_tiles
 from infllm_pass.kernels.selection import select_tiles
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
@@ -40,18 +42,16 @@ def plan(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> TilePlan:
 
 def select(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> Selection:
     """Compress the keys, score the blocks and choose; the tiles' tables included."""
-    tiles = plan(q, k, config)
-    fine, coarse = compress_keys(k, tiles, geometry=config.geometry)
-    lists = select_tiles(
-        q,
-        fine,
-        coarse,
-        tiles,
-        geometry=config.geometry,
-        scale=q.shape[3] ** -0.5,
-        dense_len=config.dense_len,
-        length_k=k.shape[2],
-    )
+    with launching_at_once():
+        tiles = plan(q, k, config)
+        fine, coarse = compress_keys(k, tiles, geometry=config.geometry)
+        lists = select_tiles(
+            *(q, fine, coarse, tiles),
+            geometry=config.geometry,
+            scale=q.shape[3] ** -0.5,
+            dense_len=config.dense_len,
+            length_k=k.shape[2],
+        )
     return Selection(lists, tiles)
 
 
@@ -59,17 +59,14 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, config: SparseAttentionConfig
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks: output ``[B, Hq, Lq, Dv]`` and log-sum-exp ``[B, Hq, Lq]``."""
-    return attention_forward(
-        q,
-        k,
-        v,
-        selection.lists,
-        selection.plan,
-        geometry=config.geometry,
-        scale=q.shape[3] ** -0.5,
-        dense_len=config.dense_len,
-        every_query=True,
-    )
+    with launching_at_once():
+        return attention_forward(
+            *(q, k, v, selection.lists, selection.plan),
+            geometry=config.geometry,
+            scale=q.shape[3] ** -0.5,
+            dense_len=config.dense_len,
+            every_query=True,
+        )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, config: SparseAttentionConfig) -> Tensor:
@@ -92,13 +89,15 @@ def backward(
     from infllm_pass.kernels.attention_backward_keys import key_gradients
 
     sizes = {"geometry": config.geometry, "scale": q.shape[3] ** -0.5, "dense_len": config.dense_len}
-    delta = output_delta(grad, out)
-    saved = (grad, q, k, v, lse, delta, selection.lists, selection.plan)
-    dq = query_gradient(*saved, **sizes, every_query=True)
-    dk, dv = key_gradients(*saved, **sizes)
+    with launching_at_once():
+        delta = output_delta(grad, out)
+        saved = (grad, q, k, v, lse, delta, selection.lists, selection.plan)
+        dq = query_gradient(*saved, **sizes, every_query=True)
+        dk, dv = key_gradients(*saved, **sizes)
     return dq, dk, dv
 
 
 def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
     """Compressed keys alone, which `select` computes first."""
-    return compress_keys(k, tiles, geometry=config.geometry)
+    with launching_at_once():
+        return compress_keys(k, tiles, geometry=config.geometry)

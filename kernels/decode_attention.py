@@ -20,12 +20,15 @@ from infllm_pass.kernels.decode_rows import (
     DecodeShape,
     clip_row,
     first_block,
+    forced_block,
     last_of_line,
     line_of,
+    scored_blocks,
     tile_visits,
 )
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import dependent_launch, multiprocessors, precision, wrap_triton
+from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
+from infllm_pass.kernels.overlap import dependent_launch, prefetch_rows
 from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
 
 MAX_SPLITS = 128
@@ -79,6 +82,8 @@ def _decode_attention_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
     BUDGET: tl.constexpr,
     STEP_KEYS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
@@ -86,6 +91,7 @@ def _decode_attention_kernel(
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr,  # visits whose keys and values are fetched early, DEPENDENT only
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
     M: tl.constexpr = TOKENS * GP
@@ -114,14 +120,25 @@ def _decode_attention_kernel(
     q_row = q + batch * stride_qb + head * G * stride_qh
     at = q_row + (member.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qt)[:, None] + dims[None, :]
     queries = tl.load(at, mask=real[:, None] & (dims < D)[None, :], other=0.0)  # [M, DP]
+    k_row = k + batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_kt
+    v_row = v + batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vt
     if DEPENDENT:
+        # While blocks are scored and ranked: those that no score decides on, of the first visits.
+        for step in range(begin * STEPS, tl.minimum(end, begin + AHEAD) * STEPS):
+            visit = step // STEPS
+            last = last_of_line(first_line + visit // width, length, length_q, QUERY_BLOCK)
+            low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+            forced, known = forced_block(visit % width, last, window, low, high, BLOCK, INIT, LOCAL, HAS_WINDOW)
+            block = tl.where(sparse, forced, first + visit % width)
+            key = block * BLOCK + step % STEPS * STEP_KEYS + tl.arange(0, STEP_KEYS)
+            key = tl.where((known | (sparse == 0)) & (key < length), key, length - 1).to(tl.int64)
+            prefetch_rows(k_row + key * stride_kt, DP)
+            prefetch_rows(v_row + key * stride_vt, BLOCK_DV)
         gdc_wait()
         gdc_launch_dependents()
     if begin < end:
         line_of_row = line_of(tl.maximum(position, 0), length, length_q, QUERY_BLOCK)
         value_dims = tl.arange(0, BLOCK_DV)[None, :]
-        k_row = k + batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_kt
-        v_row = v + batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vt
         mask_row = key_mask + batch * stride_mb + start.to(tl.int64) * stride_mt
         lists = blocks + pair * (LINES * BUDGET)
 
@@ -284,6 +301,8 @@ def decode_attend(
         VALUE_DIM=value_dim,
         BLOCK_DV=padded_value,
         BLOCK=g.block_size,
+        INIT=g.init_blocks,
+        LOCAL=g.local_blocks,
         BUDGET=g.selected_blocks,
         STEP_KEYS=min(g.block_size & -g.block_size, launch.step_keys),
         HAS_KEY_MASK=key_mask is not None,
@@ -291,6 +310,7 @@ def decode_attend(
         HAS_STARTS=rows.starts is not None,
         PRECISION=precision(q),
         **dependent_launch(_decode_attention_kernel, q),
+        AHEAD=launch.ahead,
         num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,
     )

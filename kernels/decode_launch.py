@@ -26,6 +26,7 @@ class DecodeLaunch:
         step_keys: most keys, a power of two, of one step of attention.
         attend_warps: warps of a program of attention.
         attend_stages: depth of its pipeline.
+        ahead: visits whose keys and values a program of attention fetches early, where it may begin early.
         programs: programs of attention for each multiprocessor, about, where the work can be split so far.
     """
 
@@ -42,6 +43,7 @@ class DecodeLaunch:
     step_keys: int = 64
     attend_warps: int = 4
     attend_stages: int = 2
+    ahead: int = 4
     programs: int = 2
 
     @staticmethod

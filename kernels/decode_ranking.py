@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from infllm_pass.kernels.decode_rows import clip_row, first_block, last_of_line, line_of, scored_blocks
+from infllm_pass.kernels.decode_rows import clip_row, forced_block, last_of_line, line_of, scored_blocks
 
 DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
@@ -48,16 +48,10 @@ def list_forced(
     WIDTH: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Write the blocks that a list holds whatever the scores; how many. All candidates where none is scored."""
-    own = last // BLOCK
-    reach = first_block(last, window, BLOCK, HAS_WINDOW)
+    """Write the blocks that a list holds whatever the scores: its first entries."""
     entry = tl.arange(0, WIDTH)
-    chooses = end > begin
-    initial = tl.maximum(INIT - reach, 0)
-    local = tl.where(chooses & (entry >= initial), own - LOCAL - initial, reach)
-    count = tl.where(chooses, initial + LOCAL + 1, own - reach + 1)
-    tl.store(blocks_row + entry, local + entry, mask=entry < count)
-    return count
+    block, known = forced_block(entry, last, window, begin, end, BLOCK, INIT, LOCAL, HAS_WINDOW)
+    tl.store(blocks_row + entry, block, mask=known)
 
 
 @triton.jit
@@ -160,6 +154,6 @@ def decode_rank_kernel(
         begin, end, taken = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
         row = pair * LINES + line
         blocks_row = blocks + row * BUDGET
-        count = list_forced(blocks_row, last, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
+        list_forced(blocks_row, last, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
         if end > begin:
-            list_chosen(keys + row * num_blocks, blocks_row + count, begin, end, taken, RANKED)
+            list_chosen(keys + row * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)

@@ -162,6 +162,30 @@ def scored_blocks(
 
 
 @triton.jit
+def forced_block(
+    entry,
+    last,
+    window,
+    begin,  # of the blocks that compete by score, as `end`
+    end,
+    BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """The block at an entry of a list, and whether the list has it there whatever the scores.
+
+    The first entries are the initial and the local blocks, or all candidates where none is scored.
+    """
+    own = last // BLOCK
+    reach = first_block(last, window, BLOCK, HAS_WINDOW)
+    chooses = end > begin
+    initial = tl.maximum(INIT - reach, 0)
+    block = entry + tl.where(chooses & (entry >= initial), own - LOCAL - initial, reach)
+    return block, entry < tl.where(chooses, initial + LOCAL + 1, own - reach + 1)
+
+
+@triton.jit
 def tile_visits(
     length,
     length_q,

@@ -28,7 +28,8 @@ from infllm_pass.kernels.decode_rows import (
     scored_blocks,
 )
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
-from infllm_pass.kernels.launch import dependent_launch, is_recorded, launching_at_once, precision, wrap_triton
+from infllm_pass.kernels.launch import precision, wrap_triton
+from infllm_pass.kernels.overlap import dependent_launch, prefetch_rows
 from infllm_pass.kernels.walking import LOG2_E, UNBOUNDED
 
 DECODE_PARTS = tl.constexpr(32)
@@ -137,6 +138,10 @@ def _decode_score_kernel(
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     final = tl.max(tl.where(exists, high, 0), 0)
     if DEPENDENT:
+        # While keys are compressed: the windows of this program's blocks, of which all but the newest are there.
+        for part in range(tl.where(tl.program_id(0) * BLOCKS < final, RATIO, 0)):
+            window_row = tl.minimum(block * RATIO + part, slots - 1)
+            prefetch_rows(k1 + (pair * slots + window_row) * D, DP)
         gdc_wait()
         gdc_launch_dependents()
     if (tl.program_id(0) * BLOCKS < final) & ((tl.program_id(0) + 1) * BLOCKS > tl.min(low, 0)):
@@ -197,14 +202,6 @@ def _decode_score_kernel(
                 arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
                 if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
                     list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
-
-
-def recording_drops_overlap(tensor: Tensor) -> bool:
-    """Whether a compiler is recording launches on a device where, launched at once, they would overlap."""
-    if not is_recorded(_decode_score_kernel):
-        return False
-    with launching_at_once():
-        return dependent_launch(_decode_score_kernel, tensor)["DEPENDENT"]
 
 
 def decode_select(

@@ -41,19 +41,6 @@ def is_recorded(kernel: Any) -> bool:
     return isinstance(kernel, JITFunction) and wrap_triton(kernel) is not kernel
 
 
-def dependent_launch(kernel: Any, tensor: Tensor) -> dict[str, bool]:
-    """Arguments that let a launch begin while the kernel before it ends (programmatic dependent launch).
-
-    The kernel's constant ``DEPENDENT`` says whether it has to wait for the one before, and whether it lets the next one
-    begin. From sm_90 on, and not where a compiler records the launch, which drops the option.
-    """
-    if tensor.device.type != "cuda" or not isinstance(kernel, JITFunction) or is_recorded(kernel):
-        return {"DEPENDENT": False}
-    if torch.cuda.get_device_capability(tensor.device)[0] < 9:
-        return {"DEPENDENT": False}
-    return {"DEPENDENT": True, "launch_pdl": True}
-
-
 def precision(tensor: Tensor) -> str:
     """``input_precision`` of matrix products: tf32 for float32 only where PyTorch's own switch allows it."""
     return "tf32" if tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -21,9 +21,10 @@ from torch._inductor.virtualized import V
 from infllm_pass.kernels.attention import attention_forward, recording_drops_options
 from infllm_pass.kernels.decode_attention import decode_attend
 from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
-from infllm_pass.kernels.decode_selection import decode_select, recording_drops_overlap
+from infllm_pass.kernels.decode_selection import decode_compress_kernel, decode_select
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import launching_at_once
+from infllm_pass.kernels.overlap import recording_drops_overlap
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
 from infllm_pass.lowering.operators import selection_arguments, static_geometry
 
@@ -144,7 +145,7 @@ def decode(
     Arguments and results: see `decode_select` and `decode_attend`.
     """
     in_graphs = inductor_config.triton.cudagraphs and not V.aot_compilation
-    if in_graphs and recording_drops_overlap(q):
+    if in_graphs and recording_drops_overlap(decode_compress_kernel, q):
         numbers = (window, scale, dense_len, *selection_arguments(geometry))
         fields = (state.k1, state.k2, state.filled, rows.lengths, rows.starts)
         out, lse = launched_decode_attention(q, k, v, *fields, key_mask, *numbers)
