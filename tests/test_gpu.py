@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.configurations import MEASURED_GATHERING
-from infllm_pass.lowering import operators
+from infllm_pass.lowering import operators, tiled
+from infllm_pass.lowering.launched import attend_tiles
 
 from .conftest import SMALL, llama, oracle_attention, relative_error, tokens
 
@@ -395,6 +397,21 @@ def test_compiled_calls_equal_eager_calls(case, dynamic):
 
 
 # CUDA graphs.
+
+
+@pytest.mark.parametrize("heads", [(32, 2, 2), (32, 8, 8)], ids=str)
+def test_compiled_graphs_launch_with_the_options_that_inductor_drops(heads):
+    """The stage is an operator that compiled code calls; its results are those of the call that is not compiled."""
+    config = SparseAttentionConfig(topk=4, window_size=256, dense_len=1024)
+    q, k, v = qkv(3001, heads=heads, dim=128)
+    compiled = torch.compile(lambda q, k, v: switchable_attention(q, k, v, config))
+    out, code = run_and_get_code(compiled, q, k, v)
+    assert any("infllm.attend_tiles" in source for source in code) == (torch.cuda.get_device_capability() == (9, 0))
+    assert torch.equal(out, switchable_attention(q, k, v, config))
+    short = [x[:, :, :500] for x in (q, k, v)]
+    plan = tiled._plan(*short[:2], None, None, None, None, None, config.geometry)
+    numbers = (plan.packed, None, 128**-0.5, 1024, True, *operators.selection_arguments(config.geometry))
+    torch.library.opcheck(attend_tiles, (*short, None, None, None, plan.sequences, plan.panels, None, *numbers))
 
 
 def test_a_captured_call_replays_on_new_inputs():

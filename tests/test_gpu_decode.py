@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from infllm_pass.kernels import decode_attention, decode_selection
+from infllm_pass.kernels.decode_compression import decode_compress_kernel
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.launch import launching_at_once
+from infllm_pass.kernels.overlap import dependent_launch
 from infllm_pass.lowering.decode import new_state
+from infllm_pass.lowering.launched import launched_decode_attention
+from infllm_pass.lowering.operators import selection_arguments
 from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
 from .conftest import relative_error
@@ -215,6 +221,41 @@ def test_a_compiled_step_runs_as_one_cuda_graph_for_300_steps():
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90")
+@pytest.mark.parametrize("heads", [(32, 2), (32, 8), (12, 4)], ids=str)
+@pytest.mark.parametrize("length", [5000, 9000], ids=["dense", "sparse"])
+def test_launches_that_overlap_give_the_same_bits(heads, length, monkeypatch):
+    """Layer after layer in one CUDA graph: every kernel begins while the one before ends, also the next layer's."""
+    lengths = torch.tensor([length, length + 2000], device=DEVICE)
+    shape = (2, heads[1], length + 3000, 128)
+    caches = [[torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)] for _ in range(6)]
+    states = [new_state(k, GEOMETRY) for k, _ in caches]
+    q = torch.randn(2, heads[0], 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    numbers = (lengths, None, None, None, 128**-0.5, 8192, *tiled_decode_arguments(GEOMETRY))
+
+    def layers() -> Tensor:
+        x = q
+        for (k, v), state in zip(caches, states, strict=True):
+            state[2].zero_()
+            x = q + 30 * tiled_decode_attention(x, k, v, *state, *numbers)[0]
+        return x
+
+    with monkeypatch.context() as one_by_one:
+        for module in (decode_attention, decode_selection):
+            one_by_one.setattr(module, "dependent_launch", lambda *_: {"DEPENDENT": False})
+        expected = layers()
+    with launching_at_once():
+        assert dependent_launch(decode_compress_kernel, q)["DEPENDENT"]
+    assert torch.equal(layers(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layers()
+    for _ in range(50):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_opcheck(padded):
     steps = cache([60, 50], [0, 9] if padded else None, holes=0.2 if padded else 0.0, dense_len=55)
@@ -224,3 +265,4 @@ def test_opcheck(padded):
     given = (q, steps.k.nan_to_num(), steps.v.nan_to_num(), *state, steps.numbers(steps.lengths), starts)
     given = (*given, steps.key_mask if padded else None, None, 0.25, 55)
     torch.library.opcheck(tiled_decode_attention, (*given, *tiled_decode_arguments(steps.geometry)))
+    torch.library.opcheck(launched_decode_attention, (*given, *selection_arguments(steps.geometry)))
