@@ -18,8 +18,7 @@ from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.configurations import MEASURED_GATHERING
-from infllm_pass.lowering import operators, tiled
-from infllm_pass.lowering.launched import attend_tiles
+from infllm_pass.lowering import operators
 
 from .conftest import SMALL, llama, oracle_attention, relative_error, tokens
 
@@ -402,6 +401,9 @@ def test_compiled_calls_equal_eager_calls(case, dynamic):
 @pytest.mark.parametrize("heads", [(32, 2, 2), (32, 8, 8)], ids=str)
 def test_compiled_graphs_launch_with_the_options_that_inductor_drops(heads):
     """The stage is an operator that compiled code calls; its results are those of the call that is not compiled."""
+    from infllm_pass.lowering import tiled
+    from infllm_pass.lowering.launched import attend_tiles
+
     config = SparseAttentionConfig(topk=4, window_size=256, dense_len=1024)
     q, k, v = qkv(3001, heads=heads, dim=128)
     compiled = torch.compile(lambda q, k, v: switchable_attention(q, k, v, config))
