@@ -23,7 +23,7 @@ class Launch:
         rows: rows (queries x heads), a power of two, that a program or one step of a loop over queries takes.
         held: whether a program keeps queries in registers rather than in shared memory (the forward: half of each).
         registers: most registers of one thread; None: as many as the assembler likes.
-        recorded: what holds instead where a compiler records the launch, which it cannot do with `registers`.
+        recorded: what holds instead where a compiler records the launch itself, which drops `registers`.
     """
 
     num_warps: int = 4
