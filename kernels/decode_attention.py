@@ -124,14 +124,13 @@ def _decode_attention_kernel(
     v_row = v + batch * stride_vb + head * stride_vh + start.to(tl.int64) * stride_vt
     if DEPENDENT:
         # While blocks are scored and ranked: those that no score decides on, of the first visits.
-        for step in range(begin * STEPS, tl.minimum(end, begin + AHEAD) * STEPS):
+        for step in range(begin * STEPS, tl.where(sparse, tl.minimum(end, begin + AHEAD), begin) * STEPS):
             visit = step // STEPS
             last = last_of_line(first_line + visit // width, length, length_q, QUERY_BLOCK)
             low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
-            forced, known = forced_block(visit % width, last, window, low, high, BLOCK, INIT, LOCAL, HAS_WINDOW)
-            block = tl.where(sparse, forced, first + visit % width)
+            block, known = forced_block(visit % width, last, window, low, high, BLOCK, INIT, LOCAL, HAS_WINDOW)
             key = block * BLOCK + step % STEPS * STEP_KEYS + tl.arange(0, STEP_KEYS)
-            key = tl.where((known | (sparse == 0)) & (key < length), key, length - 1).to(tl.int64)
+            key = tl.where(known & (key < length), key, length - 1).to(tl.int64)
             prefetch_rows(k_row + key * stride_kt, DP)
             prefetch_rows(v_row + key * stride_vt, BLOCK_DV)
         gdc_wait()

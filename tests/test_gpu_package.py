@@ -32,10 +32,10 @@ def test_a_fresh_process_without_this_project_gives_the_same_logits(tmp_path, dt
     command = [sys.executable, "-c", LOADING, str(path), str(tmp_path / "ids"), str(tmp_path / "logits")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    sparsified = infllm_pass.sparsify(torch.compile(model, backend="eager"), CONFIG)
+    sparsified = infllm_pass.sparsify(torch.compile(model, dynamic=True), CONFIG)  # rounds where the package does
     for ids, got in zip(inputs, torch.load(tmp_path / "logits"), strict=True):
         with torch.no_grad():
             expected, dense = sparsified(ids), model(ids)
-        assert relative_error(got, expected) <= bound
+        assert relative_error(got, expected) <= bound, tuple(ids.shape)
         if ids.shape[1] >= CONFIG.dense_len:
             assert relative_error(got, dense) > 2 * relative_error(got, expected)
