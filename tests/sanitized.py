@@ -1,9 +1,13 @@
-"""Every kernel of prefill, training and decoding once, on odd sizes, for compute-sanitizer; see ``make sanitize``."""
+"""Every kernel of prefill, training and decoding once, on odd sizes, for compute-sanitizer; see ``make sanitize``.
+
+``python -m tests.sanitized [part of a case's name ...]`` runs every case, or those that match; the cases of decoding
+are named ``decode``.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,10 +99,12 @@ def run(name: str, case: Case) -> bool:
     return well
 
 
-def attend() -> bool:
-    """Forward and backward of every case; whether all went as it should."""
+def attend(wanted: Callable[[str], bool]) -> bool:
+    """Forward and backward of the cases that are wanted; whether all went as it should."""
     well = True
     for name, case in CASES.items():
+        if not wanted(name):
+            continue
         if not case.gathered:
             well &= run(name, case)
             continue
@@ -131,13 +137,16 @@ def decode(name: str, case: Case) -> bool:
     return well
 
 
-def main() -> int:
-    well = attend()
+def main(parts: list[str]) -> int:
+    def wanted(name: str) -> bool:
+        return not parts or any(part in name for part in parts)
+
+    well = attend(wanted)
     for name, case in CASES.items():
-        if not case.gathered and not case.level:
+        if not case.gathered and not case.level and wanted(f"decode {name}"):
             well &= decode(name, case)
     return 0 if well else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
