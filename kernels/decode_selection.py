@@ -56,7 +56,7 @@ def _join_normalisers(
     return tl.where(total > 0.0, peak + tl.log2(total), float("inf"))
 
 
-@triton.jit(do_not_specialize=["capacity", "slots", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])
+@triton.jit(do_not_specialize=["capacity", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])
 def _decode_score_kernel(
     lengths,
     starts,
@@ -72,10 +72,12 @@ def _decode_score_kernel(
     stride_qb,
     stride_qh,
     stride_qt,
+    stride_1b,
+    stride_1h,
+    stride_1t,
     scale_log2,
     heads,
     capacity,
-    slots,
     chunks,
     num_blocks,
     length_q,
@@ -137,7 +139,7 @@ def _decode_score_kernel(
     if (tl.program_id(0) * BLOCKS < final) & ((tl.program_id(0) + 1) * BLOCKS > tl.min(low, 0)):
         q_row = q + batch * stride_qb + head * G * stride_qh
         parts_row = parts + pair * chunks * tiles * C
-        k1_row = k1 + pair * slots * D
+        k1_row = k1 + batch * stride_1b + head * stride_1h
         norm_chunks = (count_windows(length, NORM_SIZE, NORM_STRIDE) + NORM_KEYS - 1) // NORM_KEYS
         complete = count_windows(length, KERNEL, STRIDE)
         columns = tl.arange(0, C)
@@ -156,7 +158,7 @@ def _decode_score_kernel(
         for part in range(RATIO + OVERLAP):
             index = block * RATIO + (part - OVERLAP)
             known = (index >= 0) & (index < complete)
-            at = k1_row + index.to(tl.int64)[:, None] * D + dims
+            at = k1_row + index.to(tl.int64)[:, None] * stride_1t + dims
             windows = tl.load(at, mask=known[:, None] & (dims < D), other=0.0)  # [BLOCKS, DP]
             if SHARED:
                 score = tl.zeros([BLOCKS, 1], tl.float32)
@@ -273,11 +275,11 @@ def decode_select(
         arrivals,
         *q.stride()[:3],
         *k.stride()[:3],
+        *state.k1.stride()[:3],
+        *state.k2.stride()[:3],
         scale * LOG2_E,
         heads,
         capacity,
-        state.k1.shape[2],
-        state.k2.shape[2],
         chunks,
         shape.length_q,
         shape.tiles,
@@ -301,10 +303,10 @@ def decode_select(
         blocks,
         state.filled,
         *q.stride()[:3],
+        *state.k1.stride()[:3],
         scale * LOG2_E,
         heads,
         capacity,
-        state.k1.shape[2],
         chunks,
         num_blocks,
         shape.length_q,

@@ -89,15 +89,15 @@ def arguments(variant: Variant) -> dict[str, object]:
     padded, padded_value = (max(16, triton.next_power_of_2(size)) for size in (variant.dim, variant.value_dim))
     launch = generic_decode(variant.dtype.itemsize, max(padded, padded_value))
     owned = launch.chunk * 4
-    strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv" for axis in "bht"}
+    strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv12" for axis in "bht"}
     strides |= {"stride_mb": "i32:16", "stride_mt": "i32"}
     return {
         **dict.fromkeys(("q", "k", "v", "k1", "k2", "out"), variant.dtype),
         **dict.fromkeys(("parts", "part_out", "part_lse", "lse"), torch.float32),
         "key_mask": torch.bool,
         **dict.fromkeys(("lengths", "starts", "filled", "keys", "arrivals", "blocks"), torch.int32),
-        **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity", "fine_slots", "coarse_slots"), "i32"),
-        **dict.fromkeys(("slots", "chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
+        **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity"), "i32"),
+        **dict.fromkeys(("chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
         **strides,
         "scale_log2": "fp32",
         "G": shape.group,
