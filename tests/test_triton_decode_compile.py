@@ -24,7 +24,7 @@ from infllm_pass.lowering import checks
 from infllm_pass.lowering.decode import new_state
 from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
-from .cache_support import CONFIG, CachedAttention, caches, tokens
+from .cache_support import CONFIG, CachedAttention, GrowingAttention, caches, tokens
 from .test_triton_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead
@@ -224,3 +224,27 @@ def test_a_rewritten_step_updates_its_state_in_place():
     (graph,) = (module.graph for module in recorder.graphs.values())
     write_in_place(graph)
     assert [node.kwargs["tensors_to_clone"] for node in kernels_of(recorder.graphs["fw"])] == [[] for _ in range(4)]
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_rewritten_step_of_a_growing_cache_updates_its_state_in_place():
+    """One graph for all lengths: the sizes of the compressed keys follow from the number of keys."""
+    torch._dynamo.reset()
+    recorder = Recorder()
+    backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
+    module = GrowingAttention().float()
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), CONFIG)
+    keys, values = (cache.float() for cache in caches(3, 70))
+    for cache in (keys, values):
+        torch._dynamo.mark_dynamic(cache, 2)
+    with torch.no_grad(), pytest.raises(_Traced):
+        model(tokens(3, 1).float(), keys, values)
+    (site,) = infllm_pass.report(model).sites
+    assert (site.kernels, site.cache_state, site.guard_dynamic) == ("triton", "carried", True)
+    graph = recorder.graphs["fw"].graph
+    write_in_place(graph)
+    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(recorder.graphs["fw"])] == [[] for _ in range(4)]
+    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
+    assert symbols
+    for length in (60, 100, 1023, 4096, 131072):
+        assert all(bool(guard.subs(dict.fromkeys(symbols, length))) for guard in recorder.guards), length
