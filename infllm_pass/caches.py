@@ -1,9 +1,10 @@
 """Compressed keys of a cache as inputs of the graph that reads it: which caches, and what stays true of the keys.
 
-A graph of a few queries over a cache that is one of its inputs calls the decode operator, which keeps the compressed
-keys from step to step. They are inputs that the pass adds to the graph, a set for each cache; who calls the graph
-hands them over, see `cached_graph`. What the graph itself writes to the cache is read here: slots other than those of
-the queries' own keys lower the count of keys that are compressed.
+A graph of a few queries over a cache calls the decode operator, which keeps the compressed keys from step to step. They
+are inputs that the pass adds to the graph, a set for each cache; who calls the graph hands them over, see
+`cached_graph`. The cache is a tensor that the graph writes to, or one that it continues by concatenation, see
+`growing`. What the graph itself writes to the cache is read here: slots other than those of the queries' own keys lower
+the count of keys that are compressed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 
 from infllm_pass.emission import Emitter
 from infllm_pass.graphs import fake_mode_of
+from infllm_pass.growing import GrowingCacheSpec
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.decode import state_slots
 from infllm_pass.masks.interpreter import Interpreter
@@ -63,6 +65,15 @@ class CacheSpec:
         fine, coarse = state_slots(capacity, self.geometry)
         return (batch, heads, int(fine), dim), (batch, heads, int(coarse), dim)
 
+    def examples(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`k1` and `k2` as the graph gets them, for an example of the keys."""
+        shapes = self.state_shapes(keys.shape[0])
+        fine, coarse = (torch.empty(shape, dtype=keys.dtype, device=keys.device) for shape in shapes)
+        return fine, coarse
+
+
+AnyCacheSpec = CacheSpec | GrowingCacheSpec
+
 
 @dataclass(frozen=True)
 class StateNodes:
@@ -83,7 +94,7 @@ class CacheInputs:
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self.geometry = geometry
-        self.specs: dict[CacheSpec, StateNodes] = {}
+        self.specs: dict[AnyCacheSpec, StateNodes] = {}
 
     @property
     def examples(self) -> list[torch.Tensor]:
@@ -100,43 +111,62 @@ class CacheInputs:
                     graph.erase_node(node)
                 del self.specs[spec]
 
-    def spec_of(self, plan: SitePlan, site: AttentionSite, facts: GraphFacts) -> CacheSpec | None:
-        """The cache that a site decodes from; None if it does not decode, or from nothing that outlives the call.
+    def spec_of(self, plan: SitePlan, site: AttentionSite, facts: GraphFacts) -> AnyCacheSpec | str:
+        """The cache that a site decodes from; a text says why it decodes from nothing that outlives the call.
 
         Where a size that matters is dynamic, deciding guards on it.
         """
-        keys, dtype = site.key_heads.example, site.dtype
-        needs_gradient = any(
-            example_of(operand.node).requires_grad for operand in (site.query, site.key_heads, site.value_heads)
-        )
-        if not plan.in_cache or not plan.switchable or needs_gradient or keys.dtype != dtype:
-            return None
-        cell = storage(site.key_heads.node)
+        if not plan.switchable:
+            return "the site stays dense"
+        if any(example_of(operand.node).requires_grad for operand in (site.query, site.key_heads, site.value_heads)):
+            return "gradients are asked for"
+        if site.key_heads.example.dtype != site.dtype:
+            return f"its keys are converted to {site.dtype}"
+        return self._static_spec(site, facts) if plan.in_cache else self._growing_spec(plan, site, facts)
+
+    def _static_spec(self, site: AttentionSite, facts: GraphFacts) -> CacheSpec | str:
+        """The spec of a cache that the graph writes to."""
+        keys, cell = site.key_heads.example, storage(site.key_heads.node)
         inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
         position = next((place for place, node in enumerate(inputs) if storage(node) == cell), None)
-        if position is None or storage_of(keys) != cell or facts.is_written_elsewhere(site.key_heads.node):
-            return None
+        if position is None or storage_of(keys) != cell:
+            return "it is copied in the graph"
+        if facts.is_written_elsewhere(site.key_heads.node):
+            return "a nested graph writes to it"
         if any(not writer < site.node for writer in _writers(facts.graph, keys)):
-            return None
-        if not bool(site.shape(site.query)[2] <= MOST_QUERIES):
-            return None
+            return "the graph writes to it after it was read"
+        if not _is_decoding(site):
+            return _MANY_QUERIES
         node, batch = inputs[position], keys.shape[0]
         dims = [dim for dim, extent in enumerate(example_of(node).shape) if same(size(extent), size(batch))]
         if not isinstance(batch, int) and not dims:
-            return None
+            return _UNKNOWN_SIZES
         sizes = int(keys.shape[1]), int(keys.shape[2]), int(keys.shape[3])
         view = (str(keys.storage_offset()), *(str(stride) for stride in keys.stride()))
         fixed = isinstance(batch, int)
         rows = batch if fixed else dims[0]
         return CacheSpec(position, str(node.target), rows, not fixed, sizes, view, self.geometry)
 
-    def state(self, spec: CacheSpec, site: AttentionSite, graph: fx.Graph) -> StateNodes:
+    def _growing_spec(self, plan: SitePlan, site: AttentionSite, facts: GraphFacts) -> GrowingCacheSpec | str:
+        """The spec of a cache that grows by concatenation."""
+        if site.growth is None:
+            return "its keys are no cache"
+        if isinstance(site.growth.continuation, str):
+            return site.growth.continuation
+        if site.growth.trimmed:
+            return "the graph cuts its keys"
+        if plan.mask is not None and plan.mask.segments is not None:
+            return "its sequences are packed"
+        if not _is_decoding(site):
+            return _MANY_QUERIES
+        return GrowingCacheSpec.of(site, site.growth.continuation, facts, self.geometry) or _UNKNOWN_SIZES
+
+    def state(self, spec: AnyCacheSpec, site: AttentionSite, graph: fx.Graph) -> StateNodes:
         """The inputs with a cache's state, added to the graph unless they are there."""
         if spec not in self.specs:
             keys = site.key_heads.example
-            shapes = spec.state_shapes(keys.shape[0])
             with fake_mode_of(site.key_heads.node) or torch.no_grad():
-                fine, coarse = (torch.empty(shape, dtype=keys.dtype, device=keys.device) for shape in shapes)
+                fine, coarse = spec.examples(keys)
                 counts = [torch.empty(keys.shape[0], dtype=torch.int32, device=keys.device) for _ in range(2)]
             number, values = len(self.specs), (fine, coarse, *counts)
             names = ("k1", "k2", "filled", "first")
@@ -145,6 +175,15 @@ class CacheInputs:
             ]
             self.specs[spec] = StateNodes(*nodes)
         return self.specs[spec]
+
+
+_MANY_QUERIES = f"a call has more than {MOST_QUERIES} queries"
+_UNKNOWN_SIZES = "its sizes cannot be told from the graph's inputs"
+
+
+def _is_decoding(site: AttentionSite) -> bool:
+    """Whether a site has few queries; guards on their number where it is dynamic."""
+    return bool(site.shape(site.query)[2] <= MOST_QUERIES)
 
 
 def may_read_a_cache(graph: fx.Graph) -> bool:

@@ -33,7 +33,7 @@ class MaskOperands:
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
         self._positions: dict[sympy.Expr, fx.Node] = {}
         self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
-        self._lengths: dict[tuple[fx.Node, Any], fx.Node] = {}
+        self._lengths: dict[Any, fx.Node] = {}
         self._starts: dict[fx.Node, fx.Node] = {}
         self._bounds: dict[Segments, fx.Node] = {}
 
@@ -50,15 +50,30 @@ class MaskOperands:
     def rows(self, plan: SitePlan, site: AttentionSite) -> tuple[fx.Node, fx.Node | None, fx.Node | None, int | None]:
         """The arguments lengths, starts, key_mask and window of the decode operators."""
         key_mask, offsets, *_, window = self.arguments(plan, site)
-        length_q = self._emitter.size(site.node, self._emitter.operand(site.node, site.query, site.query), 2)
-        if (offsets, length_q) not in self._lengths:
-            self._lengths[offsets, length_q] = self._call(site, operator.add, offsets, length_q)
         if key_mask is not None and key_mask not in self._starts:
             valid = self._call(site, "to", key_mask, torch.int32)
             first = self._call(site, "argmax", valid, 1)
             self._starts[key_mask] = self._call(site, "to", first, torch.int32)
         starts = None if key_mask is None else self._starts[key_mask]
-        return self._lengths[offsets, length_q], starts, key_mask, window
+        lengths = self._key_count(site) if offsets is None else self._ends(offsets, site)
+        return lengths, starts, key_mask, window
+
+    def _ends(self, offsets: fx.Node, site: AttentionSite) -> fx.Node:
+        """One past the last key of each row of a cache, whose queries begin at `offsets`."""
+        length_q = self._emitter.size(site.node, self._emitter.operand(site.node, site.query, site.query), 2)
+        if (offsets, length_q) not in self._lengths:
+            self._lengths[offsets, length_q] = self._call(site, operator.add, offsets, length_q)
+        return self._lengths[offsets, length_q]
+
+    def _key_count(self, site: AttentionSite) -> fx.Node:
+        """The number of keys, of which the queries are the last, as a tensor ``[1]``."""
+        count = size(site.shape(site.key_heads)[2])
+        if count not in self._lengths:
+            device = site.key.example.device
+            self._lengths[count] = self._call(
+                site, torch.full, [1], self._extents(site)[1], dtype=torch.int64, device=device
+            )
+        return self._lengths[count]
 
     def key_mask(self, conditions: tuple[KeyCondition, ...], site: AttentionSite) -> fx.Node | None:
         """The keys' validity as a node ``[B, Lk]`` of dtype bool."""

@@ -41,6 +41,7 @@ class SiteReport:
         refusal: why the Triton kernels do not take a site on a GPU that "torch operators" compute; else "".
         cache_state: whether the compressed keys of a cache are "carried" from call to call or "recomputed" at each; ""
             where there is no cache.
+        cache_detail: why they are recomputed; else "".
         guard: the length test that chose the side; "" for a dense site.
         guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
         reason: name of the `Reason`.
@@ -63,6 +64,7 @@ class SiteReport:
     kernels: str
     refusal: str
     cache_state: str
+    cache_detail: str
     guard: str
     guard_dynamic: bool
     reason: str
@@ -77,6 +79,7 @@ class SiteReport:
             kernels=outcome.kernels.value,
             refusal=outcome.refusal,
             cache_state=outcome.cache_state.value,
+            cache_detail=outcome.cache_detail,
         )
 
 
@@ -182,7 +185,7 @@ def _cells(rows: list[SiteReport]) -> dict[str, str]:
         "decision": first.decision,
         "runs": first.branch,
         "kernels": first.kernels,
-        "cache state": first.cache_state,
+        "cache state": ": ".join(filter(None, (first.cache_state, first.cache_detail))),
         "guard": first.guard + (" (dynamic)" if first.guard_dynamic else ""),
         "why": _why(first),
     }
@@ -240,6 +243,7 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         kernels=Kernels.SDPA.value,
         refusal="",
         cache_state="",
+        cache_detail="",
         guard=guard.expression if guard is not None else "",
         guard_dynamic=guard is not None and guard.dynamic,
         reason=plan.reason.name,

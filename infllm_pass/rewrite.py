@@ -64,12 +64,14 @@ class Outcome:
         kernels: what computes it.
         refusal: why the Triton kernels do not take a site on a GPU that is left to the torch operators; else "".
         cache_state: what becomes of the compressed keys of a cache.
+        cache_detail: why they are not carried.
     """
 
     mask_elided: bool = False
     kernels: Kernels = Kernels.SDPA
     refusal: str = ""
     cache_state: CacheUse = CacheUse.NONE
+    cache_detail: str = ""
 
     @property
     def rewritten(self) -> bool:
@@ -139,13 +141,15 @@ class Rewriter:
                 refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
                 kernels = Kernels.TORCH if refusal is not None else Kernels.TRITON
                 refusal = refusal if refusal is not None and example.device.type != "cpu" else ""
-                outcome = Outcome(True, kernels, refusal, self._cache_use(plan, branch))
-                state = self._state_of(plan, site, refusal)
-                if state is not None:
+                outcome = Outcome(True, kernels, refusal)
+                state = self._state_of(plan, site, branch, refusal)
+                if isinstance(state, StateNodes):
                     outcome = replace(outcome, cache_state=CacheUse.CARRIED)
                     dense_len = self.config.dense_len if branch is Branch.SPARSE else _NEVER_SPARSE
                     result = self._decode_attention(plan, site, q, k, v, state, kernels, dense_len)
                 else:
+                    if branch is Branch.SPARSE and (plan.in_cache or site.growth is not None):
+                        outcome = replace(outcome, cache_state=CacheUse.RECOMPUTED, cache_detail=state)
                     attend = self._tiled_attention if kernels is Kernels.TRITON else self._block_attention
                     result = attend(plan, site, q, k, v, select=branch is Branch.SPARSE)
             result = self._emitter.layout(site.node, result, site.output_steps)
@@ -206,19 +210,20 @@ class Rewriter:
         results = self._emit(site, block_attention, q, k, v, blocks, *call, *attention_arguments(config.geometry))
         return self._emit(site, operator.getitem, results, 0)
 
-    @staticmethod
-    def _cache_use(plan: SitePlan, branch: Branch) -> CacheUse:
-        """What becomes of the compressed keys of a site that does not keep them."""
-        cached = plan.in_cache or (isinstance(plan.site, AttentionSite) and plan.site.growth is not None)
-        return CacheUse.RECOMPUTED if cached and branch is Branch.SPARSE else CacheUse.NONE
+    def _state_of(self, plan: SitePlan, site: AttentionSite, branch: Branch, refusal: str) -> StateNodes | str:
+        """The state of the cache that a site decodes from; a text says why the graph keeps no compressed keys.
 
-    def _state_of(self, plan: SitePlan, site: AttentionSite, refusal: str) -> StateNodes | None:
-        """The state of the cache that a site decodes from, if the graph may keep its compressed keys.
-
-        On a GPU the operator for the CPU would read lengths on the host, in calls that CUDA graphs record.
+        On a GPU the operator for the CPU would read lengths on the host, in calls that CUDA graphs record. Below
+        `dense_len` a growing cache is another graph's; the first one above it compresses all keys.
         """
-        spec = None if self._caches is None or refusal else self._caches.spec_of(plan, site, self._facts)
-        return None if self._caches is None or spec is None else self._caches.state(spec, site, self.graph)
+        if self._caches is None:
+            return "nothing outlives a call of an exported or nested graph"
+        if refusal:
+            return "the Triton kernels do not take it"
+        if branch is Branch.DENSE and not plan.in_cache:
+            return "its keys are too few"
+        spec = self._caches.spec_of(plan, site, self._facts)
+        return spec if isinstance(spec, str) else self._caches.state(spec, site, self.graph)
 
     def _decode_attention(
         self,

@@ -42,7 +42,8 @@ def decode_attention(
         q: ``[B, Hq, Lq, D]``; query ``i`` of a row stands in slot ``lengths - Lq + i``.
         k: ``[B, Hkv, C, D]``, any strides; only slots of valid keys are read.
         v: ``[B, Hkv, C, Dv]``.
-        k1: ``[B, Hkv, n1, D]``: means of the windows among a row's first `filled` keys; brought up to date.
+        k1: ``[B, Hkv, n1, D]``, any strides: means of the windows among a row's first `filled` keys; brought up to
+            date.
         k2: the same for coarse windows.
         filled: int32 ``[B]``; set to the rows' lengths.
         lengths: integers ``[B]`` or ``[1]``: one past the last valid key.

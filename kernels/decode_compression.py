@@ -41,6 +41,8 @@ def _compress_new(
     stride_t,
     k1_row,
     k2_row,
+    stride_1t,
+    stride_2t,
     old,
     length,
     low,  # the first of the K1 windows that this program owns
@@ -88,12 +90,12 @@ def _compress_new(
             weight = new[:, None] & (key[None, :] >= start[:, None]) & (key[None, :] < (start + size)[:, None])
             total = tl.dot(weight.to(keys.dtype), keys, total, input_precision="ieee")  # [MEANS, DP]
         mean = (total / size[:, None].to(tl.float32)).to(k1_row.dtype.element_ty)
-        at = window.to(tl.int64)[:, None] * D + dims
-        tl.store(k1_row + at, mean, mask=(new & is_fine)[:, None] & (dims < D))
-        tl.store(k2_row + at, mean, mask=(new & (row >= DECODE_FINE))[:, None] & (dims < D))
+        slot = window.to(tl.int64)[:, None]
+        tl.store(k1_row + slot * stride_1t + dims, mean, mask=(new & is_fine)[:, None] & (dims < D))
+        tl.store(k2_row + slot * stride_2t + dims, mean, mask=(new & (row >= DECODE_FINE))[:, None] & (dims < D))
 
 
-@triton.jit(do_not_specialize=["capacity", "fine_slots", "coarse_slots", "chunks", "dense_len", "length_q", "tiles"])
+@triton.jit(do_not_specialize=["capacity", "chunks", "dense_len", "length_q", "tiles"])
 def decode_compress_kernel(
     lengths,
     starts,
@@ -112,11 +114,15 @@ def decode_compress_kernel(
     stride_kb,
     stride_kh,
     stride_kt,
+    stride_1b,
+    stride_1h,
+    stride_1t,
+    stride_2b,
+    stride_2h,
+    stride_2t,
     scale_log2,
     heads,
     capacity,
-    fine_slots,
-    coarse_slots,
     chunks,
     length_q,
     tiles,
@@ -154,13 +160,15 @@ def decode_compress_kernel(
         tl.store(arrivals + pair, 0)
     # The queries' own keys are new in any case, also where the cache was cut back since the last step.
     old = tl.maximum(tl.minimum(tl.load(filled + batch), length - length_q), 0)
-    k1_row = k1 + pair * fine_slots * D
-    k2_row = k2 + pair * coarse_slots * D
+    k1_row = k1 + batch * stride_1b + head * stride_1h
+    k2_row = k2 + batch * stride_2b + head * stride_2h
     _compress_new(
         k + batch * stride_kb + head * stride_kh + start.to(tl.int64) * stride_kt,
         stride_kt,
         k1_row,
         k2_row,
+        stride_1t,
+        stride_2t,
         old,
         length,
         chunk * (CHUNK * DECODE_FACTOR),
@@ -177,6 +185,7 @@ def decode_compress_kernel(
     STEP: tl.constexpr = STRIDE if EXACT else DECODE_FACTOR * STRIDE
     OWNED: tl.constexpr = CHUNK * DECODE_FACTOR if EXACT else CHUNK
     keys_row = k1_row if EXACT else k2_row
+    keys_stride = stride_1t if EXACT else stride_2t
     complete = count_windows(length, SIZE, STEP)
     used = (length >= dense_len) & ((length - 1) // BLOCK >= BUDGET) & (chunk * OWNED < complete)
     columns = tl.arange(0, C)
@@ -196,7 +205,8 @@ def decode_compress_kernel(
         for begin in range(chunk * OWNED, tl.minimum(chunk * OWNED + OWNED, complete), CHUNK):
             index = begin + tl.arange(0, CHUNK)
             there = (index < complete)[:, None] & (dims < D)
-            keys = tl.load(keys_row + index.to(tl.int64)[:, None] * D + dims, mask=there, other=0.0)  # [CHUNK, DP]
+            at = keys_row + index.to(tl.int64)[:, None] * keys_stride + dims
+            keys = tl.load(at, mask=there, other=0.0)  # [CHUNK, DP]
             scores = tl.dot(keys, turned, input_precision=PRECISION) * scale_log2  # [CHUNK, C]
             scores = tl.where(index[:, None] < visible[None, :], scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 0))

@@ -86,8 +86,8 @@ class DecodeState:
     """Compressed keys of a cache, kept from step to step.
 
     Attributes:
-        k1: ``[B, Hkv, n1, D]``, contiguous; ``n1`` at least the windows of the cache's capacity.
-        k2: ``[B, Hkv, n2, D]``, contiguous.
+        k1: ``[B, Hkv, n1, D]``, last stride 1; ``n1`` at least the windows of the cache's capacity.
+        k2: ``[B, Hkv, n2, D]``, last stride 1.
         filled: int32 ``[B]``: so many keys of the row, from its first, have not changed since their windows were
             written to `k1` and `k2`.
     """

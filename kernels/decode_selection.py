@@ -58,7 +58,7 @@ def _join_normalisers(
     return tl.where(total > 0.0, peak + tl.log2(total), float("inf"))
 
 
-@triton.jit(do_not_specialize=["capacity", "slots", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])
+@triton.jit(do_not_specialize=["capacity", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])
 def _decode_score_kernel(
     lengths,
     starts,
@@ -74,10 +74,12 @@ def _decode_score_kernel(
     stride_qb,
     stride_qh,
     stride_qt,
+    stride_1b,
+    stride_1h,
+    stride_1t,
     scale_log2,
     heads,
     capacity,
-    slots,
     chunks,
     num_blocks,
     length_q,
@@ -137,19 +139,19 @@ def _decode_score_kernel(
     exists = exists & (high > low)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     final = tl.max(tl.where(exists, high, 0), 0)
+    k1_row = k1 + batch * stride_1b + head * stride_1h
+    complete = count_windows(length, KERNEL, STRIDE)
     if DEPENDENT:
         # While keys are compressed: the windows of this program's blocks, of which all but the newest are there.
         for part in range(tl.where(tl.program_id(0) * BLOCKS < final, RATIO, 0)):
-            window_row = tl.minimum(block * RATIO + part, slots - 1)
-            prefetch_rows(k1 + (pair * slots + window_row) * D, DP)
+            index = tl.maximum(tl.minimum(block * RATIO + part, complete - 1), 0)
+            prefetch_rows(k1_row + index.to(tl.int64) * stride_1t, DP)
         gdc_wait()
         gdc_launch_dependents()
     if (tl.program_id(0) * BLOCKS < final) & ((tl.program_id(0) + 1) * BLOCKS > tl.min(low, 0)):
         q_row = q + batch * stride_qb + head * G * stride_qh
         parts_row = parts + pair * chunks * tiles * C
-        k1_row = k1 + pair * slots * D
         norm_chunks = (count_windows(length, NORM_SIZE, NORM_STRIDE) + NORM_KEYS - 1) // NORM_KEYS
-        complete = count_windows(length, KERNEL, STRIDE)
         columns = tl.arange(0, C)
         member = columns % GP
         dims = tl.arange(0, DP)[None, :]
@@ -166,7 +168,7 @@ def _decode_score_kernel(
         for part in range(RATIO + OVERLAP):
             index = block * RATIO + (part - OVERLAP)
             known = (index >= 0) & (index < complete)
-            at = k1_row + index.to(tl.int64)[:, None] * D + dims
+            at = k1_row + index.to(tl.int64)[:, None] * stride_1t + dims
             windows = tl.load(at, mask=known[:, None] & (dims < D), other=0.0)  # [BLOCKS, DP]
             if SHARED:
                 score = tl.zeros([BLOCKS, 1], tl.float32)
@@ -283,11 +285,11 @@ def decode_select(
         arrivals,
         *q.stride()[:3],
         *k.stride()[:3],
+        *state.k1.stride()[:3],
+        *state.k2.stride()[:3],
         scale * LOG2_E,
         heads,
         capacity,
-        state.k1.shape[2],
-        state.k2.shape[2],
         chunks,
         shape.length_q,
         shape.tiles,
@@ -312,10 +314,10 @@ def decode_select(
         blocks,
         state.filled,
         *q.stride()[:3],
+        *state.k1.stride()[:3],
         scale * LOG2_E,
         heads,
         capacity,
-        state.k1.shape[2],
         chunks,
         num_blocks,
         shape.length_q,

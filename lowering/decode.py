@@ -80,8 +80,8 @@ def check_decode(
                 f"{name} has shape {tuple(state.shape)}: expected [{k.shape[0]}, {k.shape[1]}, n, {k.shape[3]}] with "
                 f"n at least {slots}, the windows of the cache's capacity {k.shape[2]}; make a new state"
             )
-        if not state.is_contiguous():
-            raise ShapeError(f"{name} has strides {tuple(state.stride())}: expected a contiguous tensor")
+        if state.stride(3) != 1:
+            raise ShapeError(f"{name} has strides {tuple(state.stride())}: expected 1 for the last, and any others")
     if filled.dtype != torch.int32:
         raise DtypeError(f"filled is {filled.dtype}: expected torch.int32")
     if filled.dim() != 1 or filled.shape[0] != k.shape[0]:
@@ -139,8 +139,8 @@ def decode_attention(
         q: ``[B, Hq, Lq, D]``; query ``i`` of a row stands in slot ``lengths - Lq + i``.
         k: the cache ``[B, Hkv, C, D]``, the queries' keys written; slots without a valid key are never read.
         v: ``[B, Hkv, C, Dv]``.
-        k1: ``[B, Hkv, n1, D]``, written.
-        k2: ``[B, Hkv, n2, D]``, written.
+        k1: ``[B, Hkv, n1, D]``, last stride 1; written.
+        k2: ``[B, Hkv, n2, D]``, the same; written.
         filled: int32 ``[B]``, written.
         lengths: int32 or int64 ``[B]`` or ``[1]``: one past the row's last valid key.
         starts: the same, the row's first valid key; None: 0. Positions, windows and blocks count from there.

@@ -103,6 +103,30 @@ class CachedAttention(nn.Module):
         return isinstance(position, Tensor) and position.dim() == 1 and position.shape[0] > 1
 
 
+class GrowingAttention(CachedAttention):
+    """The same over keys and values of earlier calls, to which a call's own are appended."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append tokens and attend; the result, and all keys and values.
+
+        Args:
+            x: ``[B, T, HIDDEN]``.
+            keys: ``[B, KV_HEADS, L - T, DIM]``.
+            values: the same.
+            valid: bool ``[B, L]``, or None.
+        """
+        q, k, v = (self.heads(project, x) for project in (self.q, self.k, self.v))
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        length, count = keys.shape[2], x.shape[1]
+        mask = torch.arange(length) <= torch.arange(count)[:, None] + (length - count)
+        if valid is not None:
+            mask = mask & valid[:, None, None]
+        k, v = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=1) for tensor in (keys, values))
+        return F.scaled_dot_product_attention(q, k, v, mask), keys, values
+
+
 def caches(batch: int = 1, capacity: int = 96) -> tuple[Tensor, Tensor]:
     """A cache's keys and values, full of what nobody may read."""
     k, v = (torch.randn(batch, KV_HEADS, capacity, DIM, dtype=torch.float64) * 100 for _ in range(2))

@@ -32,6 +32,7 @@ class Cache:
         lengths: keys of each row so far, padding included.
         starts: padding of each row.
         token_first: whether the cache lies in memory as ``[B, C, H, D]``.
+        slot_first: whether compressed keys lie in memory as ``[n, B, H, D]``.
         level: whether keys are all zero, so that all scores of a query are equal.
         holes: share of the keys that the key mask hides.
     """
@@ -51,13 +52,14 @@ class Cache:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     token_first: bool = False
+    slot_first: bool = False
     level: bool = False
     holes: float = 0.0
 
     def __post_init__(self) -> None:
         self.k, self.v = (self._empty(size) for size in (self.dim, self.value_dim))
         self.key_mask = torch.rand(len(self.lengths), self.capacity, device=self.device) >= self.holes
-        self.state = new_state(self.k, self.geometry)
+        self.state = self._new_state()
         self.forget()
         for row, length in enumerate(self.lengths):
             self.write(row, self.start(row), length)
@@ -68,6 +70,12 @@ class Cache:
             shape[1:3] = shape[2:0:-1]
         cache = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
         return cache.transpose(1, 2) if self.token_first else cache
+
+    def _new_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        k1, k2, filled = new_state(self.k, self.geometry)
+        if self.slot_first:
+            k1, k2 = (state.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for state in (k1, k2))
+        return k1, k2, filled
 
     def start(self, row: int) -> int:
         """The row's first valid key."""

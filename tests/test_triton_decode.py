@@ -58,6 +58,8 @@ CASES = {
     "shared by 16": {"geometry": replace(SMALL, query_block=16)},
     "equal scores": {"level": True},
     "tokens first": {"token_first": True},
+    "compressed keys of a slot together": {"slot_first": True},
+    "the same, exact": {"slot_first": True, "geometry": replace(SMALL, lse="exact")},
     "holes": {"holes": 0.3},
     "holes, shared by 16": {"holes": 0.3, "geometry": replace(SMALL, query_block=16), "token_first": True},
     "holes, sliding window": {"holes": 0.8, "window": 100},

@@ -25,7 +25,7 @@ from infllm_pass.lowering import checks, launched
 from infllm_pass.lowering.decode import new_state
 from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
-from .cache_support import CONFIG, CachedAttention, caches, tokens
+from .cache_support import CONFIG, CachedAttention, GrowingAttention, caches, tokens
 from .test_triton_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead
@@ -90,15 +90,15 @@ def arguments(variant: Variant, capability: int) -> dict[str, object]:
     padded, padded_value = (max(16, triton.next_power_of_2(size)) for size in (variant.dim, variant.value_dim))
     launch = generic_decode(variant.dtype.itemsize, max(padded, padded_value))
     owned = launch.chunk * 4
-    strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv" for axis in "bht"}
+    strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv12" for axis in "bht"}
     strides |= {"stride_mb": "i32:16", "stride_mt": "i32"}
     return {
         **dict.fromkeys(("q", "k", "v", "k1", "k2", "out"), variant.dtype),
         **dict.fromkeys(("parts", "part_out", "part_lse", "lse"), torch.float32),
         "key_mask": torch.bool,
         **dict.fromkeys(("lengths", "starts", "filled", "keys", "arrivals", "blocks"), torch.int32),
-        **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity", "fine_slots", "coarse_slots"), "i32"),
-        **dict.fromkeys(("slots", "chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
+        **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity"), "i32"),
+        **dict.fromkeys(("chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
         **strides,
         "scale_log2": "fp32",
         "G": shape.group,
@@ -235,3 +235,27 @@ def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
     assert [node.kwargs["tensors_to_clone"] for node in kernels] == [[] for _ in range(0 if graphs else 4)]
     operators = [node for node in graph.nodes if node.args[:1] == (torch.ops.infllm.launched_decode_attention.default,)]
     assert [node.meta["only_clone_these_tensors"] for node in operators] == [[] for _ in range(graphs)]
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_rewritten_step_of_a_growing_cache_updates_its_state_in_place():
+    """One graph for all lengths: the sizes of the compressed keys follow from the number of keys."""
+    torch._dynamo.reset()
+    recorder = Recorder()
+    backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
+    module = GrowingAttention().float()
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), CONFIG)
+    keys, values = (cache.float() for cache in caches(3, 70))
+    for cache in (keys, values):
+        torch._dynamo.mark_dynamic(cache, 2)
+    with torch.no_grad(), pytest.raises(_Traced):
+        model(tokens(3, 1).float(), keys, values)
+    (site,) = infllm_pass.report(model).sites
+    assert (site.kernels, site.cache_state, site.guard_dynamic) == ("triton", "carried", True)
+    graph = recorder.graphs["fw"].graph
+    write_in_place(graph)
+    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(recorder.graphs["fw"])] == [[] for _ in range(4)]
+    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
+    assert symbols
+    for length in (60, 100, 1023, 4096, 131072):
+        assert all(bool(guard.subs(dict.fromkeys(symbols, length))) for guard in recorder.guards), length

@@ -131,7 +131,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
         scale=scale,
         output_steps=output_steps(layouts, plan, reads.node),
         dtype=_computed_in(layouts, reads, chains),
-        growth=growth_of(layouts, chains[1], reads.query.node),
+        growth=growth_of(layouts, chains[1], keys.reading, plan, reads.query.node),
     )
 
 

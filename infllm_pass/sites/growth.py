@@ -4,6 +4,9 @@ A decoding step has one query and no mask: it is causal because its own token's 
 dataflow says. The rule: keys are a concatenation along their length, the parts before the last are inputs of the graph,
 and the last is computed from data that the query is computed from. Attention to an encoder, to learned keys, or to
 anything else that does not grow by the query's own token does not meet it.
+
+Where the grown keys are also an output of the graph, in the layout of the input that they continue, the next call's
+first keys are this call's keys: what was computed of them stays true, see `cached_graph`.
 """
 
 from __future__ import annotations
@@ -15,19 +18,24 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.masks.values import axis
-from infllm_pass.sites.algebra import KEY
-from infllm_pass.sites.layouts import Layouts, Reading
-from infllm_pass.sites.site import Growth
+from infllm_pass.masks.values import axis, same
+from infllm_pass.sites.algebra import KEY, simplify
+from infllm_pass.sites.layouts import Index, Layouts, Reading
+from infllm_pass.sites.site import Continuation, Growth
+from infllm_pass.sites.steps import Roles
 from infllm_pass.vocabulary import Kind, read
 
 
-def growth_of(layouts: Layouts, keys: Sequence[Reading], query: fx.Node) -> Growth | None:
+def growth_of(
+    layouts: Layouts, keys: Sequence[Reading], chosen: Reading, roles: Roles, query: fx.Node
+) -> Growth | None:
     """How the keys of an attention grow with its queries; None where they do not, or that cannot be told.
 
     Args:
         layouts: the graph's layout operators.
         keys: readings of one key, from the product towards where the keys come from.
+        chosen: the one of them that the site reads its keys from.
+        roles: what the indices of the readings mean.
         query: the node that the product reads the queries from.
     """
     end = keys[-1]
@@ -43,7 +51,66 @@ def growth_of(layouts: Layouts, keys: Sequence[Reading], query: fx.Node) -> Grow
     *earlier, last = parts
     if not all(_is_input(layouts, part) for part in earlier) or not _have_common_data(layouts, query, last):
         return None
-    return Growth(layouts.shape(last)[along[0]], _is_trimmed(layouts, end.node, along[0]))
+    appended = layouts.shape(last)[along[0]]
+    continuation: Continuation | str = "its keys are scaled after they are put together"
+    if chosen.factor == end.factor:
+        continuation = _continuation(layouts, end, roles, earlier, along[0], appended)
+    return Growth(appended, _is_trimmed(layouts, end.node, along[0]), continuation)
+
+
+def _continuation(
+    layouts: Layouts, grown: Reading, roles: Roles, earlier: Sequence[fx.Node], along: int, appended: sympy.Expr
+) -> Continuation | str:
+    """How the next call gets the keys of a concatenation; a text says what keeps that from being known.
+
+    Args:
+        layouts: the graph's layout operators.
+        grown: the reading of the concatenation.
+        roles: what its index means.
+        earlier: the parts before the last.
+        along: the dimension that the parts are put together in.
+        appended: length of the last part.
+    """
+    if len(earlier) != 1:
+        return "its keys are put together of more than earlier and new ones"
+    past = _source(layouts, earlier[0])
+    counting = [dim for dim, part in enumerate(past.index) if part == axis(along)]
+    total = layouts.shape(grown.node)[along]
+    if len(counting) != 1 or not same(layouts.shape(past.node)[counting[0]] + appended, total):
+        return "it reads a part of the earlier keys"
+    kept = [
+        returned
+        for returned in layouts.returned.get(grown.node, ())
+        if _continues(returned.index, past.index, layouts.shape(grown.node))
+    ]
+    if not kept:
+        return "the graph does not return its keys as it takes them"
+    place, output = kept[0].place, kept[0].output
+    if any(layouts.facts.is_overwritten(node) for node in (past.node, grown.node, output)):
+        return "the graph writes to its keys"
+    meant = (simplify(part.xreplace(roles.meaning), roles.extents) for part in grown.index)
+    return Continuation(past.node, place, counting[0], tuple(map(str, (*past.index, *meant))))
+
+
+def _source(layouts: Layouts, node: fx.Node) -> Reading:
+    """What a tensor is a view, copy or wider form of, and where that holds each of its elements."""
+    *_, (end, _) = layouts.readings(node, _places(layouts, node), scaled=False)
+    return end
+
+
+def _continues(returned: Index, past: Index, shape: tuple[sympy.Expr, ...]) -> bool:
+    """Whether an output, taken as the input of the next call, gives every key the place that it has now.
+
+    Args:
+        returned: where the concatenation holds each element of the output.
+        past: where the input holds each element of the concatenation.
+        shape: sizes of the concatenation.
+    """
+    place = {axis(dim): part for dim, part in enumerate(past)}
+    return all(
+        part.xreplace(place) == axis(dim) or (extent == 1 and part == 0)
+        for dim, (part, extent) in enumerate(zip(returned, shape, strict=True))
+    )
 
 
 def _spellings(dim: int, reading: Reading) -> tuple[int, int]:
@@ -56,8 +123,8 @@ def _places(layouts: Layouts, node: fx.Node) -> tuple[sympy.Expr, ...]:
 
 def _is_input(layouts: Layouts, node: fx.Node) -> bool:
     """Whether a tensor is an input of the whole graph, or a view, copy or wider form of one."""
-    *_, (end, _) = layouts.readings(node, _places(layouts, node), scaled=False)
-    return end.node.op == "placeholder" and end.node not in layouts.facts.bindings
+    end = _source(layouts, node).node
+    return end.op == "placeholder" and end not in layouts.facts.bindings
 
 
 def _have_common_data(layouts: Layouts, a: fx.Node, b: fx.Node) -> bool:

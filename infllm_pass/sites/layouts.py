@@ -47,6 +47,21 @@ class Reading:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Returned:
+    """An output of the graph that views, copies or widens a node.
+
+    Attributes:
+        place: number of the output.
+        output: the output.
+        index: where the node holds the element of the output at ``(axis(0), axis(1), …)``.
+    """
+
+    place: int
+    output: fx.Node
+    index: Index
+
+
 class Layouts:
     """The layout operators of one graph.
 
@@ -198,6 +213,18 @@ class Layouts:
             if brought or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return frozenset(found)
+
+    @cached_property
+    def returned(self) -> dict[fx.Node, list[Returned]]:
+        """The outputs of the graph that hold elements of a node, for every node of which there are some."""
+        found: dict[fx.Node, list[Returned]] = {}
+        (outputs,) = self.facts.graph.output_node().args
+        for place, output in enumerate(outputs if isinstance(outputs, (list, tuple)) else ()):
+            if self.is_tensor(output):
+                index = tuple(axis(dim) for dim in range(self.example(output).dim()))
+                for reading, _ in self.readings(output, index, scaled=False):
+                    found.setdefault(reading.node, []).append(Returned(place, output, reading.index))
+        return found
 
     def _is_held(self, node: fx.Node) -> bool:
         """Whether a module holds an input; exported graphs tell parameters by the gradients that they ask for."""

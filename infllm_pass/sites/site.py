@@ -37,16 +37,35 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Keys that grow from call to call: an input of the graph, which an output replaces at the next call.
+
+    Attributes:
+        past: the input, the keys of earlier calls.
+        output: place among the graph's outputs of the grown keys, which hold every key where the input would.
+        length_dim: dimension of the input that counts its keys.
+        layout: where the input holds the key of a row, query head and position; equal for equal layouts.
+    """
+
+    past: fx.Node
+    output: int
+    length_dim: int
+    layout: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Growth:
     """How a graph's keys grow with its queries: by concatenation, after keys that are inputs of the graph.
 
     Attributes:
         appended: how many keys are appended; they are computed from what the queries are computed from.
         trimmed: whether the graph cuts the grown keys, as a cache does that forgets all beyond a window.
+        continuation: how the next call gets the grown keys; a text says what keeps that from being known.
     """
 
     appended: sympy.Expr
     trimmed: bool
+    continuation: Continuation | str
 
 
 class Located:
