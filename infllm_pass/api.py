@@ -15,7 +15,9 @@ from torch import nn
 from infllm_pass.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
 from infllm_pass.compiled import CompileSettings, compile_with, settings_of
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.diagnosis import misfit_of_call
 from infllm_pass.errors import (
+    InfLLMError,
     NoAttentionSiteError,
     NoAttentionSiteWarning,
     UnsupportedModelError,
@@ -105,7 +107,14 @@ class _Handle:
 
     def _run(self, sides: _Sides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
-        result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
+        try:
+            result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            explained = isinstance(error, (InfLLMError, torch.OutOfMemoryError))
+            misfit = None if explained else misfit_of_call(self.original, args, kwargs)
+            if misfit is None:
+                raise
+            raise misfit from error
         if self.log.next_number() != self._graphs_checked:
             self._graphs_checked = self.log.next_number()
             self._check_sites()

@@ -1,8 +1,9 @@
 """Running a graph whose new tokens have to fit into a cache: they are checked before the graph writes anything.
 
-The rewriting leaves a check where a position is read. Compilers order operators by the data between them only, and would
-run it after the graph has written to its caches. So it is taken out of the graph, with the few operators that make
-the position, into a graph of its own that runs first.
+The rewriting leaves a check where a position is read. Compilers order operators by the data between them only, and
+would run it after the graph has written to its caches. So it is taken out of the graph, with the few operators that
+make the position, into a graph of its own that runs first. Where the position is a number, the graph is known not to
+fit when it is compiled.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from typing import Any
 
 from torch import fx
 
+from infllm_pass.errors import CachePositionError
+from infllm_pass.graphs import all_graphs, input_name
 from infllm_pass.liveness import pure
 from infllm_pass.lowering.positions import checked_positions
-from infllm_pass.vocabulary import written_arguments
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.values import example_of, size, storage
+from infllm_pass.slots import written_slots
+from infllm_pass.vocabulary import read_update, written_arguments
+
+Misfit = tuple[str, int, int, int, int]
+"""Cache, row, first slot, tokens, capacity: see `CachePositionError`."""
 
 
 class CheckedGraph:
@@ -37,6 +46,51 @@ class CheckedGraph:
         """
         self.checks(*inputs)
         return self.compiled(*inputs)
+
+
+class RefusedGraph:
+    """Stands for a graph of which no call fits.
+
+    Args:
+        misfit: the arguments of the error.
+    """
+
+    def __init__(self, misfit: Misfit) -> None:
+        self.misfit = misfit
+
+    def __call__(self, *_inputs: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            CachePositionError: always; nothing was written.
+        """
+        raise CachePositionError(*self.misfit)
+
+
+def misfit_of(module: fx.GraphModule) -> Misfit | None:
+    """What a graph writes past the last slot of one of its inputs whatever these hold; None if nothing is known to.
+
+    Args:
+        module: the graph. Slices, which end where the tensor does, never go past it.
+    """
+    facts = all_graphs(module)[0].facts
+    interpreter = Interpreter(facts)
+    owners = {storage(node): node for node in module.graph.nodes if node.op == "placeholder"}
+    for node in module.graph.nodes:
+        write = read_update(node)
+        owner = None if write is None else owners.get(storage(write.target))
+        if write is None or owner is None:
+            continue
+        shape = example_of(write.target).shape
+        for extent, place in zip(shape, write.entries, strict=False):
+            found = written_slots(interpreter, place, shape[0]) if isinstance(place, fx.Node) else None
+            numbers = None if found is None else (found[0], found[1], size(extent))
+            if numbers is None or not all(number is not None and number.is_Integer for number in numbers):
+                continue
+            first, tokens, capacity = (int(number) for number in numbers if number is not None)
+            if first >= 0 and first + tokens > capacity:
+                return input_name(owner), 0, first, tokens, capacity
+    return None
 
 
 def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
@@ -65,7 +119,7 @@ def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
             copies[node] = checks.node_copy(node, copies.__getitem__)
     checks.output(None)
     for check in taken:
-        check.replace_all_uses_with(check.args[0])  # type: ignore[arg-type]
+        check.replace_all_uses_with(check.args[0])
         graph.erase_node(check)
     module.recompile()
     return fx.GraphModule(module, checks)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infllm_pass.errors import UncompiledGenerateWarning
+from infllm_pass.errors import CachePositionError, UncompiledGenerateWarning
 
 Call = Callable[..., Any]
 
@@ -52,15 +52,23 @@ class GeneratingView:
         return lambda *args, **kwargs: call(*args, **self._without_idle_mask(kwargs))
 
     @staticmethod
-    def create_masks_for_generate(*, attention_mask: Tensor | None, past_key_values: Any, **_unused: Any) -> Any:
+    def create_masks_for_generate(
+        *, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any, **_unused: Any
+    ) -> Any:
         """The 2-D mask for a cache of fixed capacity, from which the model then makes its own inside the graph.
 
         Transformers makes the 4-D mask out here instead, and what a mask was made of cannot be proved from a tensor.
-        The mask is padded to the capacity: its shape then stays the same while the text grows.
+        The mask is padded to the capacity: its shape then stays the same while the text grows. It is as long as the
+        text, and so says, on every device and without reading from it, whether the new tokens fit.
+
+        Raises:
+            CachePositionError: they do not.
         """
+        layers = getattr(past_key_values, "layers", ())
+        if attention_mask is not None:
+            _check_that_text_fits(attention_mask.shape[1], inputs_embeds.shape[1], layers)
         if attention_mask is None or _hides_nothing(attention_mask):
             return None
-        layers = getattr(past_key_values, "layers", ())
         capacity = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
         return F.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])))
 
@@ -182,6 +190,15 @@ def _warned(original: nn.Module, name: str) -> Call:
         return method(*args, **kwargs)
 
     return uncompiled
+
+
+def _check_that_text_fits(length: int, tokens: int, layers: Sequence[Any]) -> None:
+    """Refuse a text that is longer than a static layer; a sliding one forgets."""
+    for place, layer in enumerate(layers):
+        capacity = getattr(layer, "max_cache_len", None)
+        if isinstance(capacity, int) and length > capacity and not layer.is_sliding:
+            name = f"past_key_values.layers[{place}].keys"
+            raise CachePositionError(name, 0, length - tokens, tokens, capacity)
 
 
 def _hides_nothing(mask: Tensor) -> bool:

@@ -18,6 +18,7 @@ from infllm_pass.masks.emission import Site, build
 from infllm_pass.masks.values import example_of, size, storage
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite
+from infllm_pass.vocabulary import read_update
 
 
 class MaskOperands:
@@ -96,7 +97,9 @@ class MaskOperands:
         return expression if expression in self._facts.size_sources else None
 
     def _name_of(self, node: fx.Node) -> str:
-        """The name of the input that a tensor lives in; its own if it lives in none."""
+        """The name of the input that a tensor lives in, or is an updated copy of; its own if there is none."""
+        while (write := read_update(node)) is not None and storage(node) != storage(write.target):
+            node = write.target
         inputs = (other for other in self._facts.graph.nodes if other.op == "placeholder")
         return next((input_name(other) for other in inputs if storage(other) == storage(node)), node.name)
 

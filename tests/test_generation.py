@@ -14,7 +14,7 @@ from torch import nn
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
-from infllm_pass.errors import UncompiledGenerateWarning
+from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UncompiledGenerateWarning
 
 from .conftest import SMALL, llama, oracle_attention
 from .test_checkpoint import first_layers
@@ -100,6 +100,60 @@ def test_an_assistant_model_drafts_for_a_sparsified_one(assistant, tiny):
     assert torch.equal(model.generate(ids, **arguments, assistant_model=draft), expected)
     assert calls_of(model) > 1
     assert assistant == "plain" or calls_of(draft) > 1
+
+
+def static_cache(model, rows=1, capacity=60, dtype=torch.float32, device="cpu"):
+    cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
+    cache.early_initialization(rows, 2, 8, dtype, device)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize(
+    ("misfit", "error"),
+    [({"rows": 2}, ShapeError), ({"dtype": torch.bfloat16}, DtypeError), ({"device": "meta"}, DeviceError)],
+    ids=str,
+)
+def test_a_cache_that_does_not_fit_is_named(misfit, error, length, tiny):
+    """Before anything is written, its position included."""
+    cache = static_cache(tiny, **misfit)
+    with pytest.raises(error, match=r"^past_key_values.layers\[0\].keys (is|has)"):
+        sparsified(tiny)(tokens(length), past_key_values=cache)
+    layer = cache.layers[0]
+    written = (layer.keys, layer.values, layer.cumulative_length)
+    assert all(tensor.is_meta or not tensor.any() for tensor in written)
+
+
+def test_a_batch_that_a_cache_has_no_rows_for_is_an_error(tiny):
+    with pytest.raises(ShapeError, match=r"keys has 1 row\(s\) and input_ids 2"):
+        sparsified(tiny).generate(tokens(9, 2), past_key_values=static_cache(tiny), **GREEDY)
+
+
+@pytest.mark.parametrize("mask", [None, left_padding(1, 50)], ids=["no mask", "mask"])
+def test_generating_past_the_capacity_is_an_error_of_the_step_that_does_not_fit(mask, tiny):
+    """Found from the length of the mask, on the host, before the model is called; what fits was generated."""
+    model, cache = sparsified(tiny), static_cache(tiny, capacity=60)
+    with pytest.raises(CachePositionError, match="to get 1 tokens from slot 60 on, of 60 slots"):
+        model.generate(tokens(50), attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert calls_of(model) == 11
+    assert cache.get_seq_length() == 60
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_step_past_the_capacity_is_an_error_before_anything_is_written(backend, tiny):
+    model, cache = sparsified(tiny, backend=backend), static_cache(tiny, capacity=60)
+    for length in (58, 1, 1):
+        model(tokens(length), past_key_values=cache)
+    layer = cache.layers[0]
+    before = layer.keys.clone(), layer.values.clone()
+    for length in (1, 20):
+        with pytest.raises(CachePositionError, match=r"cache past_key_values.layers\[0\].keys: row 0 .* slot 60 on"):
+            model(tokens(length), past_key_values=cache)
+    assert cache.get_seq_length() == 60
+    assert torch.equal(layer.keys, before[0])
+    assert torch.equal(layer.values, before[1])
 
 
 def test_a_streamer_gets_every_token(tiny):
