@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -52,23 +52,15 @@ class GeneratingView:
         return lambda *args, **kwargs: call(*args, **self._without_idle_mask(kwargs))
 
     @staticmethod
-    def create_masks_for_generate(
-        *, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any, **_unused: Any
-    ) -> Any:
+    def create_masks_for_generate(*, attention_mask: Tensor | None, past_key_values: Any, **_unused: Any) -> Any:
         """The 2-D mask for a cache of fixed capacity, from which the model then makes its own inside the graph.
 
         Transformers makes the 4-D mask out here instead, and what a mask was made of cannot be proved from a tensor.
-        The mask is padded to the capacity: its shape then stays the same while the text grows. It is as long as the
-        text, and so says, on every device and without reading from it, whether the new tokens fit.
-
-        Raises:
-            CachePositionError: they do not.
+        The mask is padded to the capacity: its shape then stays the same while the text grows.
         """
-        layers = getattr(past_key_values, "layers", ())
-        if attention_mask is not None:
-            _check_that_text_fits(attention_mask.shape[1], inputs_embeds.shape[1], layers)
         if attention_mask is None or _hides_nothing(attention_mask):
             return None
+        layers = getattr(past_key_values, "layers", ())
         capacity = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
         return F.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])))
 
@@ -118,7 +110,7 @@ def generating_view(
         forward: `call` under the name and signature of the original's ``forward``.
     """
     kind = type(original)
-    members = {
+    members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -126,6 +118,8 @@ def generating_view(
         "infllm_compiled_as": staticmethod(compiled_as),
         "forward": staticmethod(forward),
     }
+    if hasattr(kind, "prepare_inputs_for_generation"):
+        members["prepare_inputs_for_generation"] = _with_room(kind.prepare_inputs_for_generation)
     view: nn.Module = object.__new__(type(kind.__name__, (GeneratingView, kind), members))
     object.__setattr__(view, "__dict__", original.__dict__)
     return view
@@ -192,13 +186,24 @@ def _warned(original: nn.Module, name: str) -> Call:
     return uncompiled
 
 
-def _check_that_text_fits(length: int, tokens: int, layers: Sequence[Any]) -> None:
-    """Refuse a text that is longer than a static layer; a sliding one forgets."""
-    for place, layer in enumerate(layers):
-        capacity = getattr(layer, "max_cache_len", None)
-        if isinstance(capacity, int) and length > capacity and not layer.is_sliding:
-            name = f"past_key_values.layers[{place}].keys"
-            raise CachePositionError(name, 0, length - tokens, tokens, capacity)
+def _with_room(prepare: Call) -> Call:
+    """``prepare_inputs_for_generation``, refusing a text that is longer than a static layer; a sliding one forgets.
+
+    How long the text is, and how long the layer, is known on the host: nothing is read from a device.
+    """
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        length = input_ids.shape[1]
+        tokens = kwargs.get("next_sequence_length") or length
+        for place, layer in enumerate(getattr(kwargs.get("past_key_values"), "layers", ())):
+            capacity = getattr(layer, "max_cache_len", None)
+            if isinstance(capacity, int) and length > capacity and not layer.is_sliding:
+                name = f"past_key_values.layers[{place}].keys"
+                raise CachePositionError(name, 0, length - tokens, tokens, capacity)
+        return prepare(self, input_ids, *args, **kwargs)
+
+    return prepared
 
 
 def _hides_nothing(mask: Tensor) -> bool:

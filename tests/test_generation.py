@@ -132,7 +132,7 @@ def test_a_batch_that_a_cache_has_no_rows_for_is_an_error(tiny):
 
 @pytest.mark.parametrize("mask", [None, left_padding(1, 50)], ids=["no mask", "mask"])
 def test_generating_past_the_capacity_is_an_error_of_the_step_that_does_not_fit(mask, tiny):
-    """Found from the length of the mask, on the host, before the model is called; what fits was generated."""
+    """Found from the length of the text, on the host, before the model is called; what fits was generated."""
     model, cache = sparsified(tiny), static_cache(tiny, capacity=60)
     with pytest.raises(CachePositionError, match="to get 1 tokens from slot 60 on, of 60 slots"):
         model.generate(tokens(50), attention_mask=mask, past_key_values=cache, **GREEDY)
