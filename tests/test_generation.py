@@ -348,8 +348,13 @@ def test_a_model_without_generate_gets_none():
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return first_layers(load_model(), 2)
+def whole_smollm2():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def smollm2(whole_smollm2):
+    return first_layers(whole_smollm2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -373,6 +378,18 @@ def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smoll
     assert {site.decision for site in infllm_pass.report(model).sites} == {"switchable"}
     carried = "carried" if "static" in way else "recomputed"
     assert carried in {site.cache_state for site in rows_of_steps(model)}
+
+
+@pytest.mark.checkpoint
+def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_200_tokens(whole_smollm2, tokenizer):
+    covering = SparseAttentionConfig(window_size=256, topk=8, dense_len=256)
+    arguments = {**STATIC, "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "max_new_tokens": 200}
+    ids, model = corpus(tokenizer, 160), sparsified(whole_smollm2, covering)
+    assert torch.equal(model.generate(ids, **arguments), whole_smollm2.generate(ids, **arguments))
+    assert calls_of(model) == 200
+    steps = rows_of_steps(model)
+    assert len(steps) == whole_smollm2.config.num_hidden_layers == 30
+    assert {(site.decision, site.cache_state) for site in steps} == {("switchable", "carried")}
 
 
 @pytest.mark.checkpoint
