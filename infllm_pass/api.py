@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,9 @@ from torch import nn
 from infllm_pass.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
 from infllm_pass.compiled import CompileSettings, compile_with, settings_of
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.diagnosis import misfit_of_call
 from infllm_pass.errors import (
+    InfLLMError,
     NoAttentionSiteError,
     NoAttentionSiteWarning,
     UnsupportedModelError,
@@ -105,7 +108,14 @@ class _Handle:
 
     def _run(self, sides: _Sides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
-        result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
+        try:
+            result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            explained = isinstance(error, (InfLLMError, torch.OutOfMemoryError))
+            misfit = None if explained else misfit_of_call(self.original, args, kwargs)
+            if misfit is None:
+                raise
+            raise misfit from error
         if self.log.next_number() != self._graphs_checked:
             self._graphs_checked = self.log.next_number()
             self._check_sites()
@@ -177,18 +187,38 @@ def sparsify(
     else:
         original, settings = settings_of(model)
         settings = replace(settings, compiler=compiler_behind(settings.compiler))
-    handle = _Handle(original, settings, chosen, strict, filter_fn)
-    if isinstance(original, nn.Module):
-        compiled: Any = handle.compiled
-        compiled.forward = _calling(handle, original.forward)
-        object.__setattr__(compiled, _HANDLE, handle)
-        calls = handle.call, handle.compiled_as, compiled.forward
-        for name, method in generating_methods(original, *calls, lambda: handle.calls).items():
-            object.__setattr__(compiled, name, method)
-        return compiled  # type: ignore[no-any-return]
-    switchable = _calling(handle, original)
-    setattr(switchable, _HANDLE, handle)
-    return switchable  # type: ignore[return-value]
+    return _sparsified(original, settings, chosen, strict, filter_fn)  # type: ignore[return-value]
+
+
+def _sparsified(original: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """A sparsified model.
+
+    Args:
+        original: what to sparsify.
+        arguments: the other arguments of `_Handle`.
+    """
+    handle = _Handle(original, *arguments)
+    if not isinstance(original, nn.Module):
+        switchable = _calling(handle, original)
+        setattr(switchable, _HANDLE, handle)
+        return switchable
+    compiled = handle.compiled
+    calling = _calling(handle, original.forward)
+
+    def deepcopy(memo: dict[int, Any]) -> Callable[..., Any]:
+        return _sparsified(copy.deepcopy(original, memo), *arguments)
+
+    # torch looks for the very type that torch.compile gives, so these are attributes of the object, not of a subclass
+    members = {
+        "forward": calling,
+        _HANDLE: handle,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": lambda protocol: (_sparsified, (original, *arguments)),
+        **generating_methods(original, handle.call, handle.compiled_as, calling, lambda: handle.calls),
+    }
+    for name, member in members.items():
+        object.__setattr__(compiled, name, member)
+    return compiled
 
 
 def _calling(handle: _Handle, like: Callable[..., Any]) -> Callable[..., Any]:

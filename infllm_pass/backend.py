@@ -11,6 +11,7 @@ from torch import fx
 
 from infllm_pass.cached_graph import CachedGraph, CacheStore
 from infllm_pass.caches import CacheInputs, may_read_a_cache
+from infllm_pass.checked_graph import CheckedGraph, RefusedGraph, misfit_of, take_checks
 from infllm_pass.compiled import bound_compiler
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError
@@ -65,6 +66,9 @@ class SwitchableBackend:
         if held.tensors or may_read_a_cache(module.graph):
             module = unchanged_copy(module)  # Dynamo still needs the inputs of its own
             held = held_tensors(module, example_inputs)
+        misfit = misfit_of(module) if may_read_a_cache(module.graph) else None
+        if misfit is not None:
+            return RefusedGraph(misfit)
         caches = CacheInputs(self.config.geometry)
         report = run_pass(
             module,
@@ -78,10 +82,13 @@ class SwitchableBackend:
         self.log.add(report, original)
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
+        checks = take_checks(module, len(example_inputs))
         with remembered_accesses():
             compiled = self.compiler(module, [*example_inputs, *caches.examples])
         if caches.specs:
             compiled = CachedGraph(compiled, tuple(caches.specs), self.store)
+        if checks is not None:
+            compiled = CheckedGraph(compiled, checks)
         return WatchedGraph(compiled, original, watched) if watched else compiled
 
     def reset(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from infllm_pass.emission import Emitter
-from infllm_pass.graphs import fake_mode_of
+from infllm_pass.graphs import fake_mode_of, input_name
 from infllm_pass.growing import GrowingCacheSpec
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.decode import state_slots
@@ -39,7 +39,7 @@ class CacheSpec:
 
     Attributes:
         position: place of the tensor among the graph's inputs.
-        name: its name in the graph, for people.
+        name: what the caller knows it by.
         batch: number of rows, or the dimension of the tensor that says it.
         batch_is_dim: which of the two.
         keys: ``[Hkv, C, D]``, the sizes of one row of keys.
@@ -145,7 +145,7 @@ class CacheInputs:
         view = (str(keys.storage_offset()), *(str(stride) for stride in keys.stride()))
         fixed = isinstance(batch, int)
         rows = batch if fixed else dims[0]
-        return CacheSpec(position, str(node.target), rows, not fixed, sizes, view, self.geometry)
+        return CacheSpec(position, input_name(node), rows, not fixed, sizes, view, self.geometry)
 
     def _growing_spec(self, plan: SitePlan, site: AttentionSite, facts: GraphFacts) -> GrowingCacheSpec | str:
         """The spec of a cache that grows by concatenation."""

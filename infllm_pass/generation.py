@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infllm_pass.errors import UncompiledGenerateWarning
+from infllm_pass.errors import CachePositionError, UncompiledGenerateWarning
 
 Call = Callable[..., Any]
 
@@ -110,7 +110,7 @@ def generating_view(
         forward: `call` under the name and signature of the original's ``forward``.
     """
     kind = type(original)
-    members = {
+    members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -118,6 +118,8 @@ def generating_view(
         "infllm_compiled_as": staticmethod(compiled_as),
         "forward": staticmethod(forward),
     }
+    if hasattr(kind, "prepare_inputs_for_generation"):
+        members["prepare_inputs_for_generation"] = _with_room(kind.prepare_inputs_for_generation)
     view: nn.Module = object.__new__(type(kind.__name__, (GeneratingView, kind), members))
     object.__setattr__(view, "__dict__", original.__dict__)
     return view
@@ -182,6 +184,26 @@ def _warned(original: nn.Module, name: str) -> Call:
         return method(*args, **kwargs)
 
     return uncompiled
+
+
+def _with_room(prepare: Call) -> Call:
+    """``prepare_inputs_for_generation``, refusing a text that is longer than a static layer; a sliding one forgets.
+
+    How long the text is, and how long the layer, is known on the host: nothing is read from a device.
+    """
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        length = input_ids.shape[1]
+        tokens = kwargs.get("next_sequence_length") or length
+        for place, layer in enumerate(getattr(kwargs.get("past_key_values"), "layers", ())):
+            capacity = getattr(layer, "max_cache_len", None)
+            if isinstance(capacity, int) and length > capacity and not layer.is_sliding:
+                name = f"past_key_values.layers[{place}].keys"
+                raise CachePositionError(name, 0, length - tokens, tokens, capacity)
+        return prepare(self, input_ids, *args, **kwargs)
+
+    return prepared
 
 
 def _hides_nothing(mask: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,17 @@ def _is_held_by_module(node: fx.Node) -> bool:
     """Whether Dynamo reached an input through a module; an argument may be another tensor at every call."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     return "NN_MODULE" in getattr(getattr(source, "guard_source", None), "name", "")
+
+
+def input_name(node: fx.Node) -> str:
+    """What the caller knows an input of a Dynamo graph by, such as ``past_key_values.layers[0].keys``."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return str(node.target)
+    name = source.name() if callable(source.name) else source.name  # a method before torch 2.13
+    name = re.sub(r"^L\['(\w+)'\]", r"\1", str(name))
+    name = re.sub(r"^kwargs\['(\w+)'\]", r"\1", name)
+    return re.sub(r"\._(?:modules|buffers|parameters)\['(\w+)'\]", r".\1", name)
 
 
 def _walk(

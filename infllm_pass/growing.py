@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from infllm_pass.graphs import input_name
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.decode import state_slots
 from infllm_pass.masks.values import GraphFacts, size
@@ -88,7 +89,7 @@ class GrowingCacheSpec:
         return cls(
             position=_inputs(facts).index(continuation.past),
             output=continuation.output,
-            name=str(continuation.past.target),
+            name=input_name(continuation.past),
             length_dim=continuation.length_dim,
             appended=appended,
             batch=batch,

@@ -11,12 +11,14 @@ import torch
 from torch import fx
 
 from infllm_pass.emission import Emitter
+from infllm_pass.graphs import input_name
 from infllm_pass.lowering.positions import checked_positions
 from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
 from infllm_pass.masks.emission import Site, build
 from infllm_pass.masks.values import example_of, size, storage
 from infllm_pass.plan import SitePlan
 from infllm_pass.sites import AttentionSite
+from infllm_pass.vocabulary import read_update
 
 
 class MaskOperands:
@@ -110,9 +112,11 @@ class MaskOperands:
         return expression if expression in self._facts.size_sources else None
 
     def _name_of(self, node: fx.Node) -> str:
-        """The name of the input that a tensor lives in; its own if it lives in none."""
+        """The name of the input that a tensor lives in, or is an updated copy of; its own if there is none."""
+        while (write := read_update(node)) is not None and storage(node) != storage(write.target):
+            node = write.target
         inputs = (other for other in self._facts.graph.nodes if other.op == "placeholder")
-        return next((str(other.target) for other in inputs if storage(other) == storage(node)), node.name)
+        return next((input_name(other) for other in inputs if storage(other) == storage(node)), node.name)
 
     def position(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node:
         """A key number as an int64 tensor ``[1]`` or ``[B]`` on the keys' device, in memory of its own.

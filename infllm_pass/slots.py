@@ -49,9 +49,10 @@ def written_slots(
         by_row = {BATCH} if dim > 0 and same(size(example.shape[0]), size(batch)) else set()
         if not start.free_symbols & (axes - by_row):
             return start, size(example.shape[dim])
-    if example.numel() == 1:
-        return value.value.xreplace({symbol: sympy.Integer(0) for symbol in axes}), size(1)
-    return None
+    single = {axis(dim) for dim, extent in enumerate(example.shape) if same(size(extent), size(1))}
+    start = value.value.xreplace({symbol: sympy.Integer(0) for symbol in single})
+    by_row = {BATCH} if example.dim() > 1 and same(size(example.shape[0]), size(batch)) else set()
+    return None if start.free_symbols & (axes - by_row) else (start, size(1))
 
 
 def writes_slots(

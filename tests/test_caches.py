@@ -17,7 +17,14 @@ from torch.nn import functional as F
 
 import infllm_pass
 from infllm_pass import api
-from infllm_pass.errors import CachePositionError, UncountedCacheWarning
+from infllm_pass.errors import (
+    CachePositionError,
+    DeviceError,
+    DtypeError,
+    InfLLMError,
+    ShapeError,
+    UncountedCacheWarning,
+)
 from infllm_pass.guard import Branch
 from infllm_pass.pipeline import run_on_export, run_pass
 from infllm_pass.reasons import Reason
@@ -386,16 +393,117 @@ def test_with_gradients_the_operator_is_one_that_has_some():
     assert infllm_pass.report(model).sites[-1].cache_state == "recomputed"
 
 
-@pytest.mark.parametrize(("place", "count"), [(-1, 1), (-1, 20), (96, 1), (96, 20), (90, 20)])
-def test_tokens_that_do_not_fit_are_an_error_before_anything_is_written(place, count):
-    module = CachedAttention(UPDATES["subscript"])
-    model = sparsified(module)
-    keys, values = run(model, module, [50, 1])
-    before = keys.clone(), filled(model)
-    with torch.no_grad(), pytest.raises(CachePositionError, match="keys"):
-        model(tokens(1, count), keys, values, torch.tensor(place))
-    assert torch.equal(keys, before[0])
+@contextlib.contextmanager
+def unchanged(model, *held):
+    """Whether what is expected to fail wrote to the caches, or to their states."""
+    before = [tensor.clone() for tensor in held], filled(model)
+    yield
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(held, before[0], strict=True))
     assert filled(model) == before[1]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_tokens_that_do_not_fit_are_an_error_before_anything_is_written(update):
+    module = CachedAttention(UPDATES[update])
+    model = sparsified(module)
+    keys, values = caches()
+    with torch.no_grad():
+        model(tokens(1, 50), keys, values, torch.tensor([0]))
+        model(tokens(1, 1), keys, values, torch.tensor([50]))
+        for place, count in ((-1, 1), (-1, 20), (96, 1), (96, 20), (90, 20)):
+            with unchanged(model, keys, values), pytest.raises(CachePositionError, match="cache keys: row 0"):
+                model(tokens(1, count), keys, values, torch.tensor([place]))
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_inductor_too_writes_nothing_first(dynamic):
+    """It orders operators by the data between them, and would check last."""
+    torch._dynamo.reset()
+    module = CachedAttention()
+    model = infllm_pass.sparsify(torch.compile(module, dynamic=dynamic), CONFIG)
+    keys, values = run(model, module, [50, 1])
+    for place in (torch.tensor(-1), torch.tensor(96), 96):
+        with torch.no_grad(), unchanged(model, keys, values), pytest.raises(CachePositionError, match="cache keys: "):
+            model(tokens(1, 1), keys, values, place)
+    run(model, module, [1], position=51)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_prompt_longer_than_the_cache_is_refused(dynamic):
+    model = sparsified(CachedAttention(), dynamic=dynamic)
+    keys, values = caches()
+    with torch.no_grad(), unchanged(model, keys, values), pytest.raises(CachePositionError, match="97 tokens"):
+        model(tokens(1, 97), keys, values, 0)
+
+
+def test_rows_that_do_not_fit_are_named():
+    model = sparsified(CachedAttention(scatter))
+    keys, values = caches(3)
+    with torch.no_grad(), unchanged(model, keys, values), pytest.raises(CachePositionError, match="row 2") as caught:
+        model(tokens(3, 1), keys, values, torch.tensor([3, 95, 96]))
+    assert (caught.value.cache, caught.value.row) == ("keys", 2)
+
+
+def test_a_position_that_goes_back_cuts_the_text():
+    """To any slot, and forward again over what was there: nothing tells it from a text that was cropped."""
+    module = CachedAttention(scatter)
+    model = sparsified(module)
+    keys, values = caches(2)
+    with torch.no_grad():
+        module(tokens(2, 60), keys, values, 0)
+        for position in ([60, 60], [61, 61], [41, 62], [42, 0], [43, 1], [7, 50]):
+            x, place = tokens(2, 1), torch.tensor(position)
+            out = model(x, keys, values, place)
+            assert relative_error(out, expected(module, x, keys, values, place)) < 1e-12, position
+
+
+def other_rows(keys, values):
+    return keys.expand(3, -1, -1, -1).clone(), values.expand(3, -1, -1, -1).clone()
+
+
+UNFIT = {
+    "dtype": (lambda k, v: (k.float(), v.float()), DtypeError, r"^keys is torch.float32 and .* torch.float64"),
+    "dtype of values": (lambda k, v: (k, v.float()), DtypeError, "^values is torch.float32"),
+    "device": (lambda k, v: (k.to("meta"), v.to("meta")), DeviceError, "^keys is on meta and .* cpu"),
+    "device of values": (lambda k, v: (k, v.to("meta")), DeviceError, "^values is on meta"),
+    "rows": (other_rows, ShapeError, r"^keys has 3 row\(s\) and x 1"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_cache_that_does_not_fit_is_named(what, dynamic):
+    module = CachedAttention()
+    model = sparsified(module, dynamic=dynamic)
+    keys, values = run(model, module, [50, 1])
+    make, error, message = UNFIT[what]
+    changed = make(keys, values)
+    with torch.no_grad(), unchanged(model, keys, values), pytest.raises(error, match=message):
+        model(tokens(1, 1), *changed, torch.tensor(51))
+    run(model, module, [1], position=51)
+
+
+def test_what_the_original_broadcasts_is_broadcast():
+    """One token for three rows of a cache is no error of a model that takes it."""
+    module = CachedAttention(UPDATES["subscript"])
+    model = sparsified(module, dataclasses.replace(CONFIG, topk=40))
+    keys, values = caches(3)
+    x, copies = tokens(1, 1), (keys.clone(), values.clone())
+    with torch.no_grad():
+        out = model(x, keys, values, torch.tensor(50))
+        assert relative_error(out, module(x, *copies, torch.tensor(50))) < 1e-12
+    assert torch.equal(keys, copies[0])
+
+
+def test_a_failure_that_no_cache_explains_stays_as_it_is():
+    class Failing(CachedAttention):
+        def forward(self, x, keys, values, position):
+            return super().forward(x, keys, values, position) @ torch.ones(3, 3, dtype=torch.float64)
+
+    keys, values = caches()
+    with torch.no_grad(), pytest.raises(RuntimeError) as caught:
+        sparsified(Failing())(tokens(1, 1), keys, values, torch.tensor(3))
+    assert not isinstance(caught.value, InfLLMError)
 
 
 def test_a_cache_made_in_inference_mode_is_compressed_anew_at_every_step():

@@ -14,7 +14,7 @@ from torch import nn
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
-from infllm_pass.errors import UncompiledGenerateWarning
+from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UncompiledGenerateWarning
 
 from .conftest import SMALL, llama, oracle_attention
 from .test_checkpoint import first_layers
@@ -100,6 +100,60 @@ def test_an_assistant_model_drafts_for_a_sparsified_one(assistant, tiny):
     assert torch.equal(model.generate(ids, **arguments, assistant_model=draft), expected)
     assert calls_of(model) > 1
     assert assistant == "plain" or calls_of(draft) > 1
+
+
+def static_cache(model, rows=1, capacity=60, dtype=torch.float32, device="cpu"):
+    cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
+    cache.early_initialization(rows, 2, 8, dtype, device)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize(
+    ("misfit", "error"),
+    [({"rows": 2}, ShapeError), ({"dtype": torch.bfloat16}, DtypeError), ({"device": "meta"}, DeviceError)],
+    ids=str,
+)
+def test_a_cache_that_does_not_fit_is_named(misfit, error, length, tiny):
+    """Before anything is written, its position included."""
+    cache = static_cache(tiny, **misfit)
+    with pytest.raises(error, match=r"^past_key_values.layers\[0\].keys (is|has)"):
+        sparsified(tiny)(tokens(length), past_key_values=cache)
+    layer = cache.layers[0]
+    written = (layer.keys, layer.values, layer.cumulative_length)
+    assert all(tensor.is_meta or not tensor.any() for tensor in written)
+
+
+def test_a_batch_that_a_cache_has_no_rows_for_is_an_error(tiny):
+    with pytest.raises(ShapeError, match=r"keys has 1 row\(s\) and input_ids 2"):
+        sparsified(tiny).generate(tokens(9, 2), past_key_values=static_cache(tiny), **GREEDY)
+
+
+@pytest.mark.parametrize("mask", [None, left_padding(1, 50)], ids=["no mask", "mask"])
+def test_generating_past_the_capacity_is_an_error_of_the_step_that_does_not_fit(mask, tiny):
+    """Found from the length of the text, on the host, before the model is called; what fits was generated."""
+    model, cache = sparsified(tiny), static_cache(tiny, capacity=60)
+    with pytest.raises(CachePositionError, match="to get 1 tokens from slot 60 on, of 60 slots"):
+        model.generate(tokens(50), attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert calls_of(model) == 11
+    assert cache.get_seq_length() == 60
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_step_past_the_capacity_is_an_error_before_anything_is_written(backend, tiny):
+    model, cache = sparsified(tiny, backend=backend), static_cache(tiny, capacity=60)
+    for length in (58, 1, 1):
+        model(tokens(length), past_key_values=cache)
+    layer = cache.layers[0]
+    before = layer.keys.clone(), layer.values.clone()
+    for length in (1, 20):
+        with pytest.raises(CachePositionError, match=r"cache past_key_values.layers\[0\].keys: row 0 .* slot 60 on"):
+            model(tokens(length), past_key_values=cache)
+    assert cache.get_seq_length() == 60
+    assert torch.equal(layer.keys, before[0])
+    assert torch.equal(layer.values, before[1])
 
 
 def test_a_streamer_gets_every_token(tiny):
@@ -294,8 +348,13 @@ def test_a_model_without_generate_gets_none():
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return first_layers(load_model(), 2)
+def whole_smollm2():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def smollm2(whole_smollm2):
+    return first_layers(whole_smollm2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +377,18 @@ def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smoll
     assert calls_of(model) in (200, 201)
     assert {site.decision for site in infllm_pass.report(model).sites} == {"switchable"}
     assert "carried" in {site.cache_state for site in rows_of_steps(model)}
+
+
+@pytest.mark.checkpoint
+def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_200_tokens(whole_smollm2, tokenizer):
+    covering = SparseAttentionConfig(window_size=256, topk=8, dense_len=256)
+    arguments = {**STATIC, "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "max_new_tokens": 200}
+    ids, model = corpus(tokenizer, 160), sparsified(whole_smollm2, covering)
+    assert torch.equal(model.generate(ids, **arguments), whole_smollm2.generate(ids, **arguments))
+    assert calls_of(model) == 200
+    steps = rows_of_steps(model)
+    assert len(steps) == whole_smollm2.config.num_hidden_layers == 30
+    assert {(site.decision, site.cache_state) for site in steps} == {("switchable", "carried")}
 
 
 @pytest.mark.checkpoint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -190,6 +192,45 @@ def test_the_original_is_untouched_and_weights_are_shared(tiny_llama):
     assert torch.equal(compiled(ids).logits, before)
     assert model.lm_head.weight is tiny_llama.lm_head.weight
     assert model is not compiled
+
+
+COPIES = {
+    "deep copy": copy.deepcopy,
+    "deep copy of its owner": lambda model: copy.deepcopy(nn.ModuleList([model]))[0],
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@torch.no_grad()
+def test_a_copy_is_a_sparsified_model_with_weights_of_its_own(way):
+    plain, ids = llama(num_hidden_layers=1), tokens(80).clamp(min=1)  # token 0 pads
+    model = infllm_pass.sparsify(torch.compile(plain, backend="eager"), SMALL, strict=True)
+    before = model(ids).logits
+    copied = COPIES[way](model)
+    assert list(copied.state_dict()) == list(model.state_dict())
+    for parameter in copied.parameters():
+        parameter.mul_(1.2)
+    changed = copy.deepcopy(plain)
+    changed.load_state_dict(copied._orig_mod.state_dict())
+    with oracle_attention(SMALL):
+        expected = changed(ids).logits
+    assert relative_error(copied(ids).logits, expected) < 1e-8
+    assert relative_error(model(ids).logits, before) == 0.0
+    assert len(infllm_pass.report(copied).graphs) == len(infllm_pass.report(model).graphs) == 1
+    with infllm_pass.dense_mode(copied):
+        assert relative_error(copied(ids).logits, changed(ids).logits) < 1e-8
+    arguments = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with oracle_attention(SMALL):
+        generated = changed.generate(ids, **arguments)
+    assert torch.equal(copied.generate(ids, **arguments), generated)
+    assert copied._infllm_handle.calls == 2 + 3
+
+
+def test_a_copy_of_a_traced_module_is_sparsified():
+    """Graph modules copy themselves, and a compiled module asks its original for what it lacks."""
+    model = infllm_pass.sparsify(torch.compile(torch.fx.symbolic_trace(nn.Linear(2, 2)), backend="eager"), SMALL)
+    assert infllm_pass.report(copy.deepcopy(model)).graphs == []
 
 
 @torch.no_grad()
