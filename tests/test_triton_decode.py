@@ -52,11 +52,11 @@ CASES = {
     },
     "group 17, long windows": {"group": 17, "geometry": replace(SMALL, kernel_size=32, selected_blocks=5)},
     "blocks of 128": {"geometry": BlockGeometry(32, 16, 128, 1, 0, 2)},
-    "windows that reach ahead": {"geometry": replace(SMALL, kernel_size=64)},
     "exact, shared by 16": {"geometry": replace(SMALL, lse="exact", query_block=16)},
     "equal scores": {"level": True},
     "holes, shared by 16": {"holes": 0.3, "geometry": replace(SMALL, query_block=16), "token_first": True},
-    "holes, sliding window": {"holes": 0.3, "window": 70},
+    "holes, sliding window": {"holes": 0.3, "window": 66, "heads": 2},
+    "narrow sliding window": {"window": 35},
     "many holes, dense sliding window": {"holes": 0.8, "window": 30, "dense_len": 2**31 - 1},
 }
 
@@ -98,12 +98,19 @@ def test_a_prompt_refills_what_single_steps_filled():
         torch.testing.assert_close(mine, before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_more_windows_than_one_program_compresses():
-    steps = cache([700], heads=1, capacity=2500, geometry=BlockGeometry(8, 4, 16, 1, 1, 4))
+def test_windows_that_reach_ahead_of_a_query():
+    steps = cache([125], geometry=replace(SMALL, kernel_size=64, lse="exact"))
+    steps.compare(steps.append(14))
+
+
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+def test_more_windows_than_one_program_compresses(lse):
+    steps = cache([700], group=4, heads=1, capacity=2500, geometry=BlockGeometry(8, 4, 16, 1, 1, 12, lse))
     steps.compare(steps.append(1))
     steps.write(0, 701, 2400)
+    steps.k[:, :, 1500:2400] *= 3  # what the last of these programs owns weighs most
     steps.lengths = [2400]
-    steps.compare(torch.randn(1, 2, 1, 16, device=DEVICE))
+    steps.compare(torch.randn(1, 4, 1, 16, device=DEVICE))
 
 
 def test_a_cache_that_was_cut_back_is_noticed():

@@ -2,7 +2,8 @@
 
 The interpreter has to be chosen before Triton is imported and changes it for good, so a test file of kernels uses
 `DEVICE` and ends with `arrange(globals())`: without a GPU, its tests then give way to a single one that runs the
-file again with TRITON_INTERPRET=1. Set that variable by hand to run, select or debug the tests one by one.
+file again with TRITON_INTERPRET=1, marked `interpreter`. Set that variable by hand to run, select or debug the tests
+one by one.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def arrange(namespace: dict[str, Any]) -> None:
     for name in [name for name in namespace if name.startswith("test_")]:
         del namespace[name]
 
+    @pytest.mark.interpreter
     def test_in_interpreter(record_property):
         record_property("passed", _run_in_interpreter(namespace["__file__"]))
 
