@@ -6,11 +6,12 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help install demo test test-gpu zoo sanitize lint bench bench-gpu lock clean
+.PHONY: help install demo test test-kernels test-gpu zoo sanitize lint bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
 	@echo "make test   the test suite"
+	@echo "make test-kernels  of these, the Triton kernels in Triton's interpreter"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make sanitize  the kernels under compute-sanitizer"
 	@echo "make zoo    every causal architecture through the pass: docs/zoo.md and the record that tests compare with"
@@ -35,6 +36,9 @@ demo: install
 # One thread for each worker: two workers with a thread pool each would fight over the cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+
+test-kernels: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpreter
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -75,7 +75,7 @@ def name_of(sizes):
 def test_single_precision_equals_the_oracle(sizes, option):
     """Rows of one batch on both sides of ``dense_len``, one of which crosses it."""
     steps = cache(LENGTHS, dense_len=62, **{**sizes, **OPTIONS[option]})
-    steps.grow(*((1, 2, 3, 5) if option == "whole" else (1, 4)))
+    steps.grow(*((1, 2, 3, 5, 1) if option == "whole" else (1, 4, 1)))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -88,7 +88,7 @@ def test_half_precision_equals_the_oracle(sizes, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_batches(rows):
-    cache([40 + 13 * row for row in range(rows)], dense_len=70, group=4, dim=64).grow(1, 1, 4)
+    cache([40 + 13 * row for row in range(rows)], dense_len=70, group=4, dim=64).grow(1, 4, 1)
 
 
 HOT = [(32, 2, 128, 1), (32, 8, 128, 1), (9, 3, 64, 1), (32, 8, 128, 4), (32, 2, 128, 16), (8, 8, 128, 2)]

@@ -291,14 +291,12 @@ PACKED = {"batch": 1, "lengths": (40, 1, 150, 10, 100), "length_q": 301, "length
 
 SMALL_CASES = [
     TINY,
-    replace(TINY, group=3, heads_kv=2, value_dim=24, lse="exact"),
-    replace(TINY, query_block=16, group=1),
-    replace(TINY, batch=2, key_mask=True, dense_len=100),
+    replace(TINY, group=3, heads_kv=2, value_dim=24, lse="exact", length_q=90, length_k=90),
+    replace(TINY, batch=2, key_mask=True, dense_len=100, query_block=16, group=1),
     replace(TINY, length_q=40, offset="int", window=40),
-    replace(TINY, length_q=40, offset="tensor"),
-    replace(TINY, lengths=(20, 1, 80, 12)),
+    replace(TINY, length_q=40, offset="tensor", dim=8, value_dim=8, group=3),
+    replace(TINY, lengths=(3, 1, 20), length_q=24, length_k=24, group=4),
     replace(TINY, lengths=(20, 1, 80, 12), packed=True, dense_len=30),
-    replace(TINY, dim=8, value_dim=8, group=3),
     replace(TINY, length_q=0, length_k=0),
     replace(TINY, length_q=0, length_k=0, key_mask=True),
     replace(TINY, length_q=0, length_k=50),

@@ -195,28 +195,22 @@ def case(name: str, **sizes):
 @pytest.mark.parametrize(
     "case",
     [
-        case("group 1", group=1, heads_kv=2),
-        case("group 2", group=2, heads_kv=2, batch=2),
-        case("group 3", group=3, heads_kv=2),
-        case("group 4", group=4),
+        case("group 1, window", group=1, heads_kv=2, window=37),
+        case("group 2, two rows, dims 64 and 16", group=2, batch=2, dim=64, value_dim=16),
+        case("group 3, two heads, dims 24 and 40", group=3, heads_kv=2, dim=24, value_dim=40),
+        case("group 4, long sequence is sparse", group=4, dense_len=133),
         case("group 7", group=7),
         case("group 16", group=16, length_q=70, length_k=70),
         case("group 96", group=96, length_q=5),
-        case("dims 24 and 40", dim=24, value_dim=40),
-        case("dims 64 and 16", dim=64, value_dim=16),
         case("dims 144 and 16, tiles in parts", dim=144, group=16, length_q=23),
         case("dims 136 and 16, group 96 in parts", dim=136, group=96, length_q=3),
         case("blocks of 48", block_size=48, length_q=70, length_k=301),
         case("blocks of 128", block_size=128, length_q=5, length_k=1030),
         case("shared by 16 queries", query_block=16, length_q=100),
-        case("dense", sparse=False),
-        case("dense group 16", sparse=False, group=16, length_q=21),
-        case("short sequence is dense", dense_len=134),
-        case("long sequence is sparse", dense_len=133),
-        case("window", window=37),
+        case("dense", sparse=False, group=16, length_q=21),
+        case("dense window", window=23, sparse=False, length_q=50),
+        case("dense by length, window", window=23, dense_len=134, length_q=50),
         case("window of one key", window=1),
-        case("dense window", window=23, sparse=False),
-        case("dense by length, window", window=23, dense_len=134),
         case("one query", length_q=1),
         case("one key", length_q=1, length_k=1),
         case("three keys", length_q=3, length_k=3),
@@ -242,8 +236,7 @@ def test_queries_in_registers(case, monkeypatch):
     check_last_queries(case)
 
 
-@pytest.mark.parametrize("dense_len", [0, 60], ids=["sparse", "short rows dense"])
-@pytest.mark.parametrize("holes", [False, True], ids=["padding", "padding and holes"])
+@pytest.mark.parametrize(("dense_len", "holes"), [(60, False), (0, True)], ids=["short rows dense", "holes"])
 def test_padded_rows(dense_len, holes):
     case = Case(batch=4, length_q=97, length_k=117, dense_len=dense_len)
     offset = case.length_k - case.length_q
@@ -297,7 +290,7 @@ def test_packed_rows():
 
 def test_packed_queries_and_keys():
     keys, queries = [0, 37, 90, 170, 175], [0, 1, 54, 54, 58]
-    case = Case(length_q=58, length_k=175, heads_kv=2)
+    case = Case(length_q=58, length_k=175)
     places = [
         (slice(*k), slice(*q)) for k, q in zip(itertools.pairwise(keys), itertools.pairwise(queries), strict=True)
     ]

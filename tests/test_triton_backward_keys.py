@@ -137,18 +137,17 @@ def check(
     return run, actual
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (4, 1), (16, 1), (7, 1)], ids=str)
-def test_groups(heads):
-    check(heads)
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [((2, 2), (16, 32)), ((6, 2), (24, 16)), ((4, 1), (16, 16)), ((16, 1), (16, 16)), ((7, 1), (40, 20))],
+    ids=str,
+)
+def test_groups_and_head_dims(heads, dims):
+    check(heads, 90, 90, dims=dims)
 
 
 def test_more_heads_than_rows():
-    check((96, 1), 36, 36, geometry=replace(GEOMETRY, local_blocks=0, selected_blocks=2))
-
-
-@pytest.mark.parametrize("dims", [(16, 32), (24, 16), (40, 20)], ids=str)
-def test_head_dims(dims):
-    check((4, 1), 100, 100, dims=dims)
+    check((96, 1), 12, 40, geometry=replace(GEOMETRY, local_blocks=0, selected_blocks=2))
 
 
 @pytest.mark.parametrize(("block_size", "stride"), [(48, 16), (128, 32)])
@@ -156,7 +155,7 @@ def test_block_sizes(block_size, stride):
     geometry = BlockGeometry(
         kernel_size=stride, kernel_stride=stride, block_size=block_size, local_blocks=0, selected_blocks=3
     )
-    check((1, 1), 4 * block_size + 10, 4 * block_size + 10, geometry=geometry)
+    check((1, 1), block_size + 30, 4 * block_size + 10, geometry=geometry)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 113])
@@ -178,9 +177,8 @@ def test_no_queries():
     assert not any(grad.any() for grad in grads)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (16, 1)], ids=str)
-def test_dense(heads):
-    check(heads, 100, 100, selecting=False)
+def test_dense():
+    check((16, 1), 60, 60, selecting=False)
 
 
 def test_rows_on_both_sides_of_the_switch():
@@ -198,7 +196,7 @@ def test_holes(selecting):
     mask[0, :20] = False
     mask[1, 40:60] = False
     bounds = [(20, 1 + int(mask[0].nonzero().max())), (int(mask[1].nonzero().min()), 1 + int(mask[1].nonzero().max()))]
-    check((4, 2), 120, 120, batch=2, bounds=bounds, key_mask=mask, selecting=selecting)
+    check((4, 1), 120, 120, batch=2, bounds=bounds, key_mask=mask, selecting=selecting)
 
 
 def test_values_in_holes_do_not_matter():
@@ -213,8 +211,9 @@ def test_queries_without_a_visible_key():
     check((4, 2), 80, 80, key_mask=mask, window=5, selecting=False)
 
 
-@pytest.mark.parametrize("window", [1, 20, 60])
-@pytest.mark.parametrize("selecting", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize(
+    ("window", "selecting"), [(1, True), (20, True), (60, True), (20, False)], ids=["1", "20", "60", "20-dense"]
+)
 def test_window(window, selecting):
     check((4, 1), 100, 100, window=window, selecting=selecting)
 
@@ -232,16 +231,15 @@ def test_offset_on_the_device():
 
 
 def test_any_strides():
-    check((4, 2), 100, 100, batch=2, permuted=True)
+    check((4, 2), 70, 70, batch=2, permuted=True)
 
 
 @pytest.mark.parametrize(
     ("selecting", "steps", "pool"),
-    [(True, 1, 1 << 20), (True, 1, 10_000), (True, 2, 1 << 20), (True, 1, 0), (False, 1, 1 << 20)],
+    [(True, 1, 1 << 20), (True, 1, 10_000), (True, 1, 0), (False, 2, 1 << 20)],
 )
 def test_pieces(selecting, steps, pool):
-    run, first = check((8, 1), 100, 100, selecting=selecting, piece_steps=steps, pool_bytes=pool)
-    assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+    check((8, 1), 70, 70, selecting=selecting, piece_steps=steps, pool_bytes=pool)
 
 
 def test_pieces_of_a_masked_block():
@@ -289,8 +287,7 @@ def test_packed_sequences(chunked):
     compare(actual, expected, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("walkers", [1, 5, 1024])
-@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize(("group", "walkers"), [(1, 5), (4, 1), (4, 1024), (16, 5)])
 def test_transposed_lists(group, walkers):
     """Every block's run and list together are exactly the queries that see one of its keys."""
     length, heads, dense_len = 210, 2, 150

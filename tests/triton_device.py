@@ -2,7 +2,8 @@
 
 The interpreter has to be chosen before Triton is imported and changes it for good, so a test file of kernels uses
 `DEVICE` and ends with `arrange(globals())`: without a GPU, its tests then give way to a single one that runs the
-file again with TRITON_INTERPRET=1. Set that variable by hand to run, select or debug the tests one by one.
+file again with TRITON_INTERPRET=1, marked `interpreter`. Set that variable by hand to run, select or debug the tests
+one by one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,36 @@ DIRECT = INTERPRETED or torch.cuda.is_available()
 """Whether this process can run the kernels."""
 
 DEVICE = torch.device("cuda" if DIRECT and not INTERPRETED else "cpu")
+
+
+def _hasten_interpreter() -> None:
+    """Spare Triton's interpreter work that changes no result: half of its time.
+
+    It patches the language anew for every call of a device function, though what the launch's first call of a function
+    of that module has patched lasts; and it computes checks for integer overflow that it heeds in debug mode only.
+    """
+    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: dict[int, Any] = {}
+
+    def launch_anew(executor: Any, *arguments: Any, **named: Any) -> None:
+        patched.clear()
+        launch(executor, *arguments, **named)
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module not in patched:
+            patched[module] = patch(function)
+        return patched[module]
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _hasten_interpreter()
 
 
 def gpu(test: Any) -> Any:
@@ -38,6 +70,7 @@ def arrange(namespace: dict[str, Any]) -> None:
     for name in [name for name in namespace if name.startswith("test_")]:
         del namespace[name]
 
+    @pytest.mark.interpreter
     def test_in_interpreter(record_property):
         record_property("passed", _run_in_interpreter(namespace["__file__"]))
 
