@@ -82,7 +82,7 @@ class CacheStore:
             spec: what the graph keeps of it.
         """
         rows = spec.rows(cache)
-        place = (*_place(cache), rows, spec.keys, spec.view)
+        place = (*_place(cache), rows, spec.keys, spec.view, spec.padded)
         states = self._states.setdefault(_owner(cache), {})
         state: CacheState | None = states.get((place, spec.geometry))
         if state is None:
@@ -166,7 +166,7 @@ def _place(cache: Tensor) -> tuple[Any, ...]:
 
 def _growing_key(cache: Tensor, spec: GrowingCacheSpec, inputs: Sequence[Any]) -> Any:
     """What tells the states of one owner apart; the same for a cache of which the last keys were cut off."""
-    return *_place(cache), spec.rows(inputs), spec.keys, spec.dtype, spec.layout, spec.geometry
+    return *_place(cache), spec.rows(inputs), spec.keys, spec.dtype, spec.layout, spec.padded, spec.geometry
 
 
 class CachedGraph:

@@ -44,6 +44,7 @@ class CacheSpec:
         batch_is_dim: which of the two.
         keys: ``[Hkv, C, D]``, the sizes of one row of keys.
         view: storage offset and strides of the keys in the tensor's memory.
+        padded: whether a mask says where rows begin; without one they begin in slot 0, and windows with them.
         geometry: the block geometry.
     """
 
@@ -53,6 +54,7 @@ class CacheSpec:
     batch_is_dim: bool
     keys: tuple[int, int, int]
     view: tuple[Any, ...]
+    padded: bool
     geometry: BlockGeometry
 
     def rows(self, cache: torch.Tensor) -> int:
@@ -122,9 +124,12 @@ class CacheInputs:
             return "gradients are asked for"
         if site.key_heads.example.dtype != site.dtype:
             return f"its keys are converted to {site.dtype}"
-        return self._static_spec(site, facts) if plan.in_cache else self._growing_spec(plan, site, facts)
+        padded = plan.mask is not None and bool(plan.mask.key_conditions)
+        if plan.in_cache:
+            return self._static_spec(site, facts, padded)
+        return self._growing_spec(plan, site, facts, padded)
 
-    def _static_spec(self, site: AttentionSite, facts: GraphFacts) -> CacheSpec | str:
+    def _static_spec(self, site: AttentionSite, facts: GraphFacts, padded: bool) -> CacheSpec | str:
         """The spec of a cache that the graph writes to."""
         keys, cell = site.key_heads.example, storage(site.key_heads.node)
         inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
@@ -145,9 +150,11 @@ class CacheInputs:
         view = (str(keys.storage_offset()), *(str(stride) for stride in keys.stride()))
         fixed = isinstance(batch, int)
         rows = batch if fixed else dims[0]
-        return CacheSpec(position, input_name(node), rows, not fixed, sizes, view, self.geometry)
+        return CacheSpec(position, input_name(node), rows, not fixed, sizes, view, padded, self.geometry)
 
-    def _growing_spec(self, plan: SitePlan, site: AttentionSite, facts: GraphFacts) -> GrowingCacheSpec | str:
+    def _growing_spec(
+        self, plan: SitePlan, site: AttentionSite, facts: GraphFacts, padded: bool
+    ) -> GrowingCacheSpec | str:
         """The spec of a cache that grows by concatenation."""
         if site.growth is None:
             return "its keys are no cache"
@@ -159,7 +166,15 @@ class CacheInputs:
             return "its sequences are packed"
         if not _is_decoding(site):
             return _MANY_QUERIES
-        return GrowingCacheSpec.of(site, site.growth.continuation, facts, self.geometry) or _UNKNOWN_SIZES
+        spec = GrowingCacheSpec.of(
+            site.key_heads.example,
+            site.growth.continuation,
+            site.growth.appended,
+            facts,
+            padded=padded,
+            geometry=self.geometry,
+        )
+        return spec or _UNKNOWN_SIZES
 
     def state(self, spec: AnyCacheSpec, site: AttentionSite, graph: fx.Graph) -> StateNodes:
         """The inputs with a cache's state, added to the graph unless they are there."""

@@ -19,7 +19,6 @@ from infllm_pass.graphs import input_name
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.decode import state_slots
 from infllm_pass.masks.values import GraphFacts, size
-from infllm_pass.sites import AttentionSite
 from infllm_pass.sites.site import Continuation
 
 
@@ -62,6 +61,8 @@ class GrowingCacheSpec:
         keys: ``(Hkv, D)``.
         dtype: of the keys as the graph reads them, and of the compressed keys.
         layout: see `sites.site.Continuation`.
+        padded: whether a mask says where rows begin; without one they begin with their first key, and windows with
+            them.
         geometry: the block geometry.
     """
 
@@ -74,28 +75,44 @@ class GrowingCacheSpec:
     keys: tuple[int, int]
     dtype: torch.dtype
     layout: tuple[str, ...]
+    padded: bool
     geometry: BlockGeometry
 
     @classmethod
     def of(
-        cls, site: AttentionSite, continuation: Continuation, facts: GraphFacts, geometry: BlockGeometry
+        cls,
+        keys: Tensor,
+        continuation: Continuation,
+        appended: sympy.Expr,
+        facts: GraphFacts,
+        *,
+        padded: bool,
+        geometry: BlockGeometry,
     ) -> GrowingCacheSpec | None:
-        """The cache that a site's keys continue; None where its sizes cannot be told from the inputs of a call."""
-        keys, growth = site.key_heads.example, site.growth
-        appended = None if growth is None else _size_of(growth.appended, facts)
-        batch = _size_of(size(keys.shape[0]), facts)
-        if appended is None or batch is None:
+        """The cache that a graph continues; None where its sizes cannot be told from the inputs of a call.
+
+        Args:
+            keys: example of all keys, ``[B, Hkv, L, D]``.
+            continuation: how the next call gets them.
+            appended: how many of them are new.
+            facts: what is known of the graph.
+            padded: see the attributes.
+            geometry: the block geometry.
+        """
+        new, batch = _size_of(appended, facts), _size_of(size(keys.shape[0]), facts)
+        if new is None or batch is None:
             return None
         return cls(
             position=_inputs(facts).index(continuation.past),
             output=continuation.output,
             name=input_name(continuation.past),
             length_dim=continuation.length_dim,
-            appended=appended,
+            appended=new,
             batch=batch,
             keys=(int(keys.shape[1]), int(keys.shape[3])),
             dtype=keys.dtype,
             layout=continuation.layout,
+            padded=padded,
             geometry=geometry,
         )
 

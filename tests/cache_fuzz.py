@@ -10,13 +10,14 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import infllm_pass
 
-from .cache_support import CONFIG, CachedAttention, caches, expected, scatter, tokens
+from .cache_support import CONFIG, CachedAttention, GrowingAttention, caches, expected, scatter, tokens
 from .conftest import relative_error
 
 BATCH, CAPACITY = 2, 80
@@ -54,6 +55,73 @@ class Conversation:
                 hole = rng.randint(10, 40)
                 self.valid[row, hole : hole + rng.randint(1, 6)] = False
 
+    def call(self, model: Callable[..., Any], x: Tensor) -> Tensor:
+        """Append tokens; what the model gives for them."""
+        out: Tensor = model(x, self.keys, self.values, torch.tensor(self.lengths), self.valid)
+        self.lengths = [length + x.shape[1] for length in self.lengths]
+        return out
+
+    def expected(self, module: CachedAttention, x: Tensor) -> Tensor:
+        """What the oracle gives for the tokens appended last."""
+        position = torch.tensor(self.lengths) - x.shape[1]
+        return expected(module, x, self.keys, self.values, position, self.valid)
+
+    def crop(self, rng: random.Random) -> None:
+        """Take tokens back, from each row a number of its own."""
+        self.lengths = [rng.randint(length // 2, length) for length in self.lengths]
+
+    def clear(self, rng: random.Random) -> None:
+        """Begin a new text, over an emptied cache or over what it holds."""
+        self.lengths = [0] * BATCH
+        self.pad(rng)
+        if rng.random() < 0.5:
+            self.keys.zero_()
+            self.values.zero_()
+
+
+@dataclass
+class GrowingConversation(Conversation):
+    """Two rows of one length of a cache that grows by concatenation; `valid` has a place for every key to come."""
+
+    @classmethod
+    def new(cls, rng: random.Random) -> Conversation:
+        talk = cls(*caches(BATCH, 0), [0] * BATCH, torch.ones(BATCH, CAPACITY, dtype=torch.bool))
+        talk.pad(rng)
+        return talk
+
+    def pad(self, rng: random.Random) -> None:
+        """The same; a hole has keys behind it, so that a row's last key is one that is seen."""
+        super().pad(rng)
+        self._show_new_keys()
+
+    def _show_new_keys(self) -> None:
+        self.valid[:, max(self.keys.shape[2] - 1, 10) :] = True
+
+    def call(self, model: Callable[..., Any], x: Tensor) -> Tensor:
+        length = self.keys.shape[2] + x.shape[1]
+        out, self.keys, self.values = model(x, self.keys, self.values, self.valid[:, :length])
+        self.lengths = [length] * BATCH
+        return out
+
+    def expected(self, module: CachedAttention, x: Tensor) -> Tensor:
+        length = self.lengths[0]
+        return expected(module, x, self.keys, self.values, length - x.shape[1], self.valid[:, :length])
+
+    def crop(self, rng: random.Random) -> None:
+        """Take tokens back: from views of the cache, or from copies."""
+        length = rng.randint(self.lengths[0] // 2, self.lengths[0])
+        self.lengths = [length] * BATCH
+        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        if rng.random() < 0.3:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self._show_new_keys()
+
+    def clear(self, rng: random.Random) -> None:
+        """Begin a new text with a new cache."""
+        self.keys, self.values = caches(BATCH, 0)
+        self.lengths = [0] * BATCH
+        self.pad(rng)
+
 
 @dataclass
 class Session:
@@ -63,6 +131,7 @@ class Session:
         rng: decides.
         model: the sparsified module.
         module: the original.
+        kind: of the conversations.
         talks: conversations; the current one is the first.
         log: what was done since the sequence began.
     """
@@ -70,6 +139,7 @@ class Session:
     rng: random.Random
     model: Callable[..., Tensor]
     module: CachedAttention
+    kind: type[Conversation] = Conversation
     talks: list[Conversation] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
@@ -83,11 +153,10 @@ class Session:
         count = min(count, CAPACITY - max(talk.lengths))
         if count < 1:
             return self.reset()
-        x, position = tokens(BATCH, count), torch.tensor(talk.lengths)
+        x = tokens(BATCH, count)
         with torch.no_grad():
-            out = self.model(x, talk.keys, talk.values, position, talk.valid)
-            wanted = expected(self.module, x, talk.keys, talk.values, position, talk.valid)
-        talk.lengths = [length + count for length in talk.lengths]
+            out = talk.call(self.model, x)
+            wanted = talk.expected(self.module, x)
         seen = wanted.abs().amax((1, 3)) > 0  # what padding yields is free
         error = relative_error(out.transpose(1, 2)[seen], wanted.transpose(1, 2)[seen]) if bool(seen.any()) else 0.0
         assert error < BOUND, (error, self.log)
@@ -104,16 +173,10 @@ class Session:
         self.append(self.rng.choice([2, 5, 16]))
 
     def crop(self) -> None:
-        """Take tokens back, from each row a number of its own."""
-        self.talk.lengths = [self.rng.randint(length // 2, length) for length in self.talk.lengths]
+        self.talk.crop(self.rng)
 
     def reset(self) -> None:
-        """Begin a new text, over an emptied cache or over what it holds."""
-        self.talk.lengths = [0] * BATCH
-        self.talk.pad(self.rng)
-        if self.rng.random() < 0.5:
-            self.talk.keys.zero_()
-            self.talk.values.zero_()
+        self.talk.clear(self.rng)
 
     def reorder(self) -> None:
         """Continue from another row, as beam search does: in new tensors, or in place."""
@@ -132,12 +195,14 @@ class Session:
         if len(self.talks) > 2:
             self.talks.pop(self.rng.randrange(3))
         if self.rng.random() < 0.5:
-            self.talks.insert(0, Conversation.new(self.rng))
+            self.talks.insert(0, self.kind.new(self.rng))
         self.rng.shuffle(self.talks)
 
     def write(self) -> None:
         """Change keys behind the model's back: a slot, or a view of several."""
-        row, slot = self.rng.randrange(BATCH), self.rng.randrange(CAPACITY - 8)
+        row, slot = self.rng.randrange(BATCH), self.rng.randrange(max(1, self.talk.keys.shape[2] - 8))
+        if slot >= self.talk.keys.shape[2]:
+            return
         if self.rng.random() < 0.5:
             self.talk.keys[row, :, slot] = 4 * torch.randn(1, dtype=torch.float64)
         else:
@@ -152,12 +217,11 @@ class Session:
         talk = self.talk
         if max(talk.lengths) + 3 <= CAPACITY:
             with torch.no_grad():
-                self.module(tokens(BATCH, 3), talk.keys, talk.values, torch.tensor(talk.lengths), talk.valid)
-            talk.lengths = [length + 3 for length in talk.lengths]
+                talk.call(self.module, tokens(BATCH, 3))
 
     def run(self, operations: int) -> None:
         """One sequence of operations, from a new cache on."""
-        self.talks, self.log = [Conversation.new(self.rng)], []
+        self.talks, self.log = [self.kind.new(self.rng)], []
         calls = [self.prompt, self.step, self.step, self.step, self.several]
         others = [self.crop, self.reset, self.reorder, self.swap, self.write, self.mask, self.original]
         for _ in range(operations):
@@ -166,17 +230,23 @@ class Session:
             operation()
 
 
-def fuzz(sequences: int, seed: int = 0, operations: int = 14) -> Session:
+def fuzz(sequences: int, seed: int = 0, operations: int = 14, *, growing: bool = False) -> Session:
     """Run sequences of operations; the session, for what its model compiled.
+
+    Args:
+        sequences: how many.
+        seed: of the first.
+        operations: of a sequence.
+        growing: over caches that grow by concatenation, not static ones.
 
     Raises:
         AssertionError: a call differs from recomputation.
     """
     torch.manual_seed(seed)
     torch._dynamo.reset()
-    module = CachedAttention(scatter)
+    module = GrowingAttention() if growing else CachedAttention(scatter)
     model = infllm_pass.sparsify(torch.compile(module, backend="eager"), CONFIG)
-    session = Session(random.Random(seed), model, module)
+    session = Session(random.Random(seed), model, module, GrowingConversation if growing else Conversation)
     for number in range(sequences):
         torch.manual_seed(seed + number)
         session.rng.seed(seed + number)
@@ -186,5 +256,6 @@ def fuzz(sequences: int, seed: int = 0, operations: int = 14) -> Session:
 
 if __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    print(infllm_pass.report(fuzz(count).model))
-    print(f"{count} sequences, no mismatch")
+    for growing in (False, True):
+        print(infllm_pass.report(fuzz(count, growing=growing).model))
+        print(f"{count} sequences over {'growing' if growing else 'static'} caches, no mismatch")

@@ -329,6 +329,19 @@ def test_another_first_key_makes_other_windows():
             assert relative_error(out, expected(module, x, keys, values, place, valid)) < 1e-12
 
 
+def test_a_mask_that_is_there_and_gone():
+    """Without a mask the first key of every row is that in slot 0, whatever it was with one."""
+    module = CachedAttention()
+    model = sparsified(module)
+    keys, values = caches()
+    with torch.no_grad():
+        module(tokens(1, 60), keys, values, 0)
+        for place, padded in zip(range(60, 66), (True, True, False, False, True, False), strict=True):
+            x, valid = tokens(1, 1), torch.arange(96)[None] >= 5 if padded else None
+            out = model(x, keys, values, torch.tensor(place), valid)
+            assert relative_error(out, expected(module, x, keys, values, place, valid)) < 1e-12
+
+
 def test_one_tensor_holds_the_caches_of_all_layers(refills):
     """Views of it are made for every call; what one layer writes does not void the other's keys for certain."""
     module = CachedAttention()

@@ -138,6 +138,16 @@ def test_another_first_key_makes_other_windows():
     assert last_state(model)[0] == "carried"
 
 
+def test_a_mask_that_is_there_and_gone():
+    """Without a mask the first key of every row is that in slot 0, whatever it was with one."""
+    module = GrowingAttention()
+    model = sparsified(module)
+    cache = prompt(60)
+    for padded in (True, True, False, False, True, False):
+        valid = torch.arange(cache[0].shape[2] + 1)[None] >= 5 if padded else None
+        cache = step(model, module, cache, valid=valid)
+
+
 def test_a_second_continuation_of_a_cache_starts_over(compressed):
     module = GrowingAttention()
     model = sparsified(module)
