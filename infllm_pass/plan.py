@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from infllm_pass.graphs import GraphView
+from infllm_pass.graphs import GraphView, input_name
 from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
 from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.emission import is_expressible
@@ -241,7 +241,7 @@ def _check_predicate(
     if predicate.causal_offset is None and _is_step(site):
         predicate = replace(predicate, causal_offset=length_k - 1)
     if predicate.causal_offset is None:
-        return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
+        return _unlimited(site, predicate, interpreter)
     refusal = _refused_offset(site, predicate, interpreter, length_q, length_k)
     if refusal is not None:
         seen = f"query i sees keys up to i + {readable(predicate.causal_offset)}"
@@ -257,6 +257,23 @@ def _check_predicate(
         if facts.is_overwritten(node):
             return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
     return predicate
+
+
+def _unlimited(site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter) -> SitePlan:
+    """The plan of a site whose mask was proved to have no causal limit.
+
+    A decoding step has one that may be all in the values of a tensor, made where no proof sees it.
+    """
+    given = {node for condition in predicate.key_conditions for _, _, node in condition.leaves}
+    inputs = sorted(input_name(node) for node in given if node.op == "placeholder")
+    if inputs and _is_decoding(site, interpreter):
+        return SitePlan(
+            site,
+            Reason.UNPROVEN_MASK,
+            f"what one query sees of a cache is in the values of {', '.join(inputs)}, made outside of the graph, as "
+            "generate() of transformers does for a model that is not sparsified",
+        )
+    return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
 
 
 def _refused_offset(

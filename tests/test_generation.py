@@ -15,6 +15,7 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
 from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UncompiledGenerateWarning
+from infllm_pass.kernels import cpu_decode
 
 from .conftest import SMALL, llama, oracle_attention
 from .test_checkpoint import first_layers
@@ -277,7 +278,19 @@ def test_a_compile_configuration_is_honoured(tiny):
     assert {site.decision for site in rows_of_steps(model)} == {"switchable"}
 
 
-def test_the_named_backend_compiles_the_steps_of_a_plain_model(tiny):
+def test_the_named_backend_decodes_the_steps_of_a_sparsified_model(tiny, monkeypatch):
+    """With one call of the decode operator for each step, its compressed keys carried."""
+    calls, plain = [], cpu_decode.decode_attention
+    monkeypatch.setattr(cpu_decode, "decode_attention", lambda *a, **k: calls.append(a) or plain(*a, **k))
+    ids, arguments = tokens(50), {**GREEDY, "cache_implementation": "static"}
+    config = on_every_device(backend="infllm", mode=None, options={"backend": "aot_eager"})
+    model = sparsified(tiny)
+    assert torch.equal(model.generate(ids, **arguments, compile_config=config), tiny.generate(ids, **arguments))
+    assert len(calls) == 29
+    assert {site.cache_state for site in rows_of_steps(model)} == {"carried"}
+
+
+def test_the_named_backend_leaves_the_steps_of_a_plain_model_dense(tiny):
     """Transformers makes the mask of static caches outside the graph, where nothing is proved of it."""
     ids, seen = tokens(50), len(infllm_pass.report().graphs)
     expected = tiny.generate(ids, **GREEDY, cache_implementation="static")
@@ -286,7 +299,8 @@ def test_the_named_backend_compiles_the_steps_of_a_plain_model(tiny):
     got = copy.deepcopy(tiny).generate(ids, **GREEDY, cache_implementation="static", compile_config=config)
     assert torch.equal(got, expected)
     sites = [site for graph in infllm_pass.report().graphs[seen:] for site in graph.sites]
-    assert {(site.query_shape[2], site.decision, site.reason) for site in sites} == {(1, "dense", "BIDIRECTIONAL")}
+    assert {(site.query_shape[2], site.decision, site.reason) for site in sites} == {(1, "dense", "UNPROVEN_MASK")}
+    assert all("in the values of attention_mask, made outside of the graph" in site.explanation for site in sites)
 
 
 class Captioner(nn.Module):
