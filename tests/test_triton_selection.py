@@ -150,7 +150,7 @@ def test_padding_moves_nothing():
 
 
 def test_short_sequences_select_nothing():
-    check(4, length=150, batch=2, bounds=[(0, 150), (60, 150)], dense_len=100)
+    check(4, length=150, batch=2, bounds=[(0, 150), (60, 150)], dense_len=150)
     check(4, length=150, queries=60, dense_len=151)
 
 
