@@ -20,7 +20,8 @@ class DecodeLaunch:
         blocks: key blocks of one program of scoring.
         score_warps: warps of such a program.
         score_stages: depth of its pipeline.
-        ranks: whether in steps of one token the last program that scores a row's blocks also ranks them.
+        ranks: key/value heads up to which, in steps of one token, the last program that scores a row's blocks also
+            ranks them: a launch less, but scoring then uses more registers.
         ranked: blocks that ranking keeps in registers, a power of two.
         rank_warps: warps of a program that only ranks.
         step_keys: most keys, a power of two, of one step of attention.
@@ -37,7 +38,7 @@ class DecodeLaunch:
     blocks: int = 32
     score_warps: int = 4
     score_stages: int = 4
-    ranks: bool = True
+    ranks: int = 4
     ranked: int = 2048
     rank_warps: int = 4
     step_keys: int = 64
@@ -53,11 +54,15 @@ class DecodeLaunch:
 
 
 MEASURED_DECODE: dict[tuple[int, int, int], DecodeLaunch] = {
-    # H100, 128k keys, 64 blocks; us of a step with 32/2 heads, batch 1 and 8, and with 32/8 heads, within one sweep:
-    # these numbers 23.9 (first of its process, which reads 1.5 low), 57.4, 39.2, 147.6; ranking in a launch of its own
-    # 26.0, 58.9, 38.0, 138.0, and 2 more below dense_len; 3 programs of attention 25.5, 63.5, 38.7, 152.9; 64 blocks a
-    # program and 3 stages of scoring 25.1, 55.5, 39.1, 140.7, not measured with lists written 1024 blocks at a time.
-    (90, 2, 128): DecodeLaunch(),
+    # H100, 128k keys, 64 blocks; us of a step with 32/2 heads, batch 1 and 8, and with 32/8 heads, then the same below
+    # dense_len, within one sweep:
+    #   64 blocks a program in 3 stages, ranking there   19.7, 48.4, 35.5, 133.7;  11.9, 34.8, 22.5, 106.7
+    #   the same, ranking in a launch of its own         20.8, 47.7, 33.0, 133.1;  13.1, 35.7, 23.2, 107.1
+    #   32 blocks in 4 stages, ranking there             21.6, 52.0, 33.0, 140.5;  12.2, 36.1, 22.4, 108.3
+    #   ... nothing fetched early                        21.7, 53.2, 34.1, 141.4;  11.9, 36.1, 22.6, 108.2
+    #   ... no launch begins early                       23.6, 54.0, 35.1, 141.3;  13.9, 37.4, 22.9, 107.6
+    #   ... 3 programs of attention                      21.3, 50.3, 32.1, 145.8;  12.1, 35.8, 21.1, 125.5
+    (90, 2, 128): DecodeLaunch(blocks=64, score_stages=3),
 }
 """By compute capability (90 for sm_90), bytes of an element, and the larger padded head dimension."""
 

@@ -1,6 +1,7 @@
 """Block selection of a decode step: compressed keys that became complete, normaliser, block scores, top-k.
 
-Two kernels for steps of one token: the last program that scores blocks of a row also ranks them; else a third ranks.
+Two kernels for steps of one token over few heads: the last program that scores blocks of a row also ranks them. Else a
+third ranks.
 Grids follow from the cache's capacity; programs beyond a row's length end at once. Formulas: arXiv 2509.24663, section
 3.2.
 """
@@ -273,7 +274,7 @@ def decode_select(
         "WIDTH": triton.next_power_of_2(g.selected_blocks),
         "RANKED": launch.ranked,
     }
-    ranks = launch.ranks and shape.length_q == 1
+    ranks = int(heads) <= launch.ranks and shape.length_q == 1
     wrap_triton(decode_compress_kernel)[(chunks, pairs)](
         *rows.arguments,
         q,
