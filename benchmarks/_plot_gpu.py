@@ -160,7 +160,7 @@ def draw_generate(results: dict[str, Any]) -> Any:
     rows = results["rows"]
     known = [(name, label) for name, label in GENERATE.items() if any(row.get(name) is not None for row in rows)]
     figure, panels = plt.subplots(1, len(known), figsize=(5 * len(known), 4.2), squeeze=False, layout="constrained")
-    styles = {"sparsified": "-", "dense": "--", "compiled": ":"}
+    styles = {"sparsified": "o-", "dense": "s--", "compiled": "^:"}
     for batch, colour in zip(sorted({row["batch"] for row in rows}), ("#d9531e", "#6a8caf", "#5a8a4a"), strict=False):
         for variant, line in styles.items():
             mine = sorted(
@@ -170,12 +170,14 @@ def draw_generate(results: dict[str, Any]) -> Any:
             for axes, (name, _) in zip(panels[0], known, strict=True):
                 points = [(row["length"], row[name]) for row in mine if row.get(name) is not None]
                 if points and not (name == "speedup" and variant != "sparsified"):
-                    axes.plot(*zip(*points, strict=True), "o" + line, color=colour, label=f"{variant}, batch {batch}")
+                    fill = colour if variant == "sparsified" else "none"
+                    label = f"{variant}, batch {batch}"
+                    axes.plot(*zip(*points, strict=True), line, color=colour, markerfacecolor=fill, label=label)
     for axes, (name, label) in zip(panels[0], known, strict=True):
         if name == "speedup":
             axes.axhline(1.0, color="black", linewidth=1)
         axes.set(ylim=(0, None), ylabel=label)
-        _finish(axes, sorted({row["length"] for row in rows}))
+        _finish(axes, sorted({row["length"] for row in rows if row.get(name) is not None}))
         axes.set_xlabel("tokens in the cache")
     title = f"generation with {rows[0]['layers']} layers of Llama-3-8B's sizes, static cache, CUDA graphs"
     return _titled(figure, title, results["header"])
