@@ -121,6 +121,9 @@ def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
     for check in taken:
         check.replace_all_uses_with(check.args[0])
         graph.erase_node(check)
+    for node in sorted(needed - taken.keys(), reverse=True):
+        if node.op != "placeholder" and not node.users:
+            graph.erase_node(node)
     module.recompile()
     return fx.GraphModule(module, checks)
 

@@ -198,7 +198,7 @@ def _with_room(prepare: Call) -> Call:
         tokens = kwargs.get("next_sequence_length") or length
         for place, layer in enumerate(getattr(kwargs.get("past_key_values"), "layers", ())):
             capacity = getattr(layer, "max_cache_len", None)
-            if isinstance(capacity, int) and length > capacity and not layer.is_sliding:
+            if isinstance(capacity, int) and length > capacity and not getattr(layer, "is_sliding", False):
                 name = f"past_key_values.layers[{place}].keys"
                 raise CachePositionError(name, 0, length - tokens, tokens, capacity)
         return prepare(self, input_ids, *args, **kwargs)

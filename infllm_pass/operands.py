@@ -34,6 +34,7 @@ class MaskOperands:
         self._facts = facts
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
         self._positions: dict[sympy.Expr, fx.Node] = {}
+        self._numbers: dict[sympy.Expr, fx.Node | int] = {}
         self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
         self._lengths: dict[Any, fx.Node] = {}
         self._starts: dict[fx.Node, fx.Node] = {}
@@ -90,19 +91,36 @@ class MaskOperands:
         return self._key_masks[conditions]
 
     def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
-        """Where the queries of a cache's rows begin; on the CPU a graph of Dynamo checks that they fit."""
+        """Where the queries of a cache's rows begin; if the host knows it, a graph of Dynamo checks that they fit."""
         offsets = self.position(mask.causal_offset, mask.offset_leaves, site)
         tokens, capacity = (self._input_size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
-        on_cpu = site.key.example.device.type == "cpu" and "example_value" in site.node.meta
-        if not on_cpu or tokens is None or capacity is None:
+        if "example_value" not in site.node.meta or tokens is None or capacity is None:
             return offsets
         if (offsets, tokens, capacity) not in self._checked:
             with self._emitter.graph.inserting_before(offsets.next):
-                sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
-                name = self._name_of(site.key_heads.node)
-                checked = self._call(site, checked_positions._opoverload, offsets, *sizes, name)
-                self._checked[offsets, tokens, capacity] = checked
+                self._checked[offsets, tokens, capacity] = offsets
+                host = self._on_host(offsets, self._numbers[mask.causal_offset], site)
+                if host is not None:
+                    sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
+                    name = self._name_of(site.key_heads.node)
+                    checked = self._call(site, checked_positions._opoverload, host, *sizes, name)
+                    if host is offsets:
+                        self._checked[offsets, tokens, capacity] = checked
         return self._checked[offsets, tokens, capacity]
+
+    def _on_host(self, offsets: fx.Node, number: fx.Node | int, site: AttentionSite) -> fx.Node | None:
+        """Positions where reading them costs nothing; None if only a device knows them.
+
+        Args:
+            offsets: the positions, on the keys' device.
+            number: what they were made of.
+            site: where they are used.
+        """
+        if example_of(offsets).device.type == "cpu":
+            return offsets
+        if isinstance(number, fx.Node) and isinstance(example_of(number), torch.Tensor):
+            return number if example_of(number).device.type == "cpu" else None
+        return self._call(site, torch.full, [1], number, dtype=torch.int64, device="cpu")
 
     def _input_size(self, extent: int | torch.SymInt) -> int | sympy.Symbol | None:
         """A size as a number, or as the symbol of a size of the graph's inputs; None if it is neither."""
@@ -129,10 +147,11 @@ class MaskOperands:
             with graph.inserting_before(max([*(node for _, _, node in leaves), *placeholders[-1:]]).next):
                 number = self._number(expression, leaves, site)
                 if isinstance(number, fx.Node) and isinstance(example_of(number), torch.Tensor):
-                    number = self._call(site, "reshape", number, [-1])
+                    number = self._numbers[expression] = self._call(site, "reshape", number, [-1])
                     if example_of(number).device != device:
                         number = self._call(site, "to", number, device, torch.int64)
                 else:
+                    self._numbers[expression] = number
                     number = self._call(site, torch.full, [1], number, dtype=torch.int64, device=device)
                 self._positions[expression] = number
         return self._positions[expression]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.backend import SwitchableBackend
-from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
+from infllm_pass.checked_graph import take_checks
+from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.lowering import checks
+from infllm_pass.lowering.positions import checked_positions
 from infllm_pass.pipeline import Switch, run_pass
 
 from .conftest import SMALL, capture, count_calls
@@ -298,6 +301,58 @@ def test_cuda_sites_below_the_switch_do_not_warn():
     report, warned = compile_refused(SMALL, length=40)
     assert [site.kernels for site in report.sites] == ["SDPA"]
     assert not warned
+
+
+class Cached(nn.Module):
+    def forward(self, x, keys, position):
+        places = torch.arange(x.shape[2], device=keys.device) + position
+        keys.index_copy_(2, places, x)
+        later = torch.arange(keys.shape[2], device=keys.device) > places.unsqueeze(1)
+        return (x @ keys.mT).masked_fill(later, float("-inf")).softmax(-1) @ keys
+
+
+def checks_of(position, monkeypatch, dynamic=None):
+    """The checks of the positions in a CUDA cache, and examples of the graph's inputs."""
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # moving a tensor without data needs no driver
+    monkeypatch.setattr(checks, "HAS_TRITON", False)  # the kernels ask the device how large it is
+    with FakeTensorMode():
+        module = capture(Cached(), cuda(1, 2, 3, 16), cuda(1, 2, 200, 16), position(), dynamic=dynamic)
+        inputs = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+        report = run_pass(module, TILED)
+        taken = take_checks(module, len(inputs))
+    assert [site.reason for site in report.sites] == ["SWITCHABLE"], report.sites
+    assert count_calls(module, checked_positions._opoverload) == 0
+    assert all(node.users for node in module.graph.nodes if node.target is torch.full)
+    (call,) = (node for node in module.graph.nodes if node.target is torch.ops.infllm.block_attention.default)
+    assert call.args[5].meta["example_value"].device.type == "cuda"
+    return taken, inputs
+
+
+@pytest.mark.parametrize("what", ["a number", "a tensor on the CPU"])
+def test_positions_that_the_host_knows_are_checked_for_cuda_caches_too(what, monkeypatch):
+    """Without a word to the device: the graph of checks makes CPU tensors only."""
+    taken, inputs = checks_of(
+        (lambda: 190) if what == "a number" else (lambda: torch.tensor(190)), monkeypatch, dynamic=True
+    )
+    made = [node.meta["example_value"] for node in taken.graph.nodes if node.op not in ("placeholder", "output")]
+    assert {value.device.type for value in made if isinstance(value, torch.Tensor)} == {"cpu"}
+
+    def real(value, first):
+        """An input like an example, the position replaced; other tensors are of sizes only."""
+        if isinstance(value, torch.SymInt):
+            return first if value.node.hint == 190 else value.node.hint
+        if value.dim() == 0:
+            return torch.tensor(first)
+        return torch.empty([getattr(getattr(n, "node", None), "hint", n) for n in value.shape], device="meta")
+
+    for first, fits in ((190, True), (197, True), (198, False), (-1, False)):
+        with contextlib.nullcontext() if fits else pytest.raises(CachePositionError, match="to get 3 tokens"):
+            taken(*(real(value, first) for value in inputs))
+
+
+def test_positions_on_a_device_are_not_read(monkeypatch):
+    taken, _ = checks_of(lambda: torch.tensor(190, device="cuda"), monkeypatch)
+    assert taken is None
 
 
 def test_cuda_sites_without_triton_say_what_to_install(monkeypatch):
