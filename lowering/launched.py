@@ -13,6 +13,8 @@ themselves, in the configurations that do without.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -150,24 +152,15 @@ def decode(
         fields = (state.k1, state.k2, state.filled, rows.lengths, rows.starts)
         out, lse = launched_decode_attention(q, k, v, *fields, key_mask, *numbers)
         return out, lse
-    return _decode(q, k, v, state, rows, key_mask, geometry, scale, dense_len, window)
+    fields = (q, k, v, state, rows, key_mask)
+    return _decode(*fields, geometry=geometry, scale=scale, dense_len=dense_len, window=window)
 
 
 def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: DecodeState,
-    rows: DecodeRows,
-    key_mask: Tensor | None,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    window: int | None,
+    q: Tensor, k: Tensor, v: Tensor, state: DecodeState, rows: DecodeRows, key_mask: Tensor | None, **numbers: Any
 ) -> tuple[Tensor, Tensor]:
-    common = {"geometry": geometry, "scale": scale, "dense_len": dense_len, "window": window}
-    blocks = decode_select(q, k, state, rows, **common)
-    return decode_attend(q, k, v, blocks, rows, key_mask, **common)
+    blocks = decode_select(q, k, state, rows, **numbers)
+    return decode_attend(q, k, v, blocks, rows, key_mask, **numbers)
 
 
 @torch.library.custom_op("infllm::launched_decode_attention", mutates_args=("k1", "k2", "filled"))
@@ -202,9 +195,9 @@ def launched_decode_attention(
     geometry = static_geometry(
         *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
     )
-    state, rows = DecodeState(k1, k2, filled), DecodeRows(lengths, starts)
+    fields = (q, k, v, DecodeState(k1, k2, filled), DecodeRows(lengths, starts), key_mask)
     with launching_at_once():
-        return _decode(q, k, v, state, rows, key_mask, geometry, scale, dense_len, window)
+        return _decode(*fields, geometry=geometry, scale=scale, dense_len=dense_len, window=window)
 
 
 @launched_decode_attention.register_fake
