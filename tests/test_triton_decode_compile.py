@@ -25,7 +25,8 @@ from infllm_pass.lowering import checks, launched
 from infllm_pass.lowering.decode import new_state
 from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
 
-from .cache_support import CONFIG, CachedAttention, GrowingAttention, caches, tokens
+from .cache_support import CachedAttention, GrowingAttention, caches, tokens
+from .test_tiled_checks import TILED
 from .test_triton_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead
@@ -223,7 +224,7 @@ def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
     recorder = Recorder()
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
     module = CachedAttention().float()
-    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), CONFIG)
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), TILED)
     keys, values = (cache.float() for cache in caches(3))
     with torch.no_grad(), pytest.raises(_Traced), config.patch({"triton.cudagraphs": graphs}):
         model(tokens(3, 1).float(), keys, values, torch.tensor(60), torch.ones(3, 96, dtype=torch.bool))
@@ -244,7 +245,7 @@ def test_a_rewritten_step_of_a_growing_cache_updates_its_state_in_place():
     recorder = Recorder()
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
     module = GrowingAttention().float()
-    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), CONFIG)
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend, fullgraph=True), TILED)
     keys, values = (cache.float() for cache in caches(3, 70))
     for cache in (keys, values):
         torch._dynamo.mark_dynamic(cache, 2)
