@@ -586,7 +586,7 @@ def test_slots_past_the_end_of_a_buffer_are_refused_also_where_attention_stays_d
         for first, count in ((96, 1), (-97, 1), (90, 10), (96, 3)):
             with (
                 unchanged(model, module.keys, module.values),
-                pytest.raises(CachePositionError, match="cache self.keys: "),
+                pytest.raises(CachePositionError, match=r"cache self\.keys: "),
             ):
                 model(tokens(1, count), torch.arange(count) + first)
         x = tokens(1, 1)
