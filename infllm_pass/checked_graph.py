@@ -2,15 +2,18 @@
 
 The rewriting leaves a check where a position is read. Compilers order operators by the data between them only, and
 would run it after the graph has written to its caches. So it is taken out of the graph, with the few operators that
-make the position, into a graph of its own that runs first. Where the position is a number, the graph is known not to
-fit when it is compiled.
+make the position, into a graph of its own that runs first. A graph without such checks, as where attention stays dense,
+gets checks of the slots that it writes to. Where the position is a number, the graph is known not to fit when it is
+compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from infllm_pass.errors import CachePositionError
@@ -94,9 +97,9 @@ def misfit_of(module: fx.GraphModule) -> Misfit | None:
 
 
 def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
-    """Take the checks of positions out of a graph.
+    """Take the checks of positions out of a graph; one that has none gets a check of the slots that it writes to.
 
-    A check of what the graph first has to compute by writing somewhere stays where it is.
+    What the graph first has to compute by writing somewhere is not checked before it runs.
 
     Args:
         module: the graph, changed in place.
@@ -108,37 +111,112 @@ def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
     graph = module.graph
     found = {node: _made_from_inputs(node) for node in graph.nodes if node.target is checked_positions._opoverload}
     taken = {check: makers for check, makers in found.items() if makers is not None}
-    if not taken:
-        return None
     needed = {node for makers in taken.values() for node in makers}
+    writes = [] if taken else list(_checkable_writes(graph))
+    needed.update(node for write in writes for node in write.makers)
+    if not needed and not writes:
+        return None
     needed.update([node for node in graph.nodes if node.op == "placeholder"][:inputs])
     checks = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node in needed:
             copies[node] = checks.node_copy(node, copies.__getitem__)
+    for write in writes:
+        tensors = copies[write.index], copies[write.target]
+        checks.call_function(check_slots, (*tensors, write.dim, write.wraps, write.cache))
     checks.output(None)
     for check in taken:
         check.replace_all_uses_with(check.args[0])
         graph.erase_node(check)
     for node in sorted(needed - taken.keys(), reverse=True):
-        if node.op != "placeholder" and not node.users:
+        if taken and node.op != "placeholder" and not node.users:
             graph.erase_node(node)
     module.recompile()
     return fx.GraphModule(module, checks)
 
 
-def _made_from_inputs(check: fx.Node) -> set[fx.Node] | None:
-    """The nodes that make what a check looks at, itself included; None if it cannot run before the graph."""
-    made: set[fx.Node] = set()
-    pending = [check]
+@dataclass(frozen=True)
+class _CheckableWrite:
+    """A write to a cache at slots that can be computed before the graph runs.
+
+    Attributes:
+        index: the slots.
+        target: the cache.
+        dim: the dimension of its slots.
+        wraps: whether negative slots count from the end.
+        cache: what the caller knows the cache by.
+        makers: the nodes that make the index and the target from inputs.
+    """
+
+    index: fx.Node
+    target: fx.Node
+    dim: int
+    wraps: bool
+    cache: str
+    makers: frozenset[fx.Node]
+
+
+def _checkable_writes(graph: fx.Graph) -> Iterator[_CheckableWrite]:
+    """The writes to inputs at slots that the host knows before the graph runs, the same slots once."""
+    owners = {storage(node): node for node in graph.nodes if node.op == "placeholder"}
+    seen = set()
+    for node in graph.nodes:
+        write = read_update(node)
+        owner = None if write is None else owners.get(storage(write.target))
+        if write is None or owner is None or example_of(owner).dim() < 4:
+            continue
+        makers = _made_from_inputs(write.target)
+        for dim, place in enumerate(write.entries):
+            index = example_of(place) if isinstance(place, fx.Node) else None
+            if makers is None or not isinstance(index, torch.Tensor):
+                continue
+            capacity = size(example_of(write.target).shape[dim])
+            if index.device.type != "cpu" or index.dtype not in _SLOTS or (place, capacity) in seen:
+                continue
+            made = _made_from_inputs(place)
+            if made is not None:
+                seen.add((place, capacity))
+                wraps = not any(name in str(node.target) for name in ("index_copy", "scatter"))
+                yield _CheckableWrite(place, write.target, dim, wraps, input_name(owner), frozenset(makers | made))
+
+
+_SLOTS = (torch.int64, torch.int32)
+
+
+def check_slots(index: torch.Tensor, cache: torch.Tensor, dim: int, wraps: bool, name: str) -> None:
+    """Refuse slots that a cache does not have.
+
+    Args:
+        index: integers on the CPU.
+        cache: the tensor that is written.
+        dim: the dimension of its slots.
+        wraps: whether negative slots count from the end.
+        name: what the caller knows the cache by.
+
+    Raises:
+        CachePositionError: a slot is outside.
+    """
+    if index.numel() == 0:
+        return
+    capacity = cache.shape[dim]
+    first, last = (int(bound) for bound in index.aminmax())
+    if first < (-capacity if wraps else 0) or last >= capacity:
+        raise CachePositionError(name, 0, first, last - first + 1, capacity)
+
+
+def _made_from_inputs(made: fx.Node) -> set[fx.Node] | None:
+    """The nodes that make a value, its own included; None if they cannot run before the graph."""
+    found: set[fx.Node] = set()
+    pending = [made]
     while pending:
         node = pending.pop()
-        if node in made or node.op == "placeholder":
+        if node in found or node.op == "placeholder":
             continue
-        if node is not check and not pure(node):
+        if node.target is not checked_positions._opoverload and not pure(node):
             return None
-        made.add(node)
+        found.add(node)
         pending.extend(node.all_input_nodes)
-    earlier = (node for node in check.graph.nodes if node < check)
-    return None if any(written_arguments(node) for node in earlier) else made
+    last = max(found, default=None)
+    earlier = (node for node in made.graph.nodes if last is not None and node < last)
+    return None if any(written_arguments(node) for node in earlier) else found

@@ -94,12 +94,14 @@ class MaskOperands:
         """Where the queries of a cache's rows begin; if the host knows it, a graph of Dynamo checks that they fit."""
         offsets = self.position(mask.causal_offset, mask.offset_leaves, site)
         tokens, capacity = (self._input_size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
-        if "example_value" not in site.node.meta or tokens is None or capacity is None:
+        offset: sympy.Expr = mask.causal_offset
+        wrapped = offset.has(sympy.Mod)  # into the cache, whatever the position
+        if "example_value" not in site.node.meta or tokens is None or capacity is None or wrapped:
             return offsets
         if (offsets, tokens, capacity) not in self._checked:
             with self._emitter.graph.inserting_before(offsets.next):
                 self._checked[offsets, tokens, capacity] = offsets
-                host = self._on_host(offsets, self._numbers[mask.causal_offset], site)
+                host = self._on_host(offsets, self._numbers[offset], site)
                 if host is not None:
                     sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
                     name = self._name_of(site.key_heads.node)

@@ -588,6 +588,27 @@ def test_caches_and_mask_in_buffers():
     assert (prompt.reason, step.reason, step.cache_state) == ("UNPROVEN_MASK", "SWITCHABLE", "carried")
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_slots_past_the_end_of_a_buffer_are_refused_also_where_attention_stays_dense(backend):
+    """The step is switchable, the prompt is not; negative slots count from the end, as ever."""
+    module = BufferedCache()
+    model = infllm_pass.sparsify(torch.compile(module, backend=backend), CONFIG)
+    with torch.no_grad():
+        model(tokens(1, 60), torch.arange(60))
+        model(tokens(1, 1), torch.tensor([60]))
+        for first, count in ((96, 1), (-97, 1), (90, 10), (96, 3)):
+            with (
+                unchanged(model, module.keys, module.values),
+                pytest.raises(CachePositionError, match=r"cache self\.keys: "),
+            ):
+                model(tokens(1, count), torch.arange(count) + first)
+        x = tokens(1, 1)
+        out = model(x, torch.tensor([-1]))
+        assert relative_error(out, expected(module, x, module.keys, module.values, 95)) < 1e-12
+    prompt, step = infllm_pass.report(model).sites[:2]
+    assert (prompt.reason, step.reason) == ("UNPROVEN_MASK", "SWITCHABLE")
+
+
 class TestTransformers:
     """A tiny Llama with the caches of transformers.
 
