@@ -208,8 +208,8 @@ def case(name: str, **sizes):
         case("blocks of 128", block_size=128, length_q=5, length_k=1030),
         case("shared by 16 queries", query_block=16, length_q=100),
         case("dense", sparse=False, group=16, length_q=21),
-        case("dense window", window=23, sparse=False, length_q=50),
-        case("dense by length, window", window=23, dense_len=134, length_q=50),
+        case("dense window", window=18, sparse=False, length_q=50),
+        case("dense by length, window", window=18, dense_len=134, length_q=50),
         case("window of one key", window=1),
         case("one query", length_q=1),
         case("one key", length_q=1, length_k=1),
@@ -238,25 +238,25 @@ def test_queries_in_registers(case, monkeypatch):
 
 @pytest.mark.parametrize(("dense_len", "holes"), [(60, False), (0, True)], ids=["short rows dense", "holes"])
 def test_padded_rows(dense_len, holes):
-    case = Case(batch=4, length_q=97, length_k=117, dense_len=dense_len)
+    case = Case(batch=5, length_q=97, length_k=117, dense_len=dense_len)
     offset = case.length_k - case.length_q
-    bounds = [(0, 117), (31, 117), (9, 53), (40, 40)]
-    key_mask = torch.zeros(4, 117, dtype=torch.bool, device=DEVICE)
+    bounds = [(0, 117), (31, 117), (9, 53), (60, 69), (40, 40)]
+    key_mask = torch.zeros(5, 117, dtype=torch.bool, device=DEVICE)
     sequences = []
     for row, (first, end) in enumerate(bounds):
         key_mask[row, first:end] = True
         queries = slice(max(first - offset, 0), max(end - offset, 0))
         sequences.append(Sequence(row, slice(first, end), queries, offset + queries.start - first))
     if holes:
-        key_mask &= torch.rand(4, 117, device=DEVICE) < 0.8
-        for row, (first, end) in enumerate(bounds[:3]):
+        key_mask &= torch.rand(5, 117, device=DEVICE) < 0.8
+        for row, (first, end) in enumerate(bounds[:4]):
             key_mask[row, [first, end - 1]] = True
     inputs = case.inputs()
     for tensor in inputs[1:]:
         tensor[1, :, :31] = float("nan")
         tensor[2, :, 53:] = float("nan")
     plan = case.plan(offset, key_bounds=torch.tensor(bounds, dtype=torch.int32, device=DEVICE))
-    check(case, plan, sequences[:3], key_mask=key_mask if holes else None, inputs=inputs)
+    check(case, plan, sequences[:4], key_mask=key_mask if holes else None, inputs=inputs)
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])

@@ -218,12 +218,12 @@ def test_window(window, selecting):
     check((4, 1), 100, 100, window=window, selecting=selecting)
 
 
-@pytest.mark.parametrize(("query_block", "window"), [(4, None), (32, None), (24, 45)])
+@pytest.mark.parametrize(("query_block", "window"), [(4, None), (40, None), (24, 45)])
 def test_queries_that_share_a_selection(query_block, window):
     geometry = BlockGeometry(
         kernel_size=8, kernel_stride=4, block_size=16, local_blocks=1, selected_blocks=4, query_block=query_block
     )
-    check((4, 1), 120, 120, geometry=geometry, window=window)
+    check((4, 2), 150, 150, geometry=geometry, window=window)
 
 
 def test_offset_on_the_device():

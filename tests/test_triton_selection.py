@@ -53,7 +53,7 @@ def check(
     """Compare with the oracle; `level`: keys are zero, so that all scores of a query are equal."""
     geometry = BlockGeometry(**{**SMALL, **sizes})
     queries = length if queries is None else queries
-    q = torch.randn(batch, group * heads, queries, dim, device=DEVICE)
+    q = 3 * torch.randn(batch, group * heads, queries, dim, device=DEVICE)  # so that a missing window is noticed
     k = torch.randn(batch, heads, length, dim, device=DEVICE) * (not level)
     offset = length - queries
     key_bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
