@@ -20,6 +20,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__FMA__)
@@ -188,29 +189,46 @@ class Columns {
   std::vector<float> numbers_;
 };
 
-// Means of the complete windows of a sequence, rounded to the type of the keys.
-template <typename T>
-Columns pooled(const T* keys, int64_t stride, int64_t length, int64_t dim, int64_t size, int64_t step) {
-  const int64_t count = length < size ? 0 : (length - size) / step + 1;
-  Columns means(count, dim);
-  std::vector<float> parts((count + size / step) * dim);  // sums of `step` keys
-  for (int64_t part = 0; part < (count ? count + size / step - 1 : 0); part++)
-    for (int64_t token = part * step; token < (part + 1) * step; token++)
-      for (int64_t feature = 0; feature < dim; feature++)
-        parts[part * dim + feature] += static_cast<float>(keys[token * stride + feature]);
-  for (int64_t window = 0; window < count; window++)
-    for (int64_t feature = 0; feature < dim; feature++) {
-      float total = 0.0f;
-      for (int64_t part = window; part < window + size / step; part++)
-        total += parts[part * dim + feature];
-      means.at(window, feature) = static_cast<float>(static_cast<T>(total * (1.0f / size)));
-    }
-  return means;
-}
-
 // Windows of `size` keys, `step` apart, that end at or before a position.
 inline int64_t windows_up_to(int64_t position, int64_t size, int64_t step) {
   return position + 1 < size ? 0 : (position + 1 - size) / step + 1;
+}
+
+// Adds numbers to others. Inductor compiles with -fno-tree-loop-vectorize.
+template <typename T>
+inline void add(float* to, const T* from, int64_t count) {
+  int64_t at = 0;
+  if constexpr (std::is_same_v<T, float>)
+    for (; at + LANES <= count; at += LANES)
+      store(to + at, load(to + at) + load(from + at));
+  for (; at < count; at++)
+    to[at] += static_cast<float>(from[at]);
+}
+
+// Sums of `step` adjacent keys, [length / step][dim].
+template <typename T>
+std::vector<float> sums_of_steps(const T* keys, int64_t stride, int64_t length, int64_t dim, int64_t step) {
+  const int64_t count = length / step;
+  std::vector<float> sums(count * dim);
+  for (int64_t key = 0; key < count * step; key++)
+    add(sums.data() + key / step * dim, keys + key * stride, dim);
+  return sums;
+}
+
+// Means of `count` windows, rounded to the type T of the keys, from sums of steps: a window is `steps` of them and begins
+// `apart` after the one before.
+template <typename T>
+Columns means(const std::vector<float>& sums, int64_t dim, int64_t count, int64_t steps, int64_t apart, int64_t size) {
+  Columns result(count, dim);
+  std::vector<float> total(dim);
+  for (int64_t window = 0; window < count; window++) {
+    std::fill(total.begin(), total.end(), 0.0f);
+    for (int64_t step = window * apart; step < window * apart + steps; step++)
+      add(total.data(), sums.data() + step * dim, dim);
+    for (int64_t feature = 0; feature < dim; feature++)
+      result.at(window, feature) = static_cast<float>(static_cast<T>(total[feature] * (1.0f / size)));
+  }
+  return result;
 }
 
 // What all chunks of one key/value head read.
@@ -220,8 +238,20 @@ struct Head {
   const bool* valid;   // of the sequence's keys, or null
   Sequence sequence;
   bool sparse;
-  std::unique_ptr<Columns> fine, norm;  // K1, and the keys of the scores' normaliser if these are others
+  std::unique_ptr<Columns> fine, norm;  // K1 and, unless the normaliser of scores is exact, K2
 };
+
+template <typename T>
+void compress(const Call& call, Head<T>& head) {
+  const int64_t size = call.kernel_size, step = call.kernel_stride, last = head.sequence.length - 1;
+  const std::vector<float> sums = sums_of_steps(head.k, call.stride_k[2], head.sequence.length, call.dim, step);
+  head.fine.reset(new Columns(means<T>(sums, call.dim, windows_up_to(last, size, step), size / step, 1, size)));
+  if (call.exact)
+    return;
+  const int64_t count = windows_up_to(last, COARSE_FACTOR * size, COARSE_FACTOR * step);
+  head.norm.reset(new Columns(
+      means<T>(sums, call.dim, count, COARSE_FACTOR * size / step, COARSE_FACTOR, COARSE_FACTOR * size)));
+}
 
 // One task: a thread keeps its scratch from one to the next.
 template <typename T>
@@ -586,11 +616,7 @@ void switchable_attention(
     head.sparse = sequence.length >= call.dense_len;
     if (sequence.begin >= sequence.end || !head.sparse || sequence.length <= call.selected_blocks * call.block_size)
       continue;  // nothing is chosen by score
-    const int64_t size = call.kernel_size, step = call.kernel_stride;
-    head.fine.reset(new Columns(pooled(head.k, call.stride_k[2], sequence.length, call.dim, size, step)));
-    if (!call.exact)
-      head.norm.reset(new Columns(pooled(
-          head.k, call.stride_k[2], sequence.length, call.dim, COARSE_FACTOR * size, COARSE_FACTOR * step)));
+    compress(call, head);
   }
   const int64_t tokens = Chunk<T>::chunk_tokens(call);
   const int64_t chunks = ceil_div(call.length_q + call.query_block - 1, tokens);

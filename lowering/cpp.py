@@ -67,13 +67,12 @@ class SwitchableAttention(ir.ExternKernelOut):
 
     def codegen(self, wrapper: Any) -> None:
         """Write the call, and the kernel in front of the first one."""
-        pointers = [_pointer(wrapper, tensor) for tensor in self.inputs]
-        more = self.inputs[3:]
-        mask = pointers[3] if self.masked else "nullptr"
+        q, k, v, *more = (_pointer(wrapper, tensor) for tensor in self.inputs)
+        mask = more.pop(0) if self.masked else "nullptr"
         count, offsets, index = "0", "nullptr", torch.int64
-        if len(more) > self.masked:
-            index = more[-1].get_dtype()
-            count, offsets = wrapper.codegen_sizevar(more[-1].get_size()[0]), pointers[-1]
+        if more:
+            (offsets,), tensor = more, self.inputs[-1]
+            count, index = wrapper.codegen_sizevar(tensor.get_size()[0]), tensor.get_dtype()
         name = kernel_name(wrapper, self.get_dtype(), index)
         sizes = (tensor.get_size() for tensor in self.inputs[:3])
         strides = (tensor.get_stride() for tensor in self.inputs[:3])
@@ -81,11 +80,10 @@ class SwitchableAttention(ir.ExternKernelOut):
             wrapper.codegen_sizevar(sympy.sympify(number))
             for number in call_numbers(*sizes, *strides, self.offset, self.fixed)
         )
-        wrapper.writeline(f"const int64_t {self.get_name()}_call[] = {{{numbers}}};")
-        out = _pointer(wrapper, self)
-        wrapper.writeline(
-            f"{name}({self.get_name()}_call, {self.scale!r}, {', '.join(pointers[:3])}, {mask}, {offsets}, {count}, {out});"
-        )
+        call, out = f"{self.get_name()}_call", _pointer(wrapper, self)
+        wrapper.writeline(f"const int64_t {call}[] = {{{numbers}}};")
+        arguments = (call, repr(self.scale), q, k, v, mask, offsets, count, out)
+        wrapper.writeline(f"{name}({', '.join(arguments)});")
 
 
 def call_numbers(
