@@ -28,6 +28,7 @@
 #endif
 
 namespace infllm {
+namespace {  // of the library that it is compiled into: another in the process may be for another processor
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, COLUMNS = 4;
@@ -641,6 +642,7 @@ void switchable_attention(
   }
 }
 
+}  // namespace
 }  // namespace infllm
 
 #endif  // INFLLM_SWITCHABLE_ATTENTION_H

@@ -137,10 +137,11 @@ class Gated(nn.Module):
         place = torch.arange(x.shape[1])
         seen = (place <= place[:, None]) & valid[:, None, None]  # [B, 1, L, L]
         for layer, out in zip(self.layers, self.out, strict=True):
-            parts = layer(x).split((48, 16, 24, 72), dim=2)
-            q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part, heads in zip(parts, (6, 2, 2)))
+            *parts, gate = layer(x).split((48, 16, 24, 72), dim=2)
+            each = zip(parts, (6, 2, 2), strict=True)
+            q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part, heads in each)
             y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-            x = x + out(y.transpose(1, 2).flatten(2) * parts[3].sigmoid())
+            x = x + out(y.transpose(1, 2).flatten(2) * gate.sigmoid())
         return x
 
 

@@ -24,20 +24,26 @@ VARIANTS = {
     "odd blocks": replace(SMALL, kernel_size=6, kernel_stride=3, block_size=21, window_size=21, topk=2, query_block=3),
 }
 
-TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
-
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 @pytest.fixture(scope="module")
 def kernels():
     """The kernel for each pair of a dtype and one of offsets."""
+    return built([(dtype, index) for dtype in cpp.DTYPES for index in cpp.INDEX_DTYPES])
+
+
+def built(types, missing=()):
+    """The kernels for pairs of dtypes, as Inductor compiles them, for a processor without some instructions."""
     from torch._inductor.codecache import CppCodeCache
 
     wrapper = Wrapper()
-    names = {(dtype, index): cpp.kernel_name(wrapper, dtype, index) for dtype in TYPES for index in cpp.INDEX_DTYPES}
-    library = CppCodeCache.load("\n".join(wrapper.src_to_kernel))
-    return {key: getattr(library, name) for key, name in names.items()}
+    names = {each: cpp.kernel_name(wrapper, *each) for each in types}
+    guard = "#ifndef INFLLM_SWITCHABLE_ATTENTION_H\n"
+    source = "\n".join(wrapper.src_to_kernel)
+    assert guard in source
+    library = CppCodeCache.load(source.replace(guard, "".join(f"#undef {name}\n" for name in missing) + guard))
+    return {each: getattr(library, name) for each, name in names.items()}
 
 
 class Wrapper:
@@ -100,6 +106,15 @@ def tensors(length_q, length_k, dtype=torch.float32, dim=8, dim_v=12):
 def test_lengths(kernels, name, length_q, length_k):
     q, k, v = tensors(length_q, length_k)
     assert relative_error(run(kernels, VARIANTS[name], q, k, v), expect(VARIANTS[name], q, k, v)) <= 1e-5
+
+
+@pytest.mark.parametrize("missing", [["__AVX512F__"], ["__AVX512F__", "__FMA__", "__AVX__"]], ids=["AVX2", "SSE"])
+def test_narrower_vectors(missing):
+    kernels = built([(torch.float32, torch.int64)], missing)
+    for name, config in VARIANTS.items():
+        q, k, v = tensors(433, 433, dim_v=65)
+        error = relative_error(run(kernels, config, q, k, v), expect(config, q, k, v))
+        assert error <= 1e-5, name
 
 
 @pytest.mark.parametrize("group", [1, 7, 16])
