@@ -603,6 +603,8 @@ void switchable_attention(
     T* out) {
   const int64_t group = call.heads_q / call.heads, heads = call.batch * call.heads;
   const int64_t row_size = call.heads_q * call.dim_v;
+  if (heads == 0 || call.length_q == 0)
+    return;
   std::vector<Head<T>> all_heads(heads);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t number = 0; number < heads; number++) {

@@ -136,6 +136,12 @@ def test_padding_and_windows(kernels, name, window):
     assert relative_error(got, expected) <= 1e-5
 
 
+@pytest.mark.parametrize(("batch", "length_q", "length_k"), [(0, 5, 5), (2, 0, 0), (2, 0, 90), (2, 5, 0)])
+def test_nothing_to_attend_to(kernels, batch, length_q, length_k):
+    q, k, v = (x[:batch] for x in tensors(length_q, length_k))
+    assert not run(kernels, SMALL, q, k, v, offset=0).any()
+
+
 def test_rows_without_a_key(kernels):
     q, k, v = tensors(70, 70)
     key_mask = torch.zeros(2, 70, dtype=torch.bool)
