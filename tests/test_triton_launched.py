@@ -1,0 +1,61 @@
+"""Stages that compiled graphs call as operators: the results are the kernels' own, and opcheck has no objection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from infllm_pass.kernels.attention import attention_forward
+from infllm_pass.kernels.compression import compress_keys
+from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.planning import plan_tiles
+from infllm_pass.kernels.selection import select_tiles
+from infllm_pass.kernels.tiles import TileShape
+from infllm_pass.lowering import launched
+from infllm_pass.lowering.decode import new_state
+from infllm_pass.lowering.operators import selection_arguments
+
+from .triton_device import DEVICE, arrange
+
+GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
+SCALE = 0.3
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_the_attention_stage(sparse):
+    q, k, v = (torch.randn(1, heads, 101, 16, device=DEVICE) for heads in (4, 2, 2))
+    plan = plan_tiles(TileShape.choose(2), batch=1, length_q=101, length_k=101, block_size=16, device=DEVICE, offset=0)
+    numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 0}
+    lists = None
+    if sparse:
+        compressed = compress_keys(k, plan, geometry=GEOMETRY)
+        lists = select_tiles(q, *compressed, plan, **numbers, length_k=101)
+    selection = (lists.blocks, lists.tokens, lists.counts) if lists is not None else (None, None, None)
+    given = (q, k, v, *selection, plan.sequences, plan.panels, None, plan.packed, None, SCALE, 0, True)
+    given = (*given, *selection_arguments(GEOMETRY))
+    expected = attention_forward(q, k, v, lists, plan, **numbers, every_query=True)
+    for mine, other in zip(launched.attend_tiles(*given), expected, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.stride() == other.stride()
+    torch.library.opcheck(launched.attend_tiles, given)
+
+
+def test_the_decode_step():
+    """The operator also writes the state."""
+    q, k, v = (torch.randn(2, heads, size, 16, device=DEVICE) for heads, size in ((4, 1), (2, 120), (2, 120)))
+    lengths, starts = torch.tensor([110, 70], device=DEVICE), torch.tensor([3, 0], device=DEVICE)
+    numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 80, "window": None}
+    states = [[tensor.zero_() for tensor in new_state(k, GEOMETRY)] for _ in range(2)]
+    rows = DecodeRows(lengths, starts)
+    expected = launched._decode(q, k, v, DecodeState(*states[0]), rows, None, **numbers)
+    given = (q, k, v, *states[1], lengths, starts, None, None, SCALE, 80, *selection_arguments(GEOMETRY))
+    results = launched.launched_decode_attention(*given)
+    for mine, other in zip((*results, *states[1]), (*expected, *states[0]), strict=True):
+        assert torch.equal(mine, other)
+        assert mine.stride() == other.stride()
+    assert states[1][2].tolist() == [107, 70]
+    torch.library.opcheck(launched.launched_decode_attention, given)
+
+
+arrange(globals())
