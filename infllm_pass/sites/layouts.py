@@ -55,11 +55,13 @@ class Returned:
         place: number of the output.
         output: the output.
         index: where the node holds the element of the output at ``(axis(0), axis(1), …)``.
+        overwritten: whether the graph writes to the node, to the output or to anything between the two.
     """
 
     place: int
     output: fx.Node
     index: Index
+    overwritten: bool
 
 
 class Layouts:
@@ -221,9 +223,10 @@ class Layouts:
         (outputs,) = self.facts.graph.output_node().args
         for place, output in enumerate(outputs if isinstance(outputs, (list, tuple)) else ()):
             if self.is_tensor(output):
-                index = tuple(axis(dim) for dim in range(self.example(output).dim()))
+                index, overwritten = tuple(axis(dim) for dim in range(self.example(output).dim())), False
                 for reading, _ in self.readings(output, index, scaled=False):
-                    found.setdefault(reading.node, []).append(Returned(place, output, reading.index))
+                    overwritten = overwritten or self.facts.is_overwritten(reading.node)
+                    found.setdefault(reading.node, []).append(Returned(place, output, reading.index, overwritten))
         return found
 
     def _is_held(self, node: fx.Node) -> bool:
