@@ -175,9 +175,13 @@ class Layouts:
                     moved, factor = reading.index, number
             if moved is None or not isinstance(source, fx.Node) or not self.is_tensor(source):
                 return
-            if self.gradients(reading.node) != self.gradients(node):
+            if self.gradients(reading.node) != self.gradients(node) or self._is_changed_copy(reading.node, source):
                 return
             reading, reader = Reading(source, moved, reading.factor * factor), reading.node
+
+    def _is_changed_copy(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a node has memory of its own, not that of its source, and anything writes to it."""
+        return storage(node) != storage(source) and self.facts.is_overwritten(node)
 
     def scaling(self, kind: Kind, args: dict[str, Any]) -> tuple[fx.Node | None, float | None]:
         """For a product or quotient of a tensor and a number, the tensor and what it is multiplied with."""
