@@ -78,8 +78,7 @@ def _continuation(
     """
     if len(earlier) != 1:
         return "its keys are put together of more than earlier and new ones"
-    grown, sources = keys[-1], _sources(layouts, earlier[0])
-    past = sources[-1]
+    grown, past = keys[-1], _source(layouts, earlier[0])
     counting = [dim for dim, part in enumerate(past.index) if part == axis(along)]
     total = layouts.shape(grown.node)[along]
     if len(counting) != 1 or not same(layouts.shape(past.node)[counting[0]] + appended, total):
@@ -91,15 +90,16 @@ def _continuation(
     ]
     if not kept:
         return "the graph does not return its keys as it takes them"
-    if kept[0].overwritten or any(layouts.facts.is_overwritten(reading.node) for reading in (*keys, *sources)):
+    if any(layouts.facts.is_overwritten(reading.node) for reading in (*keys, past)):
         return "the graph writes to its keys"
     meant = (simplify(part.xreplace(roles.meaning), roles.extents) for part in grown.index)
     return Continuation(past.node, kept[0].place, counting[0], tuple(map(str, (*past.index, *meant))))
 
 
-def _sources(layouts: Layouts, node: fx.Node) -> list[Reading]:
-    """A tensor and what it is a view, copy or wider form of, and where each holds its elements, nearest first."""
-    return [reading for reading, _ in layouts.readings(node, _places(layouts, node), scaled=False)]
+def _source(layouts: Layouts, node: fx.Node) -> Reading:
+    """What a tensor is a view, copy or wider form of, and where that holds each of its elements."""
+    *_, (end, _) = layouts.readings(node, _places(layouts, node), scaled=False)
+    return end
 
 
 def _continues(returned: Index, past: Index, shape: tuple[sympy.Expr, ...]) -> bool:
@@ -127,7 +127,7 @@ def _places(layouts: Layouts, node: fx.Node) -> tuple[sympy.Expr, ...]:
 
 def _is_input(layouts: Layouts, node: fx.Node) -> bool:
     """Whether a tensor is an input of the whole graph, or a view, copy or wider form of one."""
-    end = _sources(layouts, node)[-1].node
+    end = _source(layouts, node).node
     return end.op == "placeholder" and end not in layouts.facts.bindings
 
 

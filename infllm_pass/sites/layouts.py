@@ -53,15 +53,11 @@ class Returned:
 
     Attributes:
         place: number of the output.
-        output: the output.
         index: where the node holds the element of the output at ``(axis(0), axis(1), …)``.
-        overwritten: whether the graph writes to the node, to the output or to anything between the two.
     """
 
     place: int
-    output: fx.Node
     index: Index
-    overwritten: bool
 
 
 class Layouts:
@@ -227,10 +223,9 @@ class Layouts:
         (outputs,) = self.facts.graph.output_node().args
         for place, output in enumerate(outputs if isinstance(outputs, (list, tuple)) else ()):
             if self.is_tensor(output):
-                index, overwritten = tuple(axis(dim) for dim in range(self.example(output).dim())), False
+                index = tuple(axis(dim) for dim in range(self.example(output).dim()))
                 for reading, _ in self.readings(output, index, scaled=False):
-                    overwritten = overwritten or self.facts.is_overwritten(reading.node)
-                    found.setdefault(reading.node, []).append(Returned(place, output, reading.index, overwritten))
+                    found.setdefault(reading.node, []).append(Returned(place, reading.index))
         return found
 
     def _is_held(self, node: fx.Node) -> bool:
