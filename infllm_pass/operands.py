@@ -72,10 +72,9 @@ class MaskOperands:
         """The number of keys, of which the queries are the last, as a tensor ``[1]``."""
         count = size(site.shape(site.key_heads)[2])
         if count not in self._lengths:
-            device = site.key.example.device
-            self._lengths[count] = self._call(
-                site, torch.full, [1], self._extents(site)[1], dtype=torch.int64, device=device
-            )
+            key, device = self._emitter.operand(site.node, site.key_heads, site.query), site.key.example.device
+            number = self._emitter.size(site.node, key, 2)
+            self._lengths[count] = self._call(site, torch.full, [1], number, dtype=torch.int64, device=device)
         return self._lengths[count]
 
     def key_mask(self, conditions: tuple[KeyCondition, ...], site: AttentionSite) -> fx.Node | None:

@@ -357,6 +357,33 @@ class WrittenTo(GrowingAttention):
         return out, returned, values
 
 
+class WrittenToBetween(GrowingAttention):
+    """The graph returns a copy of a copy that it wrote to in between."""
+
+    def forward(self, x, keys, values):
+        out, keys, values = super().forward(x, keys, values)
+        between = keys.clone()
+        between[:, :, 2] = 0
+        return out, between.clone(), values
+
+
+class WrittenToAfter(GrowingAttention):
+    """The graph writes to the keys that it attended to."""
+
+    def forward(self, x, keys, values):
+        out, keys, values = super().forward(x, keys, values)
+        keys[:, :, 2] = 0
+        return out, keys, values
+
+
+class WrittenToBefore(GrowingAttention):
+    """The graph writes to the keys that it was given, before it continues them."""
+
+    def forward(self, x, keys, values):
+        keys[:, :, 2] = 0
+        return super().forward(x, keys, values)
+
+
 def oracle_of(module, x, keys, values):
     """The oracle over what the module attends to, whatever it returns."""
     with oracle_attention(CONFIG):
@@ -384,7 +411,10 @@ UNKNOWN = {
     Internal: "the graph does not return its keys as it takes them",
     PartOfThem: "it reads a part of the earlier keys",
     LearnedBefore: "its keys are put together of more than earlier and new ones",
-    WrittenTo: "the graph writes to its keys",
+    WrittenTo: "the graph does not return its keys as it takes them",
+    WrittenToBetween: "the graph does not return its keys as it takes them",
+    WrittenToAfter: "the graph writes to its keys",
+    WrittenToBefore: "the graph writes to its keys",
 }
 
 

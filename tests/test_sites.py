@@ -256,3 +256,28 @@ def test_views_that_rely_on_the_strides_of_fused_attention_stay_valid(dynamic):
     actual = torch.compile(function, backend=backend, dynamic=dynamic)(q, k, v)
     assert [row.branch for row in rows] == ["sparse"]
     assert relative_error(actual, expected) < 1e-5
+
+
+def zeroed(x):
+    x[:, :, 2] = 0
+    return x
+
+
+COPIES = {
+    "repeated keys": lambda q, k, v: (q, zeroed(k.repeat_interleave(3, 1)), v.repeat_interleave(3, 1)),
+    "repeated values": lambda q, k, v: (q, k.repeat_interleave(3, 1), zeroed(v.repeat_interleave(3, 1))),
+    "copied queries": lambda q, k, v: (zeroed(q.clone()).mT.mT, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)),
+    "copied keys, repeated": lambda q, k, v: (q, *(zeroed(part.clone()).repeat_interleave(3, 1) for part in (k, v))),
+}
+
+
+@pytest.mark.parametrize("copies", COPIES.values(), ids=COPIES)
+def test_a_copy_that_is_written_to_is_not_what_it_was_copied_from(copies):
+    def function(q, k, v):
+        return sdpa(*copies(q, k, v), is_causal=True)
+
+    q, k, v = (part.double() for part in qkv(length=20))
+    module = capture(function, q, k, v)
+    (site,) = run_pass(module, ALWAYS_SPARSE).sites
+    assert site.decision == "switchable"
+    assert relative_error(call(module, q=q, k=k, v=v), function(q, k, v)) < 1e-12

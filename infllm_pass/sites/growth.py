@@ -54,26 +54,31 @@ def growth_of(
     appended = layouts.shape(last)[along[0]]
     continuation: Continuation | str = "its keys are scaled after they are put together"
     if chosen.factor == end.factor:
-        continuation = _continuation(layouts, end, roles, earlier, along[0], appended)
+        continuation = _continuation(layouts, keys, roles, earlier, along[0], appended)
     return Growth(appended, _is_trimmed(layouts, end.node, along[0]), continuation)
 
 
 def _continuation(
-    layouts: Layouts, grown: Reading, roles: Roles, earlier: Sequence[fx.Node], along: int, appended: sympy.Expr
+    layouts: Layouts,
+    keys: Sequence[Reading],
+    roles: Roles,
+    earlier: Sequence[fx.Node],
+    along: int,
+    appended: sympy.Expr,
 ) -> Continuation | str:
     """How the next call gets the keys of a concatenation; a text says what keeps that from being known.
 
     Args:
         layouts: the graph's layout operators.
-        grown: the reading of the concatenation.
-        roles: what its index means.
+        keys: readings of one key, from the product to the concatenation.
+        roles: what their indices mean.
         earlier: the parts before the last.
         along: the dimension that the parts are put together in.
         appended: length of the last part.
     """
     if len(earlier) != 1:
         return "its keys are put together of more than earlier and new ones"
-    past = _source(layouts, earlier[0])
+    grown, past = keys[-1], _source(layouts, earlier[0])
     counting = [dim for dim, part in enumerate(past.index) if part == axis(along)]
     total = layouts.shape(grown.node)[along]
     if len(counting) != 1 or not same(layouts.shape(past.node)[counting[0]] + appended, total):
@@ -85,11 +90,10 @@ def _continuation(
     ]
     if not kept:
         return "the graph does not return its keys as it takes them"
-    place, output = kept[0].place, kept[0].output
-    if any(layouts.facts.is_overwritten(node) for node in (past.node, grown.node, output)):
+    if any(layouts.facts.is_overwritten(reading.node) for reading in (*keys, past)):
         return "the graph writes to its keys"
     meant = (simplify(part.xreplace(roles.meaning), roles.extents) for part in grown.index)
-    return Continuation(past.node, place, counting[0], tuple(map(str, (*past.index, *meant))))
+    return Continuation(past.node, kept[0].place, counting[0], tuple(map(str, (*past.index, *meant))))
 
 
 def _source(layouts: Layouts, node: fx.Node) -> Reading:

@@ -53,12 +53,10 @@ class Returned:
 
     Attributes:
         place: number of the output.
-        output: the output.
         index: where the node holds the element of the output at ``(axis(0), axis(1), …)``.
     """
 
     place: int
-    output: fx.Node
     index: Index
 
 
@@ -173,9 +171,13 @@ class Layouts:
                     moved, factor = reading.index, number
             if moved is None or not isinstance(source, fx.Node) or not self.is_tensor(source):
                 return
-            if self.gradients(reading.node) != self.gradients(node):
+            if self.gradients(reading.node) != self.gradients(node) or self._is_changed_copy(reading.node, source):
                 return
             reading, reader = Reading(source, moved, reading.factor * factor), reading.node
+
+    def _is_changed_copy(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a node has memory of its own, not that of its source, and anything writes to it."""
+        return storage(node) != storage(source) and self.facts.is_overwritten(node)
 
     def scaling(self, kind: Kind, args: dict[str, Any]) -> tuple[fx.Node | None, float | None]:
         """For a product or quotient of a tensor and a number, the tensor and what it is multiplied with."""
@@ -223,7 +225,7 @@ class Layouts:
             if self.is_tensor(output):
                 index = tuple(axis(dim) for dim in range(self.example(output).dim()))
                 for reading, _ in self.readings(output, index, scaled=False):
-                    found.setdefault(reading.node, []).append(Returned(place, output, reading.index))
+                    found.setdefault(reading.node, []).append(Returned(place, reading.index))
         return found
 
     def _is_held(self, node: fx.Node) -> bool:
