@@ -1,13 +1,19 @@
 """A packaged model against the compiled one: the model of `model.py` as a ``.pt2`` of AOTInductor, bfloat16.
 
-Prefill of one sequence, of embeddings of independent tokens, with 96 visited blocks:
-``sparsify(torch.compile(model))``, the same with ``dynamic=True``, and the package, which is made once and serves all
-lengths. ``ratio`` is to the first. Times are medians by CUDA events. Results are written after every row.
+Prefill of one sequence of random tokens with 96 visited blocks: ``sparsify(torch.compile(model))``, the same with
+``dynamic=True``, and the package, which is made once and serves all lengths. ``ratio`` is to the first, and so is
+``error``, the relative difference of the logits. Times are medians by CUDA events. At last the program of
+``examples/cpp`` is built and runs the package without Python: ``ready_s`` is the time of its whole process, ``error``
+that of the last token's logits. Results are written after every row.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +34,7 @@ from _gpu import (
     results_path,
     show,
 )
-from model import LLAMA_3_8B, build, synchronize
+from model import LLAMA_3_8B, build
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -38,25 +44,27 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig
 
 SIZES = {**LLAMA_3_8B, "vocab_size": 1024}
-"""Embeddings are given, so that the table of them would only make the file larger."""
+"""Tables of more words would only make the file larger."""
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "cpp"
 
 LENGTHS = (4096, 32768)
-VARIANTS = ("compiled", "compiled_dynamic", "package")
-COLUMNS = {"ms": "ms", "ratio": "of compiled", "error": "difference", "ready_s": "ready after s"}
+VARIANTS = ("compiled", "compiled_dynamic", "package", "cpp")
+COLUMNS = {"ms": "ms", "ratio": "of compiled", "error": "difference", "ready_s": "ready after s", "note": "note"}
 FORMATS = {"ratio": ".3f", "error": ".1e", "ready_s": ".1f"}
 
 
-class States(nn.Module):
-    """The last hidden states ``[B, L, hidden]`` as a function of embeddings of that shape."""
+class Logits(nn.Module):
+    """Logits ``[B, L, vocabulary]`` as a function of token ids ``[B, L]``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """The model without a cache."""
-        states: Tensor = self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        return states
+        logits: Tensor = self.model(ids, use_cache=False).logits
+        return logits
 
 
 def prepare(variant: str, model: nn.Module, example: Tensor, config: SparseAttentionConfig, folder: Path) -> Any:
@@ -65,47 +73,97 @@ def prepare(variant: str, model: nn.Module, example: Tensor, config: SparseAtten
     if variant != "package":
         dynamic = True if variant == "compiled_dynamic" else None
         return infllm_pass.sparsify(torch.compile(model, dynamic=dynamic), config, strict=True)
-    shapes = {"embeddings": {1: Dim.DYNAMIC}}
+    shapes = {"ids": {1: Dim.DYNAMIC}}
     infllm_pass.package(model, (example,), folder / "model.pt2", dynamic_shapes=shapes, config=config)
     return infllm_pass.load_package(folder / "model.pt2")
+
+
+def build_program(folder: Path) -> Path:
+    """Build the program of ``examples/cpp``.
+
+    Raises:
+        FileNotFoundError: there is no CMake.
+        subprocess.CalledProcessError: building fails.
+    """
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake = shutil.which("cmake", path=places)
+    if cmake is None:
+        raise FileNotFoundError("no cmake")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for arguments in (["-S", str(PROGRAM), "-B", str(folder / "build"), prefix], ["--build", str(folder / "build")]):
+        subprocess.run([cmake, *arguments], check=True, capture_output=True, text=True)
+    return folder / "build" / "logits"
+
+
+def run_program(program: Path, folder: Path, ids: Tensor) -> Tensor:
+    """Logits of the last token, from the package in a folder.
+
+    Args:
+        program: from `build_program`.
+        folder: holds ``model.pt2``.
+        ids: ``[1, L]``.
+    """
+    (folder / "ids.txt").write_text(" ".join(map(str, ids[0].tolist())))
+    command = [str(program), str(folder / "model.pt2"), str(folder / "ids.txt"), ids.device.type]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return torch.tensor([float(line) for line in done.stdout.splitlines()])
+
+
+def program_rows(inputs: dict[int, Tensor], expected: dict[int, Tensor], folder: Path) -> Iterator[Row]:
+    """The program's rows; one with a note in place of them where it cannot be built or run."""
+    try:
+        program = build_program(folder)
+        for length, ids in inputs.items():
+            begin = time.perf_counter()
+            result = run_program(program, folder, ids)
+            row: Row = {"case": f"cpp/{length}", "variant": "cpp", "length": length, "ms": None, "ratio": None}
+            row["ready_s"] = time.perf_counter() - begin
+            row["error"] = relative_difference(result, expected[length][0, -1])
+            yield row
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        note = getattr(error, "stderr", None) or str(error)
+        yield {"case": "cpp", "variant": "cpp", "length": None, "ms": None, "ratio": None, "note": note[-200:].strip()}
+
+
+def relative_difference(result: Tensor, expected: Tensor) -> float:
+    return float((result - expected).norm() / expected.norm())
 
 
 def measure(
     model: nn.Module, lengths: list[int], config: SparseAttentionConfig, *, variants: tuple[str, ...] = VARIANTS
 ) -> Iterator[Row]:
     """The rows, one a variant and length. ``error`` is relative to the first variant's result."""
-    weight = next(model.parameters())
+    device = next(model.parameters()).device
     torch.manual_seed(0)
-    hidden = weight.shape[-1]
-    inputs = {
-        length: torch.randn(1, length, hidden, device=weight.device).mul_(0.02).to(weight.dtype)
-        for length in sorted(lengths)
-    }
+    words: int = model.model.config.vocab_size  # type: ignore[union-attr, assignment]
+    inputs = {length: torch.randint(0, words, (1, length), device=device) for length in sorted(lengths)}
     first: dict[int, tuple[Tensor, float]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for variant in variants:
+            if variant == "cpp":
+                yield from program_rows(inputs, {length: logits for length, (logits, _) in first.items()}, Path(folder))
+                continue
             begin = time.perf_counter()
             runs = prepare(variant, model, inputs[min(lengths)], config, Path(folder))
-            for length, embeddings in inputs.items():
-                call = caller(runs, embeddings)
-                result = call().float()
-                synchronize(weight.device)
+            for length, ids in inputs.items():
+                call = caller(runs, ids)
+                result = call().float().cpu()
                 row: Row = {"case": f"{variant}/{length}", "variant": variant, "length": length}
                 row["ready_s"] = time.perf_counter() - begin
-                row["ms"] = milliseconds(call, weight.device)
-                expected, ms = first.setdefault(length, (result.cpu(), row["ms"]))
+                row["ms"] = milliseconds(call, device)
+                expected, ms = first.setdefault(length, (result, row["ms"]))
                 row["ratio"] = row["ms"] / ms
-                row["error"] = float((result.cpu() - expected).norm() / expected.norm())
+                row["error"] = relative_difference(result, expected)
                 yield row
                 begin = time.perf_counter()
 
 
-def caller(runs: Any, embeddings: Tensor) -> Callable[[], Tensor]:
+def caller(runs: Any, ids: Tensor) -> Callable[[], Tensor]:
     """One forward pass."""
 
     def call() -> Tensor:
-        states: Tensor = runs(embeddings)
-        return states
+        logits: Tensor = runs(ids)
+        return logits
 
     return call
 
@@ -122,7 +180,7 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     config = config_for(arguments.blocks, SparseAttentionConfig().dense_len)
-    model = States(build(arguments.layers, SIZES, device, torch.bfloat16)).eval()
+    model = Logits(build(arguments.layers, SIZES, device, torch.bfloat16, head=True)).eval()
     header = gpu_header(device) | {"layers": arguments.layers, "sizes": SIZES}
     path = results_path("package", arguments.results, header)
     rows: list[Row] = []

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from infllm_pass.errors import DtypeError, ExportError, InputSizeError, NoAttent
 from infllm_pass.lowering import aoti
 
 from .conftest import SMALL, llama, relative_error, tokens
+from .cpp_program import build_program, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -104,23 +104,11 @@ def test_a_fresh_process_without_this_project_gives_the_same_logits(model, file,
 
 
 def test_the_program_in_c_plus_plus(file, tmp_path):
-    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if cmake is None:
-        pytest.skip("no cmake")
-    build = tmp_path / "build"
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in ([cmake, "-S", ROOT / "examples" / "cpp", "-B", build, prefix], [cmake, "--build", build]):
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    loaded = infllm_pass.load_package(file)
+    program, loaded = build_program(tmp_path), infllm_pass.load_package(file)
     for length in (30, 150):
         ids = tokens(length)
-        (tmp_path / "ids.txt").write_text(" ".join(map(str, ids[0].tolist())))
-        done = subprocess.run([build / "logits", file, tmp_path / "ids.txt"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        got = torch.tensor([float(line) for line in done.stdout.splitlines()])
-        assert relative_error(got, loaded(ids)[0, -1]) <= 1e-6
-    done = subprocess.run([build / "logits", file, tmp_path / "none.txt"], capture_output=True, text=True)
+        assert relative_error(run_program(program, file, ids), loaded(ids)[0, -1]) <= 1e-6
+    done = subprocess.run([program, file, tmp_path / "none.txt"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "no token ids" in done.stderr
 

@@ -308,17 +308,27 @@ def test_a_prompt_that_is_no_multiple_of_the_chunk_is_refused(bench, monkeypatch
 def test_a_package_is_measured_against_the_compiled_model(bench, monkeypatch):
     pytest.importorskip("transformers")
     package, sizes = bench("package"), {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    plain = package.build(1, package.SIZES | sizes | {"intermediate_size": 32}, CPU, torch.float32)
-    model = package.States(plain).eval()
+    plain = package.build(1, package.SIZES | sizes | {"intermediate_size": 32}, CPU, torch.float32, head=True)
+    model = package.Logits(plain).eval()
 
     def prepare(variant, model, example, config, folder):
         return infllm_pass.sparsify(torch.compile(model, backend="eager"), config)
 
     monkeypatch.setattr(package, "prepare", prepare)  # compiling takes most of a minute
-    rows = list(package.measure(model, [70, 40], SMALL, variants=("compiled", "package")))
+    monkeypatch.setattr(package, "build_program", lambda folder: folder / "logits")
+    runs = prepare("package", model, None, SMALL, None)
+    monkeypatch.setattr(package, "run_program", lambda program, folder, ids: runs(ids)[0, -1])
+    *rows, short, long = package.measure(model, [70, 40], SMALL, variants=("compiled", "package", "cpp"))
     assert [row["case"] for row in rows] == ["compiled/40", "compiled/70", "package/40", "package/70"]
     assert [row["ratio"] for row in rows[:2]] == [1, 1]
     assert all(row["ratio"] > 0 and row["error"] <= 1e-6 and row["ms"] > 0 for row in rows)
+    assert [row["case"] for row in (short, long)] == ["cpp/40", "cpp/70"]
+    assert max(short["error"], long["error"]) <= 1e-6
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    (row,) = package.program_rows({}, {}, None)
+    assert row["note"] == "no cmake"
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "package"])
