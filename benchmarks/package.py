@@ -10,10 +10,7 @@ that of the last token's logits. Results are written after every row.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +31,7 @@ from _gpu import (
     results_path,
     show,
 )
+from _program import build_program, run_program
 from model import LLAMA_3_8B, build
 from rich.console import Console
 from rich.progress import track
@@ -45,8 +43,6 @@ from infllm_pass import SparseAttentionConfig
 
 SIZES = {**LLAMA_3_8B, "vocab_size": 1024}
 """Tables of more words would only make the file larger."""
-
-PROGRAM = Path(__file__).parents[1] / "examples" / "cpp"
 
 LENGTHS = (4096, 32768)
 VARIANTS = ("compiled", "compiled_dynamic", "package", "cpp")
@@ -78,44 +74,13 @@ def prepare(variant: str, model: nn.Module, example: Tensor, config: SparseAtten
     return infllm_pass.load_package(folder / "model.pt2")
 
 
-def build_program(folder: Path) -> Path:
-    """Build the program of ``examples/cpp``.
-
-    Raises:
-        FileNotFoundError: there is no CMake.
-        subprocess.CalledProcessError: building fails.
-    """
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    cmake = shutil.which("cmake", path=places)
-    if cmake is None:
-        raise FileNotFoundError("no cmake")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for arguments in (["-S", str(PROGRAM), "-B", str(folder / "build"), prefix], ["--build", str(folder / "build")]):
-        subprocess.run([cmake, *arguments], check=True, capture_output=True, text=True)
-    return folder / "build" / "logits"
-
-
-def run_program(program: Path, folder: Path, ids: Tensor) -> Tensor:
-    """Logits of the last token, from the package in a folder.
-
-    Args:
-        program: from `build_program`.
-        folder: holds ``model.pt2``.
-        ids: ``[1, L]``.
-    """
-    (folder / "ids.txt").write_text(" ".join(map(str, ids[0].tolist())))
-    command = [str(program), str(folder / "model.pt2"), str(folder / "ids.txt"), ids.device.type]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return torch.tensor([float(line) for line in done.stdout.splitlines()])
-
-
 def program_rows(inputs: dict[int, Tensor], expected: dict[int, Tensor], folder: Path) -> Iterator[Row]:
     """The program's rows; one with a note in place of them where it cannot be built or run."""
     try:
         program = build_program(folder)
         for length, ids in inputs.items():
             begin = time.perf_counter()
-            result = run_program(program, folder, ids)
+            result = run_program(program, folder / "model.pt2", ids)
             row: Row = {"case": f"cpp/{length}", "variant": "cpp", "length": length, "ms": None, "ratio": None}
             row["ready_s"] = time.perf_counter() - begin
             row["error"] = relative_difference(result, expected[length][0, -1])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -48,6 +50,18 @@ def shared_cpp_runtime(tmp_path):
                 yield
             return
     pytest.skip("no C++ compiler here links the C++ runtime as a shared library: set CXX to one")
+
+
+@pytest.fixture
+def cpp_program(tmp_path, monkeypatch):
+    """The program of ``examples/cpp``, built: its path, and a function of a package and ids that gives its logits."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    program = importlib.import_module("_program")
+    try:
+        path = program.build_program(tmp_path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return path, functools.partial(program.run_program, path)
 
 
 def links_shared_runtime(compiler: str, folder: Path) -> bool:

@@ -20,7 +20,6 @@ from infllm_pass.errors import DtypeError, ExportError, InputSizeError, NoAttent
 from infllm_pass.lowering import aoti
 
 from .conftest import SMALL, llama, relative_error, tokens
-from .cpp_program import build_program, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -103,11 +102,11 @@ def test_a_fresh_process_without_this_project_gives_the_same_logits(model, file,
         assert (relative_error(got, dense) > 1e-2) == (ids.shape[1] >= SMALL.dense_len)
 
 
-def test_the_program_in_c_plus_plus(file, tmp_path):
-    program, loaded = build_program(tmp_path), infllm_pass.load_package(file)
+def test_the_program_in_c_plus_plus(file, cpp_program, tmp_path):
+    (program, run), loaded = cpp_program, infllm_pass.load_package(file)
     for length in (30, 150):
         ids = tokens(length)
-        assert relative_error(run_program(program, file, ids), loaded(ids)[0, -1]) <= 1e-6
+        assert relative_error(run(file, ids), loaded(ids)[0, -1]) <= 1e-6
     done = subprocess.run([program, file, tmp_path / "none.txt"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "no token ids" in done.stderr

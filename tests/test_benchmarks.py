@@ -317,7 +317,7 @@ def test_a_package_is_measured_against_the_compiled_model(bench, monkeypatch):
     monkeypatch.setattr(package, "prepare", prepare)  # compiling takes most of a minute
     monkeypatch.setattr(package, "build_program", lambda folder: folder / "logits")
     runs = prepare("package", model, None, SMALL, None)
-    monkeypatch.setattr(package, "run_program", lambda program, folder, ids: runs(ids)[0, -1])
+    monkeypatch.setattr(package, "run_program", lambda program, path, ids: runs(ids)[0, -1])
     *rows, short, long = package.measure(model, [70, 40], SMALL, variants=("compiled", "package", "cpp"))
     assert [row["case"] for row in rows] == ["compiled/40", "compiled/70", "package/40", "package/70"]
     assert [row["ratio"] for row in rows[:2]] == [1, 1]
@@ -327,7 +327,7 @@ def test_a_package_is_measured_against_the_compiled_model(bench, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    (row,) = package.program_rows({}, {}, None)
+    (row,) = package.program_rows({}, {}, Path())
     assert row["note"] == "no cmake"
 
 

@@ -11,7 +11,6 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig
 
 from .conftest import llama, relative_error, tokens
-from .cpp_program import build_program, run_program
 from .test_aoti import LOADING, Logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -43,12 +42,12 @@ def test_a_fresh_process_without_this_project_gives_the_same_logits(tmp_path, dt
 
 
 @pytest.mark.usefixtures("shared_cpp_runtime")
-def test_the_program_in_c_plus_plus(tmp_path):
+def test_the_program_in_c_plus_plus(cpp_program, tmp_path):
     """Without Python, on both sides of the switch."""
     model = Logits(llama(num_hidden_layers=1, hidden_size=384, max_position_embeddings=8192).cuda()).eval()
-    path, program = tmp_path / "llama.pt2", build_program(tmp_path)
+    path, (_, run) = tmp_path / "llama.pt2", cpp_program
     infllm_pass.package(model, (tokens(1500).cuda(),), path, dynamic_shapes={"ids": {1: Dim.DYNAMIC}}, config=CONFIG)
     loaded = infllm_pass.load_package(path)
     for length in (700, 3001):
         ids = tokens(length).cuda()
-        assert relative_error(run_program(program, path, ids), loaded(ids)[0, -1].cpu()) <= 1e-6
+        assert relative_error(run(path, ids), loaded(ids)[0, -1].cpu()) <= 1e-6
