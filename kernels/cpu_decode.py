@@ -82,17 +82,16 @@ def decode_attention(
                 chosen = _choose(x, k1[row], k2[row], line.last, geometry, window)
             for number, token in enumerate(range(line.tokens.start, line.tokens.stop)):
                 position = length - length_q + token
-                logits, values = _visit(
-                    *(x[:, :, number], row_k, row_v, row_mask, chosen, line.last, position, geometry, window)
+                spans = _spans(chosen is not None, line.last, position, geometry, window)
+                logits = _logits(
+                    *(x[:, :, number], row_k, row_mask, spans, chosen, line.last, position, geometry.block_size, window)
                 )
                 top = logits.amax(-1, keepdim=True).clamp_(min=LOWEST)  # [Hkv, G, 1]
                 weights = logits.sub_(top).exp2_()
                 total = weights.sum(-1, keepdim=True)
                 lse[row, :, :, token] = ((top + total.log2()) * LN2)[..., 0]
                 weights /= total.clamp(min=1.0)  # 1 at least, or 0 where no key is seen
-                parts = weights.split([part.shape[1] for part in values], -1)
-                sums = [torch.bmm(w, part.to(w.dtype)) for w, part in zip(parts, values, strict=True)]
-                out[row, token] = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+                out[row, token] = _weighted(weights, row_v, spans, chosen, geometry.block_size)
     return out.flatten(2, 3).transpose(1, 2), lse.flatten(1, 2)
 
 
@@ -170,56 +169,94 @@ def _reach(last: int, block_size: int, window: int | None) -> int:
     return 0 if window is None else max(last - window + 1, 0) // block_size
 
 
-def _visit(
-    x: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    chosen: Tensor | None,
-    last: int,
-    position: int,
-    geometry: BlockGeometry,
-    window: int | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits of a query, and the values they belong to.
+def _spans(chooses: bool, last: int, position: int, geometry: BlockGeometry, window: int | None) -> list[slice]:
+    """The stretches of keys that a query sees whatever the scores; if nothing is chosen by score, one of all.
 
     Args:
-        x: ``[Hkv, G, D]``, scaled by ``scale * log2(e)``.
-        k: ``[Hkv, L, D]``.
-        v: ``[Hkv, L, Dv]``.
-        mask: bool ``[L]``: which keys may be seen; None: all.
-        chosen: ``[Hkv, n]`` from `_choose`; None: all keys.
+        chooses: whether blocks are chosen by score besides.
         last: position that decided the selection.
         position: of the query.
         geometry: the block geometry.
         window: sliding window in keys, or None.
-
-    Returns:
-        ``[Hkv, G, keys]``, -inf where a key may not be seen, and the values in pieces ``[Hkv, some keys, Dv]``.
     """
     size = geometry.block_size
     begin = 0 if window is None else max(0, position - window + 1)
-    if chosen is None:
-        spans = [slice(begin, position + 1)]
-    else:
-        initial = min(geometry.init_blocks * size, position + 1)
-        local = (last // size - geometry.local_blocks) * size
-        spans = [slice(begin, initial), slice(max(local, begin), position + 1)]
-    pieces = [(k[:, span], v[:, span]) for span in spans if span.start < span.stop]
+    if not chooses:
+        return [slice(begin, position + 1)]
+    local = (last // size - geometry.local_blocks) * size
+    spans = [slice(begin, min(geometry.init_blocks * size, position + 1)), slice(max(local, begin), position + 1)]
+    return [span for span in spans if span.start < span.stop]
+
+
+def _logits(
+    x: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    spans: list[slice],
+    chosen: Tensor | None,
+    last: int,
+    position: int,
+    size: int,
+    window: int | None,
+) -> Tensor:
+    """Logits of a query for the keys of `spans` and then of its chosen blocks, -inf where a key may not be seen.
+
+    Args:
+        x: ``[Hkv, G, D]``, scaled by ``scale * log2(e)``.
+        k: ``[Hkv, L, D]``.
+        mask: bool ``[L]``: which keys may be seen; None: all.
+        spans: from `_spans`.
+        chosen: ``[Hkv, n]`` from `_choose`; None: no blocks.
+        last: position that decided the selection.
+        position: of the query.
+        size: keys of a block.
+        window: sliding window in keys, or None.
+
+    Returns:
+        ``[Hkv, G, keys]``.
+    """
+    near = sum(span.stop - span.start for span in spans)
+    logits = x.new_empty(*x.shape[:2], near + (0 if chosen is None else chosen.shape[1] * size))
+    parts = logits.split([*(span.stop - span.start for span in spans), logits.shape[2] - near], -1)
+    for part, span in zip(parts, spans, strict=False):
+        part.copy_(torch.bmm(x, k[:, span].to(x.dtype).mT))
+    seen = [] if mask is None else [mask[span].expand(k.shape[0], -1) for span in spans]
     if chosen is not None:
-        pieces.append((_gather(k, chosen, size), _gather(v, chosen, size)))
-    logits = torch.cat([torch.bmm(x, keys.to(x.dtype).mT) for keys, _ in pieces], -1)
-    if chosen is not None and (begin > 0 or local > position + 1):
-        keys = (chosen[:, :, None] * size + torch.arange(size, device=x.device)).flatten(1)  # [Hkv, n * size]
-        hidden = (keys < begin) | (keys > position)
-        logits[:, :, -keys.shape[1] :].masked_fill_(hidden[:, None], -torch.inf)
+        far = parts[-1]
+        far.copy_(torch.bmm(x, _gather(k, chosen, size).to(x.dtype).mT))
+        begin = 0 if window is None else max(0, position - window + 1)
+        if begin > 0 or last > position:
+            keys = (chosen[:, :, None] * size + torch.arange(size, device=x.device)).flatten(1)  # [Hkv, n * size]
+            far.masked_fill_(((keys < begin) | (keys > position))[:, None], -torch.inf)
+        if mask is not None:
+            seen.append(mask[: mask.shape[0] // size * size].unflatten(0, (-1, size))[chosen].flatten(1))
     if mask is not None:
-        seen = [mask[span].expand(k.shape[0], -1) for span in spans if span.start < span.stop]
-        if chosen is not None:
-            blocks = mask[: mask.shape[0] // size * size].unflatten(0, (-1, size))
-            seen.append(blocks[chosen].flatten(1))
         logits.masked_fill_(~torch.cat(seen, -1)[:, None], -torch.inf)
-    return logits, [values for _, values in pieces]
+    return logits
+
+
+def _weighted(weights: Tensor, v: Tensor, spans: list[slice], chosen: Tensor | None, size: int) -> Tensor:
+    """The values of the keys of `_logits`, weighted and added.
+
+    Args:
+        weights: ``[Hkv, G, keys]``.
+        v: ``[Hkv, L, Dv]``.
+        spans: from `_spans`.
+        chosen: from `_choose`.
+        size: keys of a block.
+
+    Returns:
+        ``[Hkv, G, Dv]``.
+    """
+    out = weights.new_zeros(*weights.shape[:2], v.shape[2])
+    begin = 0
+    for span in spans:
+        end = begin + span.stop - span.start
+        out.baddbmm_(weights[:, :, begin:end], v[:, span].to(out.dtype))
+        begin = end
+    if chosen is not None:
+        out.baddbmm_(weights[:, :, begin:], _gather(v, chosen, size).to(out.dtype))
+    return out
 
 
 def _gather(x: Tensor, blocks: Tensor, size: int) -> Tensor:
