@@ -23,7 +23,7 @@ from infllm_pass.lowering.positions import checked_positions
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.masks.values import example_of, size, storage
 from infllm_pass.slots import written_slots
-from infllm_pass.vocabulary import read_update, written_arguments
+from infllm_pass.vocabulary import Write, read_update, written_arguments
 
 Misfit = tuple[str, int, int, int, int]
 """Cache, row, first slot, tokens, capacity: see `CachePositionError`."""
@@ -76,14 +76,11 @@ def misfit_of(module: fx.GraphModule) -> Misfit | None:
     Args:
         module: the graph. Slices, which end where the tensor does, never go past it.
     """
-    facts = all_graphs(module)[0].facts
-    interpreter = Interpreter(facts)
-    owners = {storage(node): node for node in module.graph.nodes if node.op == "placeholder"}
-    for node in module.graph.nodes:
-        write = read_update(node)
-        owner = None if write is None else owners.get(storage(write.target))
-        if write is None or owner is None:
-            continue
+    updates = list(_updates(module.graph))
+    if not updates:
+        return None
+    interpreter = Interpreter(all_graphs(module)[0].facts)
+    for _, write, owner in updates:
         shape = example_of(write.target).shape
         for extent, place in zip(shape, write.entries, strict=False):
             found = written_slots(interpreter, place, shape[0]) if isinstance(place, fx.Node) else None
@@ -94,6 +91,16 @@ def misfit_of(module: fx.GraphModule) -> Misfit | None:
             if first >= 0 and first + tokens > capacity:
                 return input_name(owner), 0, first, tokens, capacity
     return None
+
+
+def _updates(graph: fx.Graph) -> Iterator[tuple[fx.Node, Write, fx.Node]]:
+    """The nodes that write to an input, or copy one with some elements replaced: what they write, and the input."""
+    owners = {storage(node): node for node in graph.nodes if node.op == "placeholder"}
+    for node in graph.nodes:
+        write = read_update(node)
+        owner = None if write is None else owners.get(storage(write.target))
+        if write is not None and owner is not None:
+            yield node, write, owner
 
 
 def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
@@ -159,12 +166,9 @@ class _CheckableWrite:
 
 def _checkable_writes(graph: fx.Graph) -> Iterator[_CheckableWrite]:
     """The writes to inputs at slots that the host knows before the graph runs, the same slots once."""
-    owners = {storage(node): node for node in graph.nodes if node.op == "placeholder"}
     seen = set()
-    for node in graph.nodes:
-        write = read_update(node)
-        owner = None if write is None else owners.get(storage(write.target))
-        if write is None or owner is None or example_of(owner).dim() < 4:
+    for node, write, owner in _updates(graph):
+        if example_of(owner).dim() < 4:
             continue
         makers = _made_from_inputs(write.target)
         for dim, place in enumerate(write.entries):
