@@ -215,21 +215,18 @@ def _logits(
     Returns:
         ``[Hkv, G, keys]``.
     """
-    near = sum(span.stop - span.start for span in spans)
-    logits = x.new_empty(*x.shape[:2], near + (0 if chosen is None else chosen.shape[1] * size))
-    parts = logits.split([*(span.stop - span.start for span in spans), logits.shape[2] - near], -1)
-    for part, span in zip(parts, spans, strict=False):
-        part.copy_(torch.bmm(x, k[:, span].to(x.dtype).mT))
+    parts = [torch.bmm(x, k[:, span].to(x.dtype).mT) for span in spans]
     seen = [] if mask is None else [mask[span].expand(k.shape[0], -1) for span in spans]
     if chosen is not None:
-        far = parts[-1]
-        far.copy_(torch.bmm(x, _gather(k, chosen, size).to(x.dtype).mT))
+        far = torch.bmm(x, _gather(k, chosen, size).to(x.dtype).mT)
+        parts.append(far)
         begin = 0 if window is None else max(0, position - window + 1)
         if begin > 0 or last > position:
             keys = (chosen[:, :, None] * size + torch.arange(size, device=x.device)).flatten(1)  # [Hkv, n * size]
             far.masked_fill_(((keys < begin) | (keys > position))[:, None], -torch.inf)
         if mask is not None:
             seen.append(mask[: mask.shape[0] // size * size].unflatten(0, (-1, size))[chosen].flatten(1))
+    logits = torch.cat(parts, -1)
     if mask is not None:
         logits.masked_fill_(~torch.cat(seen, -1)[:, None], -torch.inf)
     return logits
