@@ -18,7 +18,7 @@ from torch import Tensor
 from infllm_pass.kernels.configurations import Launch, launch_for
 from infllm_pass.kernels.gathering import choose_variant, gather_far_blocks
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import is_recorded, precision, wrap_triton
+from infllm_pass.kernels.launch import precision, wrap_triton
 from infllm_pass.kernels.tiles import TileLists, TilePlan
 from infllm_pass.kernels.walking import (
     LN_2,
@@ -344,7 +344,8 @@ def _attention_forward_kernel(
 
 def recording_drops_options(q: Tensor, v: Tensor) -> bool:
     """Whether a compiler is recording launches and would drop options of the forward's configuration."""
-    return _launch(q, v).recorded is not None and is_recorded(_attention_forward_kernel)
+    launch = _launch(q, v)
+    return launch.as_launched(_attention_forward_kernel) is not launch
 
 
 def _launch(q: Tensor, v: Tensor) -> Launch:
@@ -397,9 +398,7 @@ def attention_forward(
         lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    launch = _launch(q, v)
-    if launch.recorded is not None and is_recorded(_attention_forward_kernel):
-        launch = launch.recorded
+    launch = _launch(q, v).as_launched(_attention_forward_kernel)
     parts = shape.tokens * shape.padded_group // launch.rows
     choice = choose_variant(q, v, lists, plan, geometry=geometry, length_k=k.shape[2], window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](

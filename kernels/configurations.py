@@ -7,9 +7,14 @@ holds, which is safe (it fits every sm_80 and later) but not tuned.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from infllm_pass.kernels.launch import is_recorded
+
+AnyLaunch = TypeVar("AnyLaunch", bound="Launch")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Launch:
         """As keyword arguments of a launch."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+    def as_launched(self: AnyLaunch, kernel: Any) -> AnyLaunch:
+        """What holds for a launch of the kernel: `recorded`, if there is one and a compiler records the launch."""
+        if self.recorded is None or not is_recorded(kernel):
+            return self
+        return cast(AnyLaunch, self.recorded)  # of the same kind
 
     def step_keys(self, block_size: int) -> int:
         """Keys of one step: the largest power of two that divides the block, `max_keys` at most."""

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_launch import decode_launch
 from infllm_pass.kernels.decode_rows import (
@@ -28,7 +27,7 @@ from infllm_pass.kernels.decode_rows import (
 )
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
-from infllm_pass.kernels.overlap import dependent_launch, prefetch_rows
+from infllm_pass.kernels.overlap import await_previous, dependent_launch, prefetch_rows
 from infllm_pass.kernels.walking import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
 
 MAX_SPLITS = 128
@@ -133,8 +132,7 @@ def _decode_attention_kernel(
             key = tl.where(known & (key < length), key, length - 1).to(tl.int64)
             prefetch_rows(k_row + key * stride_kt, DP)
             prefetch_rows(v_row + key * stride_vt, BLOCK_DV)
-        gdc_wait()
-        gdc_launch_dependents()
+        await_previous()
     if begin < end:
         line_of_row = line_of(tl.maximum(position, 0), length, length_q, QUERY_BLOCK)
         value_dims = tl.arange(0, BLOCK_DV)[None, :]
@@ -206,8 +204,7 @@ def _decode_merge_kernel(
     batch = row // length_q // heads
     split = tl.arange(0, MOST)
     if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
+        await_previous()
     parts = tl.load(part_lse + row * splits + split, mask=split < splits, other=float("-inf"))
     highest = tl.max(parts, 0)
     weight = tl.exp2(parts - tl.where(highest == float("-inf"), 0.0, highest))

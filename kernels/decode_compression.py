@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_rows import DECODE_FACTOR, clip_row, count_windows, last_of_line, line_of
+from infllm_pass.kernels.overlap import await_previous
 
 DECODE_FINE = tl.constexpr(8)
 """``K1`` windows that are compressed at once, with a quarter as many of ``K2``."""
@@ -152,8 +152,7 @@ def decode_compress_kernel(
     batch = pair // heads
     head = pair % heads
     if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
+        await_previous()
     row_end = tl.load(lengths + batch * lengths_stride)
     start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     if chunk == 0:

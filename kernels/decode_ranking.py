@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_rows import clip_row, forced_block, last_of_line, line_of, scored_blocks
+from infllm_pass.kernels.overlap import await_previous
 
 DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
@@ -144,8 +144,7 @@ def decode_rank_kernel(
     row_end = tl.load(lengths + batch * lengths_stride)
     _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
     if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
+        await_previous()
     if (line == 0) & (pair % heads == 0):
         tl.store(filled + batch, length)
     last = last_of_line(line, length, length_q, QUERY_BLOCK)

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.decode_compression import decode_compress_kernel, load_columns
 from infllm_pass.kernels.decode_launch import decode_launch
@@ -30,7 +29,7 @@ from infllm_pass.kernels.decode_rows import (
 )
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
 from infllm_pass.kernels.launch import precision, wrap_triton
-from infllm_pass.kernels.overlap import dependent_launch, prefetch_rows
+from infllm_pass.kernels.overlap import await_previous, dependent_launch, prefetch_rows
 from infllm_pass.kernels.walking import LOG2_E, UNBOUNDED
 
 DECODE_PARTS = tl.constexpr(32)
@@ -147,8 +146,7 @@ def _decode_score_kernel(
         for part in range(tl.where(tl.program_id(0) * BLOCKS < final, RATIO, 0)):
             index = tl.maximum(tl.minimum(block * RATIO + part, complete - 1), 0)
             prefetch_rows(k1_row + index.to(tl.int64) * stride_1t, DP)
-        gdc_wait()
-        gdc_launch_dependents()
+        await_previous()
     if (tl.program_id(0) * BLOCKS < final) & ((tl.program_id(0) + 1) * BLOCKS > tl.min(low, 0)):
         q_row = q + batch * stride_qb + head * G * stride_qh
         parts_row = parts + pair * chunks * tiles * C

@@ -23,7 +23,7 @@ from infllm_pass.kernels.configurations import GatherLaunch, gather_launch
 from infllm_pass.kernels.gathered_lists import PIECE_WIDTH, count_queries, list_queries, place_blocks
 from infllm_pass.kernels.gathered_pieces import MERGED_ROWS, gather_pieces, merge_queries
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.launch import is_recorded, multiprocessors, precision, wrap_triton
+from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
 from infllm_pass.kernels.tiles import (
     PANEL_BEGIN,
     PANEL_END,
@@ -411,8 +411,7 @@ def choose_variant(
         or block_size * padded * q.element_size() > launch.block_bytes
     ):
         return None
-    if launch.recorded is not None and is_recorded(_gather_kernel):
-        launch = launch.recorded
+    launch = launch.as_launched(_gather_kernel)
     heads = v.shape[1]
     ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
     num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)

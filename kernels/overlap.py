@@ -2,7 +2,7 @@
 
 Programmatic dependent launch, from sm_90 on: programs start when all of the kernel before have called
 `gdc_launch_dependents`, and wait in `gdc_wait` until that kernel has ended and what it wrote is seen. A kernel here
-calls both, in the other order, so that what kernels earlier still wrote is complete when its programs start.
+calls both, in the other order (`await_previous`): what kernels earlier still wrote is complete when its programs start.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import JITFunction
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from infllm_pass.kernels.launch import is_recorded, launching_at_once
 
 LINE_BYTES = tl.constexpr(128)
 """A line of the L2 cache."""
+
+
+@triton.jit
+def await_previous():
+    """Wait for the launch before, and let the next one begin."""
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit

@@ -24,45 +24,15 @@ from infllm_pass.kernels.attention import attention_forward, recording_drops_opt
 from infllm_pass.kernels.decode_attention import decode_attend
 from infllm_pass.kernels.decode_rows import DecodeRows, DecodeState
 from infllm_pass.kernels.decode_selection import decode_compress_kernel, decode_select
-from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import launching_at_once
 from infllm_pass.kernels.overlap import recording_drops_overlap
 from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
-from infllm_pass.lowering.operators import selection_arguments, static_geometry
+from infllm_pass.lowering.operators import static_geometry
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: TileLists | None,
-    plan: TilePlan,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    key_mask: Tensor | None,
-    window: int | None,
-    every_query: bool,
-) -> tuple[Tensor, Tensor]:
-    """`attention_forward`, through its operator where compiling would drop launch options.
-
-    Arguments and results: see `attention_forward`.
-    """
-    if V.aot_compilation or not recording_drops_options(q, v):
-        return attention_forward(
-            *(q, k, v, lists, plan),
-            geometry=geometry,
-            scale=scale,
-            dense_len=dense_len,
-            key_mask=key_mask,
-            window=window,
-            every_query=every_query,
-        )
-    selection = (None, None, None) if lists is None else (lists.blocks, lists.tokens, lists.counts)
-    numbers = (window, scale, dense_len, every_query, *selection_arguments(geometry))
-    out, lse = attend_tiles(q, k, v, *selection, plan.sequences, plan.panels, key_mask, plan.packed, *numbers)
-    return out, lse
+def calls_attention_stage(q: Tensor, v: Tensor) -> bool:
+    """Whether `attend_tiles` is to be called for `attention_forward`: compiling would drop options of its launches."""
+    return not V.aot_compilation and recording_drops_options(q, v)
 
 
 @torch.library.custom_op("infllm::attend_tiles", mutates_args=())
@@ -128,37 +98,19 @@ def _attend_tiles_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Ten
     return out, q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: DecodeState,
-    rows: DecodeRows,
-    key_mask: Tensor | None,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """The kernels of a decode step, through their operator where CUDA graphs are to record them.
+def calls_decode_step(q: Tensor) -> bool:
+    """Whether `launched_decode_attention` is to be called for `decode`: CUDA graphs are to record a step.
 
     Without CUDA graphs the launches stay Inductor's: from Python they take the host longer than the GPU gains.
-    Arguments and results: see `decode_select` and `decode_attend`.
     """
     in_graphs = inductor_config.triton.cudagraphs and not V.aot_compilation
-    if in_graphs and recording_drops_overlap(decode_compress_kernel, q):
-        numbers = (window, scale, dense_len, *selection_arguments(geometry))
-        fields = (state.k1, state.k2, state.filled, rows.lengths, rows.starts)
-        out, lse = launched_decode_attention(q, k, v, *fields, key_mask, *numbers)
-        return out, lse
-    fields = (q, k, v, state, rows, key_mask)
-    return _decode(*fields, geometry=geometry, scale=scale, dense_len=dense_len, window=window)
+    return in_graphs and recording_drops_overlap(decode_compress_kernel, q)
 
 
-def _decode(
+def decode(
     q: Tensor, k: Tensor, v: Tensor, state: DecodeState, rows: DecodeRows, key_mask: Tensor | None, **numbers: Any
 ) -> tuple[Tensor, Tensor]:
+    """The kernels of a decode step; arguments and results: see `decode_select` and `decode_attend`."""
     blocks = decode_select(q, k, state, rows, **numbers)
     return decode_attend(q, k, v, blocks, rows, key_mask, **numbers)
 
@@ -197,7 +149,7 @@ def launched_decode_attention(
     )
     fields = (q, k, v, DecodeState(k1, k2, filled), DecodeRows(lengths, starts), key_mask)
     with launching_at_once():
-        return _decode(*fields, geometry=geometry, scale=scale, dense_len=dense_len, window=window)
+        return decode(*fields, geometry=geometry, scale=scale, dense_len=dense_len, window=window)
 
 
 @launched_decode_attention.register_fake

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import infllm_pass.kernels
+from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.attention_backward import output_delta, query_gradient
 from infllm_pass.kernels.attention_backward_keys import key_gradients
 from infllm_pass.kernels.compression import compress_keys
@@ -168,19 +169,20 @@ def tiled_attention(
             q, k1, k2, plan, geometry=geometry, scale=scale, dense_len=dense_len, length_k=k.shape[2], window=window
         )
     whole = _covers_every_query(q, k, key_mask, offsets, cu_seqlens_k, offset)
-    out, log_sum = launched.attend(
-        q,
-        k,
-        v,
-        lists,
-        plan,
-        geometry=geometry,
-        scale=scale,
-        dense_len=dense_len,
-        key_mask=key_mask,
-        window=window,
-        every_query=whole,
-    )
+    if launched.calls_attention_stage(q, v):
+        selection = (None, None, None) if lists is None else (lists.blocks, lists.tokens, lists.counts)
+        fields = (plan.sequences, plan.panels, key_mask, plan.packed, window, scale, dense_len, whole)
+        out, log_sum = launched.attend_tiles(q, k, v, *selection, *fields, *numbers)
+    else:
+        out, log_sum = attention_forward(
+            *(q, k, v, lists, plan),
+            geometry=geometry,
+            scale=scale,
+            dense_len=dense_len,
+            key_mask=key_mask,
+            window=window,
+            every_query=whole,
+        )
     if lists is None:
         empty = (q.new_empty(0, dtype=torch.int16), q.new_empty(0, dtype=plan.shape.mask_dtype))
         lists = TileLists(*empty, q.new_empty(0, dtype=torch.int32))

@@ -65,11 +65,14 @@ def tiled_decode_attention(
     Raises:
         ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
     """
-    geometry = static_geometry(
-        *(kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
-    )
+    numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
+    geometry = static_geometry(*numbers)
     check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
     check_tiled(q, k, v, key_mask, None, None, None, window, scale, geometry)
+    if launched.calls_decode_step(q):
+        fields = (k1, k2, filled, lengths, starts, key_mask, window, scale, dense_len)
+        out, log_sum = launched.launched_decode_attention(q, k, v, *fields, *numbers)
+        return out, log_sum
     return launched.decode(
         *(q, k, v, DecodeState(k1, k2, filled), DecodeRows(lengths, starts), key_mask),
         geometry=geometry,

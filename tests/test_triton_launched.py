@@ -48,7 +48,7 @@ def test_the_decode_step():
     numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 80, "window": None}
     states = [[tensor.zero_() for tensor in new_state(k, GEOMETRY)] for _ in range(2)]
     rows = DecodeRows(lengths, starts)
-    expected = launched._decode(q, k, v, DecodeState(*states[0]), rows, None, **numbers)
+    expected = launched.decode(q, k, v, DecodeState(*states[0]), rows, None, **numbers)
     given = (q, k, v, *states[1], lengths, starts, None, None, SCALE, 80, *selection_arguments(GEOMETRY))
     results = launched.launched_decode_attention(*given)
     for mine, other in zip((*results, *states[1]), (*expected, *states[0]), strict=True):
