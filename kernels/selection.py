@@ -37,6 +37,9 @@ FETCHED_KEYS = 128
 ROW_MULTIPLE = 32
 """Rows of keys in scratch are a multiple of so many blocks."""
 
+SHARES = tl.constexpr(8)
+"""Shares of a row of scores, every eighth element each: in the layout of a product one thread holds all of a share."""
+
 
 @triton.jit
 def _select_column(column, PANEL: tl.constexpr, GP: tl.constexpr, PIECES: tl.constexpr):
@@ -64,8 +67,9 @@ def _select_panel_normaliser(
     most = tl.max(visible, 0)
     least = tl.min(visible, 0)
     origin = most.to(tl.int64) * 0
-    peak = tl.full([C], float("-inf"), tl.float32)
-    total = tl.zeros([C], tl.float32)
+    # A maximum and a sum for each share of a row: threads exchange nothing until the loop has ended.
+    peak = tl.full([C, SHARES], float("-inf"), tl.float32)
+    total = tl.zeros([C, SHARES], tl.float32)
     for start in range(0, most, BN):
         index = start + tl.arange(0, BN)
         pointers = keys + (origin + start) * D + places
@@ -73,11 +77,15 @@ def _select_panel_normaliser(
         scores = tl.dot(q_tile, tile, input_precision=PRECISION)  # [C, BN]
         if start + BN > least:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        shares = tl.reshape(scores, [C, BN // SHARES, SHARES])
+        higher = tl.maximum(peak, tl.max(shares, 1) * scale_log2)
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores * scale_log2 - base[:, None]), 1)
+        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(shares * scale_log2 - base[:, None, :]), 1)
         peak = higher
-    return tl.where(visible > 0, peak + tl.log2(total), float("inf"))
+    highest = tl.max(peak, 1)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total_of_all = tl.sum(total * tl.exp2(peak - base[:, None]), 1)
+    return tl.where(visible > 0, highest + tl.log2(total_of_all), float("inf"))
 
 
 @triton.jit(do_not_specialize=["num_panels", "slots1", "slots2", "num_blocks", "capacity", "dense_len", "window"])

@@ -7,17 +7,21 @@ takes their place (`lowering.cpp`).
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from infllm_pass.errors import DtypeError, ExportError
+from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import cpp, joined
+from infllm_pass.lowering.checks import refused_by_tiled
+from infllm_pass.lowering.operators import static_geometry
 from infllm_pass.lowering.output import refuse_unwritable, written_whole
 
 SUFFIX = ".pt2"
@@ -91,13 +95,22 @@ def join(program: ExportedProgram) -> None:
         if example.device.type != "cpu":
             raise ExportError(
                 f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
-                "only: see the report's column `kernels` for what keeps it from the Triton kernels"
+                f"only: {_refusal(node)}"
             )
         if example.dtype not in cpp.DTYPES:
             raise DtypeError(
                 f"{node.name} computes in {example.dtype}: a package for the CPU takes "
                 f"{', '.join(map(str, cpp.DTYPES))}; cast the model first"
             )
+
+
+def _refusal(node: fx.Node) -> str:
+    """Why the Triton kernels do not take a call of the one operator, in words that say what to change."""
+    names = [argument.name for argument in joined.OPERATOR._schema.arguments]
+    arguments = dict(zip(names, node.args, strict=True))
+    q, v = (arguments[name].meta["val"] for name in ("q", "v"))
+    geometry = static_geometry(*(arguments[field.name] for field in fields(BlockGeometry)))
+    return refused_by_tiled(q, v, arguments["scale"], geometry) or "this program was exported for another device"
 
 
 def input_sizes(program: ExportedProgram) -> list[list[Any]]:

@@ -214,6 +214,16 @@ def test_bad_paths_are_refused_before_any_work(tmp_path, place, message):
     assert (tmp_path / "model.pt2").read_bytes() == b"mine"
 
 
+def test_what_keeps_a_site_from_the_kernels_is_said():
+    """The report, which says so too, does not reach a caller of `package` that raises."""
+    program = infllm_pass.export(Plain(), (torch.randn(1, 2, 90, 8),), config=SMALL)
+    for node in program.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            node.meta["val"] = node.meta["val"].to("meta")
+    with pytest.raises(ExportError, match="packaged for the CPU only: q is on meta: the Triton kernels run on CUDA"):
+        aoti.join(program)
+
+
 def test_no_half_written_file(tmp_path, monkeypatch):
     def fail(_program, *, package_path, inductor_configs):
         Path(package_path).write_bytes(b"half")

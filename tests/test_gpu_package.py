@@ -9,6 +9,7 @@ from torch.export import Dim
 
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.errors import ExportError
 
 from .conftest import llama, relative_error, tokens
 from .test_aoti import LOADING, Logits
@@ -41,10 +42,18 @@ def test_a_fresh_process_without_this_project_gives_the_same_logits(tmp_path, dt
             assert relative_error(got, dense) > 2 * relative_error(got, expected)
 
 
+def test_what_keeps_a_site_from_the_kernels_is_said(tmp_path):
+    model = Logits(llama(num_hidden_layers=1, hidden_size=384).to("cuda", torch.float64)).eval()
+    with pytest.raises(ExportError, match=r"for the CPU only: q is torch\.float64: the Triton kernels take"):
+        infllm_pass.package(model, (tokens(900).cuda(),), tmp_path / "llama.pt2", config=CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("shared_cpp_runtime")
 def test_the_program_in_c_plus_plus(cpp_program, tmp_path):
     """Without Python, on both sides of the switch."""
-    model = Logits(llama(num_hidden_layers=1, hidden_size=384, max_position_embeddings=8192).cuda()).eval()
+    plain = llama(num_hidden_layers=1, hidden_size=384, max_position_embeddings=8192)
+    model = Logits(plain.to("cuda", torch.float32)).eval()
     path, (_, run) = tmp_path / "llama.pt2", cpp_program
     infllm_pass.package(model, (tokens(1500).cuda(),), path, dynamic_shapes={"ids": {1: Dim.DYNAMIC}}, config=CONFIG)
     loaded = infllm_pass.load_package(path)
