@@ -78,6 +78,10 @@ class UntunedDeviceWarning(UserWarning):
     """Sparse attention on a GPU is left to operators tuned for the CPU: correct, and slow."""
 
 
+class UncompiledKernelWarning(UserWarning):
+    """A kernel in C++ cannot be compiled on this machine: torch operators take its place, correct and slower."""
+
+
 class NoAttentionSiteWarning(UserWarning):
     """A sparsified model was compiled and nothing in it became switchable."""
 

@@ -1,7 +1,8 @@
-"""A decode step in torch operators: a few new queries over a cache, with compressed keys kept from step to step.
+"""A decode step on the CPU: a few new queries over a cache, with compressed keys kept from step to step.
 
-Of a sparse row only its compressed keys and the visited blocks are read; the forced blocks are used where they lie,
-the chosen ones are gathered. Formulas: arXiv 2509.24663, sections 3.1 and 3.2.
+Of a sparse row only its compressed keys and the visited blocks are read. A kernel in C++ does it where it can
+(`kernels.native`): what it does not take, float64 above all, and machines without a compiler get torch operators, which
+use the forced blocks where they lie and gather the chosen ones. Formulas: arXiv 2509.24663, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infllm_pass.kernels import native
 from infllm_pass.kernels.cpu_linear import LN2, LOG2E, compute_dtype
 from infllm_pass.kernels.cpu_selection import pool_keys, top_blocks
 from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
@@ -59,23 +61,51 @@ def decode_attention(
         float32 (float64 for float64 inputs); 0 and ``-inf`` for a query that sees no key.
     """
     batch, heads_q, length_q = q.shape[:3]
-    heads, capacity, dim_v = v.shape[1:]
-    out = q.new_zeros(batch, length_q, heads, heads_q // heads, dim_v)
-    lse = q.new_full((batch, heads, heads_q // heads, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
-    queries = q.unflatten(1, (heads, -1)).to(lse.dtype) * (scale * LOG2E)  # [B, Hkv, G, Lq, D]
+    capacity, dim_v = v.shape[2:]
+    out = q.new_zeros(batch, length_q, heads_q, dim_v)
+    lse = q.new_full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
     ends = lengths.clamp(0, capacity).expand(batch).tolist()
     begins = [0] * batch if starts is None else starts.clamp(min=0).expand(batch).tolist()
+    begins = [min(begin, end) for begin, end in zip(begins, ends, strict=True)]
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        begin = min(begin, end)
+        old = max(0, min(int(filled[row]), end - begin - length_q))
+        for compressed, factor in ((k1[row], 1), (k2[row], COARSE_FACTOR)):
+            sizes = geometry.kernel_size * factor, geometry.kernel_stride * factor
+            _compress_new(k[row, :, begin:end], compressed, old, *sizes)
+        filled[row] = end - begin
+    numbers = {"geometry": geometry, "scale": scale, "dense_len": dense_len, "window": window, "out": out, "lse": lse}
+    fields = (q, k, v, k1, k2, begins, ends, key_mask)
+    if not native.decode_attention(*fields, **numbers):
+        _attend(*fields, **numbers)
+    return out.transpose(1, 2), lse
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    begins: list[int],
+    ends: list[int],
+    key_mask: Tensor | None,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    window: int | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """`kernels.native.decode_attention` in torch operators."""
+    heads, length_q = v.shape[1], q.shape[2]
+    queries = q.unflatten(1, (heads, -1)).to(lse.dtype) * (scale * LOG2E)  # [B, Hkv, G, Lq, D]
+    out, lse = out.unflatten(2, (heads, -1)), lse.unflatten(1, (heads, -1))
+    for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         length = end - begin
         row_k, row_v = k[row, :, begin:end], v[row, :, begin:end]
         row_mask = None if key_mask is None else key_mask[row, begin:end]
-        old = max(0, min(int(filled[row]), length - length_q))
-        for compressed, factor in ((k1[row], 1), (k2[row], COARSE_FACTOR)):
-            _compress_new(row_k, compressed, old, geometry.kernel_size * factor, geometry.kernel_stride * factor)
-        filled[row] = length
-        lines = _lines(length, length_q, geometry.query_block if length >= dense_len else 1)
-        for line in lines:
+        for line in _lines(length, length_q, geometry.query_block if length >= dense_len else 1):
             x = queries[row, :, :, line.tokens]  # [Hkv, G, n, D]
             chosen = None
             if length >= dense_len:
@@ -92,7 +122,6 @@ def decode_attention(
                 lse[row, :, :, token] = ((top + total.log2()) * LN2)[..., 0]
                 weights /= total.clamp(min=1.0)  # 1 at least, or 0 where no key is seen
                 out[row, token] = _weighted(weights, row_v, spans, chosen, geometry.block_size)
-    return out.flatten(2, 3).transpose(1, 2), lse.flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -13,41 +13,26 @@
 #ifndef INFLLM_SWITCHABLE_ATTENTION_H
 #define INFLLM_SWITCHABLE_ATTENTION_H
 
-#include <algorithm>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace infllm {
 namespace {  // of the library that it is compiled into: another in the process may be for another processor
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, COLUMNS = 4;
-#elif defined(__AVX__)
-constexpr int LANES = 8, COLUMNS = 2;
+constexpr int COLUMNS = 4;
 #else
-constexpr int LANES = 4, COLUMNS = 2;
+constexpr int COLUMNS = 2;
 #endif
 
-constexpr int TILE_ROWS = 6;               // with COLUMNS vectors each: what the registers hold
-constexpr int PANEL = LANES * COLUMNS;     // columns of a packed matrix that are stored together
-constexpr int64_t CHUNK_ROWS = 768;        // query rows (tokens x group) of a task: queries and sums fit the L2 cache
-constexpr int64_t SCORED_ROWS = 96;        // query rows whose scores are held at once
-constexpr int COARSE_FACTOR = 4;           // K2 pools windows this many times longer, and further apart, than K1
-constexpr float HIDDEN = -1e30f;           // logit of a key that is not seen; finite, so that no difference is a NaN
-constexpr float LOG2E = 1.4426950408889634f;
-
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+constexpr int TILE_ROWS = 6;            // with COLUMNS vectors each: what the registers hold
+constexpr int PANEL = LANES * COLUMNS;  // columns of a packed matrix that are stored together
+constexpr int64_t CHUNK_ROWS = 768;     // query rows (tokens x group) of a task: queries and sums fit the L2 cache
+constexpr int64_t SCORED_ROWS = 96;     // query rows whose scores are held at once
 
 struct Call {
   int64_t batch, heads_q, heads, length_q, length_k, dim, dim_v;
@@ -71,78 +56,6 @@ struct Sequence {
   int64_t start;          // position of query 0, negative if it stands before the sequence
   int64_t begin, end;     // positions of the queries that exist
 };
-
-inline int64_t ceil_div(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
-inline Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline void store(float* to, Vector value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
-inline Vector all(float value) {
-  return value - Vector{};
-}
-
-// Inductor compiles with -ffp-contract=off.
-inline Vector multiply_add(Vector a, Vector b, Vector c) {
-#if defined(__AVX512F__)
-  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline Vector higher(Vector a, Vector b) {
-  return a > b ? a : b;
-}
-
-inline float highest(Vector value) {
-  float lanes[LANES];
-  store(lanes, value);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; lane++)
-      lanes[lane] = std::max(lanes[lane], lanes[lane + width]);
-  return lanes[0];
-}
-
-inline float sum(Vector value) {
-  float lanes[LANES];
-  store(lanes, value);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; lane++)
-      lanes[lane] += lanes[lane + width];
-  return lanes[0];
-}
-
-// 2 ** x to 8e-8, relative; 0 below -126, and no more than 2 ** 110, so that sums of many are finite.
-inline Vector exp2(Vector x) {
-  const Integers normal = x >= all(-126.0f);
-  x = higher(x, all(-126.0f));
-  x = x < all(110.0f) ? x : all(110.0f);
-  // Truncated after being made positive: floor(x + 0.5).
-  const Integers whole = __builtin_convertvector(x + all(128.5f), Integers) - 128;
-  const Vector part = x - __builtin_convertvector(whole, Vector);  // within 0.5 of 0
-  Vector power = all(1.327647152e-3f);
-  power = multiply_add(power, part, all(9.675541331e-3f));
-  power = multiply_add(power, part, all(5.550713275e-2f));
-  power = multiply_add(power, part, all(2.402211972e-1f));
-  power = multiply_add(power, part, all(6.931469671e-1f));
-  power = multiply_add(power, part, all(1.000000072f));
-  return (Vector)((((Integers)power) + (whole << 23)) & normal);
-}
-
-inline float exp2(float x) {
-  return exp2(all(x))[0];
-}
 
 // TILE_ROWS rows of `depth` numbers times one panel. With `faded`: to[i] = to[i] * fading[i] + product; else the product.
 template <bool faded>
@@ -189,11 +102,6 @@ class Columns {
   int64_t dim_;
   std::vector<float> numbers_;
 };
-
-// Windows of `size` keys, `step` apart, that end at or before a position.
-inline int64_t windows_up_to(int64_t position, int64_t size, int64_t step) {
-  return position + 1 < size ? 0 : (position + 1 - size) / step + 1;
-}
 
 // Adds numbers to others. Inductor compiles with -fno-tree-loop-vectorize.
 template <typename T>

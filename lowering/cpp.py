@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -17,18 +15,16 @@ import torch
 from torch._inductor import ir, lowering
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-from infllm_pass import kernels
+from infllm_pass.kernels import native
+from infllm_pass.kernels.native import NO_WINDOW, header
 from infllm_pass.lowering.joined import OPERATOR
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = tuple(native.DTYPES)
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 """Dtypes of offsets."""
 
-HEADER = Path(kernels.__file__).with_name("switchable_attention.h")
-
-NO_WINDOW = 2**62
-"""A window that every key is in."""
+HEADER = "switchable_attention.h"
 
 
 @contextlib.contextmanager
@@ -171,15 +167,10 @@ def kernel_name(wrapper: Any, dtype: torch.dtype, index: torch.dtype) -> str:
             f"const {number}* v, const bool* key_mask, const {key}* offsets, int64_t offsets_count, {number}* out)"
         )
         source = (
-            f"#include <torch/csrc/inductor/cpp_prefix.h>\n{_header()}\n{declaration} {{\n"
+            f"#include <torch/csrc/inductor/cpp_prefix.h>\n{header(HEADER)}\n{declaration} {{\n"
             "  infllm::switchable_attention(\n"
             "      infllm::call_of(numbers, scale), q, k, v, key_mask, offsets, offsets_count, out);\n}\n"
         )
         wrapper.src_to_kernel[source] = name
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{declaration};\n")
     return name
-
-
-@cache
-def _header() -> str:
-    return HEADER.read_text()

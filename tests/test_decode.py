@@ -1,4 +1,4 @@
-"""The decode operator in torch operators: every step equals the oracle on the whole prefix; bad input is refused."""
+"""The decode operator on the CPU, in C++ and in torch operators: every step equals the oracle on the whole prefix."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._inductor import exc
+from torch._inductor.codecache import CppCodeCache
 
-from infllm_pass.errors import DeviceError, DtypeError, ShapeError
+from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UncompiledKernelWarning
+from infllm_pass.kernels import native
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import decode
 from infllm_pass.lowering.operators import selection_arguments
@@ -19,6 +22,7 @@ ODD = {
     "group 3": {"group": 3},
     "group 7, one head": {"group": 7, "heads": 1},
     "dims 24 and 40": {"dim": 24, "value_dim": 40},
+    "dims 64 and 128": {"dim": 64, "value_dim": 128},
     "exact": {"geometry": replace(SMALL, lse="exact")},
     "blocks of 8": {"geometry": replace(SMALL, block_size=8, selected_blocks=6)},
     "long windows": {"geometry": replace(SMALL, kernel_size=32, selected_blocks=5)},
@@ -48,10 +52,75 @@ def operator(*arguments):
     return decode.decode_attention(*tensors, *selection_arguments(geometry))
 
 
+@pytest.fixture
+def in_c_plus_plus(monkeypatch):
+    """Whether the kernel in C++ computed, call by call."""
+    calls, plain = [], native.decode_attention
+    monkeypatch.setattr(native, "decode_attention", lambda *a, **k: calls.append(plain(*a, **k)) or calls[-1])
+    return calls
+
+
+@pytest.fixture
+def in_operators(monkeypatch):
+    monkeypatch.setattr(native, "decode_attention", lambda *_, **__: False)
+
+
 @pytest.mark.parametrize("sizes", ODD.values(), ids=ODD)
-def test_steps_equal_the_oracle(sizes):
+def test_steps_equal_the_oracle(sizes, in_c_plus_plus):
     cache = Cache(operator, [120, 77], **sizes)
     cache.grow(1, 1, 5, 1, 16, 1)
+    assert set(in_c_plus_plus) == {cache.dtype != torch.float64}
+
+
+@pytest.mark.usefixtures("in_operators")
+@pytest.mark.parametrize("sizes", ODD.values(), ids=ODD)
+def test_steps_in_torch_operators_equal_the_oracle(sizes):
+    cache = Cache(operator, [120, 77], **sizes)
+    cache.grow(1, 1, 5, 1, 16, 1)
+
+
+@pytest.mark.parametrize("dense_len", [0, 2000, 5000])
+@pytest.mark.parametrize("shared", [1, 16])
+def test_what_is_cut_into_parts(dense_len, shared, in_c_plus_plus):
+    """More windows, and more visited keys, than one task of the kernel in C++ takes."""
+    geometry = replace(SMALL, selected_blocks=60, query_block=shared)
+    cache = Cache(operator, [2500, 1700], [0, 33], capacity=2600, geometry=geometry, dense_len=dense_len)
+    cache.grow(1, 5, 1)
+    assert set(in_c_plus_plus) == {True}
+
+
+def test_features_that_are_not_adjacent(in_c_plus_plus):
+    given = arguments()
+    turned = [x.mT.contiguous().mT for x in given[:3]]
+    state = [x.clone() for x in given[3:6]]
+    expected = decode.decode_attention(*given)
+    got = decode.decode_attention(*turned, *state, *given[6:])
+    torch.testing.assert_close(got, expected)
+    got = decode.decode_attention(turned[0], *given[1:])
+    torch.testing.assert_close(got, expected)
+    assert in_c_plus_plus == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (exc.InvalidCxxCompiler(), "No working C\\+\\+ compiler"),
+        (exc.CppCompileError(["g++", "-x"], "out of memory"), "C\\+\\+ compile error"),
+        (OSError("cannot open shared object file"), "cannot open shared object file"),
+    ],
+)
+def test_without_a_compiler_torch_operators_run_and_say_so_once(monkeypatch, error, reason):
+    def fail(_code):
+        raise error
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    native._decode_kernel.cache_clear()
+    try:
+        with pytest.warns(UncompiledKernelWarning, match=f"{reason}.*; install g\\+\\+") as warned:
+            Cache(operator, [64]).grow(1, 1, 3)
+        assert len(warned) == 1
+    finally:
+        native._decode_kernel.cache_clear()
 
 
 def test_a_cache_grows_key_by_key_from_nothing_across_dense_len():

@@ -40,7 +40,8 @@ def test_every_module_of_the_tree_is_in_the_wheel(wheel):
     for folder, installed in folders.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder)}" in names
-    assert {"infllm_pass/py.typed", "infllm_pass/kernels/switchable_attention.h"} <= names
+    headers = {f"infllm_pass/kernels/{name}.h" for name in ("vectors", "switchable_attention", "decode_attention")}
+    assert {"infllm_pass/py.typed", *headers} <= names
 
 
 def test_entry_points_and_licence(wheel):
