@@ -1,8 +1,8 @@
-"""InfLLM-V2 block selection and sparse attention in torch operators (arXiv 2509.24663).
+"""InfLLM-V2 block selection and sparse attention on the CPU (arXiv 2509.24663).
 
-Made for CPU tensors, where it is faster than dense attention from some 8k keys on; runs on any device.
-Memory is linear in the length: nothing of size ``Lq x Lk``, nor ``Lq x Lk / kernel_stride``, exists at
-once.
+Forward, kernels in C++ take what they can (`kernels.native`). The rest, float64 above all, machines without a compiler,
+other devices, and gradients are left to torch operators, which were made for CPU tensors and run on any device. Memory
+is linear in the length: nothing of size ``Lq x Lk``, nor ``Lq x Lk / kernel_stride``, exists at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infllm_pass.kernels import native
 from infllm_pass.kernels.cpu_attention import attend_sequence
 from infllm_pass.kernels.cpu_backward import attend_sequence_backward
 from infllm_pass.kernels.cpu_linear import compute_dtype
@@ -65,14 +66,10 @@ def select_blocks(
     chosen = torch.full((batch, heads, length_q, geometry.selected_blocks), -1, dtype=torch.int32, device=q.device)
     for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
         if one.length >= dense_len:
-            chosen[one.row, :, one.queries] = select_sequence(
-                _grouped(q, heads)[one.row, :, :, one.queries],
-                k[one.row, :, one.keys],
-                geometry=geometry,
-                scale=scale,
-                offset=one.offset,
-                window=window,
-            )
+            tensors = _grouped(q, heads)[one.row, :, :, one.queries], k[one.row, :, one.keys]
+            numbers = {"geometry": geometry, "scale": scale, "offset": one.offset, "window": window}
+            blocks = native.select_sequence(*tensors, **numbers)
+            chosen[one.row, :, one.queries] = select_sequence(*tensors, **numbers) if blocks is None else blocks
     return chosen
 
 
@@ -122,19 +119,17 @@ def attention_forward(
     lse = torch.full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype), device=q.device)
     for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
         sparse = blocks is not None and one.length >= dense_len
-        attend_sequence(
+        tensors = (
             _grouped(q, heads)[one.row, :, :, one.queries],
             k[one.row, :, one.keys],
             v[one.row, :, one.keys],
             blocks[one.row, :, one.queries] if blocks is not None and sparse else None,
             _grouped(out, heads)[one.row, :, :, one.queries],
             _grouped(lse, heads)[one.row, :, :, one.queries],
-            geometry=geometry,
-            scale=scale,
-            offset=one.offset,
-            mask=one.mask,
-            window=window,
         )
+        numbers = {"geometry": geometry, "scale": scale, "offset": one.offset, "mask": one.mask, "window": window}
+        if not native.attend_sequence(*tensors, **numbers):
+            attend_sequence(*tensors, **numbers)
     return out, lse
 
 

@@ -1,9 +1,12 @@
 """C++ kernels, compiled on the machine that they run on: by Inductor's compiler and into its cache, once.
 
 ``kernels/decode_attention.h``
-    a decode step, called from here.
+    a decode step.
 ``kernels/switchable_attention.h``
-    whole prompts, which packages contain: see `lowering.cpp`.
+    block selection and attention of whole prompts, called from here; and both in one, which packages contain
+    (`lowering.cpp`).
+
+Each function here takes the place of one in torch operators, and says whether it could.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import re
 import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,32 @@ DTYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16
 NO_WINDOW = 2**62
 """A window that every key is in."""
 
-_DECODE = """
+_NUMBERS = """
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+using T = {number};
+"""
+
+_DECODE = """
 extern "C" void decode_attention(
-    const int64_t* numbers, double scale, const {number}* q, const {number}* k, const {number}* v, const {number}* k1,
-    const {number}* k2, const int64_t* begins, const int64_t* ends, const bool* key_mask, {number}* out, float* lse) {{
+    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const T* k1, const T* k2,
+    const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, float* lse) {
   const infllm::DecodeCall call = infllm::decode_call_of(numbers, scale);
-  infllm::DecodeStep<{number}>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
-}}
+  infllm::DecodeStep<T>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
+}
+"""
+
+_PREFILL = """
+extern "C" void select_blocks(const int64_t* numbers, double scale, const T* q, const T* k, int32_t* blocks) {
+  infllm::select_blocks(infllm::call_of(numbers, scale), q, k, blocks);
+}
+
+extern "C" void attend_blocks(
+    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const bool* valid,
+    const int32_t* blocks, const int64_t* places, T* out, float* lse) {
+  infllm::attend_blocks(
+      infllm::call_of(numbers, scale), q, k, v, valid, blocks, {places[0], places[1], places[2]}, out, lse);
+}
 """
 
 
@@ -79,10 +98,8 @@ def decode_attention(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    if q.dtype not in DTYPES or k.stride(3) != 1 or v.stride(3) != 1:
-        return False
-    kernel = _decode_kernel(q.dtype)
-    if kernel is None:
+    kernels = _library(q.dtype, _DECODE) if _takes(q, k, v, adjacent=(k, v)) else None
+    if kernels is None:
         return False
     if q.stride(3) != 1:
         q = q.contiguous()
@@ -95,15 +112,97 @@ def decode_attention(
     numbers += [geometry.kernel_size, geometry.kernel_stride, geometry.block_size, geometry.init_blocks]
     numbers += [geometry.local_blocks, geometry.selected_blocks, geometry.lse == "exact", geometry.query_block]
     numbers += [torch.get_num_threads()]
-    kernel(
+    kernels.decode_attention(
         _int64s(numbers),
-        scale,
-        *(tensor.data_ptr() for tensor in (q, k, v, k1, k2)),
+        ctypes.c_double(scale),
+        *(_address(tensor) for tensor in (q, k, v, k1, k2)),
         *(_int64s(begins), _int64s(ends)),
-        None if key_mask is None else key_mask.data_ptr(),
-        *(out.data_ptr(), lse.data_ptr()),
+        *(_address(tensor) for tensor in (key_mask, out, lse)),
     )
     return True
+
+
+def select_sequence(
+    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None
+) -> Tensor | None:
+    """`kernels.cpu_selection.select_sequence`, ascending numbers first; None where it was not computed.
+
+    Warns:
+        UncompiledKernelWarning: there is no compiler, or it failed; once.
+    """
+    kernels = _library(q.dtype, _PREFILL) if _takes(q, k, adjacent=(q, k)) else None
+    if kernels is None:
+        return None
+    blocks = torch.empty(q.shape[0], q.shape[2], geometry.selected_blocks, dtype=torch.int32)
+    numbers = _prefill_numbers(q, k, k, geometry, offset, window)
+    kernels.select_blocks(numbers, ctypes.c_double(scale), *(_address(tensor) for tensor in (q, k, blocks)))
+    return blocks
+
+
+def attend_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    mask: Tensor | None,
+    window: int | None,
+) -> bool:
+    """`kernels.cpu_attention.attend_sequence`: whether it was computed.
+
+    Args:
+        out: a part of ``[B, Lq, Hq, Dv]``, written.
+        lse: a part of ``[B, Hq, Lq]``, written.
+
+    Warns:
+        UncompiledKernelWarning: there is no compiler, or it failed; once.
+    """
+    kernels = _library(q.dtype, _PREFILL) if _takes(q, k, v, adjacent=(q, k, v)) else None
+    if kernels is None:
+        return False
+    blocks = None if blocks is None else blocks if blocks[0].is_contiguous() else blocks.contiguous()
+    places = [0, 0] if blocks is None else [blocks.stride(0), blocks.shape[2]]
+    kernels.attend_blocks(
+        _prefill_numbers(q, k, v, geometry, offset, window),
+        ctypes.c_double(scale),
+        *(_address(tensor) for tensor in (q, k, v, None if mask is None else mask.contiguous(), blocks)),
+        _int64s([*places, _head_stride(lse)]),
+        *(_address(tensor) for tensor in (out, lse)),
+    )
+    return True
+
+
+def _prefill_numbers(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, offset: int, window: int | None) -> Any:
+    """The numbers of ``infllm::Call`` for one sequence: ``[Hkv, G, n, D]``, ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``."""
+    heads, group, length_q, dim = q.shape
+    numbers = [1, heads * group, heads, length_q, k.shape[1], dim, v.shape[2], 0, _head_stride(q), q.stride(2)]
+    numbers += [0, *k.stride()[:2], 0, *v.stride()[:2], offset, NO_WINDOW if window is None else window, 0]
+    numbers += [geometry.kernel_size, geometry.kernel_stride, geometry.block_size, geometry.init_blocks]
+    numbers += [geometry.local_blocks, geometry.selected_blocks, geometry.lse == "exact", geometry.query_block]
+    return _int64s(numbers)
+
+
+def _head_stride(x: Tensor) -> int:
+    """From a query head to the next one in ``[Hkv, G, ...]``: a dimension of size 1 has any stride."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _takes(*tensors: Tensor, adjacent: tuple[Tensor, ...]) -> bool:
+    """Whether the kernels take tensors of this kind; of those in `adjacent` features have to lie side by side."""
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == tensors[0].dtype for tensor in tensors)
+        and tensors[0].dtype in DTYPES
+        and all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in adjacent)
+    )
+
+
+def _address(tensor: Tensor | None) -> Any:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 def _int64s(numbers: list[int]) -> Any:
@@ -111,24 +210,20 @@ def _int64s(numbers: list[int]) -> Any:
 
 
 @cache
-def _decode_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled kernel for a dtype; None where it cannot be compiled."""
+def _library(dtype: torch.dtype, functions: str) -> ctypes.CDLL | None:
+    """The compiled kernels for a dtype; None where they cannot be compiled."""
     from torch._inductor import exc
     from torch._inductor.codecache import CppCodeCache
 
-    code = header("decode_attention.h") + _DECODE.format(number=DTYPES[dtype])
+    name = "decode_attention.h" if functions is _DECODE else "switchable_attention.h"
     try:
-        kernel = CppCodeCache.load(code).decode_attention
+        return CppCodeCache.load(header(name) + _NUMBERS.format(number=DTYPES[dtype]) + functions)  # type: ignore[no-any-return]
     except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         warnings.warn(
-            f"decode steps on the CPU run through torch operators, correct but several times slower, as their kernel "
-            f"cannot be compiled: {reason}; install g++, or name a C++ compiler in the variable CXX",
+            f"attention on the CPU runs through torch operators, correct but slower, as {name} cannot be compiled: "
+            f"{reason}; install g++, or name a C++ compiler in the variable CXX",
             UncompiledKernelWarning,
             stacklevel=2,
         )
         return None
-    address, numbers = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)
-    kernel.argtypes = [numbers, ctypes.c_double, *[address] * 5, numbers, numbers, *[address] * 3]
-    kernel.restype = None
-    return kernel  # type: ignore[no-any-return]

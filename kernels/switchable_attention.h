@@ -14,6 +14,7 @@
 #define INFLLM_SWITCHABLE_ATTENTION_H
 
 #include <functional>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -189,21 +190,62 @@ class Chunk {
 
   // Attention of the queries at `begin` to `end` (positions), whose first row of output is `out`.
   void run(const Head<T>& head, int64_t begin, int64_t end, T* out) {
-    head_ = &head, begin_ = begin, count_ = end - begin;
-    blocks_ = (end - 1) / call_.block_size + 1;
-    chosen_.assign(blocks_ * count_, 0);
-    load_queries();
+    open(head, begin, end);
     if (head.sparse)
       select();
     else
-      for (int64_t token = 0; token < count_; token++)
-        choose(token, 1, first_block(begin_ + token), (begin_ + token) / call_.block_size + 1);
-    for (int64_t block = 0; block < blocks_; block++)
-      visit(block);
-    write(out);
+      choose_all();
+    visit_chosen();
+    write(out, nullptr, 0);
+  }
+
+  // The blocks of these queries alone: `slots` numbers for each, ascending, then -1.
+  void list_blocks(const Head<T>& head, int64_t begin, int64_t end, int64_t slots, int32_t* to) {
+    open(head, begin, end);
+    select();
+    for (int64_t token = 0; token < count_; token++, to += slots) {
+      int64_t place = 0;
+      for (int64_t block = 0; block < blocks_; block++)
+        if (chosen_[block * count_ + token])
+          to[place++] = static_cast<int32_t>(block);
+      std::fill(to + place, to + slots, -1);
+    }
+  }
+
+  // Attention over blocks that are given, `slots` numbers for each query, -1 in unused places; null: over all. Each
+  // token's row of `lse` is 1 apart from the one before, each head's `apart`.
+  void attend(
+      const Head<T>& head, int64_t begin, int64_t end, const int32_t* given, int64_t slots, T* out, float* lse, int64_t apart) {
+    open(head, begin, end);
+    if (given == nullptr)
+      choose_all();
+    else
+      for (int64_t place = 0; place < count_ * slots; place++)
+        if (given[place] >= 0)
+          choose(place / slots, 1, given[place], given[place] + 1);
+    visit_chosen();
+    write(out, lse, apart);
   }
 
  private:
+  void open(const Head<T>& head, int64_t begin, int64_t end) {
+    head_ = &head, begin_ = begin, count_ = end - begin;
+    const int64_t share = call_.query_block;  // what is selected for the last query may lie ahead of it
+    blocks_ = (std::min(ceil_div(end, share) * share, head.sequence.length) - 1) / call_.block_size + 1;
+    chosen_.assign(blocks_ * count_, 0);
+    load_queries();
+  }
+
+  void choose_all() {
+    for (int64_t token = 0; token < count_; token++)
+      choose(token, 1, first_block(begin_ + token), (begin_ + token) / call_.block_size + 1);
+  }
+
+  void visit_chosen() {
+    for (int64_t block = 0; block < blocks_; block++)
+      visit(block);
+  }
+
   void load_queries() {
     const int64_t rows = count_ * group_;
     const float scale = call_.scale * LOG2E;
@@ -446,8 +488,8 @@ class Chunk {
     return fading;
   }
 
-  // Stores the results; a query that saw no key gives 0.
-  void write(T* out) const {
+  // Stores the results; a query that saw no key gives 0 and -inf.
+  void write(T* out, float* lse, int64_t apart) const {
     const int64_t stride = call_.heads_q * call_.dim_v;
     for (int64_t row = 0; row < count_ * group_; row++) {
       const float total = sum(load(totals_.data() + row * LANES));
@@ -456,6 +498,9 @@ class Chunk {
       T* to = out + row / group_ * stride + row % group_ * call_.dim_v;
       for (int64_t feature = 0; feature < call_.dim_v; feature++)
         to[feature] = static_cast<T>(from[feature] * share);
+      if (lse != nullptr)
+        lse[row % group_ * apart + row / group_] =
+            total > 0.0f ? (tops_[row] + std::log2(total)) / LOG2E : -std::numeric_limits<float>::infinity();
     }
   }
 
@@ -550,6 +595,72 @@ void switchable_attention(
         chunk.run(head, begin, end, rows + (begin - sequence.start) * row_size);
     }
   }
+}
+
+// Hands chunks of one sequence, all of whose keys and queries a call of one batch row holds, to a function of a chunk,
+// its head, the head's number and the first and last position.
+template <typename T, typename Function>
+void each_chunk(const Call& call, const T* q, const T* k, const T* v, const bool* valid, bool scored, Function take) {
+  const int64_t group = call.heads_q / call.heads, end = call.offset + call.length_q;
+  std::vector<Head<T>> all_heads(call.heads);
+  const int64_t tokens = Chunk<T>::chunk_tokens(call);
+  const int64_t chunks = ceil_div(call.length_q + call.query_block - 1, tokens);
+#pragma omp parallel
+  {
+    Chunk<T> chunk(call);
+#pragma omp for schedule(dynamic)
+    for (int64_t number = 0; number < call.heads; number++) {
+      Head<T>& head = all_heads[number];
+      head.sequence = {0, call.length_k, call.offset, call.offset, end};
+      head.q = q + number * group * call.stride_q[1], head.k = k + number * call.stride_k[1];
+      head.v = v + number * call.stride_v[1], head.valid = valid, head.sparse = scored;
+      if (scored)
+        compress(call, head);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < call.heads * chunks; task++) {
+      const int64_t base = call.offset / call.query_block * call.query_block + (chunks - 1 - task / call.heads) * tokens;
+      const int64_t first = std::max(base, call.offset), last = std::min(base + tokens, end);
+      if (first < last)
+        take(chunk, all_heads[task % call.heads], task % call.heads, first, last);
+    }
+  }
+}
+
+// The blocks that every query of one sequence visits: [heads][length_q][selected_blocks].
+template <typename T>
+void select_blocks(const Call& call, const T* q, const T* k, int32_t* blocks) {
+  each_chunk(call, q, k, k, nullptr, true, [&](Chunk<T>& chunk, const Head<T>& head, int64_t number, int64_t first, int64_t last) {
+    const int64_t row = number * call.length_q + first - call.offset;
+    chunk.list_blocks(head, first, last, call.selected_blocks, blocks + row * call.selected_blocks);
+  });
+}
+
+// Where the blocks of a head and the log-sum-exp of a query head begin, in numbers after those of the one before.
+struct Places {
+  int64_t blocks, slots, lse;
+};
+
+// Attention of one sequence over given blocks, or all; `out` is [length_q][heads_q][dim_v].
+template <typename T>
+void attend_blocks(
+    const Call& call,
+    const T* q,
+    const T* k,
+    const T* v,
+    const bool* valid,
+    const int32_t* blocks,
+    const Places& places,
+    T* out,
+    float* lse) {
+  const int64_t group = call.heads_q / call.heads;
+  each_chunk(call, q, k, v, valid, false, [&](Chunk<T>& chunk, const Head<T>& head, int64_t number, int64_t first, int64_t last) {
+    const int64_t token = first - call.offset;
+    const int32_t* given = blocks == nullptr ? nullptr : blocks + number * places.blocks + token * places.slots;
+    chunk.attend(
+        head, first, last, given, places.slots, out + (token * call.heads_q + number * group) * call.dim_v,
+        lse + number * group * places.lse + token, places.lse);
+  });
 }
 
 }  // namespace

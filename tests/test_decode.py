@@ -114,13 +114,13 @@ def test_without_a_compiler_torch_operators_run_and_say_so_once(monkeypatch, err
         raise error
 
     monkeypatch.setattr(CppCodeCache, "load", fail)
-    native._decode_kernel.cache_clear()
+    native._library.cache_clear()
     try:
         with pytest.warns(UncompiledKernelWarning, match=f"{reason}.*; install g\\+\\+") as warned:
             Cache(operator, [64]).grow(1, 1, 3)
         assert len(warned) == 1
     finally:
-        native._decode_kernel.cache_clear()
+        native._library.cache_clear()
 
 
 def test_a_cache_grows_key_by_key_from_nothing_across_dense_len():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infllm_pass.kernels import cpu, cpu_attention, reference
+from infllm_pass.kernels import cpu, cpu_attention, native, reference
 from infllm_pass.kernels.cpu_selection import pool_keys, top_blocks
 from infllm_pass.kernels.geometry import BlockGeometry
 
@@ -35,6 +35,14 @@ GEOMETRIES = [
 PROPERTY = settings(
     deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
+
+
+@pytest.fixture(params=["C++", "torch operators"], autouse=True)
+def _computed(request, monkeypatch):
+    """Forward in either way; float64 and features that are not adjacent are left to torch operators in both."""
+    if request.param == "torch operators":
+        monkeypatch.setattr(native, "select_sequence", lambda *_, **__: None)
+        monkeypatch.setattr(native, "attend_sequence", lambda *_, **__: False)
 
 
 @dataclasses.dataclass
@@ -463,3 +471,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     unit = 1 if sys.platform == "darwin" else 1024
     used = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
     assert used * unit < 150e6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "every other"])
+def test_what_is_computed_in_c_plus_plus(dtype, layout, monkeypatch):
+    monkeypatch.undo()
+    q, k, v = (strided(torch.randn(1, heads, 100, 8).to(dtype), layout) for heads in (4, 2, 2))
+    numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0, "window": None}
+    grouped, keys, values = q.view(1, 2, 2, 100, 8)[0], k[0], v[0]
+    taken = dtype != torch.float64 and layout != "every other"
+    assert (native.select_sequence(grouped, keys, **numbers) is not None) == taken
+    out, lse = torch.empty(100, 2, 2, 8, dtype=dtype).permute(1, 2, 0, 3), torch.empty(2, 2, 100)
+    assert native.attend_sequence(grouped, keys, values, None, out, lse, mask=None, **numbers) == taken
+    on_meta = [x.to("meta") for x in (grouped, keys)]
+    assert native.select_sequence(*on_meta, **numbers) is None
