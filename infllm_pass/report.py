@@ -37,7 +37,8 @@ class SiteReport:
         mask_elided: whether the compiled graph no longer reads a mask tensor here (or never had one).
         decision: "switchable" or "dense".
         branch: the side of the switch that this graph runs, "dense" or "sparse".
-        kernels: what computes the site on this side: "triton", "torch operators" or "SDPA".
+        kernels: what computes the site on this side: "triton", "C++" (torch operators where a warning has said that it
+            cannot be compiled), "torch operators" or "SDPA".
         refusal: why the Triton kernels do not take a site on a GPU that "torch operators" compute; else "".
         cache_state: whether the compressed keys of a cache are "carried" from call to call or "recomputed" at each; ""
             where there is no cache.

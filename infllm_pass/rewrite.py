@@ -1,7 +1,7 @@
 """Rewriting planned sites in place: to sparse operators, or to attention without a mask tensor.
 
 A site on a CUDA device becomes the operator of the Triton kernels where these take it; every other site becomes the
-torch operators, which run everywhere.
+operators that run everywhere, on the CPU in C++.
 
 Invariants: the graph computes what it did (up to the method's own approximation on the sparse side); every
 emitted node is of the graph's dialect and carries the example value and the source location of the site it replaces;
@@ -24,6 +24,7 @@ from infllm_pass.caches import CacheInputs, CacheUpkeep, StateNodes
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.emission import Emitter
 from infllm_pass.guard import Branch
+from infllm_pass.kernels import native
 from infllm_pass.liveness import dead_users, pure
 from infllm_pass.lowering.checks import refused_by_tiled
 from infllm_pass.lowering.operators import attention_arguments, selection_arguments
@@ -43,8 +44,15 @@ class Kernels(Enum):
     """What computes a site. The value is what the report calls it."""
 
     TRITON = "triton"
+    CPP = "C++"
     TORCH = "torch operators"
     SDPA = "SDPA"
+
+
+def _without_triton(example: torch.Tensor) -> Kernels:
+    """What computes tensors of this kind where the Triton kernels do not."""
+    in_cpp = example.device.type == "cpu" and example.dtype in native.DTYPES
+    return Kernels.CPP if in_cpp else Kernels.TORCH
 
 
 class CacheUse(Enum):
@@ -139,7 +147,7 @@ class Rewriter:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
                 example = example_of(q)
                 refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
-                kernels = Kernels.TORCH if refusal is not None else Kernels.TRITON
+                kernels = Kernels.TRITON if refusal is None else _without_triton(example)
                 refusal = refusal if refusal is not None and example.device.type != "cpu" else ""
                 outcome = Outcome(True, kernels, refusal)
                 state = self._state_of(plan, site, branch, refusal)

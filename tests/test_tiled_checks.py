@@ -233,9 +233,11 @@ def test_operands_are_copied_where_their_last_stride_is_not_1(anywhere):
 def test_cpu_sites_never_see_the_triton_operator():
     module = capture(attend, *heads(100))
     (site,) = run_pass(module, TILED).sites
-    assert (site.kernels, site.refusal) == ("torch operators", "")
+    assert (site.kernels, site.refusal) == ("C++", "")
     assert not calls(module)
     assert count_calls(module, torch.ops.infllm.block_attention.default) == 1
+    (site,) = run_pass(capture(attend, *(x.double() for x in heads(100))), TILED).sites
+    assert (site.kernels, site.refusal) == ("torch operators", "")
 
 
 def compile_refused(config, dtype=torch.bfloat16, length=100):
