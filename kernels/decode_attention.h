@@ -34,14 +34,6 @@ struct DecodeCall {
   float scale;
 };
 
-// The numbers are those of DecodeCall, in its order.
-inline DecodeCall decode_call_of(const int64_t* numbers, double scale) {
-  DecodeCall call;
-  std::memcpy(&call, numbers, offsetof(DecodeCall, scale));
-  call.scale = static_cast<float>(scale);
-  return call;
-}
-
 // Adjacent keys, numbered from the first of the sequence.
 struct Range {
   int64_t begin, end;
@@ -113,6 +105,18 @@ inline void multiply_rows(
   }
 }
 
+// Runs a function for ROWS rows at a time, and for the rest: with their number as a type, and the first of them.
+template <typename Function>
+inline void by_rows(int64_t rows, Function run) {
+  for (int64_t row = 0; row < rows; row += ROWS)
+    switch (std::min<int64_t>(ROWS, rows - row)) {
+      case 1: run(std::integral_constant<int, 1>(), row); break;
+      case 2: run(std::integral_constant<int, 2>(), row); break;
+      case 3: run(std::integral_constant<int, 3>(), row); break;
+      default: run(std::integral_constant<int, ROWS>(), row);
+    }
+}
+
 // Products of `rows` queries of `wide` numbers with `count` keys: to[row * width + key].
 inline void multiply_all(
     const float* queries,
@@ -123,15 +127,9 @@ inline void multiply_all(
     int64_t count,
     float* to,
     int64_t width) {
-  for (int64_t row = 0; row < rows; row += ROWS) {
-    const float* some = queries + row * wide;
-    switch (std::min<int64_t>(ROWS, rows - row)) {
-      case 1: multiply_rows<1>(some, wide, keys, apart, count, to + row * width, width); break;
-      case 2: multiply_rows<2>(some, wide, keys, apart, count, to + row * width, width); break;
-      case 3: multiply_rows<3>(some, wide, keys, apart, count, to + row * width, width); break;
-      default: multiply_rows<4>(some, wide, keys, apart, count, to + row * width, width);
-    }
-  }
+  by_rows(rows, [&](auto some, int64_t row) {
+    multiply_rows<decltype(some)::value>(queries + row * wide, wide, keys, apart, count, to + row * width, width);
+  });
 }
 
 template <int rows, int vectors>
@@ -172,15 +170,9 @@ inline void add_all(
     int64_t count,
     float* sums,
     int64_t wide) {
-  for (int64_t row = 0; row < rows; row += ROWS) {
-    const float* some = weights + row * width;
-    switch (std::min<int64_t>(ROWS, rows - row)) {
-      case 1: add_values<1>(some, width, values, apart, count, sums + row * wide, wide); break;
-      case 2: add_values<2>(some, width, values, apart, count, sums + row * wide, wide); break;
-      case 3: add_values<3>(some, width, values, apart, count, sums + row * wide, wide); break;
-      default: add_values<4>(some, width, values, apart, count, sums + row * wide, wide);
-    }
-  }
+  by_rows(rows, [&](auto some, int64_t row) {
+    add_values<decltype(some)::value>(weights + row * width, width, values, apart, count, sums + row * wide, wide);
+  });
 }
 
 template <typename T>

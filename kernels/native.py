@@ -40,21 +40,22 @@ _DECODE = """
 extern "C" void decode_attention(
     const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const T* k1, const T* k2,
     const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, float* lse) {
-  const infllm::DecodeCall call = infllm::decode_call_of(numbers, scale);
+  const infllm::DecodeCall call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
   infllm::DecodeStep<T>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
 }
 """
 
 _PREFILL = """
 extern "C" void select_blocks(const int64_t* numbers, double scale, const T* q, const T* k, int32_t* blocks) {
-  infllm::select_blocks(infllm::call_of(numbers, scale), q, k, blocks);
+  infllm::select_blocks(infllm::call_of<infllm::Call>(numbers, scale), q, k, blocks);
 }
 
 extern "C" void attend_blocks(
     const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const bool* valid,
     const int32_t* blocks, const int64_t* places, T* out, float* lse) {
   infllm::attend_blocks(
-      infllm::call_of(numbers, scale), q, k, v, valid, blocks, {places[0], places[1], places[2]}, out, lse);
+      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, blocks, {places[0], places[1], places[2]}, out,
+      lse);
 }
 """
 

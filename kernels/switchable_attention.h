@@ -43,14 +43,6 @@ struct Call {
   float scale;
 };
 
-// The numbers are those of Call, in its order.
-inline Call call_of(const int64_t* numbers, double scale) {
-  Call call;
-  std::memcpy(&call, numbers, offsetof(Call, scale));
-  call.scale = static_cast<float>(scale);
-  return call;
-}
-
 // The valid stretch of a batch row. Positions count from its first key.
 struct Sequence {
   int64_t first, length;  // keys

@@ -31,6 +31,15 @@ constexpr float LOG2E = 1.4426950408889634f;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
+// A call, all of whose fields are numbers of 64 bits, in their order, but the last, the scale.
+template <typename C>
+C call_of(const int64_t* numbers, double scale) {
+  C call;
+  std::memcpy(&call, numbers, offsetof(C, scale));
+  call.scale = static_cast<float>(scale);
+  return call;
+}
+
 inline int64_t ceil_div(int64_t value, int64_t by) {
   return (value + by - 1) / by;
 }

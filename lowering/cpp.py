@@ -169,7 +169,7 @@ def kernel_name(wrapper: Any, dtype: torch.dtype, index: torch.dtype) -> str:
         source = (
             f"#include <torch/csrc/inductor/cpp_prefix.h>\n{header(HEADER)}\n{declaration} {{\n"
             "  infllm::switchable_attention(\n"
-            "      infllm::call_of(numbers, scale), q, k, v, key_mask, offsets, offsets_count, out);\n}\n"
+            "      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, key_mask, offsets, offsets_count, out);\n}\n"
         )
         wrapper.src_to_kernel[source] = name
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{declaration};\n")
