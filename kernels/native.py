@@ -166,12 +166,14 @@ def attend_sequence(
     kernels = _library(q.dtype, _PREFILL) if _takes(q, k, v, adjacent=(q, k, v)) else None
     if kernels is None:
         return False
-    blocks = None if blocks is None else blocks if blocks[0].is_contiguous() else blocks.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    if blocks is not None and not blocks[0].is_contiguous():
+        blocks = blocks.contiguous()
     places = [0, 0] if blocks is None else [blocks.stride(0), blocks.shape[2]]
     kernels.attend_blocks(
         _prefill_numbers(q, k, v, geometry, offset, window),
         ctypes.c_double(scale),
-        *(_address(tensor) for tensor in (q, k, v, None if mask is None else mask.contiguous(), blocks)),
+        *(_address(tensor) for tensor in (q, k, v, mask, blocks)),
         _int64s([*places, _head_stride(lse)]),
         *(_address(tensor) for tensor in (out, lse)),
     )

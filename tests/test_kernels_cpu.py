@@ -486,3 +486,15 @@ def test_what_is_computed_in_c_plus_plus(dtype, layout, monkeypatch):
     assert native.attend_sequence(grouped, keys, values, None, out, lse, mask=None, **numbers) == taken
     on_meta = [x.to("meta") for x in (grouped, keys)]
     assert native.select_sequence(*on_meta, **numbers) is None
+
+
+def test_masks_and_blocks_in_any_layout():
+    q, k, v = (torch.randn(2, heads, 300, 8) for heads in (4, 2, 2))
+    numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0}
+    blocks = cpu.select_blocks(q, k, **numbers)
+    mask = torch.rand(2, 300) < 0.7
+    expected = cpu.attention_forward(q, k, v, blocks, key_mask=mask, **numbers)
+    apart = torch.stack((mask, ~mask), -1)[..., 0], blocks.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not apart[0][0].is_contiguous()
+    got = cpu.attention_forward(q, k, v, apart[1], key_mask=apart[0], **numbers)
+    assert all(map(torch.equal, got, expected))
