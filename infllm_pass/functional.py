@@ -33,7 +33,7 @@ def switchable_attention(
     InfLLM-V2, arXiv 2509.24663, section 3. Differentiable in q, k and v; no gradient flows through the
     selection of blocks. Each sequence of a padded or packed batch takes its own side of the switch. On CUDA the
     Triton kernels run where they take the call (float16, bfloat16, float32; block_size a multiple of 16) and read
-    no tensor on the host; torch operators run elsewhere, on a GPU with a warning.
+    no tensor on the host; on the CPU kernels in C++ do. Torch operators run elsewhere, on a GPU with a warning.
 
     Args:
         q: queries after position encoding, ``[B, Hq, Lq, D]``; float32, bfloat16, float16 or float64.
@@ -129,7 +129,7 @@ def _attend(
     offset: int | None,
     window: int | None,
 ) -> Tensor:
-    """The call through the Triton kernels where they take it, through torch operators elsewhere."""
+    """The call through the Triton kernels where they take it, through the operators for the CPU elsewhere."""
     check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.

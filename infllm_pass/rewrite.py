@@ -207,7 +207,7 @@ class Rewriter:
     def _block_attention(
         self, plan: SitePlan, site: AttentionSite, q: fx.Node, k: fx.Node, v: fx.Node, *, select: bool
     ) -> fx.Node:
-        """Selection, if asked for, and attention as torch operators."""
+        """Selection, if asked for, and attention as the operators that run everywhere."""
         config = self.config
         call = (*self._masks.arguments(plan, site), plan.scale, config.dense_len)
         blocks = None

@@ -2,7 +2,7 @@
 
 ``infllm::decode_attention``
     attention of a few new queries over a cache whose capacity exceeds its valid length, with the compressed keys that
-    selection needs kept from step to step. In torch operators: any device, made for the CPU.
+    selection needs kept from step to step. Made for the CPU, in C++; in torch operators on any device.
 
 Semantics: arXiv 2509.24663, section 3. Geometry arguments are those of `kernels.geometry.BlockGeometry`.
 """
