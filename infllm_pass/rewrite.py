@@ -49,12 +49,6 @@ class Kernels(Enum):
     SDPA = "SDPA"
 
 
-def _without_triton(example: torch.Tensor) -> Kernels:
-    """What computes tensors of this kind where the Triton kernels do not."""
-    in_cpp = example.device.type == "cpu" and example.dtype in native.DTYPES
-    return Kernels.CPP if in_cpp else Kernels.TORCH
-
-
 class CacheUse(Enum):
     """What becomes of a cache's compressed keys. The value is what the report calls it."""
 
@@ -147,7 +141,7 @@ class Rewriter:
                 q, k, v = self._operands(site, site.query, site.key_heads, site.value_heads)
                 example = example_of(q)
                 refusal = refused_by_tiled(example, example_of(v), float(plan.scale or 0.0), self.config.geometry)
-                kernels = Kernels.TRITON if refusal is None else _without_triton(example)
+                kernels = Kernels.TRITON if refusal is None else Kernels.CPP if native.takes(example) else Kernels.TORCH
                 refusal = refusal if refusal is not None and example.device.type != "cpu" else ""
                 outcome = Outcome(True, kernels, refusal)
                 state = self._state_of(plan, site, branch, refusal)

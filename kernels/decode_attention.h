@@ -9,10 +9,8 @@
 #ifndef INFLLM_DECODE_ATTENTION_H
 #define INFLLM_DECODE_ATTENTION_H
 
-#include <functional>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "vectors.h"
 
@@ -299,7 +297,6 @@ class DecodeStep {
         line.queries.data(), line.tokens * call_.group, padded(call_.dim), keys, apart, count, to, width);
   }
 
-  // Of equal scores the lower block wins.
   void choose_best(Line& line) const {
     const int64_t rows = line.tokens * call_.group;
     const int64_t wide = padded(line.coarse_end), width = padded(line.fine_end - line.fine_begin);
@@ -317,25 +314,9 @@ class DecodeStep {
       for (int64_t window = 0; window < width; window += LANES)
         store(scores.data() + window, load(scores.data() + window) + exp2(load(fine + window) - norm));
     }
-    const int64_t per_block = call_.block_size / call_.kernel_stride;
-    const int64_t before = call_.kernel_size / call_.kernel_stride - 1;  // windows that reach into the next block
-    std::vector<uint64_t> ranks;
-    for (int64_t block = line.low; block < line.high; block++) {
-      const int64_t from = std::max(line.fine_begin, block * per_block - before);
-      const int64_t to = std::min(line.fine_end, (block + 1) * per_block);
-      uint64_t rank = 0;  // of a block without a score
-      if (from < to) {
-        const float best =
-            *std::max_element(scores.data() + from - line.fine_begin, scores.data() + to - line.fine_begin);
-        uint32_t bits;  // of numbers that are not negative: ordered as they are
-        std::memcpy(&bits, &best, sizeof bits);
-        rank = bits + uint64_t{1};
-      }
-      ranks.push_back(rank << 31 | (0x7fffffff - block));
-    }
-    std::nth_element(ranks.begin(), ranks.begin() + line.taken, ranks.end(), std::greater<uint64_t>());
-    for (int64_t place = 0; place < line.taken; place++)
-      line.chosen.push_back(0x7fffffff - static_cast<int64_t>(ranks[place] & 0x7fffffff));
+    ranking_of(call_).each_best(
+        scores.data(), line.fine_begin, line.fine_end, line.low, line.high, line.taken,
+        [&](int64_t block) { line.chosen.push_back(block); });
     std::sort(line.chosen.begin(), line.chosen.end());
   }
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import ctypes
 import re
 import warnings
+from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,16 +38,16 @@ _NUMBERS = """
 using T = {number};
 """
 
-_DECODE = """
+_FUNCTIONS = {
+    "decode_attention.h": """
 extern "C" void decode_attention(
     const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const T* k1, const T* k2,
     const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, float* lse) {
   const infllm::DecodeCall call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
   infllm::DecodeStep<T>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
 }
-"""
-
-_PREFILL = """
+""",
+    "switchable_attention.h": """
 extern "C" void select_blocks(const int64_t* numbers, double scale, const T* q, const T* k, int32_t* blocks) {
   infllm::select_blocks(infllm::call_of<infllm::Call>(numbers, scale), q, k, blocks);
 }
@@ -57,7 +59,9 @@ extern "C" void attend_blocks(
       infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, blocks, {places[0], places[1], places[2]}, out,
       lse);
 }
-"""
+""",
+}
+"""What is called, by the header that computes it."""
 
 
 @cache
@@ -65,6 +69,39 @@ def header(name: str) -> str:
     """The text of a header beside this file, with those that it includes."""
     text = Path(__file__).with_name(name).read_text()
     return re.sub(r'#include "(\w+\.h)"\n', lambda included: header(included[1]), text)
+
+
+def call_numbers(
+    size_q: Sequence[Any],
+    size_k: Sequence[Any],
+    size_v: Sequence[Any],
+    stride_q: Sequence[Any],
+    stride_k: Sequence[Any],
+    stride_v: Sequence[Any],
+    offset: Any,
+    fixed: Sequence[int],
+) -> list[Any]:
+    """The numbers of ``infllm::Call`` in its order, integers or expressions, as the sizes are."""
+    batch, heads_q, length_q, dim = size_q
+    sizes = (batch, heads_q, size_k[1], length_q, size_k[2], dim, size_v[3])
+    return [*sizes, *stride_q[:3], *stride_k[:3], *stride_v[:3], offset, *fixed]
+
+
+def fixed_numbers(
+    window: int | None,
+    dense_len: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    selected_blocks: int,
+    lse: str,
+    query_block: int,
+) -> tuple[int, ...]:
+    """Those among the numbers of a call, of a prompt or a step, that do not depend on its tensors: the last ones."""
+    geometry = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks)
+    return (NO_WINDOW if window is None else window, dense_len, *geometry, int(lse == "exact"), query_block)
 
 
 def decode_attention(
@@ -99,19 +136,17 @@ def decode_attention(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    kernels = _library(q.dtype, _DECODE) if _takes(q, k, v, adjacent=(k, v)) else None
-    if kernels is None:
-        return False
     if q.stride(3) != 1:
         q = q.contiguous()
+    kernels = _kernels("decode_attention.h", q, k, v)
+    if kernels is None:
+        return False
     batch, heads_q, length_q, dim = q.shape
     heads, dim_v = v.shape[1], v.shape[3]
     strides = [stride for tensor in (q, k, v, k1, k2) for stride in tensor.stride()[:3]]
     numbers = [batch, heads, heads_q // heads, length_q, dim, dim_v, *strides]
     numbers += [0, 0] if key_mask is None else key_mask.stride()
-    numbers += [NO_WINDOW if window is None else window, dense_len]
-    numbers += [geometry.kernel_size, geometry.kernel_stride, geometry.block_size, geometry.init_blocks]
-    numbers += [geometry.local_blocks, geometry.selected_blocks, geometry.lse == "exact", geometry.query_block]
+    numbers += fixed_numbers(window, dense_len, *astuple(geometry))
     numbers += [torch.get_num_threads()]
     kernels.decode_attention(
         _int64s(numbers),
@@ -131,7 +166,7 @@ def select_sequence(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    kernels = _library(q.dtype, _PREFILL) if _takes(q, k, adjacent=(q, k)) else None
+    kernels = _kernels("switchable_attention.h", q, k)
     if kernels is None:
         return None
     blocks = torch.empty(q.shape[0], q.shape[2], geometry.selected_blocks, dtype=torch.int32)
@@ -163,7 +198,7 @@ def attend_sequence(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    kernels = _library(q.dtype, _PREFILL) if _takes(q, k, v, adjacent=(q, k, v)) else None
+    kernels = _kernels("switchable_attention.h", q, k, v)
     if kernels is None:
         return False
     mask = None if mask is None else mask.contiguous()
@@ -181,13 +216,11 @@ def attend_sequence(
 
 
 def _prefill_numbers(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, offset: int, window: int | None) -> Any:
-    """The numbers of ``infllm::Call`` for one sequence: ``[Hkv, G, n, D]``, ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``."""
+    """The numbers of a call for one sequence: ``[Hkv, G, n, D]``, ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``."""
     heads, group, length_q, dim = q.shape
-    numbers = [1, heads * group, heads, length_q, k.shape[1], dim, v.shape[2], 0, _head_stride(q), q.stride(2)]
-    numbers += [0, *k.stride()[:2], 0, *v.stride()[:2], offset, NO_WINDOW if window is None else window, 0]
-    numbers += [geometry.kernel_size, geometry.kernel_stride, geometry.block_size, geometry.init_blocks]
-    numbers += [geometry.local_blocks, geometry.selected_blocks, geometry.lse == "exact", geometry.query_block]
-    return _int64s(numbers)
+    sizes = (1, heads * group, length_q, dim), (1, *k.shape), (1, *v.shape)
+    strides = (0, _head_stride(q), q.stride(2)), (0, *k.stride()), (0, *v.stride())
+    return _int64s(call_numbers(*sizes, *strides, offset, fixed_numbers(window, 0, *astuple(geometry))))
 
 
 def _head_stride(x: Tensor) -> int:
@@ -195,13 +228,20 @@ def _head_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _takes(*tensors: Tensor, adjacent: tuple[Tensor, ...]) -> bool:
-    """Whether the kernels take tensors of this kind; of those in `adjacent` features have to lie side by side."""
-    return (
-        all(tensor.device.type == "cpu" and tensor.dtype == tensors[0].dtype for tensor in tensors)
-        and tensors[0].dtype in DTYPES
-        and all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in adjacent)
-    )
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take tensors of this device and dtype."""
+    return x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def _kernels(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
+    """A library for these tensors, the first of which has the dtype of all; None where they are not taken.
+
+    Warns:
+        UncompiledKernelWarning: there is no compiler, or it failed; once.
+    """
+    alike = all(takes(x) and x.dtype == tensors[0].dtype for x in tensors)
+    adjacent = all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
+    return _library(tensors[0].dtype, name) if alike and adjacent else None
 
 
 def _address(tensor: Tensor | None) -> Any:
@@ -213,14 +253,13 @@ def _int64s(numbers: list[int]) -> Any:
 
 
 @cache
-def _library(dtype: torch.dtype, functions: str) -> ctypes.CDLL | None:
+def _library(dtype: torch.dtype, name: str) -> ctypes.CDLL | None:
     """The compiled kernels for a dtype; None where they cannot be compiled."""
     from torch._inductor import exc
     from torch._inductor.codecache import CppCodeCache
 
-    name = "decode_attention.h" if functions is _DECODE else "switchable_attention.h"
     try:
-        return CppCodeCache.load(header(name) + _NUMBERS.format(number=DTYPES[dtype]) + functions)  # type: ignore[no-any-return]
+        return CppCodeCache.load(header(name) + _NUMBERS.format(number=DTYPES[dtype]) + _FUNCTIONS[name])  # type: ignore[no-any-return]
     except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         warnings.warn(

@@ -13,11 +13,9 @@
 #ifndef INFLLM_SWITCHABLE_ATTENTION_H
 #define INFLLM_SWITCHABLE_ATTENTION_H
 
-#include <functional>
 #include <limits>
 #include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "vectors.h"
 
@@ -145,6 +143,8 @@ struct Head {
 
 template <typename T>
 void compress(const Call& call, Head<T>& head) {
+  if (head.sequence.length <= call.selected_blocks * call.block_size)
+    return;  // nothing is chosen by score
   const int64_t size = call.kernel_size, step = call.kernel_stride, last = head.sequence.length - 1;
   const std::vector<float> sums = sums_of_steps(head.k, call.stride_k[2], head.sequence.length, call.dim, step);
   head.fine.reset(new Columns(means<T>(sums, call.dim, windows_up_to(last, size, step), size / step, 1, size)));
@@ -171,7 +171,8 @@ class Chunk {
         tops_(tokens_ * group_),
         keys_(call.block_size, call.dim),
         values_(call.dim_v, call.block_size),
-        weights_(TILE_ROWS * padded_size_) {}
+        weights_(TILE_ROWS * padded_size_),
+        ranking_(ranking_of(call)) {}
 
   // Tokens of a chunk: whole tiles of queries that share a selection.
   static int64_t chunk_tokens(const Call& call) {
@@ -334,31 +335,14 @@ class Chunk {
     scored_.clear();
   }
 
-  // Chooses the best candidates of a tile by its scores of compressed keys. Of equal ones the lower block wins.
+  // Chooses the best candidates of a tile by its scores of compressed keys.
   void take_best(const Tile& tile, const float* scores) {
-    const int64_t per_block = call_.block_size / call_.kernel_stride;
-    const int64_t before = call_.kernel_size / call_.kernel_stride - 1;  // windows that reach into the next block
     const int64_t seen = windows_up_to(tile.last, call_.kernel_size, call_.kernel_stride);
-    ranks_.clear();
-    for (int64_t block = tile.low; block < tile.high; block++) {
-      const int64_t from = std::max<int64_t>(0, block * per_block - before);
-      const int64_t to = std::min(seen, (block + 1) * per_block);
-      uint64_t rank = 0;  // of a block without a score
-      if (from < to) {
-        const float best = *std::max_element(scores + from, scores + to);
-        uint32_t bits;  // of numbers that are not negative: ordered as they are
-        std::memcpy(&bits, &best, sizeof bits);
-        rank = bits + uint64_t{1};
-      }
-      ranks_.push_back(rank << 31 | (0x7fffffff - block));
-    }
     const int64_t forced = std::max<int64_t>(0, call_.init_blocks - first_block(tile.last)) + call_.local_blocks + 1;
     const int64_t free = call_.selected_blocks - forced;  // fewer than there are candidates
-    std::nth_element(ranks_.begin(), ranks_.begin() + free, ranks_.end(), std::greater<uint64_t>());
-    for (int64_t place = 0; place < free; place++) {
-      const int64_t block = 0x7fffffff - static_cast<int64_t>(ranks_[place] & 0x7fffffff);
+    ranking_.each_best(scores, 0, seen, tile.low, tile.high, free, [&](int64_t block) {
       choose(tile.token, tile.tokens, block, block + 1);
-    }
+    });
   }
 
   static float panel_top(const float* logits) {
@@ -504,12 +488,33 @@ class Chunk {
   std::vector<uint8_t> visible_, chosen_;              // [key], [block][token]
   std::vector<int64_t> rows_, tile_of_, seen_;
   std::vector<float> norms_, norm_totals_, scores_;
-  std::vector<uint64_t> ranks_;
+  Ranking ranking_;
   std::vector<Tile> scored_;
 
   const Head<T>* head_ = nullptr;
   int64_t begin_ = 0, count_ = 0, blocks_ = 0;
 };
+
+// Hands the chunks of all heads' queries to a function: a chunk to work in, the number of the head, and the first position
+// and one past the last.
+template <typename T, typename Function>
+void each_chunk(const Call& call, const std::vector<Head<T>>& all_heads, Function take) {
+  const int64_t heads = all_heads.size(), tokens = Chunk<T>::chunk_tokens(call);
+  const int64_t chunks = ceil_div(call.length_q + call.query_block - 1, tokens);
+#pragma omp parallel
+  {
+    Chunk<T> chunk(call);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * chunks; task++) {
+      const Sequence& sequence = all_heads[task % heads].sequence;
+      const int64_t number = chunks - 1 - task / heads;  // those that visit most come first
+      const int64_t base = sequence.begin / call.query_block * call.query_block + number * tokens;
+      const int64_t begin = std::max(base, sequence.begin), end = std::min(base + tokens, sequence.end);
+      if (begin < end)
+        take(chunk, task % heads, begin, end);
+    }
+  }
+}
 
 // The sequence of a batch row.
 template <typename I>
@@ -550,6 +555,9 @@ void switchable_attention(
   const int64_t row_size = call.heads_q * call.dim_v;
   if (heads == 0 || call.length_q == 0)
     return;
+  const auto rows_of = [&](int64_t number) {
+    return out + number / call.heads * call.length_q * row_size + number % call.heads * group * call.dim_v;
+  };
   std::vector<Head<T>> all_heads(heads);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t number = 0; number < heads; number++) {
@@ -562,69 +570,42 @@ void switchable_attention(
     head.v = v + row * call.stride_v[0] + which * call.stride_v[1] + sequence.first * call.stride_v[2];
     head.valid = key_mask == nullptr ? nullptr : key_mask + row * call.length_k + sequence.first;
     head.sparse = sequence.length >= call.dense_len;
-    if (sequence.begin >= sequence.end || !head.sparse || sequence.length <= call.selected_blocks * call.block_size)
-      continue;  // nothing is chosen by score
-    compress(call, head);
+    for (int64_t query = 0; query < call.length_q; query++)
+      if (query + sequence.start < sequence.begin || query + sequence.start >= sequence.end)
+        std::fill_n(rows_of(number) + query * row_size, group * call.dim_v, static_cast<T>(0.0f));
+    if (sequence.begin < sequence.end && head.sparse)
+      compress(call, head);
   }
-  const int64_t tokens = Chunk<T>::chunk_tokens(call);
-  const int64_t chunks = ceil_div(call.length_q + call.query_block - 1, tokens);
-#pragma omp parallel
-  {
-    Chunk<T> chunk(call);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < heads * chunks; task++) {
-      const Head<T>& head = all_heads[task % heads];
-      const Sequence& sequence = head.sequence;
-      T* rows = out + task % heads / call.heads * call.length_q * row_size + task % heads % call.heads * group * call.dim_v;
-      const int64_t number = chunks - 1 - task / heads;  // those that visit most come first
-      if (number == 0)  // queries outside of the sequence
-        for (int64_t query = 0; query < call.length_q; query++)
-          if (query + sequence.start < sequence.begin || query + sequence.start >= sequence.end)
-            std::fill_n(rows + query * row_size, group * call.dim_v, static_cast<T>(0.0f));
-      const int64_t base = sequence.begin / call.query_block * call.query_block + number * tokens;
-      const int64_t begin = std::max(base, sequence.begin), end = std::min(base + tokens, sequence.end);
-      if (begin < end)
-        chunk.run(head, begin, end, rows + (begin - sequence.start) * row_size);
-    }
-  }
+  each_chunk(call, all_heads, [&](Chunk<T>& chunk, int64_t number, int64_t begin, int64_t end) {
+    const Head<T>& head = all_heads[number];
+    chunk.run(head, begin, end, rows_of(number) + (begin - head.sequence.start) * row_size);
+  });
 }
 
-// Hands chunks of one sequence, all of whose keys and queries a call of one batch row holds, to a function of a chunk,
-// its head, the head's number and the first and last position.
-template <typename T, typename Function>
-void each_chunk(const Call& call, const T* q, const T* k, const T* v, const bool* valid, bool scored, Function take) {
-  const int64_t group = call.heads_q / call.heads, end = call.offset + call.length_q;
+// The heads of a call of one batch row, all of whose keys and queries are one sequence.
+template <typename T>
+std::vector<Head<T>> heads_of(const Call& call, const T* q, const T* k, const T* v, const bool* valid) {
+  const int64_t group = call.heads_q / call.heads;
   std::vector<Head<T>> all_heads(call.heads);
-  const int64_t tokens = Chunk<T>::chunk_tokens(call);
-  const int64_t chunks = ceil_div(call.length_q + call.query_block - 1, tokens);
-#pragma omp parallel
-  {
-    Chunk<T> chunk(call);
-#pragma omp for schedule(dynamic)
-    for (int64_t number = 0; number < call.heads; number++) {
-      Head<T>& head = all_heads[number];
-      head.sequence = {0, call.length_k, call.offset, call.offset, end};
-      head.q = q + number * group * call.stride_q[1], head.k = k + number * call.stride_k[1];
-      head.v = v + number * call.stride_v[1], head.valid = valid, head.sparse = scored;
-      if (scored)
-        compress(call, head);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < call.heads * chunks; task++) {
-      const int64_t base = call.offset / call.query_block * call.query_block + (chunks - 1 - task / call.heads) * tokens;
-      const int64_t first = std::max(base, call.offset), last = std::min(base + tokens, end);
-      if (first < last)
-        take(chunk, all_heads[task % call.heads], task % call.heads, first, last);
-    }
+  for (int64_t number = 0; number < call.heads; number++) {
+    Head<T>& head = all_heads[number];
+    head.sequence = {0, call.length_k, call.offset, call.offset, call.offset + call.length_q};
+    head.q = q + number * group * call.stride_q[1], head.k = k + number * call.stride_k[1];
+    head.v = v + number * call.stride_v[1], head.valid = valid;
   }
+  return all_heads;
 }
 
 // The blocks that every query of one sequence visits: [heads][length_q][selected_blocks].
 template <typename T>
 void select_blocks(const Call& call, const T* q, const T* k, int32_t* blocks) {
-  each_chunk(call, q, k, k, nullptr, true, [&](Chunk<T>& chunk, const Head<T>& head, int64_t number, int64_t first, int64_t last) {
-    const int64_t row = number * call.length_q + first - call.offset;
-    chunk.list_blocks(head, first, last, call.selected_blocks, blocks + row * call.selected_blocks);
+  std::vector<Head<T>> all_heads = heads_of(call, q, k, k, nullptr);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t number = 0; number < call.heads; number++)
+    compress(call, all_heads[number]);
+  each_chunk(call, all_heads, [&](Chunk<T>& chunk, int64_t number, int64_t begin, int64_t end) {
+    const int64_t row = number * call.length_q + begin - call.offset;
+    chunk.list_blocks(all_heads[number], begin, end, call.selected_blocks, blocks + row * call.selected_blocks);
   });
 }
 
@@ -646,11 +627,12 @@ void attend_blocks(
     T* out,
     float* lse) {
   const int64_t group = call.heads_q / call.heads;
-  each_chunk(call, q, k, v, valid, false, [&](Chunk<T>& chunk, const Head<T>& head, int64_t number, int64_t first, int64_t last) {
-    const int64_t token = first - call.offset;
+  const std::vector<Head<T>> all_heads = heads_of(call, q, k, v, valid);
+  each_chunk(call, all_heads, [&](Chunk<T>& chunk, int64_t number, int64_t begin, int64_t end) {
+    const int64_t token = begin - call.offset;
     const int32_t* given = blocks == nullptr ? nullptr : blocks + number * places.blocks + token * places.slots;
     chunk.attend(
-        head, first, last, given, places.slots, out + (token * call.heads_q + number * group) * call.dim_v,
+        all_heads[number], begin, end, given, places.slots, out + (token * call.heads_q + number * group) * call.dim_v,
         lse + number * group * places.lse + token, places.lse);
   });
 }

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <vector>
 
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -118,6 +120,40 @@ inline float exp2(float x) {
 // Windows of `size` keys, `step` apart, that end at or before a position.
 inline int64_t windows_up_to(int64_t position, int64_t size, int64_t step) {
   return position + 1 < size ? 0 : (position + 1 - size) / step + 1;
+}
+
+// The best `count` of the blocks from `low` to `high`, in no order, by the scores of their windows: those of the windows
+// from `begin` to `end` are given, and none is negative. A block has `per_block` windows, and `before` of the block ahead of
+// it reach into it. Of equal scores the lower block wins.
+struct Ranking {
+  int64_t per_block, before;
+
+  template <typename Function>
+  void each_best(
+      const float* scores, int64_t begin, int64_t end, int64_t low, int64_t high, int64_t count, Function take) {
+    ranks_.clear();
+    for (int64_t block = low; block < high; block++) {
+      const int64_t from = std::max(begin, block * per_block - before), to = std::min(end, (block + 1) * per_block);
+      uint64_t rank = 0;  // of a block without a score
+      if (from < to) {
+        const float best = *std::max_element(scores + (from - begin), scores + (to - begin));
+        uint32_t bits;  // of numbers that are not negative: ordered as they are
+        std::memcpy(&bits, &best, sizeof bits);
+        rank = bits + uint64_t{1};
+      }
+      ranks_.push_back(rank << 31 | (0x7fffffff - block));
+    }
+    std::nth_element(ranks_.begin(), ranks_.begin() + count, ranks_.end(), std::greater<uint64_t>());
+    for (int64_t place = 0; place < count; place++)
+      take(0x7fffffff - static_cast<int64_t>(ranks_[place] & 0x7fffffff));
+  }
+
+  std::vector<uint64_t> ranks_;
+};
+
+template <typename C>
+Ranking ranking_of(const C& call) {
+  return {call.block_size / call.kernel_stride, call.kernel_size / call.kernel_stride - 1, {}};
 }
 
 }  // namespace

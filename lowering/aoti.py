@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from infllm_pass.errors import DtypeError, ExportError
+from infllm_pass.kernels import native
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering import cpp, joined
 from infllm_pass.lowering.checks import refused_by_tiled
@@ -97,10 +98,10 @@ def join(program: ExportedProgram) -> None:
                 f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
                 f"only: {_refusal(node)}"
             )
-        if example.dtype not in cpp.DTYPES:
+        if example.dtype not in native.DTYPES:
             raise DtypeError(
                 f"{node.name} computes in {example.dtype}: a package for the CPU takes "
-                f"{', '.join(map(str, cpp.DTYPES))}; cast the model first"
+                f"{', '.join(map(str, native.DTYPES))}; cast the model first"
             )
 
 

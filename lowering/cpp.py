@@ -7,7 +7,7 @@ one function, which is compiled once. Inductor sees one extern kernel a site, wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
@@ -15,11 +15,8 @@ import torch
 from torch._inductor import ir, lowering
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 
-from infllm_pass.kernels import native
-from infllm_pass.kernels.native import NO_WINDOW, header
+from infllm_pass.kernels.native import call_numbers, fixed_numbers, header
 from infllm_pass.lowering.joined import OPERATOR
-
-DTYPES = tuple(native.DTYPES)
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 """Dtypes of offsets."""
@@ -84,39 +81,6 @@ class SwitchableAttention(ir.ExternKernelOut):
         wrapper.writeline(f"{name}({', '.join(arguments)});")
 
 
-def call_numbers(
-    size_q: Sequence[Any],
-    size_k: Sequence[Any],
-    size_v: Sequence[Any],
-    stride_q: Sequence[Any],
-    stride_k: Sequence[Any],
-    stride_v: Sequence[Any],
-    offset: Any,
-    fixed: Sequence[int],
-) -> list[Any]:
-    """The numbers of a call in the order of the kernel's ``Call``, integers or expressions, as the sizes are."""
-    batch, heads_q, length_q, dim = size_q
-    sizes = (batch, heads_q, size_k[1], length_q, size_k[2], dim, size_v[3])
-    return [*sizes, *stride_q[:3], *stride_k[:3], *stride_v[:3], offset, *fixed]
-
-
-def fixed_numbers(
-    window: int | None,
-    dense_len: int,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    selected_blocks: int,
-    lse: str,
-    query_block: int,
-) -> tuple[int, ...]:
-    """Those among the numbers of a call that do not depend on its tensors."""
-    geometry = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks)
-    return (NO_WINDOW if window is None else window, dense_len, *geometry, int(lse == "exact"), query_block)
-
-
 def _lower(
     q: ir.TensorBox,
     k: ir.TensorBox,
@@ -156,7 +120,7 @@ def kernel_name(wrapper: Any, dtype: torch.dtype, index: torch.dtype) -> str:
 
     Args:
         wrapper: Inductor's writer of C++.
-        dtype: one of `DTYPES`.
+        dtype: one of `kernels.native.DTYPES`.
         index: one of `INDEX_DTYPES`.
     """
     name = f"infllm_switchable_attention_{str(dtype).split('.')[1]}_{str(index).split('.')[1]}"

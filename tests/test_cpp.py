@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infllm_pass.kernels import reference
+from infllm_pass.kernels import native, reference
 from infllm_pass.lowering import cpp
 from infllm_pass.lowering.operators import selection_arguments
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.fixture(scope="module")
 def kernels():
     """The kernel for each pair of a dtype and one of offsets."""
-    return built([(dtype, index) for dtype in cpp.DTYPES for index in cpp.INDEX_DTYPES])
+    return built([(dtype, index) for dtype in native.DTYPES for index in cpp.INDEX_DTYPES])
 
 
 def built(types, missing=()):
