@@ -29,16 +29,24 @@ from infllm_pass.kernels.transposition import (
 
 
 @triton.jit
-def _listed_queries(queries, begin, step, token, run, end, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+def _step_start(begin, step, turn, turned, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+    """Where a step begins in the block's queries: of the first `turned` steps the first `turn` come last."""
+    number = step // HEAD_CHUNKS
+    moved = number + tl.where(number + turn < turned, turn, turn - turned)
+    return begin + tl.where(number < turned, moved, number) * TOKENS
+
+
+@triton.jit
+def _listed_queries(queries, start, token, run, end):
     """Listed queries of a step's rows, whose tokens in the step are `token`; read before the step, which waits less."""
-    index = tl.minimum(begin + step // HEAD_CHUNKS * TOKENS + token, end - 1)
+    index = tl.minimum(start + token, end - 1)
     return tl.load(queries + index, mask=index >= run, other=0)
 
 
 @triton.jit
-def _step_queries(first, listed, begin, step, token, run, end, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+def _step_queries(first, listed, start, token, run, end):
     """Queries of a step's rows, of the run or listed; rows past the last query repeat it."""
-    index = tl.minimum(begin + step // HEAD_CHUNKS * TOKENS + token, end - 1)
+    index = tl.minimum(start + token, end - 1)
     return tl.where(index < run, first + index, listed)
 
 
@@ -112,8 +120,11 @@ def _key_gradients_kernel(
             return
         unit = unit_of_slot(slots, num_units, task)
         number = task - tl.load(slots + unit)
-    elif tl.load(slots + unit + 1) > tl.load(slots + unit):
-        return
+    else:
+        # Head by head: programs that run at the same time then have queries in common, which stay in the L2 cache.
+        unit = unit % num_blocks * heads + unit // num_blocks
+        if tl.load(slots + unit + 1) > tl.load(slots + unit):
+            return
     block = unit // heads
     head = unit % heads
     row = table + block * TABLE_COLUMNS
@@ -133,6 +144,10 @@ def _key_gradients_kernel(
     begin = number * size
     end = tl.minimum(end, begin + size)
     early = key + KEYS - 1 - shift - first  # queries before this one, in the block's order, may not see every key
+    # Runs of neighbouring blocks overlap. Each starts where it has a multiple of its length, so that programs which
+    # started together read the same queries at the same time.
+    turned = tl.where(in_pool, 0, run // TOKENS)
+    turn = turned - first // TOKENS % tl.maximum(turned, 1)
 
     keys = tl.arange(0, KEYS)
     dims = tl.arange(0, PADDED)
@@ -154,50 +169,55 @@ def _key_gradients_kernel(
     statistics = (batch * heads_q + head * GROUP) * length_q
     row_token = tl.arange(0, ROWS) // TILE_HEADS
     row_head = tl.arange(0, ROWS) % TILE_HEADS
-    # One load fetches a step's lse and delta, each thread one number, a step ahead.
+    # One load fetches a step's lse and delta, each thread one number, a step ahead. Products start from what would be
+    # subtracted from them, lse / scale and delta, which each thread prepares for its number.
     lane = tl.arange(0, 2 * ROWS)
     lane_base = tl.where(lane < ROWS, lse + statistics, delta + statistics)
+    lane_factor = tl.where(lane < ROWS, -inverse_scale, -1.0)
     lane_token = lane % ROWS // TILE_HEADS
     lane_head = lane % TILE_HEADS
     row_listed = row_token
     lane_listed = lane_token
+    start = _step_start(begin, 0, turn, turned, TOKENS, HEAD_CHUNKS)
     if HAS_LISTS:
-        row_listed = _listed_queries(queries, begin, 0, row_token, run, end, TOKENS, HEAD_CHUNKS)
-        lane_listed = _listed_queries(queries, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
-    lane_query = _step_queries(first, lane_listed, begin, 0, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+        row_listed = _listed_queries(queries, start, row_token, run, end)
+        lane_listed = _listed_queries(queries, start, lane_token, run, end)
+    lane_query = _step_queries(first, lane_listed, start, lane_token, run, end)
     lane_at = tl.minimum(lane_head, GROUP - 1) * length_q + lane_query
-    lane_next = tl.load(lane_base + lane_at, mask=begin + lane_token < end, other=0.0)
+    lane_next = tl.load(lane_base + lane_at, mask=start + lane_token < end, other=0.0)
+    following = _step_start(begin, 1, turn, turned, TOKENS, HEAD_CHUNKS)
     if HAS_LISTS:
-        lane_listed = _listed_queries(queries, begin, 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+        lane_listed = _listed_queries(queries, following, lane_token, run, end)
 
     sum_k = tl.zeros([KEYS, PADDED], tl.float32)
     sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
     for step in range(tl.cdiv(end - begin, TOKENS) * HEAD_CHUNKS):
-        start = begin + step // HEAD_CHUNKS * TOKENS
+        start = _step_start(begin, step, turn, turned, TOKENS, HEAD_CHUNKS)
+        following = _step_start(begin, step + 1, turn, turned, TOKENS, HEAD_CHUNKS)
         first_head = step % HEAD_CHUNKS * TILE_HEADS
-        row_query = _step_queries(first, row_listed, begin, step, row_token, run, end, TOKENS, HEAD_CHUNKS)
+        row_query = _step_queries(first, row_listed, start, row_token, run, end)
         if HAS_LISTS:
-            row_listed = _listed_queries(queries, begin, step + 1, row_token, run, end, TOKENS, HEAD_CHUNKS)
+            row_listed = _listed_queries(queries, following, row_token, run, end)
         head_q = tl.minimum(first_head + row_head, GROUP - 1).to(tl.int64)
         q_at = q + (head_q * stride_qh + row_query.to(tl.int64) * stride_qn)[:, None] + dims[None, :]
         g_at = grad_out + (head_q * stride_gh + row_query.to(tl.int64) * stride_gn)[:, None] + dims_v[None, :]
         q_tile = tl.load(q_at) if DIM == PADDED else tl.load(q_at, mask=dims[None, :] < DIM, other=0.0)
         g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
-        row_lse, row_delta = tl.split(tl.trans(tl.reshape(lane_next, [2, ROWS])))
+        prepared = tl.where(lane_next == float("-inf"), float("inf"), lane_next)  # no visible key: weight 0
+        row_lse, row_delta = tl.split(tl.trans(tl.reshape(prepared * lane_factor, [2, ROWS])))
         next_head = tl.minimum((step + 1) % HEAD_CHUNKS * TILE_HEADS + lane_head, GROUP - 1)
-        lane_query = _step_queries(first, lane_listed, begin, step + 1, lane_token, run, end, TOKENS, HEAD_CHUNKS)
+        lane_query = _step_queries(first, lane_listed, following, lane_token, run, end)
         lane_next = tl.load(lane_base + next_head * length_q + lane_query)
         if HAS_LISTS:
-            lane_listed = _listed_queries(queries, begin, step + 2, lane_token, run, end, TOKENS, HEAD_CHUNKS)
-        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # no visible key: weight 0
+            after = _step_start(begin, step + 2, turn, turned, TOKENS, HEAD_CHUNKS)
+            lane_listed = _listed_queries(queries, after, lane_token, run, end)
         if GROUP < TILE_HEADS * HEAD_CHUNKS:
-            row_lse = tl.where(first_head + row_head < GROUP, row_lse, float("inf"))
+            row_lse = tl.where(first_head + row_head < GROUP, row_lse, float("-inf"))
 
-        # Products start from what would be subtracted from them, so that lse and delta free their registers early.
         zeros = tl.zeros([KEYS, ROWS], tl.float32)
-        grad_weights = zeros - row_delta[None, :]
+        grad_weights = zeros + row_delta[None, :]
         grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [KEYS, ROWS]
-        scores = zeros - (row_lse * inverse_scale)[None, :]
+        scores = zeros + row_lse[None, :]
         scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [KEYS, ROWS]
         if (start < early) | (start + TOKENS > end):
             index = start + row_token
