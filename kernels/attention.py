@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_pass.kernels.configurations import Launch, launch_for
-from infllm_pass.kernels.gathering import choose_variant, gather_far_blocks
+from infllm_pass.kernels.gathering import gather_far_blocks
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import precision, wrap_triton
 from infllm_pass.kernels.tiles import TileLists, TilePlan
+from infllm_pass.kernels.variants import choose_variant
 from infllm_pass.kernels.walking import (
     LN_2,
     LOG2_E,

@@ -24,17 +24,9 @@ from infllm_pass.kernels.gathered_lists import PIECE_WIDTH, count_queries, list_
 from infllm_pass.kernels.gathered_pieces import MERGED_ROWS, gather_pieces, merge_queries
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import multiprocessors, precision, wrap_triton
-from infllm_pass.kernels.tiles import (
-    PANEL_BEGIN,
-    PANEL_END,
-    PANEL_POSITION,
-    TABLE_COLUMNS,
-    TileLists,
-    TilePlan,
-    TileShape,
-)
+from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
 from infllm_pass.kernels.transposition import block_bound
-from infllm_pass.kernels.walking import LOG2_E, UNBOUNDED, count_forced
+from infllm_pass.kernels.walking import LOG2_E, UNBOUNDED
 
 _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
@@ -56,43 +48,6 @@ _GATHERED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
 _DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
 _PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
-
-
-@triton.jit(do_not_specialize=["num_tiles", "heads", "window"])
-def _choose_kernel(
-    state,
-    panels,
-    counts,
-    num_tiles,
-    heads,
-    window,
-    above,
-    TOKENS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    INIT_BLOCKS: tl.constexpr,
-    LOCAL_BLOCKS: tl.constexpr,
-    FAR: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    visits = tl.zeros([WIDTH], tl.int64)
-    wanted = tl.zeros([WIDTH], tl.int64)
-    for start in range(0, num_tiles * heads, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        count = tl.load(counts + at, mask=at < num_tiles * heads, other=0)
-        tile = at // heads
-        row = panels + tile // TILES * TABLE_COLUMNS
-        ok = count > 0
-        skip = tile % TILES * TOKENS
-        begin = tl.maximum(tl.load(row + PANEL_BEGIN, mask=ok, other=0) - skip, 0)
-        end = tl.minimum(tl.load(row + PANEL_END, mask=ok, other=0) - skip, TOKENS)
-        position = tl.load(row + PANEL_POSITION, mask=ok, other=0) + skip
-        forced, _, _, _ = count_forced(position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS)
-        far = tl.minimum(tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS - INIT_BLOCKS, 0), FAR)
-        visits += tl.where(ok, tl.maximum(count - forced, 0), 0)
-        wanted += tl.where(ok, (end - begin) * far, 0)
-    scattered = tl.sum(visits, 0).to(tl.float32) > tl.sum(wanted, 0).to(tl.float32) * tl.cast(above, tl.float32)
-    tl.store(state, scattered.to(tl.int32))
 
 
 @triton.jit
@@ -369,7 +324,7 @@ def far_blocks(geometry: BlockGeometry, has_window: bool) -> int:
     return max(0, geometry.selected_blocks - forced)
 
 
-def choose_variant(
+def offer_gathering(
     q: Tensor,
     v: Tensor,
     lists: TileLists | None,
@@ -379,20 +334,20 @@ def choose_variant(
     length_k: int,
     window: int | None = None,
 ) -> tuple[Tensor, GatherLaunch] | None:
-    """Decide on the device whether gathering beats the union of a tile's blocks.
+    """What `gather_far_blocks` needs for a call, where it serves such calls.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        lists: the selection.
+        lists: the selection; None where all sequences are dense.
         plan: the tiles.
         geometry: the block geometry.
         length_k: keys of a row.
         window: sliding window in keys.
 
     Returns:
-        None where gathering is not offered; else int32 memory of `gather_far_blocks`, whose first number is 1 where
-        the far blocks are to be gathered and 0 where they are not, and the launch.
+        None where gathering is not offered; else its memory of int32, all 0, whose first number is to become 1 where
+        the far blocks are to be gathered, and its launch.
     """
     shape = plan.shape
     far = far_blocks(geometry, window is not None)
@@ -412,29 +367,10 @@ def choose_variant(
     ):
         return None
     launch = launch.as_launched(_gather_kernel)
-    heads = v.shape[1]
     ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
     num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
-    size = _STATE.value + ranges * heads * _PHASES.value + _SMALL_RING * num_blocks
-    state = torch.zeros(size, dtype=torch.int32, device=q.device)
-    wrap_triton(_choose_kernel)[(1,)](
-        state,
-        plan.panels,
-        lists.counts,
-        plan.num_tiles,
-        heads,
-        UNBOUNDED if window is None else window,
-        launch.above * shape.padded_group,
-        TOKENS=shape.tokens,
-        TILES=shape.tiles,
-        BLOCK_SIZE=block_size,
-        INIT_BLOCKS=geometry.init_blocks,
-        LOCAL_BLOCKS=geometry.local_blocks,
-        FAR=far,
-        WIDTH=2048,
-        num_warps=8,
-    )
-    return state, launch
+    size = _STATE.value + ranges * v.shape[1] * _PHASES.value + _SMALL_RING * num_blocks
+    return torch.zeros(size, dtype=torch.int32, device=q.device), launch
 
 
 def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
@@ -498,8 +434,8 @@ def gather_far_blocks(
         lse: float32 ``[B, Hq, Lq]``: its log-sum-exp; changed.
         lists: the selection.
         plan: the tiles.
-        state: from `choose_variant`; changed.
-        launch: from `choose_variant`.
+        state: from `offer_gathering`, its first number decided; changed.
+        launch: from `offer_gathering`.
         geometry: the block geometry.
         scale: softmax scale, positive.
         key_mask: bool ``[B, Lk]``, True where a key is valid.

@@ -22,12 +22,13 @@ from infllm_pass.kernels.configurations import (
     generic_selection,
     launch_on,
 )
-from infllm_pass.kernels.gathering import _choose_kernel, _gather_kernel, gather_constants
+from infllm_pass.kernels.gathering import _gather_kernel, gather_constants
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.pieces import _add_pieces_kernel, _schedule_kernel
 from infllm_pass.kernels.selection import _select_kernel, selection_constants
 from infllm_pass.kernels.tiles import TileShape
 from infllm_pass.kernels.transposition import _block_table_kernel, _transpose_kernel
+from infllm_pass.kernels.variants import _choose_kernel
 
 from .triton_device import INTERPRETED
 from .triton_support import compile_ahead

@@ -11,6 +11,7 @@ import torch
 from infllm_pass.kernels import attention, gathering
 from infllm_pass.kernels.attention import attention_forward
 from infllm_pass.kernels.configurations import GatherLaunch
+from infllm_pass.kernels.variants import choose_variant
 
 from . import test_triton_attention as tiles
 from .test_triton_attention import Case, Sequence, _poisoned, check, last_queries  # noqa: F401
@@ -123,7 +124,7 @@ def test_the_device_chooses(local, monkeypatch):
     lists = lists_from_sets(sets[:, None], plan, 20)
     q, _, v = case.inputs()
     monkeypatch.setattr(gathering, "gather_launch", lambda *_: GatherLaunch())
-    choice = gathering.choose_variant(q, v, lists, plan, geometry=case.geometry, length_k=320)
+    choice = choose_variant(q, v, lists, plan, geometry=case.geometry, length_k=320)
     assert choice is not None
     assert int(choice[0][0]) == (0 if local else 1)
 
