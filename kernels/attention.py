@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_pass.kernels.configurations import Launch, launch_for
-from infllm_pass.kernels.gathering import gather_far_blocks
+from infllm_pass.kernels.gathering import gather_far_blocks, offer_gathering
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import precision, wrap_triton
 from infllm_pass.kernels.tiles import TileLists, TilePlan
@@ -401,7 +401,9 @@ def attention_forward(
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = _launch(q, v).as_launched(_attention_forward_kernel)
     parts = shape.tokens * shape.padded_group // launch.rows
-    choice = choose_variant(q, v, lists, plan, geometry=geometry, length_k=k.shape[2], window=window)
+    gathering = offer_gathering(q, v, lists, plan, geometry=geometry, length_k=k.shape[2], window=window)
+    if lists is not None and gathering is not None:
+        choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,
@@ -413,7 +415,7 @@ def attention_forward(
         plan.panels if lists is None else lists.tokens,
         plan.panels if lists is None else lists.counts,
         plan.panels if key_mask is None else key_mask,
-        plan.panels if choice is None else choice[0],
+        plan.panels if gathering is None else gathering[0],
         *q.stride()[:3],
         *k.stride()[:2],
         int(k.stride(2)),
@@ -444,14 +446,14 @@ def attention_forward(
         VALUE_DIM=value_dim,
         BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
-        MAY_GATHER=choice is not None,
+        MAY_GATHER=gathering is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
         SPLIT=launch.held and block_d >= 32,
         PRECISION=precision(q),
         **launch.options,
     )
-    if lists is not None and choice is not None:
+    if lists is not None and gathering is not None:
         common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
-        gather_far_blocks(q, k, v, out, lse, lists, plan, *choice, **common)
+        gather_far_blocks(q, k, v, out, lse, lists, plan, *gathering, **common)
     return out.transpose(1, 2), lse

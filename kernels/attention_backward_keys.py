@@ -32,7 +32,8 @@ from infllm_pass.kernels.transposition import (
 def _step_start(begin, step, turn, turned, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
     """Where a step begins in the block's queries: of the first `turned` steps the first `turn` come last."""
     number = step // HEAD_CHUNKS
-    moved = number + tl.where(number + turn < turned, turn, turn - turned)
+    moved = number + turn
+    moved = tl.where(moved < turned, moved, moved - turned)
     return begin + tl.where(number < turned, moved, number) * TOKENS
 
 
@@ -147,7 +148,8 @@ def _key_gradients_kernel(
     # Runs of neighbouring blocks overlap. Each starts where it has a multiple of its length, so that programs which
     # started together read the same queries at the same time.
     turned = tl.where(in_pool, 0, run // TOKENS)
-    turn = turned - first // TOKENS % tl.maximum(turned, 1)
+    phase = (first // TOKENS).to(tl.uint32) % tl.maximum(turned, 1).to(tl.uint32)  # unsigned takes fewer registers
+    turn = turned - phase.to(tl.int32)
 
     keys = tl.arange(0, KEYS)
     dims = tl.arange(0, PADDED)
@@ -204,7 +206,7 @@ def _key_gradients_kernel(
         q_tile = tl.load(q_at) if DIM == PADDED else tl.load(q_at, mask=dims[None, :] < DIM, other=0.0)
         g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
         prepared = tl.where(lane_next == float("-inf"), float("inf"), lane_next)  # no visible key: weight 0
-        row_lse, row_delta = tl.split(tl.trans(tl.reshape(prepared * lane_factor, [2, ROWS])))
+        score_start, grad_start = tl.split(tl.trans(tl.reshape(prepared * lane_factor, [2, ROWS])))
         next_head = tl.minimum((step + 1) % HEAD_CHUNKS * TILE_HEADS + lane_head, GROUP - 1)
         lane_query = _step_queries(first, lane_listed, following, lane_token, run, end)
         lane_next = tl.load(lane_base + next_head * length_q + lane_query)
@@ -212,12 +214,12 @@ def _key_gradients_kernel(
             after = _step_start(begin, step + 2, turn, turned, TOKENS, HEAD_CHUNKS)
             lane_listed = _listed_queries(queries, after, lane_token, run, end)
         if GROUP < TILE_HEADS * HEAD_CHUNKS:
-            row_lse = tl.where(first_head + row_head < GROUP, row_lse, float("-inf"))
+            score_start = tl.where(first_head + row_head < GROUP, score_start, float("-inf"))
 
         zeros = tl.zeros([KEYS, ROWS], tl.float32)
-        grad_weights = zeros + row_delta[None, :]
+        grad_weights = zeros + grad_start[None, :]
         grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [KEYS, ROWS]
-        scores = zeros + row_lse[None, :]
+        scores = zeros + score_start[None, :]
         scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [KEYS, ROWS]
         if (start < early) | (start + TOKENS > end):
             index = start + row_token

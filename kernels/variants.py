@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_pass.kernels.configurations import GatherLaunch
-from infllm_pass.kernels.gathering import far_blocks, offer_gathering
+from infllm_pass.kernels.gathering import far_blocks
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.launch import wrap_triton
 from infllm_pass.kernels.tiles import (
@@ -63,35 +63,31 @@ def _choose_kernel(
 
 
 def choose_variant(
-    q: Tensor,
-    v: Tensor,
-    lists: TileLists | None,
+    state: Tensor,
+    launch: GatherLaunch,
+    lists: TileLists,
     plan: TilePlan,
     *,
     geometry: BlockGeometry,
-    length_k: int,
     window: int | None = None,
-) -> tuple[Tensor, GatherLaunch] | None:
+) -> None:
     """Decide on the device whether gathering beats the union of a tile's blocks.
 
     Args:
-        q: as `offer_gathering`, like the arguments that follow.
-
-    Returns:
-        None where gathering is not offered; else what `offer_gathering` gives, with the first number decided: 1 where
-        the far blocks are to be gathered and 0 where they are not.
+        state: from `offer_gathering`; its first number becomes 1 where far blocks are to be gathered, else 0.
+        launch: from it, too.
+        lists: the selection.
+        plan: the tiles.
+        geometry: the block geometry.
+        window: sliding window in keys.
     """
-    offered = offer_gathering(q, v, lists, plan, geometry=geometry, length_k=length_k, window=window)
-    if lists is None or offered is None:
-        return None
-    state, launch = offered
     shape = plan.shape
     wrap_triton(_choose_kernel)[(1,)](
         state,
         plan.panels,
         lists.counts,
         plan.num_tiles,
-        v.shape[1],
+        lists.counts.shape[1],
         UNBOUNDED if window is None else window,
         launch.above * shape.padded_group,
         TOKENS=shape.tokens,
@@ -103,4 +99,3 @@ def choose_variant(
         WIDTH=2048,
         num_warps=8,
     )
-    return offered
