@@ -401,9 +401,11 @@ def attention_forward(
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = _launch(q, v).as_launched(_attention_forward_kernel)
     parts = shape.tokens * shape.padded_group // launch.rows
-    gathering = offer_gathering(q, v, lists, plan, geometry=geometry, length_k=k.shape[2], window=window)
-    if lists is not None and gathering is not None:
-        choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
+    gathering = None
+    if lists is not None:
+        gathering = offer_gathering(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
+        if gathering is not None:
+            choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,

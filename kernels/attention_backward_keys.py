@@ -29,25 +29,26 @@ from infllm_pass.kernels.transposition import (
 
 
 @triton.jit
-def _step_start(begin, step, turn, turned, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
-    """Where a step begins in the block's queries: of the first `turned` steps the first `turn` come last."""
-    number = step // HEAD_CHUNKS
-    moved = number + turn
-    moved = tl.where(moved < turned, moved, moved - turned)
-    return begin + tl.where(number < turned, moved, number) * TOKENS
+def _step_start(begin, step, turn, run, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+    """Where a step begins in the block's queries: of the run, in whole steps, the first `turn` queries come last."""
+    start = begin + step // HEAD_CHUNKS * TOKENS
+    turned = run // TOKENS * TOKENS
+    moved = start - turn
+    moved = tl.where(moved < 0, moved + turned, moved)
+    return tl.where(start < turned, moved, start)
 
 
 @triton.jit
-def _listed_queries(queries, start, token, run, end):
+def _listed_queries(queries, start, token, run, last):
     """Listed queries of a step's rows, whose tokens in the step are `token`; read before the step, which waits less."""
-    index = tl.minimum(start + token, end - 1)
+    index = tl.minimum(start + token, last)
     return tl.load(queries + index, mask=index >= run, other=0)
 
 
 @triton.jit
-def _step_queries(first, listed, start, token, run, end):
+def _step_queries(first, listed, start, token, run, last):
     """Queries of a step's rows, of the run or listed; rows past the last query repeat it."""
-    index = tl.minimum(start + token, end - 1)
+    index = tl.minimum(start + token, last)
     return tl.where(index < run, first + index, listed)
 
 
@@ -143,13 +144,12 @@ def _key_gradients_kernel(
         queries += head.to(tl.int64) * bound + tl.load(starts + head * num_blocks + block) - run
     size = tl.load(piece)
     begin = number * size
-    end = tl.minimum(end, begin + size)
+    last = tl.minimum(end, begin + size) - 1
     early = key + KEYS - 1 - shift - first  # queries before this one, in the block's order, may not see every key
     # Runs of neighbouring blocks overlap. Each starts where it has a multiple of its length, so that programs which
     # started together read the same queries at the same time.
-    turned = tl.where(in_pool, 0, run // TOKENS)
-    phase = (first // TOKENS).to(tl.uint32) % tl.maximum(turned, 1).to(tl.uint32)  # unsigned takes fewer registers
-    turn = turned - phase.to(tl.int32)
+    steps = tl.maximum(run // TOKENS, 1).to(tl.uint32)  # a remainder without signs takes fewer registers
+    turn = tl.where(in_pool, 0, ((first // TOKENS).to(tl.uint32) % steps).to(tl.int32) * TOKENS)
 
     keys = tl.arange(0, KEYS)
     dims = tl.arange(0, PADDED)
@@ -180,26 +180,26 @@ def _key_gradients_kernel(
     lane_head = lane % TILE_HEADS
     row_listed = row_token
     lane_listed = lane_token
-    start = _step_start(begin, 0, turn, turned, TOKENS, HEAD_CHUNKS)
+    start = _step_start(begin, 0, turn, run, TOKENS, HEAD_CHUNKS)
     if HAS_LISTS:
-        row_listed = _listed_queries(queries, start, row_token, run, end)
-        lane_listed = _listed_queries(queries, start, lane_token, run, end)
-    lane_query = _step_queries(first, lane_listed, start, lane_token, run, end)
+        row_listed = _listed_queries(queries, start, row_token, run, last)
+        lane_listed = _listed_queries(queries, start, lane_token, run, last)
+    lane_query = _step_queries(first, lane_listed, start, lane_token, run, last)
     lane_at = tl.minimum(lane_head, GROUP - 1) * length_q + lane_query
-    lane_next = tl.load(lane_base + lane_at, mask=start + lane_token < end, other=0.0)
-    following = _step_start(begin, 1, turn, turned, TOKENS, HEAD_CHUNKS)
+    lane_next = tl.load(lane_base + lane_at, mask=start + lane_token <= last, other=0.0)
+    following = _step_start(begin, 1, turn, run, TOKENS, HEAD_CHUNKS)
     if HAS_LISTS:
-        lane_listed = _listed_queries(queries, following, lane_token, run, end)
+        lane_listed = _listed_queries(queries, following, lane_token, run, last)
 
     sum_k = tl.zeros([KEYS, PADDED], tl.float32)
     sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
-    for step in range(tl.cdiv(end - begin, TOKENS) * HEAD_CHUNKS):
-        start = _step_start(begin, step, turn, turned, TOKENS, HEAD_CHUNKS)
-        following = _step_start(begin, step + 1, turn, turned, TOKENS, HEAD_CHUNKS)
+    for step in range(tl.cdiv(last - begin + 1, TOKENS) * HEAD_CHUNKS):
+        start = _step_start(begin, step, turn, run, TOKENS, HEAD_CHUNKS)
+        following = _step_start(begin, step + 1, turn, run, TOKENS, HEAD_CHUNKS)
         first_head = step % HEAD_CHUNKS * TILE_HEADS
-        row_query = _step_queries(first, row_listed, start, row_token, run, end)
+        row_query = _step_queries(first, row_listed, start, row_token, run, last)
         if HAS_LISTS:
-            row_listed = _listed_queries(queries, following, row_token, run, end)
+            row_listed = _listed_queries(queries, following, row_token, run, last)
         head_q = tl.minimum(first_head + row_head, GROUP - 1).to(tl.int64)
         q_at = q + (head_q * stride_qh + row_query.to(tl.int64) * stride_qn)[:, None] + dims[None, :]
         g_at = grad_out + (head_q * stride_gh + row_query.to(tl.int64) * stride_gn)[:, None] + dims_v[None, :]
@@ -208,11 +208,11 @@ def _key_gradients_kernel(
         prepared = tl.where(lane_next == float("-inf"), float("inf"), lane_next)  # no visible key: weight 0
         score_start, grad_start = tl.split(tl.trans(tl.reshape(prepared * lane_factor, [2, ROWS])))
         next_head = tl.minimum((step + 1) % HEAD_CHUNKS * TILE_HEADS + lane_head, GROUP - 1)
-        lane_query = _step_queries(first, lane_listed, following, lane_token, run, end)
+        lane_query = _step_queries(first, lane_listed, following, lane_token, run, last)
         lane_next = tl.load(lane_base + next_head * length_q + lane_query)
         if HAS_LISTS:
-            after = _step_start(begin, step + 2, turn, turned, TOKENS, HEAD_CHUNKS)
-            lane_listed = _listed_queries(queries, after, lane_token, run, end)
+            after = _step_start(begin, step + 2, turn, run, TOKENS, HEAD_CHUNKS)
+            lane_listed = _listed_queries(queries, after, lane_token, run, last)
         if GROUP < TILE_HEADS * HEAD_CHUNKS:
             score_start = tl.where(first_head + row_head < GROUP, score_start, float("-inf"))
 
@@ -221,16 +221,16 @@ def _key_gradients_kernel(
         grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [KEYS, ROWS]
         scores = zeros + score_start[None, :]
         scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [KEYS, ROWS]
-        if (start < early) | (start + TOKENS > end):
+        if (start < early) | (start + (TOKENS - 1) > last):
             index = start + row_token
             own = first + index + shift  # number of the query's own key
             if QUERY_BLOCK > 1 and HAS_LISTS:
-                listed = tl.load(queries + index, mask=(index >= run) & (index < end), other=0)
+                listed = tl.load(queries + index, mask=(index >= run) & (index <= last), other=0)
                 own = tl.where(index < run, own, listed + shift)
                 seen = key + keys[:, None] <= own[None, :]
             else:
                 seen = (key + keys[:, None] <= own[None, :]) | (index >= run)[None, :]
-            scores = tl.where(seen & (index < end)[None, :], scores, float("-inf"))
+            scores = tl.where(seen & (index <= last)[None, :], scores, float("-inf"))
         if HAS_WINDOW:
             scores = tl.where(key + keys[:, None] > (row_query + shift - window)[None, :], scores, float("-inf"))
         weights = tl.exp2(scores * scale_log2)

@@ -327,7 +327,6 @@ def far_blocks(geometry: BlockGeometry, has_window: bool) -> int:
 def offer_gathering(
     q: Tensor,
     v: Tensor,
-    lists: TileLists | None,
     plan: TilePlan,
     *,
     geometry: BlockGeometry,
@@ -339,7 +338,6 @@ def offer_gathering(
     Args:
         q: ``[B, Hq, Lq, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        lists: the selection; None where all sequences are dense.
         plan: the tiles.
         geometry: the block geometry.
         length_k: keys of a row.
@@ -356,8 +354,7 @@ def offer_gathering(
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
     # and a block's keys and values stay in shared memory, each in one piece.
     if (
-        lists is None
-        or launch is None
+        launch is None
         or far == 0
         or geometry.query_block > 1
         or shape.padded_group > 8

@@ -256,8 +256,8 @@ def test_compiles(kernel, variant, capability, record_property):
         record_property(figure, number)
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
-        # What only a program's start and end need may spill: little, more where registers are limited.
-        assert used["spilled"] <= (16 if launch.registers is None else 64)
+        # Where registers are limited, what only a program's start and end need may spill.
+        assert used["spilled"] <= (0 if launch.registers is None else 64)
 
 
 SELECTION = [

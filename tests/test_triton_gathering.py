@@ -124,7 +124,7 @@ def test_the_device_chooses(local, monkeypatch):
     lists = lists_from_sets(sets[:, None], plan, 20)
     q, _, v = case.inputs()
     monkeypatch.setattr(gathering, "gather_launch", lambda *_: GatherLaunch())
-    offered = gathering.offer_gathering(q, v, lists, plan, geometry=case.geometry, length_k=320)
+    offered = gathering.offer_gathering(q, v, plan, geometry=case.geometry, length_k=320)
     assert offered is not None
     choose_variant(*offered, lists, plan, geometry=case.geometry)
     assert int(offered[0][0]) == (0 if local else 1)
