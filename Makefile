@@ -46,7 +46,7 @@ test-gpu: install
 # Out-of-bounds accesses and shared-memory races of the kernels; needs compute-sanitizer of the CUDA toolkit.
 sanitize: install
 	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.sanitized \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.support.sanitized \
 			|| exit 1; done
 
 zoo: install

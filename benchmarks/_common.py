@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from infllm_pass.demo import write_atomically
+from infllm_pass.tools.demo import write_atomically
 
 
 def results_header() -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _powers(rho: float, size: int, like: Tensor) -> Tensor:
 def checkpoint_data(
     heads: Heads, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention of layer 15 of SmolLM2-135M receives for the text of `infllm_pass.checkpoint.corpus`.
+    """What attention of layer 15 of SmolLM2-135M receives for the text of `infllm_pass.tools.checkpoint.corpus`.
 
     The model was trained on 8 192 positions: longer data are windows of so many tokens one after the other, each
     with position encodings of its own.
@@ -131,7 +131,7 @@ def checkpoint_data(
     Raises:
         CheckpointError: the checkpoint is not installed, the sizes are not its, or the text is too short.
     """
-    from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
+    from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
 
     if heads != SMOLLM2:
         raise CheckpointError(f"SmolLM2-135M has heads {SMOLLM2}, {heads} were asked for")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from infllm_pass import SparseAttentionConfig
-from infllm_pass.kernels.attention import attention_forward
-from infllm_pass.kernels.compression import compress_keys
-from infllm_pass.kernels.launch import launching_at_once
-from infllm_pass.kernels.planning import plan_tiles
-from infllm_pass.kernels.selection import select_tiles
-from infllm_pass.kernels.tiles import TileLists, TilePlan, TileShape
+from infllm_pass.kernels.triton.launch import launching_at_once
+from infllm_pass.kernels.triton.prefill.attention import attention_forward
+from infllm_pass.kernels.triton.prefill.compress import compress_keys
+from infllm_pass.kernels.triton.prefill.select import select_tiles
+from infllm_pass.kernels.triton.tile_schedule import plan_tiles
+from infllm_pass.kernels.triton.tile_tables import TileLists, TilePlan, TileShape
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def backward(
     config: SparseAttentionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what the forward pass left."""
-    from infllm_pass.kernels.attention_backward import output_delta, query_gradient
-    from infllm_pass.kernels.attention_backward_keys import key_gradients
+    from infllm_pass.kernels.triton.backward.dkv import key_gradients
+    from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
 
     sizes = {"geometry": config.geometry, "scale": q.shape[3] ** -0.5, "dense_len": config.dense_len}
     with launching_at_once():

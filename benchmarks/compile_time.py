@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from infllm_pass import SparseAttentionConfig
-from infllm_pass.pipeline import run_pass
+from infllm_pass.rewrite.pipeline import run_pass
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "compile_time.json"
 LENGTH = 64

@@ -27,8 +27,8 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.decode import decode_attention, new_state
-from infllm_pass.lowering.operators import selection_arguments
+from infllm_pass.lowering.ops.decode_cpu import decode_attention, new_state
+from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_decode.json"
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Column, Table
 from torch import Tensor
 
-from infllm_pass.kernels import cpu
+from infllm_pass.kernels.cpu import prefill
 from infllm_pass.kernels.geometry import BlockGeometry
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_prefill.json"
@@ -58,12 +58,12 @@ def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, 
     geometry = BlockGeometry()
     q, k, v = make_data(kind, length, heads, heads_kv, dim)
     keywords = {"geometry": geometry, "scale": dim**-0.5, "offset": 0}
-    blocks = cpu.select_blocks(q, k, **keywords)
+    blocks = prefill.select_blocks(q, k, **keywords)
     dense = milliseconds(
         lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), arguments.repeats
     )
-    select = milliseconds(lambda: cpu.select_blocks(q, k, **keywords), arguments.repeats)
-    attend = milliseconds(lambda: cpu.attention_forward(q, k, v, blocks, **keywords), arguments.repeats)
+    select = milliseconds(lambda: prefill.select_blocks(q, k, **keywords), arguments.repeats)
+    attend = milliseconds(lambda: prefill.attention_forward(q, k, v, blocks, **keywords), arguments.repeats)
     return {
         "case": f"fwd/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}/{kind}",
         "length": length,

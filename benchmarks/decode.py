@@ -36,11 +36,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infllm_pass.kernels import decode_attention, decode_launch, decode_selection
-from infllm_pass.kernels.decode_launch import DecodeLaunch
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.decode import new_state
-from infllm_pass.lowering.tiled_decode import tiled_decode_arguments, tiled_decode_attention
+from infllm_pass.kernels.triton.decode import attention, configs, select
+from infllm_pass.kernels.triton.decode.configs import DecodeLaunch
+from infllm_pass.lowering.ops.decode_cpu import new_state
+from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
 
 BANDWIDTH = 3.0e12
 MEMORY = 24e9
@@ -195,20 +195,20 @@ def measure(heads: Heads, batch: int, length: int, blocks: int, device: torch.de
 def sweep(heads: Heads, batch: int, length: int, blocks: int, device: torch.device) -> list[Row]:
     """The step with one number of its launch configuration changed at a time."""
     layers = Layers(heads, batch, length, config_for(blocks).geometry, device)
-    usual = decode_launch.decode_launch(layers.q, heads.dim)
+    usual = configs.decode_launch(layers.q, heads.dim)
     changes: list[dict[str, Any]] = [{}, *({name: value} for name, values in SWEEP.items() for value in values)]
     rows = []
     for change in changes:
         launch: DecodeLaunch = dataclasses.replace(usual, **change)
-        for module in (decode_attention, decode_selection):
+        for module in (attention, select):
             module.decode_launch = lambda *_, launch=launch: launch
         name = ", ".join(f"{key}={value}" for key, value in change.items()) or "as it is"
         row: Row = {"case": f"{heads}/{batch}: {name}"}
         attempt(row, "step", lambda: replayed_ms(layers.sparse(length - 8, 0)))
         attempt(row, "below", lambda: replayed_ms(layers.sparse(DENSE_LEN - 1, DENSE_LEN)))
         rows.append({**row, "stages_us": stage_us(layers.sparse(length - 8, 0)) if row["step_ms"] else {}})
-    for module in (decode_attention, decode_selection):
-        module.decode_launch = decode_launch.decode_launch
+    for module in (attention, select):
+        module.decode_launch = configs.decode_launch
     return rows
 
 

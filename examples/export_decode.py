@@ -99,7 +99,7 @@ def generate(step: Step | Session, ids: Tensor, config: PretrainedConfig, count:
 
 def main(layers: int) -> None:
     """Export some layers of the public checkpoint and compare 64 tokens."""
-    from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
+    from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
 
     config = infllm_pass.SparseAttentionConfig(window_size=128, topk=6, dense_len=512)
     model, tokenizer = load_model(), load_tokenizer()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import infllm_pass
-from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
-from infllm_pass.cli_export import Logits
+from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
+from infllm_pass.tools.export_command import Logits
 
 
 def export(model: nn.Module, text: Tensor, config: infllm_pass.SparseAttentionConfig, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 import infllm_pass
-from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
+from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
 
 QUESTION = "Summarise in a few sentences what this part of the documentation is about."
 

@@ -7,7 +7,7 @@ python examples/quickstart.py
 import torch
 
 import infllm_pass
-from infllm_pass.checkpoint import corpus, load_model, load_tokenizer
+from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
 
 config = infllm_pass.SparseAttentionConfig(window_size=256, topk=8, dense_len=1024)
 model = infllm_pass.sparsify(torch.compile(load_model()), config)

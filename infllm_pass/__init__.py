@@ -7,14 +7,14 @@ The path of one attention call: `sites` finds it in Dynamo's graph, `masks` prov
 operators that it becomes and `kernels` the arithmetic. `report` tells what was done at every site.
 """
 
-from infllm_pass.aoti import Package, load_package, package
-from infllm_pass.api import dense, dense_mode, explain, report, sparsify
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.engines import export_tensorrt, register_torch_tensorrt
-from infllm_pass.export import export, export_onnx
-from infllm_pass.functional import switchable_attention, switchable_attention_varlen
+from infllm_pass.export.aoti import Package, load_package, package
+from infllm_pass.export.export import export, export_onnx
+from infllm_pass.export.tensorrt import export_tensorrt, register_torch_tensorrt
+from infllm_pass.frontend.api import dense, dense_mode, explain, report, sparsify
+from infllm_pass.frontend.functional import switchable_attention, switchable_attention_varlen
 from infllm_pass.reasons import Reason
-from infllm_pass.report import GraphReport, Report, SiteReport
+from infllm_pass.rewrite.report import GraphReport, Report, SiteReport
 from infllm_pass.sites import AttentionSite
 
 __version__ = "0.1.0"

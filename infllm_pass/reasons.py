@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from infllm_pass.lowering.checks import DTYPES, MAX_HEAD_DIM
+from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
 
 
 class Reason(Enum):

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
+from .geometry import COARSE_FACTOR, BlockGeometry
 
 NEG_INF = float("-inf")
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -10,19 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._inductor import config as inductor_config
 
 from infllm_pass import SparseAttentionConfig
-from infllm_pass.kernels import reference
+from tests.support import ROOT
+from tests.support.common import SMALL, llama
 
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["test_triton_*.py", "test_gpu*.py", "test_benchmark_stages.py"]
-
-SMALL = SparseAttentionConfig(
-    kernel_size=4, kernel_stride=2, block_size=8, window_size=16, topk=3, init_blocks=1, dense_len=64
-)
-"""Five blocks of eight in all: above 40 tokens the selection leaves keys out."""
+    collect_ignore_glob = ["kernels/triton/*", "gpu/*", "benchmarks/test_benchmark_stages.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +49,7 @@ def shared_cpp_runtime(tmp_path):
 @pytest.fixture
 def cpp_program(tmp_path, monkeypatch):
     """The program of ``examples/cpp``, built: its path, and a function of a package and ids that gives its logits."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     program = importlib.import_module("_program")
     try:
         path = program.build_program(tmp_path)
@@ -75,97 +69,6 @@ def links_shared_runtime(compiler: str, folder: Path) -> bool:
     return b"libstdc++.so" in library.read_bytes()
 
 
-def llama(**overrides):
-    """A Llama with random weights large enough that attention matters, in float64."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 1024,
-    }
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6)
-    return model
-
-
-def tiny_config():
-    """The configuration of a Llama for tests of model folders."""
-    import transformers
-
-    return transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_llama():
     return llama()
-
-
-def tokens(length: int, batch: int = 1) -> torch.Tensor:
-    return torch.randint(0, 64, (batch, length))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative Frobenius error; NaN anywhere gives NaN, which no bound accepts."""
-    difference = (actual.detach().double() - expected.detach().double()).norm()
-    return float(difference / expected.detach().double().norm())
-
-
-@contextlib.contextmanager
-def oracle_attention(config: SparseAttentionConfig, key_mask: torch.Tensor | None = None):
-    """Replace fused attention by the float64 oracle, switch included, for uncompiled runs."""
-    plain = F.scaled_dot_product_attention
-
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if k.shape[1] == q.shape[1] and attention.heads is not None:
-            step = q.shape[1] // attention.heads
-            k, v = k[:, ::step], v[:, ::step]
-        common = {
-            "geometry": config.geometry,
-            "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-            "offset": k.shape[2] - q.shape[2],
-            "key_mask": key_mask,
-            "dense_len": config.dense_len,
-        }
-        selected = reference.select_blocks(q, k, **common) if k.shape[2] >= config.dense_len else None
-        return reference.attention(q, k, v, selected, **common)[0].to(q.dtype)
-
-    attention.heads = 2
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
-
-
-def capture(function, *inputs, dynamic=None, **kwargs) -> torch.fx.GraphModule:
-    """The graph that Dynamo hands to a backend."""
-    seen = []
-
-    def backend(module, _example_inputs):
-        seen.append(module)
-        return module.forward
-
-    torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs, **kwargs)
-    assert len(seen) == 1
-    return seen[0]
-
-
-def count_calls(module: torch.fx.GraphModule, target) -> int:
-    """Calls of a target in a graph and in the graphs nested in it."""
-    graphs = [m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
-    return sum(node.target is target or node.target == target for graph in graphs for node in graph.nodes)

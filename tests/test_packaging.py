@@ -48,8 +48,8 @@ def test_entry_points_and_licence(wheel):
     names = wheel.namelist()
     (points,) = [name for name in names if name.endswith("entry_points.txt")]
     text = wheel.read(points).decode()
-    assert "infllm = infllm_pass.backend:infllm" in text
-    assert "infllm-pass = infllm_pass.cli:main" in text
+    assert "infllm = infllm_pass.frontend.backend:infllm" in text
+    assert "infllm-pass = infllm_pass.tools.cli:main" in text
     assert any(name.endswith("LICENSE") for name in names)
 
 

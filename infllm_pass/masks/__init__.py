@@ -1,7 +1,8 @@
 """Proving what a mask computes: symbolic values, an interpreter over graph nodes, and normal forms."""
 
-from infllm_pass.masks.constants import HeldTensors
-from infllm_pass.masks.predicate import (
+from infllm_pass.graph.buffers import HeldTensors
+from infllm_pass.graph.facts import GraphFacts
+from infllm_pass.masks.normal_form import (
     BATCH,
     KeyCondition,
     Leaf,
@@ -12,7 +13,6 @@ from infllm_pass.masks.predicate import (
     UnprovenMask,
 )
 from infllm_pass.masks.proof import prove_mask, prove_terms, readable
-from infllm_pass.masks.values import GraphFacts
 
 __all__ = [
     "BATCH",

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from infllm_pass.masks.values import NotFollowed
+from infllm_pass.masks.symbolic import NotFollowed
 
 _MOST_CASES = 12
 

@@ -1,7 +1,7 @@
 """An abstract interpreter: evaluates the nodes that feed a mask into `SymbolicTensor` values.
 
 A value is exact for all sizes and all inputs. What the interpreter does not follow becomes a named function of
-its index (`masks.values.element`), so that two uses of one tensor still cancel; only memory that the graph
+its index (`graph.facts.element`), so that two uses of one tensor still cancel; only memory that the graph
 overwrites before it is read has no value at all. What operators compute is in the files of rules.
 """
 
@@ -18,16 +18,17 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from infllm_pass.masks import arithmetic, indexing, scans, selection, shapes, vmaps
+from infllm_pass.graph.facts import GraphFacts, size
+from infllm_pass.graph.op_table import read
 from infllm_pass.masks.cases import exact
-from infllm_pass.masks.predicate import Leaf
-from infllm_pass.masks.rules import RULES, shape_of
-from infllm_pass.masks.values import GraphFacts, NotFollowed, SymbolicTensor, element, size
-from infllm_pass.vocabulary import read
+from infllm_pass.masks.normal_form import Leaf
+from infllm_pass.masks.rules import arithmetic, indexing, scans, shapes, vmap, where
+from infllm_pass.masks.rules.registry import RULES, shape_of
+from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor, element
 
 __all__ = ["Interpreter", "Overwritten", "Unknown", "names_in"]
 
-RULE_FILES = (arithmetic, indexing, scans, selection, shapes, vmaps)
+RULE_FILES = (arithmetic, indexing, scans, where, shapes, vmap)
 """Importing them fills the table of rules."""
 
 
@@ -125,7 +126,7 @@ class Interpreter:
         form = self.facts.held.read(node)
         if form is None:
             return None
-        return SymbolicTensor(shape_of(example), selection.held_value(form, example.dtype), example.dtype)
+        return SymbolicTensor(shape_of(example), where.held_value(form, example.dtype), example.dtype)
 
     def _from_outer_graph(self, node: fx.Node) -> SymbolicTensor | None:
         """The value of a nested graph's placeholder, from the graph that calls it."""

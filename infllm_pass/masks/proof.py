@@ -14,10 +14,11 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from infllm_pass.graph.facts import axis
 from infllm_pass.masks.cases import negation
-from infllm_pass.masks.emission import is_expressible
+from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter, names_in
-from infllm_pass.masks.predicate import (
+from infllm_pass.masks.normal_form import (
     BATCH,
     HEAD,
     KEY,
@@ -29,9 +30,8 @@ from infllm_pass.masks.predicate import (
     Segments,
     UnprovenMask,
 )
-from infllm_pass.masks.scans import Scan
+from infllm_pass.masks.rules.scans import Scan
 from infllm_pass.masks.terms import first_unknown, visible
-from infllm_pass.masks.values import axis
 
 _MOST_ATOMS = 6
 """Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""

@@ -8,10 +8,11 @@ import sympy
 import torch
 from torch import fx
 
+from infllm_pass.graph.facts import axis, hidden_axis
 from infllm_pass.masks.cases import as_number, negation, pairs
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
-from infllm_pass.masks.predicate import BATCH, HEAD, KEY, QUERY, MaskRole, MaskTerm, UnprovenMask
-from infllm_pass.masks.values import SymbolicTensor, axis, hidden_axis
+from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, MaskRole, MaskTerm, UnprovenMask
+from infllm_pass.masks.symbolic import SymbolicTensor
 
 HIDING_NUMBER = -1e9
 """Scores of one row would have to lie this far apart for a key with such a number added to them to be seen.

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from infllm_pass.masks.values import GraphFacts
+from infllm_pass.graph.facts import GraphFacts
+from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.flex import read_flex
 from infllm_pass.sites.fused import read_fused
 from infllm_pass.sites.layouts import Layouts
 from infllm_pass.sites.site import AttentionSite, Operand, PartialSite, Step
 from infllm_pass.sites.softmax import read_handwritten
-from infllm_pass.vocabulary import Kind, read
 
 
 def read_composite(layouts: Layouts, node: fx.Node) -> PartialSite | None:

@@ -16,12 +16,10 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.masks.predicate import MaskTerm
-from infllm_pass.sites.algebra import BATCH, FEATURE, HEAD, KEY, QUERY, VALUE_FEATURE, simplify
-from infllm_pass.sites.growth import growth_of
-from infllm_pass.sites.layouts import Index, Layouts, Reading
-from infllm_pass.sites.site import AttentionSite
-from infllm_pass.sites.steps import (
+from infllm_pass.masks.normal_form import MaskTerm
+from infllm_pass.sites.concat_cache import growth_of
+from infllm_pass.sites.index_algebra import BATCH, FEATURE, HEAD, KEY, QUERY, VALUE_FEATURE, simplify
+from infllm_pass.sites.layout_ops import (
     ONE,
     LayoutError,
     Roles,
@@ -33,6 +31,8 @@ from infllm_pass.sites.steps import (
     output_steps,
     with_heads,
 )
+from infllm_pass.sites.layouts import Index, Layouts, Reading
+from infllm_pass.sites.site import AttentionSite
 
 ZERO = sympy.Integer(0)
 

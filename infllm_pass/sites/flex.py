@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from infllm_pass.masks.predicate import MaskRole, MaskTerm
-from infllm_pass.masks.values import GraphFacts
+from infllm_pass.graph.facts import GraphFacts
+from infllm_pass.graph.op_table import Call, Kind, read
+from infllm_pass.masks.normal_form import MaskRole, MaskTerm
 from infllm_pass.reasons import Reason
-from infllm_pass.sites.constants import number_of
 from infllm_pass.sites.fused import fused_reads, site_of
 from infllm_pass.sites.layouts import Layouts
+from infllm_pass.sites.scalars import number_of
 from infllm_pass.sites.site import AttentionSite, PartialSite
-from infllm_pass.vocabulary import Call, Kind, read
 
 
 def read_flex(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | None:

@@ -8,14 +8,14 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.masks.predicate import MaskRole, MaskTerm
+from infllm_pass.graph.op_table import Call, Kind, read
+from infllm_pass.masks.normal_form import MaskRole, MaskTerm
 from infllm_pass.reasons import Reason
-from infllm_pass.sites.algebra import FEATURE, KEY
 from infllm_pass.sites.assembly import NoAttention, Overwrite, OwnQueries, Reads, assemble
+from infllm_pass.sites.index_algebra import FEATURE, KEY
+from infllm_pass.sites.layout_ops import LayoutError, out_axis
 from infllm_pass.sites.layouts import Index, Layouts, Reading
 from infllm_pass.sites.site import AttentionSite, PartialSite
-from infllm_pass.sites.steps import LayoutError, out_axis
-from infllm_pass.vocabulary import Call, Kind, read
 
 
 def read_fused(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | None:

@@ -11,10 +11,10 @@ import sympy
 import torch
 from torch import fx
 
+from infllm_pass.graph.facts import GraphFacts, axis, size, storage
+from infllm_pass.graph.op_table import Call, Kind, read, read_in_place, written_arguments
 from infllm_pass.masks.interpreter import Interpreter
-from infllm_pass.masks.values import GraphFacts, axis, size, storage
-from infllm_pass.sites.constants import read_number
-from infllm_pass.vocabulary import Call, Kind, read, read_in_place, written_arguments
+from infllm_pass.sites.scalars import read_number
 
 LAYOUT_KINDS = {
     Kind.IDENTITY,

@@ -9,10 +9,10 @@ from typing import Any
 import sympy
 from torch import fx
 
-from infllm_pass.masks.values import axis
-from infllm_pass.sites.constants import read_number
+from infllm_pass.graph.facts import axis
+from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.sites.layouts import Index, Layouts
-from infllm_pass.vocabulary import Kind, read
+from infllm_pass.sites.scalars import read_number
 
 CONTRACTED = sympy.Symbol("contracted", integer=True, nonnegative=True)
 """The index that a product sums over."""

@@ -10,14 +10,14 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.masks.predicate import MaskRole, MaskTerm
+from infllm_pass.graph.op_table import Call, Kind, read, read_in_place
+from infllm_pass.masks.normal_form import MaskRole, MaskTerm
 from infllm_pass.masks.terms import hides
 from infllm_pass.reasons import Reason
-from infllm_pass.sites.algebra import KEY
-from infllm_pass.sites.constants import number_of, read_number
+from infllm_pass.sites.index_algebra import KEY
 from infllm_pass.sites.layouts import LAYOUT_KINDS, Index, Layouts, Reading
 from infllm_pass.sites.products import Product, read_product
-from infllm_pass.vocabulary import Call, Kind, read, read_in_place
+from infllm_pass.sites.scalars import number_of, read_number
 
 NEAR = 12
 """How many operators beyond an unknown one a product is looked for, to tell a miss from what is no attention."""

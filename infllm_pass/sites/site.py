@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from infllm_pass.masks.predicate import MaskTerm
-from infllm_pass.masks.values import example_of
+from infllm_pass.graph.facts import example_of
+from infllm_pass.masks.normal_form import MaskTerm
 from infllm_pass.reasons import Reason
 
 Step = tuple[str, tuple[int, ...]]

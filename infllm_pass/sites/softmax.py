@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import fx
 
-from infllm_pass.liveness import live_users
-from infllm_pass.masks.values import axis
+from infllm_pass.graph.dce import live_users
+from infllm_pass.graph.facts import axis
+from infllm_pass.graph.op_table import Call, Kind, read
 from infllm_pass.reasons import Reason
-from infllm_pass.sites.algebra import FEATURE, KEY
 from infllm_pass.sites.assembly import Reads
 from infllm_pass.sites.fused import site_of
+from infllm_pass.sites.index_algebra import FEATURE, KEY
+from infllm_pass.sites.layout_ops import out_axis
 from infllm_pass.sites.layouts import LAYOUT_KINDS, Index, Layouts, Reading
 from infllm_pass.sites.products import CONTRACTED, Product, read_product
 from infllm_pass.sites.scores import NEAR, Scores, Stop, follow_scores
 from infllm_pass.sites.site import AttentionSite, PartialSite
-from infllm_pass.sites.steps import out_axis
-from infllm_pass.vocabulary import Call, Kind, read
 
 
 def read_handwritten(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | None:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from infllm_pass import SparseAttentionConfig
-from infllm_pass.backend import SwitchableBackend
-from infllm_pass.report import SiteReport
+from infllm_pass.frontend.backend import SwitchableBackend
+from infllm_pass.rewrite.report import SiteReport
+from tests.support.common import SMALL
 
-from ..conftest import SMALL
 from .oracle import count_operators, with_oracle
 from .shrink import VOCABULARY
 from .specimens import LENGTH, Batch, Kind, Specimen, make_batch

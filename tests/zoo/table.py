@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from infllm_pass.plan import Reason
+from infllm_pass.plan.planner import Reason
 
 from .examination import COVERING, TOLERANCES, Finding
 from .running import ROOT, Result

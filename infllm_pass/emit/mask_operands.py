@@ -1,0 +1,220 @@
+"""What a proof leaves of a site's masks, as arguments of the operators: vectors and numbers, nothing ``Lq x Lk``."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.emit.builder import Emitter
+from infllm_pass.graph.facts import example_of, size, storage
+from infllm_pass.graph.op_table import read_update
+from infllm_pass.graph.subgraphs import input_name
+from infllm_pass.lowering.ops.positions import checked_positions
+from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
+from infllm_pass.masks.codegen import Site, build
+from infllm_pass.plan.planner import SitePlan
+from infllm_pass.sites import AttentionSite
+
+
+class MaskOperands:
+    """Makes the mask arguments of the operators, each tensor once for all sites of a graph that share it.
+
+    Args:
+        emitter: inserts calls into the graph.
+        facts: what is known of the graph.
+    """
+
+    def __init__(self, emitter: Emitter, facts: GraphFacts) -> None:
+        self._emitter = emitter
+        self._facts = facts
+        self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
+        self._positions: dict[sympy.Expr, fx.Node] = {}
+        self._numbers: dict[sympy.Expr, fx.Node | int] = {}
+        self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
+        self._lengths: dict[Any, fx.Node] = {}
+        self._starts: dict[fx.Node, fx.Node] = {}
+        self._bounds: dict[Segments, fx.Node] = {}
+
+    def arguments(self, plan: SitePlan, site: AttentionSite) -> tuple[Any, ...]:
+        """The arguments key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset and window of a site."""
+        mask = plan.mask
+        if mask is None:
+            return (None,) * 6
+        offsets = self._offsets(mask, site) if plan.in_cache else None
+        bounds = None if mask.segments is None else self._segment_bounds(mask.segments, site)
+        window = None if mask.window is None else int(mask.window)
+        return self.key_mask(mask.key_conditions, site), offsets, None, bounds, None, window
+
+    def rows(self, plan: SitePlan, site: AttentionSite) -> tuple[fx.Node, fx.Node | None, fx.Node | None, int | None]:
+        """The arguments lengths, starts, key_mask and window of the decode operators."""
+        key_mask, offsets, *_, window = self.arguments(plan, site)
+        if key_mask is not None and key_mask not in self._starts:
+            valid = self._call(site, "to", key_mask, torch.int32)
+            first = self._call(site, "argmax", valid, 1)
+            self._starts[key_mask] = self._call(site, "to", first, torch.int32)
+        starts = None if key_mask is None else self._starts[key_mask]
+        lengths = self._key_count(site) if offsets is None else self._ends(offsets, site)
+        return lengths, starts, key_mask, window
+
+    def _ends(self, offsets: fx.Node, site: AttentionSite) -> fx.Node:
+        """One past the last key of each row of a cache, whose queries begin at `offsets`."""
+        length_q = self._emitter.size(site.node, self._emitter.operand(site.node, site.query, site.query), 2)
+        if (offsets, length_q) not in self._lengths:
+            self._lengths[offsets, length_q] = self._call(site, operator.add, offsets, length_q)
+        return self._lengths[offsets, length_q]
+
+    def _key_count(self, site: AttentionSite) -> fx.Node:
+        """The number of keys, of which the queries are the last, as a tensor ``[1]``."""
+        count = size(site.shape(site.key_heads)[2])
+        if count not in self._lengths:
+            key, device = self._emitter.operand(site.node, site.key_heads, site.query), site.key.example.device
+            number = self._emitter.size(site.node, key, 2)
+            self._lengths[count] = self._call(site, torch.full, [1], number, dtype=torch.int64, device=device)
+        return self._lengths[count]
+
+    def key_mask(self, conditions: tuple[KeyCondition, ...], site: AttentionSite) -> fx.Node | None:
+        """The keys' validity as a node ``[B, Lk]`` of dtype bool."""
+        if not conditions:
+            return None
+        if conditions not in self._key_masks:
+            tests = [self._test(condition, site) for condition in conditions]
+            mask = tests[0]
+            for test in tests[1:]:
+                mask = self._call(site, torch.logical_and, mask, test)
+            self._key_masks[conditions] = self._call(site, "expand", mask, list(self._extents(site)))
+        return self._key_masks[conditions]
+
+    def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
+        """Where the queries of a cache's rows begin; if the host knows it, a graph of Dynamo checks that they fit."""
+        offsets = self.position(mask.causal_offset, mask.offset_leaves, site)
+        tokens, capacity = (self._input_size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
+        offset: sympy.Expr = mask.causal_offset
+        wrapped = offset.has(sympy.Mod)  # into the cache, whatever the position
+        if "example_value" not in site.node.meta or tokens is None or capacity is None or wrapped:
+            return offsets
+        if (offsets, tokens, capacity) not in self._checked:
+            with self._emitter.graph.inserting_before(offsets.next):
+                self._checked[offsets, tokens, capacity] = offsets
+                host = self._on_host(offsets, self._numbers[offset], site)
+                if host is not None:
+                    sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
+                    name = self._name_of(site.key_heads.node)
+                    checked = self._call(site, checked_positions._opoverload, host, *sizes, name)
+                    if host is offsets:
+                        self._checked[offsets, tokens, capacity] = checked
+        return self._checked[offsets, tokens, capacity]
+
+    def _on_host(self, offsets: fx.Node, number: fx.Node | int, site: AttentionSite) -> fx.Node | None:
+        """Positions where reading them costs nothing; None if only a device knows them.
+
+        Args:
+            offsets: the positions, on the keys' device.
+            number: what they were made of.
+            site: where they are used.
+        """
+        if example_of(offsets).device.type == "cpu":
+            return offsets
+        if isinstance(number, fx.Node) and isinstance(example_of(number), torch.Tensor):
+            return number if example_of(number).device.type == "cpu" else None
+        return self._call(site, torch.full, [1], number, dtype=torch.int64, device="cpu")
+
+    def _input_size(self, extent: int | torch.SymInt) -> int | sympy.Symbol | None:
+        """A size as a number, or as the symbol of a size of the graph's inputs; None if it is neither."""
+        expression = size(extent)
+        if expression.is_Integer:
+            return int(expression)
+        return expression if expression in self._facts.size_sources else None
+
+    def _name_of(self, node: fx.Node) -> str:
+        """The name of the input that a tensor lives in, or is an updated copy of; its own if there is none."""
+        while (write := read_update(node)) is not None and storage(node) != storage(write.target):
+            node = write.target
+        inputs = (other for other in self._facts.graph.nodes if other.op == "placeholder")
+        return next((input_name(other) for other in inputs if storage(other) == storage(node)), node.name)
+
+    def position(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node:
+        """A key number as an int64 tensor ``[1]`` or ``[B]`` on the keys' device, in memory of its own.
+
+        It is made right after the tensors that it is computed from: the graph may write to them before the attention.
+        """
+        if expression not in self._positions:
+            graph, device = self._emitter.graph, site.key.example.device
+            placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+            with graph.inserting_before(max([*(node for _, _, node in leaves), *placeholders[-1:]]).next):
+                number = self._number(expression, leaves, site)
+                if isinstance(number, fx.Node) and isinstance(example_of(number), torch.Tensor):
+                    number = self._numbers[expression] = self._call(site, "reshape", number, [-1])
+                    if example_of(number).device != device:
+                        number = self._call(site, "to", number, device, torch.int64)
+                else:
+                    self._numbers[expression] = number
+                    number = self._call(site, torch.full, [1], number, dtype=torch.int64, device=device)
+                self._positions[expression] = number
+        return self._positions[expression]
+
+    def _number(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node | int:
+        """An integer expression of sizes and tensors, int64, in memory of its own."""
+        widened = {name: self._call(site, "to", node, torch.int64) for name, _, node in leaves}
+        batch: Any = site.shape(site.key)[0]
+        if BATCH in expression.free_symbols and isinstance(batch, torch.SymInt):
+            batch = self._size(self._facts, size(batch), site)
+        value = self._build(expression, widened, self._facts, site, (batch, None))
+        if leaves and storage(value) in {storage(node) for _, _, node in leaves}:
+            value = self._call(site, "clone", value)
+        return value
+
+    def _test(self, condition: KeyCondition, site: AttentionSite) -> fx.Node:
+        leaves = {name: node for name, _, node in condition.leaves}
+        return self._build(condition.expression, leaves, condition.facts, site, self._extents(site))
+
+    def _build(
+        self,
+        expression: sympy.Basic,
+        leaves: Mapping[str, fx.Node],
+        facts: GraphFacts,
+        site: AttentionSite,
+        extents: tuple[Any, Any],
+    ) -> fx.Node:
+        """An expression of rows, keys, sizes and elements of leaves; see `masks.codegen.build`."""
+
+        def size_of(symbol: sympy.Symbol) -> fx.Node:
+            return leaves[symbol.name] if symbol.name in leaves else self._size(facts, symbol, site)
+
+        value: fx.Node = build(
+            expression,
+            Site(
+                call=lambda target, *args, **kwargs: self._call(site, target, *args, **kwargs),
+                leaf=lambda name: (leaves[name], tuple(example_of(leaves[name]).shape)),
+                size=size_of,
+                batch=extents[0],
+                length=extents[1],
+                extents=(site.shape(site.key)[0], site.shape(site.key)[2]),
+                device=site.key.example.device,
+            ),
+        )
+        return value
+
+    def _size(self, facts: GraphFacts, symbol: sympy.Symbol, site: AttentionSite) -> fx.Node:
+        """A dynamic size, from the graph's inputs."""
+        node, dim = facts.size_sources[symbol]
+        return node if dim is None else self._call(site, "size", node, dim)
+
+    def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
+        """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""
+        if segments not in self._bounds:
+            ids = self._call(site, "expand", segments.node, list(self._extents(site)))
+            self._bounds[segments] = self._call(site, torch.ops.infllm.segment_bounds.default, ids)
+        return self._bounds[segments]
+
+    def _extents(self, site: AttentionSite) -> tuple[Any, Any]:
+        """Rows and keys, numbers or nodes."""
+        key = self._emitter.operand(site.node, site.key_heads, site.query)
+        return self._emitter.size(site.node, key, 0), self._emitter.size(site.node, key, 2)
+
+    def _call(self, site: AttentionSite, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._emitter.call(site.node, target, *args, **kwargs)

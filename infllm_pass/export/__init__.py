@@ -1,0 +1,1 @@
+"""Models that leave Python: exported programs, ONNX, AOTInductor packages, TensorRT."""

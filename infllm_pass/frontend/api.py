@@ -1,0 +1,332 @@
+"""The public entry points: make a model switchable, take it back, and ask what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import InfLLMError, NoAttentionSiteError, NoAttentionSiteWarning, UnsupportedModelError
+from infllm_pass.frontend.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
+from infllm_pass.frontend.call_errors import misfit_of_call
+from infllm_pass.frontend.compile_settings import CompileSettings, compile_with, settings_of
+from infllm_pass.frontend.generation import generating_methods
+from infllm_pass.plan.planner import SiteFilter
+from infllm_pass.rewrite.log import CompileLog
+from infllm_pass.rewrite.pipeline import Switch
+from infllm_pass.rewrite.report import Report
+
+ModelT = TypeVar("ModelT", bound=Callable[..., Any])
+ConfigLike = SparseAttentionConfig | Mapping[str, Any] | None
+
+_HANDLE = "_infllm_handle"
+
+
+class _Sides:
+    """One way in which a sparsified model is compiled: its switchable side, and its dense one once that is called."""
+
+    def __init__(self, handle: _Handle, settings: CompileSettings) -> None:
+        self.backend = SwitchableBackend(settings.compiler, handle.config, filter_fn=handle.filter_fn, log=handle.log)
+        self.compiled = compile_with(handle.original, self.backend, settings)
+        self.switchable = _entry(self.compiled)
+        self._dense: Callable[..., Any] | None = None
+        self._compile_dense = functools.partial(compile_dense, handle, settings)
+
+    def dense(self) -> Callable[..., Any]:
+        """The dense side, compiled when first called."""
+        if self._dense is None:
+            self._dense = _entry(self._compile_dense())
+        return self._dense
+
+
+class _Handle:
+    """What a sparsified model carries: its original, how it is compiled, and which side of `dense_mode` runs."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        settings: CompileSettings,
+        config: SparseAttentionConfig,
+        strict: bool,
+        filter_fn: SiteFilter | None,
+    ) -> None:
+        self.original = original
+        self.settings = settings
+        self.config = config
+        self.strict = strict
+        self.filter_fn = filter_fn
+        self.log = CompileLog()
+        self.calls = 0
+        self._sides = _Sides(self, settings)
+        self._compiled_as: tuple[dict[str, Any], _Sides] | None = None
+        self._dense_mode = False
+        self._graphs_checked = 0
+        self._warned = False
+
+    @property
+    def backend(self) -> SwitchableBackend:
+        """The pass in front of the compiler, with the cache state that it keeps."""
+        return self._sides.backend
+
+    @property
+    def compiled(self) -> Callable[..., Any]:
+        """The compiled original, with the pass in front of its compiler."""
+        return self._sides.compiled
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        before, self._dense_mode = self._dense_mode, True
+        try:
+            yield
+        finally:
+            self._dense_mode = before
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._sides, args, kwargs)
+
+    def compiled_as(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+        """The model compiled with other arguments of ``torch.compile``, kept until others are asked for."""
+        if self._compiled_as is None or self._compiled_as[0] != arguments:
+            _, settings = settings_of(torch.compile(self.original, **arguments))
+            settings = replace(settings, compiler=compiler_behind(settings.compiler))
+            self._compiled_as = dict(arguments), _Sides(self, settings)
+        sides = self._compiled_as[1]
+        return lambda *args, **kwargs: self._run(sides, args, kwargs)
+
+    def _run(self, sides: _Sides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
+        try:
+            result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            explained = isinstance(error, (InfLLMError, torch.OutOfMemoryError))
+            misfit = None if explained else misfit_of_call(self.original, args, kwargs)
+            if misfit is None:
+                raise
+            raise misfit from error
+        if self.log.next_number() != self._graphs_checked:
+            self._graphs_checked = self.log.next_number()
+            self._check_sites()
+        return result
+
+    def _check_sites(self) -> None:
+        found = self.log.report()
+        if found.switchable:
+            return
+        seen = sorted({f"{site.reason}: {site.explanation}" for site in found.sites})
+        why = (
+            "; ".join(seen)
+            if seen
+            else "the compiled graphs call no fused attention (torch.nn.functional.scaled_dot_product_attention), and "
+            "no softmax in them stands between a product of queries and keys and one with values"
+        )
+        message = f"infllm_pass found nothing to make switchable, the model runs dense: {why}"
+        if self.strict:
+            raise NoAttentionSiteError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, NoAttentionSiteWarning, stacklevel=5)
+
+
+def _entry(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What to call to run a compiled module without going through ``nn.Module.__call__`` again."""
+    return compiled.forward if isinstance(compiled, nn.Module) else compiled
+
+
+def compile_dense(handle: _Handle, settings: CompileSettings) -> Callable[..., Any]:
+    """Compile a handle's original with masks elided and every site dense."""
+    backend = SwitchableBackend(settings.compiler, handle.config, switch=Switch.ALWAYS_DENSE)
+    return compile_with(handle.original, backend, settings)
+
+
+def sparsify(
+    model: ModelT,
+    config: ConfigLike = None,
+    *,
+    strict: bool = False,
+    filter_fn: SiteFilter | None = None,
+) -> ModelT:
+    """Make the attention of a dense model switchable: dense for short inputs, InfLLM-V2 sparse for long ones.
+
+    Every provably causal attention in the compiled graphs, fused or written by hand, is rewritten (arXiv
+    2509.24663); one that stays dense is reported with its reason. The original model is not changed and shares its
+    parameters.
+
+    Args:
+        model: a module or function, plain or compiled by ``torch.compile``, whose backend, mode, options,
+            ``dynamic`` and ``fullgraph`` are kept. A sparsified model is sparsified anew from its original.
+        config: a `SparseAttentionConfig`, a dict of its fields, a model configuration that carries
+            ``sparse_config`` (MiniCPM4), or None for the defaults.
+        strict: raise, instead of warning, when a call compiled graphs and no site became switchable.
+        filter_fn: called with each provable `AttentionSite`; return False to leave it dense.
+
+    Returns:
+        A compiled module (``torch._dynamo.OptimizedModule``) or function to call like the original.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+        UnsupportedModelError: `model` is no module or function, or was compiled in a way that cannot be kept.
+        NoAttentionSiteError: at call time, with ``strict=True``.
+    """
+    chosen = SparseAttentionConfig.coerce(config)
+    previous = _find_handle(model)
+    if previous is not None:
+        original, settings = previous.original, previous.settings
+    else:
+        original, settings = settings_of(model)
+        settings = replace(settings, compiler=compiler_behind(settings.compiler))
+    return _sparsified(original, settings, chosen, strict, filter_fn)  # type: ignore[return-value]
+
+
+def _sparsified(original: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """A sparsified model.
+
+    Args:
+        original: what to sparsify.
+        arguments: the other arguments of `_Handle`.
+    """
+    handle = _Handle(original, *arguments)
+    if not isinstance(original, nn.Module):
+        switchable = _calling(handle, original)
+        setattr(switchable, _HANDLE, handle)
+        return switchable
+    compiled = handle.compiled
+    calling = _calling(handle, original.forward)
+
+    def deepcopy(memo: dict[int, Any]) -> Callable[..., Any]:
+        return _sparsified(copy.deepcopy(original, memo), *arguments)
+
+    # torch looks for the very type that torch.compile gives, so these are attributes of the object, not of a subclass
+    members = {
+        "forward": calling,
+        _HANDLE: handle,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": lambda protocol: (_sparsified, (original, *arguments)),
+        **generating_methods(original, handle.call, handle.compiled_as, calling, lambda: handle.calls),
+    }
+    for name, member in members.items():
+        object.__setattr__(compiled, name, member)
+    return compiled
+
+
+def _calling(handle: _Handle, like: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the name, signature and docs of `like` that calls the handle."""
+
+    @functools.wraps(like)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return handle.call(*args, **kwargs)
+
+    return call
+
+
+def _find_handle(model: object) -> _Handle | None:
+    """The handle of a sparsified model; an OptimizedModule would ask its original for a missing attribute."""
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
+    return handle if isinstance(handle, _Handle) else None
+
+
+def _handle_of(model: object) -> _Handle:
+    handle = _find_handle(model)
+    if handle is None:
+        raise UnsupportedModelError(
+            f"{_name(model)} is not a sparsified model: pass what infllm_pass.sparsify(...) returned"
+        )
+    return handle
+
+
+def _name(model: object) -> str:
+    return getattr(model, "__name__", None) or f"an object of type {type(model).__name__}"
+
+
+def dense(model: ModelT) -> ModelT:
+    """The dense compiled model behind a sparsified one: same weights, compiler and options.
+
+    Provably causal masks are still elided, so that it runs without an N x N mask; nothing is sparse.
+
+    Args:
+        model: a model that `sparsify` returned.
+
+    Raises:
+        UnsupportedModelError: `model` was not returned by `sparsify`.
+    """
+    handle = _handle_of(model)
+    return compile_dense(handle, handle.settings)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def dense_mode(model: Callable[..., Any]) -> Iterator[None]:
+    """Run a sparsified model dense inside the ``with`` block, for instance to evaluate it against itself.
+
+    The dense side is compiled when it is first called and kept for later blocks. The switch belongs to the
+    model, not to a thread.
+
+    Args:
+        model: a model that `sparsify` returned.
+
+    Raises:
+        UnsupportedModelError: `model` was not returned by `sparsify`.
+    """
+    with _handle_of(model).dense():
+        yield
+
+
+def report(model: Callable[..., Any] | None = None) -> Report:
+    """What the pass did in the graphs compiled so far.
+
+    Args:
+        model: a model that `sparsify` returned, or a module compiled with ``backend="infllm"``; None: every
+            graph that was compiled in this process through ``backend="infllm"``.
+
+    Raises:
+        UnsupportedModelError: the pass does not run in front of this model's compiler.
+    """
+    if model is None:
+        return NAMED_BACKEND_LOG.report()
+    handle = _find_handle(model)
+    if handle is not None:
+        return handle.log.report()
+    original, settings = settings_of(model)
+    backend = getattr(settings.compiler, "compiler_fn", None)
+    if isinstance(backend, SwitchableBackend):
+        return backend.log.report()
+    if backend is infllm and isinstance(original, nn.Module):
+        return NAMED_BACKEND_LOG.report_for(original.parameters())
+    return _handle_of(model).log.report()
+
+
+def explain(
+    model: Callable[..., Any], *example_inputs: Any, config: ConfigLike = None, **example_kwargs: Any
+) -> Report:
+    """Run a model once on example inputs, rewritten but not compiled, and report every attention site.
+
+    Args:
+        model: a module or function, plain, compiled or sparsified (whose configuration is then used).
+        example_inputs: positional inputs; their lengths decide the side of the switch.
+        config: as for `sparsify`.
+        example_kwargs: keyword inputs.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+        UnsupportedModelError: `model` cannot be sparsified.
+    """
+    handle = _find_handle(model)
+    if handle is not None:
+        original, settings = handle.original, handle.settings
+        chosen = handle.config if config is None else SparseAttentionConfig.coerce(config)
+    else:
+        chosen = SparseAttentionConfig.coerce(config)
+        original, settings = settings_of(model)
+    backend = SwitchableBackend(_run_uncompiled, chosen)
+    compile_with(original, backend, settings)(*example_inputs, **example_kwargs)
+    return backend.log.report()
+
+
+def _run_uncompiled(module: torch.fx.GraphModule, _example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    return module.forward

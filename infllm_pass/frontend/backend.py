@@ -1,0 +1,151 @@
+"""Dynamo backends: the pass in front of another compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import ConfigError
+from infllm_pass.frontend.compile_settings import bound_compiler
+from infllm_pass.graph.subgraphs import held_tensors
+from infllm_pass.kv_cache.static import CacheInputs, may_read_a_cache
+from infllm_pass.kv_cache.store import CachedGraph, CacheStore
+from infllm_pass.lowering.inductor.mutation_cache import remembered_accesses
+from infllm_pass.lowering.ops.dispatch import warn_untuned
+from infllm_pass.plan.planner import SiteFilter
+from infllm_pass.rewrite.log import CompileLog
+from infllm_pass.rewrite.pipeline import Switch, run_pass
+from infllm_pass.rewrite.report import GraphReport
+from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
+from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
+
+CompiledGraph = Callable[..., Any]
+Compiler = Callable[..., CompiledGraph]
+
+NAMED_BACKEND_LOG = CompileLog()
+"""Graphs compiled through ``backend="infllm"``, which Dynamo knows by name and of which there is one."""
+
+
+class SwitchableBackend:
+    """Runs the pass on each graph and hands the result to another backend.
+
+    Args:
+        compiler: the backend that compiles the rewritten graph.
+        config: what sparse attention selects, and from which length on.
+        switch: how the sides of the switch are chosen.
+        filter_fn: sites for which it returns False stay dense.
+        log: where the reports of compiled graphs go.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        config: SparseAttentionConfig,
+        *,
+        switch: Switch = Switch.BY_LENGTH,
+        filter_fn: SiteFilter | None = None,
+        log: CompileLog | None = None,
+    ) -> None:
+        self.compiler = compiler
+        self.config = config
+        self.switch = switch
+        self.filter_fn = filter_fn
+        self.log = CompileLog() if log is None else log
+        self.store = CacheStore()
+        self.__name__ = "infllm"
+
+    def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
+        """Rewrite and compile one graph; the contract of a Dynamo backend."""
+        held = held_tensors(module, example_inputs)
+        original = module
+        if held.tensors or may_read_a_cache(module.graph):
+            module = unchanged_copy(module)  # Dynamo still needs the inputs of its own
+            held = held_tensors(module, example_inputs)
+        misfit = misfit_of(module) if may_read_a_cache(module.graph) else None
+        if misfit is not None:
+            return RefusedGraph(misfit)
+        caches = CacheInputs(self.config.geometry)
+        report = run_pass(
+            module,
+            self.config,
+            switch=self.switch,
+            filter_fn=self.filter_fn,
+            number=self.log.next_number(),
+            held=held,
+            caches=caches,
+        )
+        self.log.add(report, original)
+        _warn_untuned(report)
+        watched = watch(module.graph, held.readings)
+        checks = take_checks(module, len(example_inputs))
+        with remembered_accesses():
+            compiled = self.compiler(module, [*example_inputs, *caches.examples])
+        if caches.specs:
+            compiled = CachedGraph(compiled, tuple(caches.specs), self.store)
+        if checks is not None:
+            compiled = CheckedGraph(compiled, checks)
+        return WatchedGraph(compiled, original, watched) if watched else compiled
+
+    def reset(self) -> None:
+        """Called by ``torch._dynamo.reset``: lets the compiler behind drop its state."""
+        reset = getattr(self.compiler, "reset", None)
+        if reset is not None:
+            reset()
+
+
+def _warn_untuned(report: GraphReport) -> None:
+    """Warn of a graph's sparse sites on a GPU that the Triton kernels do not take."""
+    refused = {(site.device, site.refusal) for site in report.sites if site.branch == "sparse" and site.refusal}
+    for device, refusal in sorted(refused):
+        warn_untuned(device, refusal)
+
+
+def infllm(
+    module: fx.GraphModule,
+    example_inputs: list[torch.Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledGraph:
+    """The backend behind ``torch.compile(model, backend="infllm", mode=..., options=...)``.
+
+    Args:
+        module: the graph.
+        example_inputs: its example inputs.
+        mode: an Inductor mode such as "reduce-overhead".
+        options: fields of `SparseAttentionConfig`; ``"backend"``: the name of the compiler behind (default
+            "inductor"); everything else is an option of that compiler.
+
+    Raises:
+        ConfigError: a field of the configuration is invalid, or the compiler behind is this backend.
+    """
+    config, compiler = _split_options(mode, options)
+    return SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG)(module, example_inputs)
+
+
+def _split_options(
+    mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[SparseAttentionConfig, Compiler]:
+    """The pass's configuration and the compiler behind it, from the arguments of ``torch.compile``."""
+    rest = dict(options or {})
+    known = {field.name for field in fields(SparseAttentionConfig)}
+    config = SparseAttentionConfig.from_dict({key: rest.pop(key) for key in list(rest) if key in known})
+    name = rest.pop("backend", "inductor")
+    if name == "infllm":
+        raise ConfigError("backend", name, "the name of another Dynamo backend, such as 'inductor'")
+    return config, bound_compiler(name, mode, rest or None)
+
+
+def compiler_behind(compiler: Compiler) -> Compiler:
+    """The compiler behind the pass, if the pass already stands in front of it; else the compiler itself."""
+    backend = getattr(compiler, "compiler_fn", None)
+    if isinstance(backend, SwitchableBackend):
+        return backend.compiler
+    if backend is infllm:
+        return _split_options(**getattr(compiler, "kwargs", {}))[1]
+    return compiler

@@ -1,0 +1,142 @@
+"""Switchable attention as a function, for models that call it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import DtypeError, ShapeError
+from infllm_pass.lowering.ops.checks import check_attention, check_sequences
+from infllm_pass.lowering.ops.cu_seqlens import segment_bounds
+from infllm_pass.lowering.ops.dispatch import attend
+
+
+def switchable_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SparseAttentionConfig | Mapping[str, Any] | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    offset: int | Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """Causal attention that is dense for short sequences and block-sparse for long ones.
+
+    InfLLM-V2, arXiv 2509.24663, section 3. Differentiable in q, k and v; no gradient flows through the
+    selection of blocks. Each sequence of a padded or packed batch takes its own side of the switch. On CUDA the
+    Triton kernels run where they take the call (float16, bfloat16, float32; block_size a multiple of 16) and read
+    no tensor on the host; on the CPU kernels in C++ do. Torch operators run elsewhere, on a GPU with a warning.
+
+    Args:
+        q: queries after position encoding, ``[B, Hq, Lq, D]``; float32, bfloat16, float16 or float64.
+        k: keys, ``[B, Hkv, Lk, D]``, ``Hq % Hkv == 0``, D at most 256.
+        v: values, ``[B, Hkv, Lk, Dv]``.
+        config: a `SparseAttentionConfig`, a dict of its fields, or None for the defaults.
+        key_mask: bool ``[B, Lk]``, True where a key is valid; a row's sequence runs from its first to its last
+            valid key.
+        offset: key index of the first query; None: the queries are the last of the keys. An integer tensor, of one
+            number or one a row, is read on the device.
+        scale: softmax scale; None: ``D ** -0.5``.
+        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
+        segment_ids: integers ``[B, Lk]``; a row's adjacent keys of one number are a sequence of their own, and
+            query ``i`` belongs to the sequence of key ``offset + i``.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in q's dtype.
+
+    Raises:
+        ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
+
+    Warns:
+        UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
+    """
+    chosen = SparseAttentionConfig.coerce(config)
+    check_attention(q, k, v, None, key_mask)
+    bounds = None
+    if segment_ids is not None:
+        if segment_ids.shape != (k.shape[0], k.shape[2]):
+            raise ShapeError(f"segment_ids has shape {tuple(segment_ids.shape)}: expected [B, Lk]")
+        if segment_ids.is_floating_point():
+            raise DtypeError(f"segment_ids is {segment_ids.dtype}: expected an integer dtype")
+        bounds = segment_bounds(segment_ids)
+    offsets, number = (offset.reshape(-1), None) if isinstance(offset, Tensor) else (None, offset)
+    return _attend(q, k, v, chosen, scale, key_mask, offsets, None, bounds, number, window)
+
+
+def switchable_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    config: SparseAttentionConfig | Mapping[str, Any] | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`switchable_attention` of sequences packed one after the other.
+
+    Each sequence is causal with its last query at its last key, and takes its own side of the switch.
+
+    Args:
+        q: ``[total_q, Hq, D]``; float32, bfloat16, float16 or float64.
+        k: ``[total_k, Hkv, D]``.
+        v: ``[total_k, Hkv, Dv]``.
+        cu_seqlens_q: int32 ``[R + 1]`` on q's device: sequence ``r`` has queries ``cu_seqlens_q[r]`` up to
+            ``cu_seqlens_q[r + 1]``.
+        cu_seqlens_k: int32 ``[R + 1]``: the same for keys.
+        config: a `SparseAttentionConfig`, a dict of its fields, or None for the defaults.
+        scale: softmax scale; None: ``D ** -0.5``.
+        window: sliding window in keys, or None.
+
+    Returns:
+        ``[total_q, Hq, Dv]`` in q's dtype.
+
+    Raises:
+        ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
+
+    Warns:
+        UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
+    """
+    chosen = SparseAttentionConfig.coerce(config)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected three dimensions [total, H, D]")
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, total, D]
+    check_attention(q, k, v, None, None)
+    out = _attend(q, k, v, chosen, scale, None, None, cu_seqlens_q, cu_seqlens_k, None, window)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SparseAttentionConfig,
+    scale: float | None,
+    key_mask: Tensor | None,
+    offsets: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    offset: int | None,
+    window: int | None,
+) -> Tensor:
+    """The call through the Triton kernels where they take it, through the operators for the CPU elsewhere."""
+    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
+    factor = float(q.shape[3]) ** -0.5 if scale is None else scale
+    # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
+    sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)
+    call = (key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, window, factor, config.dense_len)
+    if q.is_cuda and not sparse and q.shape[2] == k.shape[2] and all(x is None for x in call[:6]):
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor, enable_gqa=grouped)
+    out: Tensor = attend(q, k, v, call, config.geometry, scale=factor, select=sparse)
+    return out

@@ -1,0 +1,128 @@
+"""Functions that hold a whole attention inside: spelled out in the graph, so that their parts can be read.
+
+Dynamo keeps ``multi_head_attention_forward`` as one call. It is traced once more, by itself, and its operators are put
+before the call, whose place they take. If the attention among them is not rewritten the call gets its place back.
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from infllm_pass.graph.facts import example_of
+from infllm_pass.graph.op_table import Kind, read
+from infllm_pass.graph.subgraphs import fake_mode_of
+
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A call spelled out in front of itself; what used its results uses theirs.
+
+    Attributes:
+        graph: the graph.
+        call: the call.
+        nodes: what it was spelled out to, in order.
+        results: for each used result of the call, the node that held it and the one that stands for it.
+    """
+
+    graph: fx.Graph
+    call: fx.Node
+    nodes: tuple[fx.Node, ...]
+    results: tuple[tuple[fx.Node, fx.Node], ...]
+
+    def accept(self) -> None:
+        """Erase the call."""
+        for node in (*self.call.users, self.call):
+            if not node._erased:  # a rewriting erases what nothing uses any more
+                self.graph.erase_node(node)
+
+    def withdraw(self) -> None:
+        """Take the operators out of the graph again."""
+        within = set(self.nodes)
+        for held, result in self.results:
+            result.replace_all_uses_with(held, delete_user_cb=lambda user: user not in within)
+        for node in reversed(self.nodes):
+            self.graph.erase_node(node)
+
+
+def expand_composites(module: fx.GraphModule) -> list[Expansion]:
+    """Spell out every call of a composite function, in a graph and in those nested in it.
+
+    Args:
+        module: the graph.
+    """
+    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+    calls = [(graph, node) for graph in graphs for node in graph.nodes if _is_composite(node)]
+    found = (_expand(graph, node) for graph, node in calls)
+    return [expansion for expansion in found if expansion is not None]
+
+
+def _is_composite(node: fx.Node) -> bool:
+    call = read(node)
+    plain = all(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
+    return call is not None and call.kind is Kind.MULTI_HEAD_ATTENTION and plain
+
+
+def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
+    """Spell out one call; None where it cannot be traced by itself, and stays a call."""
+    inputs = call.all_input_nodes
+    try:
+        traced = _trace(call, inputs)
+    except Exception:
+        return None
+    results: Any = next(node.args[0] for node in traced.graph.nodes if node.op == "output")
+    asked = [results[held.args[1]] for held in call.users]
+    if None in asked or any(node.op == "get_attr" for node in traced.graph.nodes):
+        return None
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(call):
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = inputs[len(copies)]
+            elif node.op != "output":
+                copies[node] = _copy(graph, call, node, copies)
+    made = tuple(copy for node, copy in copies.items() if node.op != "placeholder")
+    pairs = tuple((held, copies[results[held.args[1]]]) for held in call.users)
+    for held, result in pairs:
+        held.replace_all_uses_with(result)
+    return Expansion(graph, call, made, pairs)
+
+
+def _trace(call: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:
+    used = {user.args[1] for user in call.users}
+
+    def body(*values: Any) -> Any:
+        given = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.map_arg((call.args, call.kwargs), given.__getitem__)
+        results = call.target(*args, **kwargs)  # type: ignore[operator]
+        return tuple(result if place in used else None for place, result in enumerate(results))
+
+    with fake_mode_of(call) or _first_mode(inputs) or nullcontext(), torch.no_grad():
+        traced = make_fx(body, pre_dispatch=True)(*map(example_of, inputs))
+    traced.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+    return traced
+
+
+def _first_mode(inputs: list[fx.Node]) -> Any:
+    return next((mode for node in inputs if (mode := fake_mode_of(node)) is not None), None)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _copy(graph: fx.Graph, call: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    copy = graph.node_copy(node, copies.__getitem__)
+    value = node.meta.get("val")
+    key = "example_value" if "example_value" in call.meta else "val"
+    copy.meta = {name: call.meta[name] for name in _ORIGIN if name in call.meta} | {key: value}
+    return copy

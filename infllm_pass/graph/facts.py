@@ -1,0 +1,155 @@
+"""Facts about one FX graph that proofs and rewrites share: example values, sizes, index symbols, written memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache, cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from infllm_pass.graph.buffers import HeldTensors
+from infllm_pass.graph.op_table import Kind, read, written_arguments
+
+
+@cache
+def axis(dim: int) -> sympy.Symbol:
+    """The index along dimension `dim` of whatever tensor an expression belongs to."""
+    return sympy.Symbol(f"i{dim}", integer=True, nonnegative=True)
+
+
+@cache
+def hidden_axis(name: str) -> sympy.Symbol:
+    """An index that no dimension of the tensor shows: that of a ``vmap`` level, or an argument of a mask function."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def size(value: int | torch.SymInt) -> sympy.Expr:
+    """A tensor size as sympy sees it; sizes of one graph share Dynamo's own symbols."""
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    return sympy.Integer(int(value))
+
+
+def same(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two integer expressions are equal for all values of their symbols."""
+    return bool(a == b) or sympy.expand(a - b) == 0
+
+
+class GraphFacts:
+    """What is known of one graph before any proof: example tensors, and which memory is overwritten.
+
+    Args:
+        graph: a graph whose nodes carry example values, see `example_of`.
+        overwritten: storages that this graph, or one that it is nested with, writes to, and the first node of the
+            root graph that writes to each; None where another graph writes.
+        bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
+        held: tensors that modules hold, which may be read by value.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        overwritten: Mapping[int, fx.Node | None],
+        bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
+        held: HeldTensors | None = None,
+    ) -> None:
+        self.graph = graph
+        self.bindings = bindings or {}
+        self.held = HeldTensors({}) if held is None else held
+        self._overwritten = overwritten
+
+    def nested(self, graph: fx.Graph, bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]]) -> GraphFacts:
+        """The facts of a graph that this one calls."""
+        return GraphFacts(graph, self._overwritten, bindings, self.held)
+
+    @cached_property
+    def hidden_axes(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
+        """For each node inside ``vmap`` calls, the indices that are hidden there."""
+        return hidden_axes(self.graph)
+
+    @cached_property
+    def size_sources(self) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
+        """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number."""
+        found: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
+        for node in self.graph.nodes:
+            example = self.example(node) if node.op == "placeholder" else None
+            if isinstance(example, torch.Tensor):
+                for dim, extent in enumerate(example.shape):
+                    found.setdefault(size(extent), (node, dim))
+            elif isinstance(example, torch.SymInt):
+                found[size(example)] = (node, None)
+        return {expr: source for expr, source in found.items() if isinstance(expr, sympy.Symbol)}
+
+    def example(self, node: fx.Node) -> Any:
+        """The fake tensor, SymInt or constant that was recorded for a node; None if none was."""
+        return example_of(node)
+
+    def is_overwritten(self, node: fx.Node) -> bool:
+        """Whether anything writes to the memory this node's tensor lives in."""
+        return storage(node) in self._overwritten
+
+    def is_written_elsewhere(self, node: fx.Node) -> bool:
+        """Whether another graph, nested with this one, writes to the memory this node's tensor lives in."""
+        return self.is_overwritten(node) and self._overwritten[storage(node)] is None  # type: ignore[index]
+
+    def is_settled(self, node: fx.Node, reader: fx.Node | None) -> bool:
+        """Whether nothing can have written to a node's memory when a node of this graph reads it."""
+        if not self.is_overwritten(node):
+            return True
+        writer = self._overwritten[storage(node)]  # type: ignore[index]
+        return writer is not None and reader is not None and reader.graph is writer.graph and reader < writer
+
+
+def example_of(node: fx.Node) -> Any:
+    """What tracing recorded for a node's value: Dynamo as ``example_value``, ``torch.export`` as ``val``."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def storage(node: fx.Node) -> int | None:
+    """Identity of the memory a node's tensor lives in; None for a node that is no tensor."""
+    value = example_of(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # a tensor under vmap has no memory of its own
+    cell: int = value.untyped_storage()._cdata
+    return cell
+
+
+def overwritten_storages(root: fx.Graph, nested: Iterable[fx.Graph]) -> dict[int, fx.Node | None]:
+    """Memory that nodes write to in place, with the first of the root graph's that does; None where others do."""
+    found: dict[int, fx.Node | None] = {}
+    for graph in (root, *nested):
+        for node in graph.nodes:
+            for cell in map(storage, written_arguments(node)):
+                if cell is not None and graph is not root:
+                    found[cell] = None
+                elif cell is not None:
+                    found.setdefault(cell, node)
+    return found
+
+
+def level_axis(level: Any) -> sympy.Symbol:
+    """The index that a level hides."""
+    return hidden_axis(f"vmap{level}")
+
+
+def hidden_axes(graph: fx.Graph) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
+    """For each node inside ``vmap`` calls, the indices that are hidden there."""
+    found: dict[fx.Node, tuple[sympy.Symbol, ...]] = {}
+    levels: list[list[sympy.Symbol]] = []
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_vmap_increment_nesting":
+            levels.append([])
+        elif name == "_vmap_decrement_nesting" and levels:
+            levels.pop()
+        if levels:
+            call = read(node)
+            if call is not None and call.kind is Kind.HIDE_DIM:
+                levels[-1].append(level_axis(call.args.get("level")))
+            found[node] = tuple(dict.fromkeys(symbol for level in levels for symbol in level))
+    return found

@@ -1,0 +1,206 @@
+"""Running a graph that keeps compressed keys of its caches: whose they are, and when they are void.
+
+The state of a cache belongs to the sparsified model and lives as long as the tensor. It is void, which costs
+compressing the cache anew and nothing else, when anybody but this model's decoding wrote to the tensor: its version
+counter tells. A cache that grows by concatenation is another tensor after every call, and its state goes with it: a
+second call from the same earlier tensor finds none.
+
+CUDA graphs that Inductor records lie inside the compiled graph that is called here, so the counter is read at every
+replay. In a CUDA graph that others record around the model it is not, and every replay starts over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from infllm_pass.errors import UncountedCacheWarning
+from infllm_pass.kv_cache.dynamic import GrowingCacheSpec, with_room
+from infllm_pass.kv_cache.static import AnyCacheSpec, CacheSpec
+
+
+@dataclass
+class CacheState:
+    """Compressed keys of one cache.
+
+    Attributes:
+        k1: compressed keys ``[B, Hkv, n1, D]``.
+        k2: coarse keys ``[B, Hkv, n2, D]``.
+        filled: int32 ``[B]``: keys of each row, from its first, whose windows are compressed.
+        first: int32 ``[B]``: slot of each row's first key.
+        version: the tensor's version counter after the last call; None: the keys are to be compressed anew.
+    """
+
+    k1: Tensor
+    k2: Tensor
+    filled: Tensor
+    first: Tensor
+    version: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the graph gets."""
+        return self.k1, self.k2, self.filled, self.first
+
+
+class GrowingState(CacheState):
+    """Compressed keys of a cache that grows: `k1` and `k2` are ``[n, B, Hkv, D]``, memory with room for more."""
+
+    def prefix(self, fine: int, coarse: int) -> tuple[Tensor, ...]:
+        """What the graph gets for so many windows, `k1` and `k2` as ``[B, Hkv, n, D]``."""
+        self.k1, self.k2 = with_room(self.k1, fine), with_room(self.k2, coarse)
+        views = (memory[:slots].permute(1, 2, 0, 3) for memory, slots in ((self.k1, fine), (self.k2, coarse)))
+        return *views, self.filled, self.first
+
+
+class CacheStore:
+    """The states of all caches that a model decoded from, as long as these live."""
+
+    def __init__(self) -> None:
+        self._states: MutableMapping[Tensor, dict[Any, CacheState]] = WeakTensorKeyDictionary()
+        self._growing: MutableMapping[Tensor, dict[Any, GrowingState]] = WeakTensorKeyDictionary()
+        self._warned: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheStore:
+        """A copy of the model decodes with states of its own."""
+        return CacheStore()
+
+    def __len__(self) -> int:
+        return sum(len(states) for kind in (self._states, self._growing) for states in kind.values())
+
+    def state(self, cache: Tensor, spec: CacheSpec) -> CacheState:
+        """The state of a cache, brought to life if there is none, and emptied if it is void.
+
+        Args:
+            cache: the tensor that a graph is about to be called with.
+            spec: what the graph keeps of it.
+        """
+        rows = spec.rows(cache)
+        place = (*_place(cache), rows, spec.keys, spec.view, spec.padded)
+        states = self._states.setdefault(_owner(cache), {})
+        state: CacheState | None = states.get((place, spec.geometry))
+        if state is None:
+            shapes = spec.state_shapes(rows)
+            fine, coarse = (torch.empty(shape, dtype=cache.dtype, device=cache.device) for shape in shapes)
+            filled, start = (torch.zeros(rows, dtype=torch.int32, device=cache.device) for _ in range(2))
+            state = states[place, spec.geometry] = CacheState(fine, coarse, filled, start)
+        elif state.version is None or state.version != self.version(cache):
+            state.filled.zero_()
+        return state
+
+    def take(self, inputs: Sequence[Any], spec: GrowingCacheSpec) -> GrowingState:
+        """The state of a growing cache, which is the caller's from then on; a new one if there is none.
+
+        Args:
+            inputs: what a graph is about to be called with.
+            spec: what the graph keeps of the cache.
+        """
+        past = inputs[spec.position]
+        state = self._growing.get(_owner(past), {}).pop(_growing_key(past, spec, inputs), None)
+        if state is None:
+            fine, coarse = (spec.new_memory(slots, inputs) for slots in spec.slots(inputs))
+            rows, device = spec.rows(inputs), past.device
+            filled, start = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
+            return GrowingState(fine, coarse, filled, start)
+        if state.version != self.version(past):
+            state.filled.zero_()
+        return state
+
+    def give(self, inputs: Sequence[Any], grown: Tensor, spec: GrowingCacheSpec, state: GrowingState) -> None:
+        """Keep the state of a cache that has grown for the call that continues it.
+
+        Args:
+            inputs: what the graph was called with.
+            grown: the cache, which the graph returned.
+            spec: what the graph keeps of it.
+            state: its state.
+        """
+        state.version = self.version(grown)
+        if state.version is not None:
+            self._growing.setdefault(_owner(grown), {})[_growing_key(grown, spec, inputs)] = state
+
+    def version(self, cache: Tensor) -> int | None:
+        """How often a tensor was written to; None for one that does not count it."""
+        if cache.is_inference():
+            self._warn(
+                "a cache was made under torch.inference_mode() and does not count what is written to it: its keys are "
+                "compressed anew at every step; make the cache, or run the model, under torch.no_grad()"
+            )
+            return None
+        if is_being_captured(cache):
+            self._warn(
+                "a CUDA graph is captured around a model that decodes from a cache, and replaying it does not count "
+                "what is written: the cache's keys are compressed anew at every replay; let "
+                'torch.compile(mode="reduce-overhead") record the CUDA graph instead'
+            )
+            return None
+        return cache._version
+
+    def _warn(self, message: str) -> None:
+        """Warn once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UncountedCacheWarning, stacklevel=5)
+
+
+def is_being_captured(tensor: Tensor) -> bool:
+    """Whether calls on a tensor's device are recorded in a CUDA graph rather than run."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _owner(cache: Tensor) -> Tensor:
+    """The tensor that a state is tied to: views that are made for a call share one."""
+    return cache if cache._base is None else cache._base
+
+
+def _place(cache: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in the memory of its owner, and what is there."""
+    return cache.storage_offset(), cache.stride(), cache.dtype, cache.device
+
+
+def _growing_key(cache: Tensor, spec: GrowingCacheSpec, inputs: Sequence[Any]) -> Any:
+    """What tells the states of one owner apart; the same for a cache of which the last keys were cut off."""
+    return *_place(cache), spec.rows(inputs), spec.keys, spec.dtype, spec.layout, spec.padded, spec.geometry
+
+
+class CachedGraph:
+    """Calls a compiled graph with the states of its caches as its last inputs.
+
+    Args:
+        compiled: the compiled graph.
+        specs: the caches that it keeps compressed keys of, in the order of its inputs.
+        store: the states.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], specs: tuple[AnyCacheSpec, ...], store: CacheStore) -> None:
+        self.compiled = compiled
+        self.specs = specs
+        self.store = store
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph; the outputs are its own."""
+        given: list[Tensor] = []
+        static: list[tuple[CacheSpec, CacheState]] = []
+        growing: list[tuple[GrowingCacheSpec, GrowingState]] = []
+        with torch.inference_mode(False):  # states outlive the mode that they were made in
+            for spec in self.specs:
+                if isinstance(spec, GrowingCacheSpec):
+                    growing.append((spec, self.store.take(inputs, spec)))
+                    given += growing[-1][1].prefix(*spec.slots(inputs))
+                else:
+                    static.append((spec, self.store.state(inputs[spec.position], spec)))
+                    given += static[-1][1].inputs
+        for _, state in static:
+            state.version = None  # in case the call fails half-way
+        outputs = self.compiled(*inputs, *given)
+        for fixed, state in static:
+            state.version = self.store.version(inputs[fixed.position])
+        for grown, kept in growing:
+            self.store.give(inputs, outputs[grown.output], grown, kept)
+        return outputs

@@ -1,0 +1,146 @@
+"""The normal form of a mask: what the operators can take in linear memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import sympy
+from torch import fx
+
+from infllm_pass.graph.facts import GraphFacts, axis
+
+BATCH, HEAD, QUERY, KEY = (axis(dim) for dim in range(4))
+
+
+Leaf = tuple[str, GraphFacts, fx.Node]
+"""A graph tensor that an expression reads: its name there, the graph that it belongs to, and its node."""
+
+
+@dataclass(frozen=True)
+class KeyCondition:
+    """A test that a key must pass, whatever the query; `masks.codegen` makes it a tensor again.
+
+    Attributes:
+        facts: the graph in which it was proved.
+        expression: a Boolean of `BATCH`, `KEY`, sizes and elements of `leaves`, named functions of their index.
+        leaves: the graph tensors that it reads, by name, and the graphs that they belong to.
+    """
+
+    facts: GraphFacts
+    expression: sympy.Basic
+    leaves: tuple[Leaf, ...] = ()
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Packed sequences: adjacent keys of one number are a sequence, and no number returns later in a row.
+
+    Attributes:
+        facts: the graph that `node` belongs to.
+        node: the numbers, ``[B, Lk]``, ``[1, Lk]`` or ``[Lk]``.
+        offset: query ``i`` belongs to the sequence of key ``i + offset``.
+    """
+
+    facts: GraphFacts
+    node: fx.Node
+    offset: sympy.Expr
+
+
+@dataclass(frozen=True)
+class MaskPredicate:
+    """What a mask lets a query see, proved for all sizes and inputs.
+
+    A query ``i`` sees key ``j`` iff all of these hold:
+
+    - ``j <= i + causal_offset`` (no such limit when it is None);
+    - ``j > i + causal_offset - window`` (no such limit when it is None);
+    - every key condition holds for ``j``;
+    - key ``j`` is in the sequence of key ``i + segments.offset``, if there are segments.
+
+    Attributes:
+        causal_offset: an expression of sizes, 0-d tensors and, for a limit of each row, elements at `BATCH`.
+        key_conditions: tests of the key.
+        window: keys that a query sees at most, counted back from its causal limit.
+        segments: packed sequences.
+        offset_leaves: the graph tensors that `causal_offset` reads, by name, and the graphs that they belong to.
+    """
+
+    causal_offset: sympy.Expr | None
+    key_conditions: tuple[KeyCondition, ...] = ()
+    window: sympy.Expr | None = None
+    segments: Segments | None = None
+    offset_leaves: tuple[Leaf, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but the causal limit."""
+        return not self.key_conditions and self.window is None and self.segments is None
+
+    @property
+    def sources(self) -> frozenset[GraphFacts]:
+        """The graphs that the tensors live in which the normal form reads."""
+        return frozenset(facts for facts, _ in self.read_later) | {facts for _, facts, _ in self.offset_leaves}
+
+    @property
+    def read_later(self) -> tuple[tuple[GraphFacts, fx.Node], ...]:
+        """The tensors that the normal form reads where the site is, and the graphs that they belong to."""
+        found = [(facts, node) for condition in self.key_conditions for _, facts, node in condition.leaves]
+        return tuple(found if self.segments is None else [*found, (self.segments.facts, self.segments.node)])
+
+    def __str__(self) -> str:
+        parts = ["causal" if self.causal_offset is not None else "not causal"]
+        if self.window is not None:
+            parts.append(f"window {self.window}")
+        if self.key_conditions:
+            parts.append("padded keys")
+        if self.segments is not None:
+            parts.append("packed sequences")
+        return ", ".join(parts)
+
+
+class MaskRole(Enum):
+    """What a tensor that meets the scores does to them."""
+
+    KEEP = "bool: True lets a query see a key"
+    HIDE = "bool: True hides a key from a query"
+    ADDED = "numbers added to the scores"
+    BLOCK_MASK = "a mask function of (batch, head, query, key): True lets a query see a key"
+
+
+@dataclass(frozen=True)
+class UnprovenMask:
+    """Why a mask has no normal form.
+
+    Attributes:
+        node: the node at which the proof stopped.
+        why: what stopped it, in words.
+        role: what the tensor does that it stopped at; None if it stopped at what several do together.
+    """
+
+    node: fx.Node
+    why: str
+    role: MaskRole | None = None
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One tensor that masks a site; a query sees what all terms of its site let it see.
+
+    Attributes:
+        node: the tensor; for BLOCK_MASK the node that holds `body`.
+        role: what it does.
+        index: where the tensor is read for ``(BATCH, HEAD, QUERY, KEY)``, one expression for a dimension; None: it
+            broadcasts to ``[B, H, Lq, Lk]``.
+        body: for BLOCK_MASK, the mask function's graph: its placeholders are batch, head, query and key index, all
+            0-d, and then what stands in `arguments`.
+        arguments: for BLOCK_MASK, the nodes that the body's further placeholders stand for.
+        factor: for ADDED, what its numbers are multiplied with before the softmax.
+    """
+
+    node: fx.Node
+    role: MaskRole
+    index: tuple[sympy.Expr, ...] | None = None
+    body: fx.GraphModule | None = None
+    arguments: tuple[fx.Node, ...] = ()
+    factor: float = 1.0

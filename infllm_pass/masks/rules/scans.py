@@ -1,0 +1,88 @@
+"""Rules that look along a dimension: differences and cumulative sums.
+
+A cumulative sum of a condition is a named function of its index that the interpreter remembers as a `Scan`. Two
+facts follow for positions ``k <= q`` along its dimension: it does not decrease, so that equal values are contiguous;
+and equal values at k and q mean that the condition holds nowhere in ``(k, q]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from infllm_pass.graph.facts import axis, same
+from infllm_pass.graph.op_table import Kind
+from infllm_pass.masks.cases import Cases, choose, combine, negation, pairs, truth
+from infllm_pass.masks.rules.arithmetic import compare
+from infllm_pass.masks.rules.registry import EXACT_INTEGERS, ONE, ZERO, dim_of, numeric, rule, shape_of
+from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
+
+if TYPE_CHECKING:
+    from infllm_pass.masks.interpreter import Interpreter
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A cumulative sum of a condition.
+
+    Attributes:
+        dim: the dimension that is summed along.
+        condition: where it steps up by 1, over the indices ``(axis(0), …)``.
+    """
+
+    dim: int
+    condition: sympy.Basic
+
+
+@rule(Kind.DIFF)
+def _diff(
+    run: Interpreter, example: torch.Tensor, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None
+) -> sympy.Basic:
+    source = run.operand(input)
+    along = dim_of(dim, example.dim())
+    if n != 1 or example.dtype not in EXACT_INTEGERS:
+        raise NotFollowed("it takes differences more than once, or of numbers that round")
+    values = SymbolicTensor(source.shape, numeric(source, source.shape), source.dtype)
+    here: list[sympy.Expr] = [axis(d) for d in range(example.dim())]
+    if prepend is None:
+        here[along] = axis(along) + 1
+        return combine(lambda a, b: sympy.expand(a - b), values.at(here), values.value)
+    first = run.operand(prepend)
+    if first.shape[along] != 1:
+        raise NotFollowed("it prepends more than one element")
+    here[along] = axis(along) - 1
+    previous = values.at(here)
+    head = numeric(first, shape_of(example)).xreplace({axis(along): ZERO})
+    at_start = values.value.xreplace({axis(along): ZERO})
+    inner = combine(lambda a, b: sympy.expand(a - b), values.value, previous)
+    outer = combine(lambda a, b: sympy.expand(a - b), at_start, head)
+    plain = not isinstance(inner, Cases) and not isinstance(outer, Cases)
+    if plain and same(inner.xreplace({axis(along): ZERO}), outer):
+        return inner
+    start = sympy.Eq(axis(along), 0)
+    return choose(
+        [
+            *((value, sympy.And(start, test)) for value, test in pairs(outer)),
+            *((value, sympy.And(negation(start), test)) for value, test in pairs(inner)),
+        ]
+    )
+
+
+@rule(Kind.CUMSUM)
+def _cumsum(
+    run: Interpreter, example: torch.Tensor, input: Any, dim: Any, dtype: torch.dtype | None = None
+) -> sympy.Basic | Scan:
+    source = run.operand(input)
+    if example.dtype not in EXACT_INTEGERS or source.dtype.is_floating_point:
+        raise NotFollowed("it sums numbers that round or overflow")
+    along = dim_of(dim, example.dim())
+    value = numeric(source, source.shape)
+    if axis(along) not in value.free_symbols:
+        return combine(lambda a: a * (axis(along) + 1), value)
+    if any(test not in (ZERO, ONE) for test, _ in pairs(value)):
+        raise NotFollowed("it sums data that may be other than 0 and 1")
+    condition = truth(lambda a: compare(sympy.Ne, a, ZERO, rounds=False), value)
+    return Scan(along, condition)

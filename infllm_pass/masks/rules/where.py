@@ -1,0 +1,86 @@
+"""Rules for values that are chosen by a condition: where, masked_fill, tril, triu; and for buffers of masks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from infllm_pass.graph.buffers import ClosedForm
+from infllm_pass.graph.facts import axis
+from infllm_pass.graph.op_table import Kind
+from infllm_pass.masks.cases import choose, exact, negation, pairs, rounded_to
+from infllm_pass.masks.rules.arithmetic import cast
+from infllm_pass.masks.rules.registry import Rule, boolean, rule, shape_of
+from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
+
+if TYPE_CHECKING:
+    from infllm_pass.masks.interpreter import Interpreter
+
+
+def select(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
+    """``yes`` where the condition holds, else ``no``."""
+    if dtype == torch.bool:
+        return sympy.Or(sympy.And(condition, yes), sympy.And(negation(condition), no))
+    return choose(
+        [
+            *((value, sympy.And(condition, test)) for value, test in pairs(yes)),
+            *((value, sympy.And(negation(condition), test)) for value, test in pairs(no)),
+        ]
+    )
+
+
+def _branch(run: Interpreter, argument: Any, example: torch.Tensor) -> sympy.Basic:
+    operand = run.operand(argument)
+    value = SymbolicTensor(operand.shape, cast(operand, example.dtype), example.dtype)
+    return value.broadcast_to(shape_of(example))
+
+
+@rule(Kind.WHERE)
+def _where(run: Interpreter, example: torch.Tensor, condition: Any, input: Any, other: Any) -> sympy.Basic:
+    test = boolean(run.operand(condition), shape_of(example))
+    return select(test, _branch(run, input, example), _branch(run, other, example), example.dtype)
+
+
+@rule(Kind.MASKED_FILL)
+def _masked_fill(run: Interpreter, example: torch.Tensor, input: Any, mask: Any, value: Any) -> sympy.Basic:
+    test = boolean(run.operand(mask), shape_of(example))
+    return select(test, _branch(run, value, example), _branch(run, input, example), example.dtype)
+
+
+def _triangle(lower: bool) -> Rule:
+    def apply(run: Interpreter, example: torch.Tensor, input: Any, diagonal: Any = 0) -> sympy.Basic:
+        rank = example.dim()
+        column_minus_row = axis(rank - 1) - axis(rank - 2)
+        edge = run.integer(diagonal)
+        kept = sympy.Le(column_minus_row, edge) if lower else sympy.Ge(column_minus_row, edge)
+        zero = rounded_to(sympy.Integer(0), example.dtype)
+        return select(kept, run.operand(input).value, zero, example.dtype)
+
+    return apply
+
+
+rule(Kind.TRIL)(_triangle(lower=True))
+rule(Kind.TRIU)(_triangle(lower=False))
+
+
+def held_value(form: ClosedForm, dtype: torch.dtype) -> sympy.Basic:
+    """The element of a tensor with a closed form."""
+    position = axis(form.dims[-1]) if form.rank else sympy.Integer(0)
+    if form.rank == 2:
+        position = position - axis(form.dims[0])
+    if form.step is not None:
+        return exact(int(form.values[0])) + form.step * position
+    runs = []
+    for number, value in enumerate(form.values):
+        after = sympy.Gt(position, form.ends[number - 1]) if number else sympy.true
+        until = sympy.Le(position, form.ends[number]) if number < len(form.ends) else sympy.true
+        runs.append(
+            (rounded_to(exact(value if isinstance(value, float) else int(value)), dtype), sympy.And(after, until))
+        )
+    if dtype == torch.bool:
+        return sympy.Or(*(condition for value, condition in runs if value == sympy.true))
+    if dtype.is_complex:
+        raise NotFollowed("it is complex")
+    return choose(runs)

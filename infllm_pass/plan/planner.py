@@ -1,0 +1,329 @@
+"""Deciding, site by site, what may be rewritten, and saying why when it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+
+from infllm_pass.graph.facts import same, size
+from infllm_pass.graph.op_table import scatters
+from infllm_pass.graph.subgraphs import GraphView, input_name
+from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
+from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks.codegen import is_expressible
+from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.plan.cache_writes import writes_slots
+from infllm_pass.reasons import Reason
+from infllm_pass.sites import AttentionSite, PartialSite, find_sites
+from infllm_pass.sites.scalars import read_number
+
+SiteFilter = Callable[[AttentionSite], bool]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What was found out about a site and what is to be done with it.
+
+    Attributes:
+        site: the site.
+        reason: why it is switchable, or why not.
+        detail: what was seen at this site, for people; "" when the reason says it all.
+        mask: what the mask lets through, if that was proved causal.
+        scale: softmax scale as a number; None until it is known.
+    """
+
+    site: AttentionSite | PartialSite
+    reason: Reason
+    detail: str = ""
+    mask: MaskPredicate | None = None
+    scale: float | None = None
+
+    @property
+    def switchable(self) -> bool:
+        """Whether the site becomes dense/sparse switchable attention."""
+        return self.reason is Reason.SWITCHABLE
+
+    @property
+    def maskless(self) -> bool:
+        """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
+            return False
+        if self.flagged:
+            return True
+        length_q, length_k = _lengths(self.site)
+        return not self.in_cache and (length_q == 1 or same(length_q, length_k))
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the causal flag of the call is all that limits the keys, whatever their number."""
+        return isinstance(self.site, AttentionSite) and self.site.is_causal is True and not self.site.masks
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether the queries are not the last of the keys: these are a cache with room for more."""
+        if self.mask is None or self.mask.causal_offset is None or isinstance(self.site, PartialSite):
+            return False
+        length_q, length_k = _lengths(self.site)
+        return not same(self.mask.causal_offset, length_k - length_q)
+
+    @property
+    def length(self) -> int | torch.SymInt | None:
+        """Keys of a row, padding included, once the queries' own are appended; None: only the device knows it."""
+        if self.mask is None or isinstance(self.site, PartialSite):
+            return None
+        if not self.in_cache:
+            return self.site.shape(self.site.key)[2]
+        offset: sympy.Expr = self.mask.causal_offset
+        return self.site.shape(self.site.query)[2] + int(offset) if offset.is_Integer else None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the site stays dense for its window alone, and the operators compute it without the mask tensor."""
+        return self.reason is Reason.WINDOW_WITHIN_BUDGET
+
+    @property
+    def mask_verdict(self) -> str:
+        """What the mask was found to be, in a few words."""
+        if self.mask is not None:
+            return str(self.mask)
+        if self.reason is Reason.BIDIRECTIONAL:
+            return "not causal" if isinstance(self.site, AttentionSite) and self.site.masks else "none"
+        return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
+
+
+def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tokens: int = 0) -> list[SitePlan]:
+    """A plan for every attention site of a graph, in order.
+
+    Args:
+        view: the graph.
+        filter_fn: sites for which it returns False stay dense.
+        visited_tokens: keys that a sparse query visits; sites with a window no longer than this stay dense.
+    """
+    interpreter = Interpreter(view.facts)
+    plans = []
+    for site in find_sites(view.facts):
+        if isinstance(site, PartialSite):
+            plans.append(SitePlan(site, site.reason, site.detail))
+        elif not view.rewritable:
+            plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
+        else:
+            try:
+                plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
+            except Exception as error:
+                plans.append(failed(site, error))
+    return plans
+
+
+def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
+    """The plan of a site at which the pass itself failed: it stays as it was."""
+    return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def _plan_site(
+    site: AttentionSite,
+    interpreter: Interpreter,
+    filter_fn: SiteFilter | None,
+    visited_tokens: int,
+) -> SitePlan:
+    if not site.masks and site.is_causal is not True and not _is_step(site):
+        return _unmasked(site)
+    refused = _check_tensors(site) or _check_dropout(site, interpreter)
+    if refused is not None:
+        return refused
+    proof = _prove_causal(site, interpreter)
+    if isinstance(proof, SitePlan):
+        return proof
+    scale = _read_scale(site, interpreter)
+    if scale is None:
+        return SitePlan(site, Reason.SCALE_IS_DATA)
+    proved = SitePlan(site, Reason.SWITCHABLE, mask=proof, scale=scale)
+    refused = _check_heads(site, proved)
+    if refused is not None:
+        return refused
+    if filter_fn is not None and not filter_fn(site):
+        return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
+    if proof.window is not None and int(proof.window) <= visited_tokens:
+        seen = f"the window is {int(proof.window)} keys, and {visited_tokens} are visited"
+        return SitePlan(site, Reason.WINDOW_WITHIN_BUDGET, seen, proof, scale)
+    return proved
+
+
+def _unmasked(site: AttentionSite) -> SitePlan:
+    """The plan of a site in which every query sees every key."""
+    length_q, length_k = _lengths(site)
+    if length_q == 1 or same(length_q, length_k):
+        return SitePlan(site, Reason.BIDIRECTIONAL)
+    return SitePlan(site, Reason.CROSS_ATTENTION, f"{length_q} queries over {length_k} keys")
+
+
+def _is_step(site: AttentionSite) -> bool:
+    """Whether a site is a decoding step: one query, over keys of which the last is its own token's.
+
+    Such a site needs no causal limit: there is no later key to hide.
+    """
+    grown = site.growth is not None and site.growth.appended == 1
+    return grown and not site.is_causal and _lengths(site)[0] == 1
+
+
+def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """The numbers of queries and keys."""
+    return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
+
+
+def _check_tensors(site: AttentionSite) -> SitePlan | None:
+    """Check what the operators ask of the tensors.
+
+    Sizes are compared as they are: dynamic ones that the call forces to be equal, but that Dynamo gave symbols of
+    their own, as it does for the layers of a cache, become one symbol by it.
+    """
+    examples = [tensor.example for tensor in (site.query, site.key, site.value)]
+    query, key, value = shapes = [example.shape for example in examples]
+    if any(len(shape) != 4 for shape in shapes) or query[0] != key[0] or key[:3] != value[:3]:
+        described = ", ".join(str(list(shape)) for shape in shapes)
+        return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
+    if site.dtype not in DTYPES:
+        return SitePlan(site, Reason.DTYPE, f"the dtype is {site.dtype}")
+    devices = {example.device for example in examples}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        return SitePlan(site, Reason.DEVICE, "devices are " + ", ".join(sorted(map(str, devices))))
+    return None
+
+
+def _check_dropout(site: AttentionSite, interpreter: Interpreter) -> SitePlan | None:
+    probability = read_number(interpreter.facts, site.dropout_p)
+    if probability == 0.0:
+        return None
+    seen = "it is computed from data" if probability is None else f"dropout_p is {probability}"
+    return SitePlan(site, Reason.DROPOUT, seen)
+
+
+def _check_heads(site: AttentionSite, plan: SitePlan) -> SitePlan | None:
+    """Check the sizes that kernels are built for; where Dynamo made them dynamic, reading them guards on them."""
+    heads_q, heads_kv = int(site.query_heads), int(site.kv_heads)
+    for node in (site.query, site.value):
+        head_dim = int(site.shape(node)[3])
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
+            return SitePlan(site, Reason.HEAD_DIM, f"head_dim is {head_dim}", plan.mask, plan.scale)
+    if heads_kv < 1 or heads_q % heads_kv:
+        return SitePlan(site, Reason.HEAD_GROUPS, f"{heads_q} over {heads_kv} heads", plan.mask, plan.scale)
+    return None
+
+
+def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
+    if not site.masks:
+        limit = size(0) if site.is_causal is True else None
+        return _check_predicate(site, MaskPredicate(limit), interpreter)
+    if site.is_causal is True:
+        return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
+    proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
+    if isinstance(proof, UnprovenMask):
+        return _unproven(site, proof)
+    return _check_predicate(site, proof, interpreter)
+
+
+def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:
+    """Whether one query attends to keys that the graph has just written or appended: a limit of them is causal."""
+    node = site.key_heads.node
+    written = interpreter.facts.is_overwritten(node) or scatters(node)
+    return _is_step(site) or (written and bool(_lengths(site)[0] == 1))
+
+
+def _check_predicate(
+    site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
+) -> MaskPredicate | SitePlan:
+    """Check that the operators take what a site's masks were proved to be."""
+    length_q, length_k = _lengths(site)
+    if site.growth is not None and site.growth.trimmed and length_q == 1:
+        return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
+    if predicate.causal_offset is None and _is_step(site):
+        predicate = replace(predicate, causal_offset=length_k - 1)
+    if predicate.causal_offset is None:
+        return _unlimited(site, predicate, interpreter)
+    refusal = _refused_offset(site, predicate, interpreter, length_q, length_k)
+    if refusal is not None:
+        seen = f"query i sees keys up to i + {readable(predicate.causal_offset)}"
+        detail = f"{seen}, of {length_k} keys for {length_q} queries: {refusal}"
+        return SitePlan(site, Reason.PARTIAL_KEYS, detail)
+    if predicate.segments is not None and not same(predicate.segments.offset, predicate.causal_offset):
+        return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
+    if predicate.window is not None and not predicate.window.is_Integer:
+        return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
+    if any(facts is not interpreter.facts for facts in predicate.sources):
+        return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
+    for facts, node in predicate.read_later:
+        if facts.is_overwritten(node):
+            return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
+    return predicate
+
+
+def _unlimited(site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter) -> SitePlan:
+    """The plan of a site whose mask was proved to have no causal limit.
+
+    A decoding step has one that may be all in the values of a tensor, made where no proof sees it.
+    """
+    given = {node for condition in predicate.key_conditions for _, _, node in condition.leaves}
+    inputs = sorted(input_name(node) for node in given if node.op == "placeholder")
+    if inputs and _is_decoding(site, interpreter):
+        return SitePlan(
+            site,
+            Reason.UNPROVEN_MASK,
+            f"what one query sees of a cache is in the values of {', '.join(inputs)}, made outside of the graph, as "
+            "generate() of transformers does for a model that is not sparsified",
+        )
+    return SitePlan(site, Reason.BIDIRECTIONAL, "the mask hides keys but has no causal limit")
+
+
+def _refused_offset(
+    site: AttentionSite,
+    predicate: MaskPredicate,
+    interpreter: Interpreter,
+    length_q: sympy.Expr,
+    length_k: sympy.Expr,
+) -> str | None:
+    """Why the operators cannot be told at which key the queries stand; None if they can."""
+    offset: sympy.Expr = predicate.causal_offset
+    if same(offset, length_k - length_q):
+        return None
+    if predicate.segments is not None:
+        return "they are packed sequences"
+    leaves = predicate.offset_leaves
+    tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
+    if offset.is_Integer:
+        return None if offset >= 0 and bool(tokens + int(offset) <= capacity) else "they are not all among the keys"
+    if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
+        return "these are neither the last of the keys nor at a position in them"
+    refusal = unemittable(offset, leaves, interpreter, site)
+    if refusal is None and not writes_slots(interpreter, offset, tokens, capacity, site.shape(site.key)[0]):
+        return "the graph writes no keys there, so that they may stand past the last of them"
+    return refusal
+
+
+def unemittable(
+    expression: sympy.Expr, leaves: tuple[Leaf, ...], interpreter: Interpreter, site: AttentionSite
+) -> str | None:
+    """Why a position in the keys cannot be made from the graph's inputs, for all rows at once; None if it can."""
+    names = {name for name, _, _ in leaves}
+    numbers = {symbol for symbol in expression.free_symbols - {BATCH} if symbol.name not in names}
+    if BATCH in expression.free_symbols:
+        numbers |= size(site.shape(site.key)[0]).free_symbols
+    if not is_expressible(expression) or not numbers <= set(interpreter.facts.size_sources):
+        return "that number cannot be made of the graph's inputs"
+    unreadable = [node for name, _, node in leaves if not interpreter.unknowns[name].readable]
+    return f"{unreadable[0].name} lives inside a nested function" if unreadable else None
+
+
+def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:
+    """The plan of a site whose mask was not proved: numbers added to the scores, or a mask unknown."""
+    detail = f"at node {proof.node.name}: {proof.why}"
+    reason = Reason.ADDITIVE_BIAS if proof.role is MaskRole.ADDED else Reason.UNPROVEN_MASK
+    return SitePlan(site, reason, detail)
+
+
+def _read_scale(site: AttentionSite, interpreter: Interpreter) -> float | None:
+    if site.scale is None:
+        head_dim = int(site.shape(site.query)[3])
+        return float(head_dim) ** -0.5 if head_dim > 0 else None
+    return read_number(interpreter.facts, site.scale)

@@ -1,0 +1,1 @@
+"""The rewriting of planned sites, stage after stage, and the report of what was done."""

@@ -1,0 +1,263 @@
+"""What the pass did, as data: one row for every attention site of every compiled graph."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from infllm_pass.graph.facts import example_of
+from infllm_pass.plan.length_guard import Branch, LengthGuard
+from infllm_pass.plan.planner import SitePlan
+from infllm_pass.reasons import Reason
+from infllm_pass.rewrite.rewriter import Kernels, Outcome
+from infllm_pass.sites import AttentionSite, PartialSite
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site of one compiled graph.
+
+    Attributes:
+        graph: number of the compiled graph, counted from 0.
+        site: number of the site in its graph.
+        module: dotted path of the module it was traced in, "" outside any.
+        source: ``file:line`` of the call, "" if unknown.
+        query_shape: ``[B, Hq, Lq, D]``; dynamic sizes as Dynamo's symbols.
+        key_shape: ``[B, Hkv, Lk, D]`` before heads were repeated.
+        dtype: the dtype that attention is computed in.
+        device: the device.
+        group: query heads for one key/value head; 0 where the heads do not divide.
+        mask: what the mask was found to be.
+        mask_elided: whether the compiled graph no longer reads a mask tensor here (or never had one).
+        decision: "switchable" or "dense".
+        branch: the side of the switch that this graph runs, "dense" or "sparse".
+        kernels: what computes the site on this side: "triton", "C++" (torch operators where a warning has said that it
+            cannot be compiled), "torch operators" or "SDPA".
+        refusal: why the Triton kernels do not take a site on a GPU that "torch operators" compute; else "".
+        cache_state: whether the compressed keys of a cache are "carried" from call to call or "recomputed" at each; ""
+            where there is no cache.
+        cache_detail: why they are recomputed; else "".
+        guard: the length test that chose the side; "" for a dense site.
+        guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
+        reason: name of the `Reason`.
+        explanation: why, and what would change it.
+    """
+
+    graph: int
+    site: int
+    module: str
+    source: str
+    query_shape: tuple[int | str, ...]
+    key_shape: tuple[int | str, ...]
+    dtype: str
+    device: str
+    group: int
+    mask: str
+    mask_elided: bool
+    decision: str
+    branch: str
+    kernels: str
+    refusal: str
+    cache_state: str
+    cache_detail: str
+    guard: str
+    guard_dynamic: bool
+    reason: str
+    explanation: str
+
+    def with_outcome(self, outcome: Outcome) -> SiteReport:
+        """The row once the site is rewritten."""
+        elided = self.mask_elided or outcome.mask_elided
+        return replace(
+            self,
+            mask_elided=elided,
+            kernels=outcome.kernels.value,
+            refusal=outcome.refusal,
+            cache_state=outcome.cache_state.value,
+            cache_detail=outcome.cache_detail,
+        )
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph: its number, the sides of the switch its sites run, and its sites."""
+
+    graph: int
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The distinct sides of the switch that the graph's switchable sites run."""
+        return tuple(sorted({site.branch for site in self.sites if site.decision == "switchable"}))
+
+
+@dataclass
+class Report:
+    """All graphs compiled so far for one model.
+
+    ``print(report)`` shows a table; `to_dict` and `to_json` give the same as data.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """The sites of all graphs, in order of compilation."""
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def switchable(self) -> int:
+        """How many sites, over all graphs, are switchable."""
+        return sum(site.decision == "switchable" for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "graphs": [
+                {
+                    "graph": graph.graph,
+                    "branches": list(graph.branches),
+                    "sites": [asdict(s) for s in graph.sites],
+                }
+                for graph in self.graphs
+            ]
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich__(self) -> Table | str:
+        if not self.sites:
+            return self._title()
+        table = Table(title=self._title(), title_justify="left")
+        lines = [_cells(rows) for rows in _runs_of_equal_sites(self.sites)]
+        shown = [name for name in _COLUMNS if any(line[name] for line in lines)]
+        for name in shown:
+            table.add_column(name, overflow="fold")
+        for line in lines:
+            table.add_row(*(line[name] for name in shown))
+        return table
+
+    def _title(self) -> str:
+        if not self.graphs:
+            return "no graph compiled yet: call the model first"
+        return f"{len(self.graphs)} graph(s), {len(self.sites)} attention site(s), {self.switchable} switchable"
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(self)
+        return console.export_text()
+
+
+_PLACE = ("site", "module")
+_COLUMNS = (
+    "graph",
+    *_PLACE,
+    "q [B,H,L,D]",
+    "kv heads",
+    "mask",
+    "decision",
+    "runs",
+    "kernels",
+    "cache state",
+    "guard",
+    "why",
+)
+
+
+def _cells(rows: list[SiteReport]) -> dict[str, str]:
+    """The table's line for neighbouring sites that show the same but for their place."""
+    first, last = rows[0], rows[-1]
+    places = [site.module or site.source for site in (first, last)]
+    return {
+        "graph": str(first.graph),
+        "site": str(first.site) if first is last else f"{first.site}-{last.site}",
+        "module": places[0] if first is last else f"{places[0]} … {places[1]}",
+        "q [B,H,L,D]": ", ".join(map(str, first.query_shape)),
+        "kv heads": f"{first.key_shape[1]} (group {first.group})" if first.group else "",
+        "mask": first.mask + (", elided" if first.mask_elided else ""),
+        "decision": first.decision,
+        "runs": first.branch,
+        "kernels": first.kernels,
+        "cache state": ": ".join(filter(None, (first.cache_state, first.cache_detail))),
+        "guard": first.guard + (" (dynamic)" if first.guard_dynamic else ""),
+        "why": _why(first),
+    }
+
+
+def _why(site: SiteReport) -> str:
+    """Why a site stays dense, or why a site on a GPU does without the Triton kernels."""
+    if site.decision != "switchable":
+        return f"{site.reason}: {site.explanation}"
+    return f"not triton: {site.refusal}" if site.refusal else ""
+
+
+def _runs_of_equal_sites(sites: list[SiteReport]) -> list[list[SiteReport]]:
+    """Neighbouring sites whose lines in the table differ in their place only, put together."""
+    runs: list[list[SiteReport]] = []
+    for site in sites:
+        if runs and _without_place(runs[-1][-1]) == _without_place(site):
+            runs[-1].append(site)
+        else:
+            runs.append([site])
+    return runs
+
+
+def _without_place(site: SiteReport) -> dict[str, str]:
+    return {name: text for name, text in _cells([site]).items() if name not in _PLACE}
+
+
+def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | None) -> SiteReport:
+    """The report row of a planned site, before it is rewritten.
+
+    Args:
+        graph: number of the compiled graph.
+        number: number of the site in the graph.
+        plan: the site's plan.
+        guard: the outcome of the length switch; None for a site that has none.
+    """
+    site = plan.site
+    example = example_of(site.node)
+    tensors = () if isinstance(site, PartialSite) else (site.shape(site.query), site.shape(site.key_heads))
+    shapes = [tuple(map(_readable_size, shape)) for shape in tensors] or [(), ()]
+    return SiteReport(
+        graph=graph,
+        site=number,
+        module=site.module_path,
+        source=site.source_line,
+        query_shape=shapes[0],
+        key_shape=shapes[1],
+        dtype=str(getattr(example, "dtype", "")).removeprefix("torch."),
+        device=str(getattr(example, "device", "")),
+        group=0 if isinstance(site, PartialSite) or not (plan.maskless or plan.switchable) else _group(site),
+        mask=plan.mask_verdict,
+        mask_elided=not isinstance(site, PartialSite) and not site.masks,
+        decision="switchable" if plan.switchable else "dense",
+        branch=(guard.branch if guard is not None else Branch.DENSE).value,
+        kernels=Kernels.SDPA.value,
+        refusal="",
+        cache_state="",
+        cache_detail="",
+        guard=guard.expression if guard is not None else "",
+        guard_dynamic=guard is not None and guard.dynamic,
+        reason=plan.reason.name,
+        explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
+    )
+
+
+def _group(site: AttentionSite) -> int:
+    return int(site.query_heads) // int(site.kv_heads)
+
+
+def _readable_size(extent: int | torch.SymInt) -> int | str:
+    return extent if isinstance(extent, int) else str(extent)
+
+
+__all__ = ["GraphReport", "Reason", "Report", "SiteReport", "describe_site"]

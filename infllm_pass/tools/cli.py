@@ -1,0 +1,295 @@
+"""The command ``infllm-pass``: the demo, an analysis of a model folder, and the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+import infllm_pass
+from infllm_pass.config import LSE_MODES, SparseAttentionConfig
+from infllm_pass.errors import ConfigError, InfLLMError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+PLAIN_WIDTH = 120
+"""Columns of output that is not shown on a terminal."""
+
+_FIELD_HELP = {
+    "kernel_size": "tokens averaged into one compressed key",
+    "kernel_stride": "tokens between the starts of two compressed keys",
+    "block_size": "tokens in one key block",
+    "init_blocks": "blocks at the start that every query visits",
+    "window_size": "tokens before a query's own block that it always visits",
+    "topk": "blocks visited beside window_size / block_size, initial and own block included",
+    "dense_len": "key length from which attention is sparse, 0: always",
+    "lse": "normaliser of block scores: " + " or ".join(LSE_MODES),
+    "query_block": "adjacent queries that share one selection",
+}
+
+_EXAMPLES = """\
+examples:
+  infllm-pass demo                               SmolLM2-135M on 8192 tokens, dense and sparse, in out/
+  infllm-pass demo --tokens 2048 --window-size 128 --topk 6
+  infllm-pass explain ~/models/Llama-3.1-8B      which attention sites become switchable, and why not
+  infllm-pass explain ./model --length 32768 --dense-len 16384 --json
+  infllm-pass explain my_package.models:build    the model that a function returns
+  infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
+  infllm-pass bench                              list the benchmarks of a checkout
+  infllm-pass bench cpu_prefill --help
+  infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
+  infllm-pass bench --decode                     a decode step over a cache, on a CUDA device or on the CPU
+  infllm-pass bench generate --fill random       a whole model's tokens over a static cache, on a CUDA device
+"""
+
+
+class _BadArguments(Exception):
+    """What argparse found wrong; never leaves this module."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments in one line instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _BadArguments(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for bad arguments or a refused input, 130 after an interrupt, or a benchmark's own.
+    """
+    try:
+        options = _parser().parse_args(argv)
+        code: int = options.run(options)
+    except _BadArguments as error:
+        return _fail(str(error))
+    except InfLLMError as error:
+        return _fail(f"infllm-pass: {error}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as leaving:  # argparse, after --help and --version
+        return int(leaving.code or 0)
+    return code
+
+
+def _fail(message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="infllm-pass",
+        description="Dense/sparse switchable attention (InfLLM-V2) for dense models, as a torch.compile pass.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"infllm-pass {infllm_pass.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_explain(commands)
+    _add_export(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="compare dense and sparse attention on a small public model",
+        description="Runs SmolLM2-135M, dense and sparse, on text that comes with Python; prints perplexity, "
+        "agreement, time and memory side by side, generates a little text, and writes demo.json and a "
+        "picture of the selected blocks. Takes some minutes on a CPU.",
+    )
+    parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="length of the text (8192)")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
+    _add_config(parser, {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"})
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.demo import DemoOptions, run_demo
+
+    base = SparseAttentionConfig(window_size=512, topk=18, dense_len=min(8192, options.tokens))
+    chosen = DemoOptions(
+        _configured(base, options),
+        tokens=options.tokens,
+        out=options.out,
+        device=options.device,
+        layer=options.layer,
+    )
+    run_demo(chosen, _console())
+    return 0
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="report every attention site of a model",
+        description="Builds the architecture of a local Hugging Face folder from its config.json, without "
+        "weights, or the model that a function returns, traces it at one length, and reports which attention sites "
+        "become switchable and why others stay dense. A sparse_config in config.json is used; options override its "
+        "fields.",
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="model folder, its config.json, or module:callable for a function that returns a torch.nn.Module, alone "
+        "or with its inputs as (module, inputs); the current folder is searched for the module",
+    )
+    parser.add_argument("--length", type=_positive, metavar="N", help="tokens of the input (dense_len)")
+    parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="rows of the input (1)")
+    parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to build (all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_config(parser, {})
+    parser.set_defaults(run=_explain)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.explain import explain
+
+    explain(options, lambda base: _configured(base, options), _console())
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a model as an ONNX file, a TensorRT engine or an AOTInductor package",
+        description="Exports a language model for batches and lengths of any size, dense and sparse attention and the "
+        "switch between them inside, and reports every attention site.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="SmolLM2-135M-Instruct, or a model folder: its architecture without weights"
+    )
+    parser.add_argument("--to", choices=("onnx", "tensorrt", "aoti"), required=True, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file (model.onnx, model.engine or model.pt2)")
+    parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to keep (all)")
+    parser.add_argument(
+        "--max-length", type=_positive, default=8192, metavar="N", help="longest input of a TensorRT engine (8192)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_config(parser, {})
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.export_command import export_checkpoint
+
+    export_checkpoint(options, lambda base: _configured(base, options), _console())
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="run a checkout's benchmarks",
+        description="Runs scripts of the checkout's benchmarks/ folder one after the other; without a name, "
+        "lists them. Arguments from the first that starts with '-' on are passed to every script.",
+    )
+    parser.add_argument(
+        "--decode",
+        nargs=argparse.REMAINDER,
+        metavar="ARGUMENT",
+        help="run the script of a decode step with these arguments: decode, or cpu_decode without a CUDA device",
+    )
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="NAME ... [ARGUMENT ...]",
+        help="scripts to run, without .py, and their arguments",
+    )
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(infllm_pass.__file__).resolve().parent.parent
+    folder = root / "benchmarks"
+    if not (folder.is_dir() and (root / "pyproject.toml").is_file()):
+        raise ConfigError(
+            "bench", str(root), "an editable install of a source checkout, which has a benchmarks/ folder"
+        )
+    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")}
+    given: list[str] = options.arguments
+    if options.decode is not None:
+        given = [_decode_script(), *options.decode]
+    cut = next((number for number, argument in enumerate(given) if argument.startswith("-")), len(given))
+    names, passed = given[:cut], given[cut:]
+    if passed[:1] == ["--"]:
+        passed = passed[1:]
+    unknown = [name for name in names if name not in scripts]
+    if unknown:
+        raise ConfigError("bench", unknown[0], "one of " + (", ".join(scripts) or "no script: the folder is empty"))
+    if not names:
+        print("\n".join(scripts) or f"{folder} has no scripts")
+    for name in names:
+        code = subprocess.run([sys.executable, str(scripts[name]), *passed], check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+def _decode_script() -> str:
+    """The benchmark of a decode step on this machine."""
+    import torch
+
+    return "decode" if torch.cuda.is_available() else "cpu_decode"
+
+
+def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
+    """One option for every field of the configuration that has a choice; unset options are left out."""
+    group = parser.add_argument_group(
+        "block selection (defaults in brackets; a budget is topk + window_size / block_size blocks)"
+    )
+    for field in fields(SparseAttentionConfig):
+        if field.name not in _FIELD_HELP:
+            continue
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            type=str if field.name == "lse" else _natural,
+            metavar="MODE" if field.name == "lse" else "N",
+            help=f"{_FIELD_HELP[field.name]} ({defaults.get(field.name, field.default)})",
+        )
+
+
+def _configured(base: SparseAttentionConfig, options: argparse.Namespace) -> SparseAttentionConfig:
+    """The configuration with the fields that were given as options."""
+    return replace(base, **{name: getattr(options, name) for name in _FIELD_HELP if hasattr(options, name)})
+
+
+def _natural(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _natural(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected a number of at least 1, got '0'")
+    return value
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The demo: a small public model, dense and sparse side by side, on text that every Python has."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import infllm_pass
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import ConfigError, DeviceError
+from infllm_pass.plan.length_guard import Branch
+from infllm_pass.tools.checkpoint import SMOLLM2, corpus, find_checkpoint, load_tokenizer
+from infllm_pass.tools.demo_worker import Job, LayerPicture, SideResult, Tell, draw_layer, measure_side, run_apart
+
+LAYERS = 30
+POSITIONS = 8192
+"""Sizes of the demo's model: its layers, and the longest text that it was trained on."""
+
+LEAST_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo runs.
+
+    Attributes:
+        config: what the sparse side selects; ``dense_len`` at most `tokens`.
+        tokens: length of the text, 256 to 8192.
+        out: folder for the figures and pictures; it is made if need be.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        layer: the layer to draw, 0 to 29.
+        generate: tokens to generate.
+
+    Raises:
+        ConfigError: a value is out of its range.
+        DeviceError: the device is not there.
+    """
+
+    config: SparseAttentionConfig
+    tokens: int = POSITIONS
+    out: Path = Path("out")
+    device: str = "auto"
+    layer: int = 20
+    generate: int = 24
+
+    def __post_init__(self) -> None:
+        for name, value, least, most in (
+            ("tokens", self.tokens, LEAST_TOKENS, POSITIONS),
+            ("layer", self.layer, 0, LAYERS - 1),
+            ("generate", self.generate, 1, self.tokens // 2),
+        ):
+            if not least <= value <= most:
+                raise ConfigError(name, value, f"{least} to {most}")
+        if self.config.dense_len > self.tokens:
+            raise ConfigError(
+                "dense_len", self.config.dense_len, f"at most the {self.tokens} tokens, so that a side is sparse"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("device 'cuda' was asked for, and torch sees no GPU: use --device cpu")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError("out", str(self.out), "a folder, or a path where one can be made")
+
+    @property
+    def resolved_device(self) -> str:
+        """The device as "cpu" or "cuda"."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]:
+    """Measure both sides, print them side by side, and write figures and pictures.
+
+    Args:
+        options: what to run.
+        console: where to print; None: the terminal.
+
+    Returns:
+        The figures, as written to ``demo.json``.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        MissingDependencyError: transformers, gguf or matplotlib is not installed.
+        MeasurementError: a measuring process died.
+    """
+    console = console or Console()
+    begin = time.perf_counter()
+    find_checkpoint()
+    config = options.config
+    console.print(
+        f"model   [bold]{SMOLLM2.name}[/bold], license {SMOLLM2.license}, {SMOLLM2.source}; 4-bit weights "
+        f"from the package {SMOLLM2.package} {SMOLLM2.version}",
+        highlight=False,
+    )
+    with _stage(console, "text") as tell:
+        tell("reading the text", 0, 0)
+        tokenizer = load_tokenizer()
+        ids = corpus(tokenizer, options.tokens)
+    job = Job(tuple(ids[0].tolist()), config, options.resolved_device, options.generate, options.layer)
+    _print_plan(console, job)
+    sides: dict[Branch, SideResult] = {}
+    for side in (Branch.SPARSE, Branch.DENSE):
+        with _stage(console, side.value) as tell:
+            sides[side] = run_apart(measure_side, job, side, tell=tell)
+        if side is Branch.SPARSE:
+            console.print(sides[side].report)
+    with _stage(console, "picture") as tell:
+        picture: LayerPicture = run_apart(draw_layer, job, tell=tell)
+
+    figures = _figures(options, job, sides[Branch.DENSE], sides[Branch.SPARSE], picture)
+    figures["wall_s"] = time.perf_counter() - begin
+    options.out.mkdir(parents=True, exist_ok=True)
+    image = options.out / f"selection-layer-{options.layer}.png"
+    write_atomically(image, picture.png)
+    write_atomically(options.out / "demo.json", (json.dumps(figures, indent=2) + "\n").encode())
+    console.print(_comparison(figures))
+    _print_generation(console, tokenizer, job, sides[Branch.SPARSE])
+    console.print(
+        f"layer {options.layer}: the visited blocks hold {100 * picture.selected_mass:.1f} % of dense attention, "
+        f"as many initial and most recent blocks {100 * picture.recent_mass:.1f} %\n"
+        f"written: {image}, {options.out / 'demo.json'}; {figures['wall_s']:.0f} s in all"
+    )
+    return figures
+
+
+def _print_plan(console: Console, job: Job) -> None:
+    """What is going to be run."""
+    config, tokens = job.config, len(job.ids)
+    blocks = config.geometry.num_blocks(tokens)
+    visited = min(config.selected_blocks, blocks)
+    forced = config.init_blocks + config.local_blocks + 1
+    console.print(
+        f"text    the first {tokens} tokens of pydoc_data.topics (Python {platform.python_version()})\n"
+        f"sparse  a query visits at most {visited} of {blocks} blocks of {config.block_size} tokens: "
+        f"{config.init_blocks} initial, {config.local_blocks} + 1 local, "
+        f"{max(0, visited - forced)} selected by score\n"
+        f"device  {_device_name(job.device)}, {str(job.dtype).removeprefix('torch.')}"
+    )
+    if visited == blocks:
+        console.print("[yellow]the budget covers the whole text: sparse equals dense; lower --topk[/yellow]")
+
+
+@contextmanager
+def _stage(console: Console, name: str) -> Iterator[Tell]:
+    """A spinner with the elapsed time, and a bar where the amount of work is known."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            progress.update(task, description=f"{name}: {what}", completed=done, total=total or None)
+
+        yield tell
+
+
+def _figures(
+    options: DemoOptions, job: Job, dense: SideResult, sparse: SideResult, picture: LayerPicture
+) -> dict[str, Any]:
+    """All figures as plain data; times in seconds, memory in bytes."""
+    import transformers
+
+    half = len(job.ids) // 2
+    agreement = [a == b for a, b in zip(dense.top1, sparse.top1, strict=True)]
+    return {
+        "model": SMOLLM2.name,
+        "checkpoint": {
+            "package": f"{SMOLLM2.package}=={SMOLLM2.version}",
+            "sha256": SMOLLM2.sha256,
+            "license": SMOLLM2.license,
+        },
+        "tokens": len(job.ids),
+        "config": options.config.to_dict(),
+        "selected_blocks": options.config.selected_blocks,
+        "blocks": options.config.geometry.num_blocks(len(job.ids)),
+        "device": _device_name(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "infllm_pass": infllm_pass.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "dense": _side_figures(dense, half),
+        "sparse": _side_figures(sparse, half),
+        "top1_agreement": sum(agreement) / len(agreement),
+        "top1_agreement_last_half": sum(agreement[half:]) / len(agreement[half:]),
+        "layer": {
+            "number": job.layer,
+            "selected_mass": picture.selected_mass,
+            "recent_mass": picture.recent_mass,
+        },
+        "generated": list(sparse.generated),
+        "report": sparse.report.to_dict(),
+    }
+
+
+def _side_figures(side: SideResult, half: int) -> dict[str, float]:
+    return {
+        "perplexity": _perplexity(side.losses),
+        "perplexity_last_half": _perplexity(side.losses[half:]),
+        "first_call_s": side.first_call_s,
+        "compile_s": side.compile_s,
+        "forward_s": side.forward_s,
+        "peak_bytes": side.peak_bytes,
+    }
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def _comparison(figures: dict[str, Any]) -> Table:
+    """Dense and sparse side by side."""
+    dense, sparse = figures["dense"], figures["sparse"]
+    table = Table(title=f"{figures['tokens']} tokens, both sides compiled", title_justify="left")
+    table.add_column("")
+    for name in ("dense", "sparse"):
+        table.add_column(name, justify="right")
+    rows = (
+        ("perplexity", "perplexity", "{:.3f}", 1.0),
+        ("perplexity, last half of the text", "perplexity_last_half", "{:.3f}", 1.0),
+        ("forward, compiled (s)", "forward_s", "{:.2f}", 1.0),
+        ("compiling, once (s)", "compile_s", "{:.1f}", 1.0),
+        ("peak memory (MB)", "peak_bytes", "{:.0f}", 1e-6),
+    )
+    for title, key, form, factor in rows:
+        table.add_row(title, *(form.format(factor * side[key]) for side in (dense, sparse)))
+    table.add_row("same likeliest next token", "", f"{100 * figures['top1_agreement']:.1f} %")
+    table.add_row("same likeliest next token, last half", "", f"{100 * figures['top1_agreement_last_half']:.1f} %")
+    return table
+
+
+def _print_generation(console: Console, tokenizer: Any, job: Job, sparse: SideResult) -> None:
+    """The end of the prompt, what was generated after it, and how the text really goes on."""
+    start = len(job.ids) - job.generate
+    prompt, text, truth = (
+        escape(tokenizer.decode(list(ids)))
+        for ids in (job.ids[max(0, start - 40) : start], sparse.generated, job.ids[start:])
+    )
+    console.print(
+        f"\n[bold]generation[/bold]: the prefill of {start} tokens ran sparse; the {job.generate} new tokens were "
+        "decoded by the original model, dense, on the cache that it left",
+        highlight=False,
+    )
+    for name, shown, style in (("prompt", "…" + prompt, "dim"), ("generated", text, "green"), ("text", truth, "dim")):
+        console.print(f"[bold]{name:>10}[/bold]  [{style}]{' '.join(shown.split())}[/{style}]", highlight=False)
+    console.print()
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that nobody ever reads half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

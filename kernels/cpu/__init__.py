@@ -1,0 +1,1 @@
+"""Selection and attention on the CPU: C++ kernels and the torch operators behind them."""

@@ -1,0 +1,203 @@
+"""InfLLM-V2 block selection and sparse attention on the CPU (arXiv 2509.24663).
+
+Forward, C++ kernels take what they can (`kernels.cpu.native`). The rest, float64 above all, machines without a
+compiler, other devices, and gradients are left to torch operators, which run on any device. Memory is linear in the
+length: nothing of size ``Lq x Lk``, nor ``Lq x Lk / kernel_stride``, exists at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import BlockGeometry
+from . import native
+from .attention import attend_sequence
+from .backward import attend_sequence_backward
+from .gemm import compute_dtype
+from .rows import sequences
+from .selection import select_sequence
+
+__all__ = ["attention_backward", "attention_forward", "select_blocks"]
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int | None = None,
+    dense_len: int = 0,
+) -> Tensor:
+    """The key blocks that every query visits (section 3.2).
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, any strides; query ``i`` has key index ``offset + i``.
+        k: ``[B, Hkv, Lk, D]``, any strides; ``Hq`` is a multiple of ``Hkv``.
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: key index of the first query.
+        key_mask: bool ``[B, Lk]``, True where a key is valid. A row's sequence runs from its first to its
+            last valid key; positions and blocks count from its first.
+        offsets: integers ``[1]`` or ``[B]``, added to `offset`. Keys after a row's last query, the free slots of a
+            cache, then are no part of its sequence.
+        cu_seqlens_q: int32 ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
+            stands at its last key.
+        cu_seqlens_k: int32 ``[R + 1]``: packed sequences' key bounds, counted through all rows.
+        window: sliding window; blocks that lie wholly before a query's are no candidates.
+        dense_len: sequences of fewer keys select nothing.
+
+    Returns:
+        int32 ``[B, Hkv, Lq, S]``, ``S = geometry.selected_blocks``: block numbers in no particular order,
+        -1 in unused places. Queries outside every sequence select nothing.
+
+    Raises:
+        ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
+    """
+    batch, _, length_q, _ = q.shape
+    heads, length_k = k.shape[1], k.shape[2]
+    chosen = torch.full((batch, heads, length_q, geometry.selected_blocks), -1, dtype=torch.int32, device=q.device)
+    for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+        if one.length >= dense_len:
+            tensors = _grouped(q, heads)[one.row, :, :, one.queries], k[one.row, :, one.keys]
+            numbers = {"geometry": geometry, "scale": scale, "offset": one.offset, "window": window}
+            blocks = native.select_sequence(*tensors, **numbers)
+            chosen[one.row, :, one.queries] = select_sequence(*tensors, **numbers) if blocks is None else blocks
+    return chosen
+
+
+@torch.no_grad()
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int | None = None,
+    dense_len: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of every query over its selected blocks (section 3.1).
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, any strides; query ``i`` has key index ``offset + i``.
+        k: ``[B, Hkv, Lk, D]``, any strides.
+        v: ``[B, Hkv, Lk, Dv]``, any strides.
+        blocks: int32 ``[B, Hkv, Lq, S]`` from `select_blocks` with the same geometry; None for dense
+            attention in every sequence.
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: key index of the first query; see `select_blocks`, also for the arguments that follow.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        offsets: integers ``[1]`` or ``[B]``.
+        cu_seqlens_q: int32 ``[R + 1]``.
+        cu_seqlens_k: int32 ``[R + 1]``.
+        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
+        dense_len: in sequences of fewer keys a query attends to every key that it sees.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp
+        ``[B, Hq, Lq]``, float32 (float64 for float64 inputs). A query that sees no key, or stands outside
+        every sequence, gives 0 and ``-inf``.
+    """
+    batch, heads_q, length_q, _ = q.shape
+    heads, length_k, dim_v = v.shape[1:]
+    out = q.new_zeros(batch, length_q, heads_q, dim_v).transpose(1, 2)
+    lse = torch.full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype), device=q.device)
+    for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+        sparse = blocks is not None and one.length >= dense_len
+        tensors = (
+            _grouped(q, heads)[one.row, :, :, one.queries],
+            k[one.row, :, one.keys],
+            v[one.row, :, one.keys],
+            blocks[one.row, :, one.queries] if blocks is not None and sparse else None,
+            _grouped(out, heads)[one.row, :, :, one.queries],
+            _grouped(lse, heads)[one.row, :, :, one.queries],
+        )
+        numbers = {"geometry": geometry, "scale": scale, "offset": one.offset, "mask": one.mask, "window": window}
+        if not native.attend_sequence(*tensors, **numbers):
+            attend_sequence(*tensors, **numbers)
+    return out, lse
+
+
+@torch.no_grad()
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Tensor | None,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int | None = None,
+    dense_len: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact gradient of `attention_forward` with the selected blocks held fixed; deterministic.
+
+    Args:
+        grad_out: ``[B, Hq, Lq, Dv]``, gradient of the output.
+        q: as in `attention_forward`, like all arguments that follow but ``out`` and ``lse``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        out: ``[B, Hq, Lq, Dv]``, what `attention_forward` returned.
+        lse: ``[B, Hq, Lq]``, what `attention_forward` returned.
+        blocks: int32 ``[B, Hkv, Lq, S]`` or None.
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: key index of the first query.
+        key_mask: bool ``[B, Lk]``.
+        offsets: integers ``[1]`` or ``[B]``.
+        cu_seqlens_q: int32 ``[R + 1]``.
+        cu_seqlens_k: int32 ``[R + 1]``.
+        window: sliding window.
+        dense_len: sequences of fewer keys are dense.
+
+    Returns:
+        Gradients of ``q``, ``k`` and ``v`` in their shapes and types.
+    """
+    batch, _, length_q, _ = q.shape
+    heads, length_k = k.shape[1], k.shape[2]
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+        sparse = blocks is not None and one.length >= dense_len
+        attend_sequence_backward(
+            *(_grouped(x, heads)[one.row, :, :, one.queries] for x in (grad_out, q, out, lse)),
+            k=k[one.row, :, one.keys],
+            v=v[one.row, :, one.keys],
+            blocks=blocks[one.row, :, one.queries] if blocks is not None and sparse else None,
+            grad_q=_grouped(grad_q, heads)[one.row, :, :, one.queries],
+            grad_k=grad_k[one.row, :, one.keys],
+            grad_v=grad_v[one.row, :, one.keys],
+            geometry=geometry,
+            scale=scale,
+            offset=one.offset,
+            mask=one.mask,
+            window=window,
+        )
+    return grad_q, grad_k, grad_v
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """A view of ``[B, Hq, ...]`` as ``[B, Hkv, G, ...]``."""
+    return x.view(x.shape[0], heads, x.shape[1] // heads, *x.shape[2:])

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices, and how they are launched."""

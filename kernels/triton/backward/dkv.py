@@ -1,0 +1,367 @@
+"""Gradients of keys and values: one program a key block, over the queries that visit it.
+
+A block's queries (`KeyLists`) are taken 64 rows a step, tokens x heads of one key/value head, whether adjacent or
+listed. Some blocks have far more queries than others, the initial ones all of them, so their queries are cut into
+*pieces* whose fp32 sums go to slots of a bounded pool and are then added in order: every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import BlockGeometry
+from ..configs import launch_for
+from ..launch import precision, wrap_triton
+from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan
+from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, transpose_lists
+from .split_work import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
+
+
+@triton.jit
+def _step_start(begin, step, turn, run, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
+    """Where a step begins in the block's queries: of the run, in whole steps, the first `turn` queries come last."""
+    start = begin + step // HEAD_CHUNKS * TOKENS
+    turned = run // TOKENS * TOKENS
+    moved = start - turn
+    moved = tl.where(moved < 0, moved + turned, moved)
+    return tl.where(start < turned, moved, start)
+
+
+@triton.jit
+def _listed_queries(queries, start, token, run, last):
+    """Listed queries of a step's rows, whose tokens in the step are `token`; read before the step, which waits less."""
+    index = tl.minimum(start + token, last)
+    return tl.load(queries + index, mask=index >= run, other=0)
+
+
+@triton.jit
+def _step_queries(first, listed, start, token, run, last):
+    """Queries of a step's rows, of the run or listed; rows past the last query repeat it."""
+    index = tl.minimum(start + token, last)
+    return tl.where(index < run, first + index, listed)
+
+
+@triton.jit(
+    do_not_specialize=["stride_mb", "length_q", "length_k", "num_units", "num_blocks", "bound", "limit", "window"]
+)
+def _key_gradients_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    grad_k,
+    grad_v,
+    pool,
+    key_mask,
+    table,
+    starts,
+    counts,
+    queries,
+    slots,
+    piece,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mn,
+    heads,
+    length_q,
+    length_k,
+    num_units,
+    num_blocks,
+    bound,
+    limit,
+    window,
+    scale,
+    GROUP: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    HEAD_CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Pieces first: they are the longest.
+    task = tl.program_id(0) // (BLOCK_SIZE // KEYS)
+    part = tl.program_id(0) % (BLOCK_SIZE // KEYS)
+    in_pool = task < limit
+    unit = task - limit
+    number = 0
+    if in_pool:
+        if task >= tl.load(slots + num_units):
+            return
+        unit = unit_of_slot(slots, num_units, task)
+        number = task - tl.load(slots + unit)
+    else:
+        # Head by head: programs that run at the same time then have queries in common, which stay in the L2 cache.
+        unit = unit % num_blocks * heads + unit // num_blocks
+        if tl.load(slots + unit + 1) > tl.load(slots + unit):
+            return
+    block = unit // heads
+    head = unit % heads
+    row = table + block * TABLE_COLUMNS
+    if tl.load(row + BLOCK_KEYS) <= part * KEYS:
+        return
+    batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
+    key = tl.load(row + BLOCK_KEY) + part * KEYS
+    last_key = tl.load(row + BLOCK_KEYS) - part * KEYS - 1
+    first = tl.load(row + BLOCK_QUERY)
+    run = tl.load(row + BLOCK_RUN)
+    shift = tl.load(row + BLOCK_SHIFT)
+    end = run
+    if HAS_LISTS:
+        end += tl.load(counts + head * num_blocks + block)
+        queries += head.to(tl.int64) * bound + tl.load(starts + head * num_blocks + block) - run
+    size = tl.load(piece)
+    begin = number * size
+    last = tl.minimum(end, begin + size) - 1
+    early = key + KEYS - 1 - shift - first  # queries before this one, in the block's order, may not see every key
+    # Runs of neighbouring blocks overlap. Each starts where it has a multiple of its length, so that programs which
+    # started together read the same queries at the same time.
+    steps = tl.maximum(run // TOKENS, 1).to(tl.uint32)  # a remainder without signs takes fewer registers
+    turn = tl.where(in_pool, 0, ((first // TOKENS).to(tl.uint32) % steps).to(tl.int32) * TOKENS)
+
+    keys = tl.arange(0, KEYS)
+    dims = tl.arange(0, PADDED)
+    dims_v = tl.arange(0, PADDED_V)
+    key_rows = (key + tl.minimum(keys, last_key)).to(tl.int64)  # the last key again where the block ends early
+    k_at = k + batch * stride_kb + head.to(tl.int64) * stride_kh + key_rows[:, None] * stride_kn + dims[None, :]
+    v_at = v + batch * stride_vb + head.to(tl.int64) * stride_vh + key_rows[:, None] * stride_vn + dims_v[None, :]
+    k_tile = tl.load(k_at) if DIM == PADDED else tl.load(k_at, mask=dims[None, :] < DIM, other=0.0)
+    v_tile = tl.load(v_at) if DIM_V == PADDED_V else tl.load(v_at, mask=dims_v[None, :] < DIM_V, other=0.0)
+
+    scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
+    LOG2E: tl.constexpr = 1.4426950408889634
+    ROWS: tl.constexpr = TOKENS * TILE_HEADS
+    scale_log2 = scale * LOG2E
+    inverse_scale = 1.0 / scale
+    heads_q = heads * GROUP
+    q += batch * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
+    grad_out += batch * stride_gb + (head * GROUP).to(tl.int64) * stride_gh
+    statistics = (batch * heads_q + head * GROUP) * length_q
+    row_token = tl.arange(0, ROWS) // TILE_HEADS
+    row_head = tl.arange(0, ROWS) % TILE_HEADS
+    # One load fetches a step's lse and delta, each thread one number, a step ahead. Products start from what would be
+    # subtracted from them, lse / scale and delta, which each thread prepares for its number.
+    lane = tl.arange(0, 2 * ROWS)
+    lane_base = tl.where(lane < ROWS, lse + statistics, delta + statistics)
+    lane_factor = tl.where(lane < ROWS, -inverse_scale, -1.0)
+    lane_token = lane % ROWS // TILE_HEADS
+    lane_head = lane % TILE_HEADS
+    row_listed = row_token
+    lane_listed = lane_token
+    start = _step_start(begin, 0, turn, run, TOKENS, HEAD_CHUNKS)
+    if HAS_LISTS:
+        row_listed = _listed_queries(queries, start, row_token, run, last)
+        lane_listed = _listed_queries(queries, start, lane_token, run, last)
+    lane_query = _step_queries(first, lane_listed, start, lane_token, run, last)
+    lane_at = tl.minimum(lane_head, GROUP - 1) * length_q + lane_query
+    lane_next = tl.load(lane_base + lane_at, mask=start + lane_token <= last, other=0.0)
+    following = _step_start(begin, 1, turn, run, TOKENS, HEAD_CHUNKS)
+    if HAS_LISTS:
+        lane_listed = _listed_queries(queries, following, lane_token, run, last)
+
+    sum_k = tl.zeros([KEYS, PADDED], tl.float32)
+    sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
+    for step in range(tl.cdiv(last - begin + 1, TOKENS) * HEAD_CHUNKS):
+        start = _step_start(begin, step, turn, run, TOKENS, HEAD_CHUNKS)
+        following = _step_start(begin, step + 1, turn, run, TOKENS, HEAD_CHUNKS)
+        first_head = step % HEAD_CHUNKS * TILE_HEADS
+        row_query = _step_queries(first, row_listed, start, row_token, run, last)
+        if HAS_LISTS:
+            row_listed = _listed_queries(queries, following, row_token, run, last)
+        head_q = tl.minimum(first_head + row_head, GROUP - 1).to(tl.int64)
+        q_at = q + (head_q * stride_qh + row_query.to(tl.int64) * stride_qn)[:, None] + dims[None, :]
+        g_at = grad_out + (head_q * stride_gh + row_query.to(tl.int64) * stride_gn)[:, None] + dims_v[None, :]
+        q_tile = tl.load(q_at) if DIM == PADDED else tl.load(q_at, mask=dims[None, :] < DIM, other=0.0)
+        g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
+        prepared = tl.where(lane_next == float("-inf"), float("inf"), lane_next)  # no visible key: weight 0
+        score_start, grad_start = tl.split(tl.trans(tl.reshape(prepared * lane_factor, [2, ROWS])))
+        next_head = tl.minimum((step + 1) % HEAD_CHUNKS * TILE_HEADS + lane_head, GROUP - 1)
+        lane_query = _step_queries(first, lane_listed, following, lane_token, run, last)
+        lane_next = tl.load(lane_base + next_head * length_q + lane_query)
+        if HAS_LISTS:
+            after = _step_start(begin, step + 2, turn, run, TOKENS, HEAD_CHUNKS)
+            lane_listed = _listed_queries(queries, after, lane_token, run, last)
+        if GROUP < TILE_HEADS * HEAD_CHUNKS:
+            score_start = tl.where(first_head + row_head < GROUP, score_start, float("-inf"))
+
+        zeros = tl.zeros([KEYS, ROWS], tl.float32)
+        grad_weights = zeros + grad_start[None, :]
+        grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [KEYS, ROWS]
+        scores = zeros + score_start[None, :]
+        scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [KEYS, ROWS]
+        if (start < early) | (start + (TOKENS - 1) > last):
+            index = start + row_token
+            own = first + index + shift  # number of the query's own key
+            if QUERY_BLOCK > 1 and HAS_LISTS:
+                listed = tl.load(queries + index, mask=(index >= run) & (index <= last), other=0)
+                own = tl.where(index < run, own, listed + shift)
+                seen = key + keys[:, None] <= own[None, :]
+            else:
+                seen = (key + keys[:, None] <= own[None, :]) | (index >= run)[None, :]
+            scores = tl.where(seen & (index <= last)[None, :], scores, float("-inf"))
+        if HAS_WINDOW:
+            scores = tl.where(key + keys[:, None] > (row_query + shift - window)[None, :], scores, float("-inf"))
+        weights = tl.exp2(scores * scale_log2)
+        sum_v = tl.dot(weights.to(g_tile.dtype), g_tile, sum_v, input_precision=PRECISION)
+        sum_k = tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)
+    sum_k *= scale
+
+    if in_pool:
+        slot = pool + task.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
+        inside = (part * KEYS + keys)[:, None]
+        tl.store(slot + inside * DIM + dims[None, :], sum_k, mask=dims[None, :] < DIM)
+        slot += BLOCK_SIZE * DIM
+        tl.store(slot + inside * DIM_V + dims_v[None, :], sum_v, mask=dims_v[None, :] < DIM_V)
+    else:
+        valid = keys <= last_key
+        if HAS_MASK:
+            valid &= tl.load(key_mask + batch * stride_mb + key_rows * stride_mn) != 0
+        at_rows = ((batch * heads + head) * length_k + key + keys)[:, None]
+        out = grad_k + at_rows * DIM + dims[None, :]
+        tl.store(out, sum_k.to(grad_k.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < DIM))
+        out = grad_v + at_rows * DIM_V + dims_v[None, :]
+        tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (dims_v[None, :] < DIM_V))
+
+
+def key_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    lists: TileLists | None,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    piece_steps: int = PIECE_STEPS,
+    pool_bytes: int = POOL_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the keys and the values of block-sparse attention.
+
+    Args:
+        grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``; unit stride in the last dimension, as in all below.
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        lse: natural log-sum-exp of the forward, float32 ``[B, Hq, Lq]``, contiguous.
+        delta: row sums of ``grad_out * out``, float32 ``[B, Hq, Lq]``, contiguous.
+        lists: the selection of the forward (see `transpose_lists`); None: every sequence is dense.
+        plan: the tiles of the forward.
+        geometry: the block geometry of the selection.
+        scale: softmax scale, positive.
+        dense_len: sequences with fewer keys are dense.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        window: the site's sliding window in keys.
+        piece_steps: steps of the smallest piece into which a block's queries are cut, a power of two.
+        pool_bytes: memory for the sums of pieces, which bounds how small the pieces become.
+
+    Returns:
+        Contiguous gradients in the dtypes of `k` and `v`; 0 for keys that no query sees.
+    """
+    batch, heads, length_k = k.shape[:3]
+    dim, dim_v = int(k.shape[3]), int(v.shape[3])
+    length_q = q.shape[2]
+    shape = plan.shape
+    block_size = geometry.block_size
+    # Of different shapes on purpose: a compiler merges two equal allocations, and then copies one of them.
+    grad_k = torch.zeros(k.numel() // dim, dim, dtype=k.dtype, device=k.device)
+    grad_v = torch.zeros(v.numel(), dtype=v.dtype, device=v.device)
+    key_lists = transpose_lists(
+        lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
+    )
+    table = key_lists.table
+    num_units = table.shape[0] * heads
+    pieces = plan_pieces(
+        key_lists,
+        heads=heads,
+        length_q=length_q,
+        smallest=piece_steps * shape.tokens,
+        slot_size=block_size * (dim + dim_v),
+        pool_bytes=pool_bytes,
+    )
+    padded = max(16, triton.next_power_of_2(dim))
+    padded_v = max(16, triton.next_power_of_2(dim_v))
+    launch = launch_for("attention_backward_keys", k, max(padded, padded_v))
+    tile_heads = min(shape.padded_group, launch.rows)
+    keys = launch.step_keys(block_size)
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    wrap_triton(_key_gradients_kernel)[((pieces.limit + num_units) * (block_size // keys),)](
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        pieces.pool,
+        table if key_mask is None else key_mask,
+        table,
+        table if key_lists.starts is None else key_lists.starts,
+        table if key_lists.counts is None else key_lists.counts,
+        table if key_lists.queries is None else key_lists.queries,
+        pieces.slots,
+        pieces.size,
+        *grad_out.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *mask_strides,
+        heads,
+        length_q,
+        length_k,
+        num_units,
+        table.shape[0],
+        0 if key_lists.queries is None else key_lists.queries.shape[1],
+        pieces.limit,
+        0 if window is None else window,
+        scale,
+        GROUP=shape.group,
+        TILE_HEADS=tile_heads,
+        HEAD_CHUNKS=shape.padded_group // tile_heads,
+        TOKENS=launch.rows // tile_heads,
+        DIM=dim,
+        DIM_V=dim_v,
+        PADDED=padded,
+        PADDED_V=padded_v,
+        BLOCK_SIZE=block_size,
+        KEYS=keys,
+        QUERY_BLOCK=geometry.query_block,
+        HAS_LISTS=lists is not None,
+        HAS_MASK=key_mask is not None,
+        HAS_WINDOW=window is not None,
+        PRECISION=precision(k),
+        **launch.options,
+    )
+    sizes = {"heads": heads, "length_k": length_k, "dim": dim, "dim_v": dim_v, "block_size": block_size}
+    add_pieces(grad_k, grad_v, pieces, key_lists, key_mask, **sizes)
+    return grad_k.view(k.shape), grad_v.view(v.shape)

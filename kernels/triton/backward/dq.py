@@ -1,0 +1,467 @@
+"""Backward of block attention on the side of the queries: row sums of ``dO * O``, and the gradient of q.
+
+The gradient of q walks the same lists as the forward, computes the weights again from the log-sum-exp, and leaves
+out the same rows. The gradients of keys and values are another file's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import BlockGeometry
+from ..configs import launch_for
+from ..launch import precision, wrap_triton
+from ..tile_ops import (
+    LOG2_E,
+    UNBOUNDED,
+    count_visits,
+    in_registers,
+    load_attention_tile,
+    load_keys,
+    load_visit,
+    mask_scores,
+    reload_rows,
+    row_addresses,
+    row_mask,
+)
+from ..tile_tables import TileLists, TilePlan
+
+_DELTA_ROWS = 32
+"""Queries of one program of `_output_delta_kernel`."""
+
+
+@triton.jit(do_not_specialize=["delta_batch_stride", "delta_head_stride", "length_q"])
+def _output_delta_kernel(
+    grad_out,  # [B, Hq, Lq, Dv]
+    out,  # [B, Hq, Lq, Dv]
+    delta,  # float32 [B, Hq, Lq]
+    grad_batch_stride,
+    grad_head_stride,
+    grad_token_stride,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    delta_batch_stride,
+    delta_head_stride,
+    length_q,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    rows = tl.arange(0, ROWS)
+    head = tl.zeros([ROWS], tl.int64) + tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    query = tl.program_id(0).to(tl.int64) * ROWS + rows
+    exists = query < length_q
+    mask = row_mask(exists, VALUE_DIM, BLOCK_DV)
+    grad_rows = row_addresses(
+        grad_out, batch, grad_batch_stride, head, grad_head_stride, query, grad_token_stride, BLOCK_DV
+    )
+    out_rows = row_addresses(out, batch, out_batch_stride, head, out_head_stride, query, out_token_stride, BLOCK_DV)
+    gradients = tl.load(grad_rows, mask=mask, other=0.0).to(tl.float32)  # [ROWS, Dv]
+    outputs = tl.load(out_rows, mask=mask, other=0.0).to(tl.float32)
+    delta_rows = delta + batch * delta_batch_stride + head * delta_head_stride + query
+    tl.store(delta_rows, tl.sum(gradients * outputs, 1), mask=exists)
+
+
+def output_delta(grad_out: Tensor, out: Tensor) -> Tensor:
+    """Sum of ``dO * O`` over the last dimension, which the gradient of every softmax row needs.
+
+    Args:
+        grad_out: gradient of `out`, ``[B, Hq, Lq, Dv]``, any strides with the last one 1.
+        out: what `attention_forward` gave.
+
+    Returns:
+        float32 ``[B, Hq, Lq]``.
+    """
+    batch, heads, length_q = out.shape[:3]
+    value_dim = int(out.shape[3])
+    delta = out.new_empty((batch, heads, length_q), dtype=torch.float32)
+    wrap_triton(_output_delta_kernel)[((length_q + _DELTA_ROWS - 1) // _DELTA_ROWS, heads, batch)](
+        grad_out,
+        out,
+        delta,
+        *grad_out.stride()[:3],
+        *out.stride()[:3],
+        *delta.stride()[:2],
+        length_q,
+        VALUE_DIM=value_dim,
+        BLOCK_DV=triton.next_power_of_2(value_dim),
+        ROWS=_DELTA_ROWS,
+    )
+    return delta
+
+
+@triton.jit
+def _add_step(
+    acc,  # [BM, D]
+    queries,  # [BM, D]
+    gradients,  # [BM, Dv]
+    k_rows,  # [BN, D] addresses
+    v_rows,  # [Dv, BN] addresses
+    key_mask,  # [BN] addresses
+    dims,  # [1, D]
+    value_dims,  # [Dv, 1]
+    count,
+    key_positions,  # [BN]
+    start,
+    position,
+    positions,  # [BM]
+    last,
+    window,
+    shift,  # [BM]
+    row_delta,  # [BM]
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SHORT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the keys of a step give; `load_keys` and `mask_scores` explain what they are handed on."""
+    numbers = tl.arange(0, k_rows.shape[0])
+    k_step = load_keys(k_rows, numbers[:, None], dims, count, HEAD_DIM, dims.shape[1] == HEAD_DIM, SHORT)  # [BN, D]
+    v_step = load_keys(v_rows, numbers[None, :], value_dims, count, VALUE_DIM, value_dims.shape[0] == VALUE_DIM, SHORT)
+    scores = tl.dot(queries, tl.trans(k_step), input_precision=PRECISION)  # [BM, BN]
+    scores = mask_scores(
+        scores, key_positions, start, position, positions, last, window, key_mask, HAS_WINDOW, HAS_KEY_MASK
+    )
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    grad_weights = tl.dot(gradients, v_step, input_precision=PRECISION)  # [BM, BN]
+    grad_scores = weights * (grad_weights - row_delta[:, None])
+    return tl.dot(grad_scores.to(k_step.dtype), k_step, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_query_gradient(
+    gradients,  # [BM, D]
+    grad_q,
+    panels,
+    tile,
+    row_head,  # [BM]
+    token,  # [BM]
+    present,  # [BM] whether the row has a head
+    FEWEST: tl.constexpr,
+    grad_q_batch_stride,
+    grad_q_head_stride,
+    grad_q_token_stride,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    batch, query, exists = reload_rows(panels, tile, token, FEWEST, TOKENS, TILES)
+    exists = exists & present
+    size: tl.constexpr = gradients.shape[1]
+    grad_q_rows = row_addresses(
+        grad_q, batch, grad_q_batch_stride, row_head, grad_q_head_stride, query, grad_q_token_stride, size
+    )
+    tl.store(grad_q_rows, gradients.to(grad_q.dtype.element_ty), mask=row_mask(exists, HEAD_DIM, size))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "lse_batch_stride",
+        "lse_head_stride",
+        "key_mask_batch_stride",
+        "capacity",
+        "dense_len",
+        "window",
+    ]
+)
+def _query_gradient_kernel(
+    grad_out,  # [B, Hq, Lq, Dv]
+    q,  # [B, Hq, Lq, D]
+    k,  # [B, Hkv, Lk, D]
+    v,  # [B, Hkv, Lk, Dv]
+    lse,  # float32 [B, Hq, Lq]
+    delta,  # float32 [B, Hq, Lq], strides of lse
+    grad_q,  # [B, Hq, Lq, D]
+    panels,
+    blocks,
+    tokens,
+    counts,
+    key_mask,  # bool [B, Lk], HAS_KEY_MASK only
+    grad_batch_stride,
+    grad_head_stride,
+    grad_token_stride,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride: tl.constexpr,
+    v_batch_stride,
+    v_head_stride,
+    v_token_stride: tl.constexpr,
+    grad_q_batch_stride,
+    grad_q_head_stride,
+    grad_q_token_stride,
+    lse_batch_stride,
+    lse_head_stride,
+    key_mask_batch_stride,
+    key_mask_token_stride,
+    capacity,
+    dense_len,
+    window,
+    scale,
+    scale_log2,  # softmax scale times log2(e)
+    log2_e,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
+    scale_log2 = tl.cast(scale_log2, tl.float32)
+    log2_e = tl.cast(log2_e, tl.float32)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
+    head = tl.program_id(1) // parts
+    batch, query, begin, end, position, key_begin, length = load_attention_tile(panels, tile, TOKENS, TILES)
+    dense = length < dense_len
+    row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
+    visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
+    blocks += row * capacity
+    tokens += row * capacity
+
+    rows = tl.program_id(1) % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // PADDED_GROUP  # [BM]
+    group_head = rows % PADDED_GROUP
+    positions = position + token
+    exists = (token >= begin) & (token < end) & (group_head < GROUP)
+    row_head = head.to(tl.int64) * GROUP + group_head
+    row_query = query.to(tl.int64) + token
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    value_dims = tl.arange(0, BLOCK_DV)[:, None]
+    keys = tl.arange(0, BLOCK_N)
+
+    q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, BLOCK_D)
+    queries = tl.load(q_rows, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)  # [BM, D]
+    if HELD:
+        queries = in_registers(queries, PRECISION)
+    grad_rows = row_addresses(
+        grad_out, batch, grad_batch_stride, row_head, grad_head_stride, row_query, grad_token_stride, BLOCK_DV
+    )
+    gradients = tl.load(grad_rows, mask=row_mask(exists, VALUE_DIM, BLOCK_DV), other=0.0)  # [BM, Dv]
+    scalars = batch * lse_batch_stride + row_head * lse_head_stride + row_query
+    shift = tl.load(lse + scalars, mask=exists, other=0.0) * log2_e  # [BM]
+    shift = tl.where(shift == float("-inf"), float("inf"), shift)  # no key: every weight is 0
+    row_delta = tl.load(delta + scalars, mask=exists, other=0.0)  # [BM]
+    k += batch * k_batch_stride + head.to(tl.int64) * k_head_stride
+    v += batch * v_batch_stride + head.to(tl.int64) * v_head_stride
+    k_offsets = keys[:, None] * k_token_stride + dims  # [BN, D]
+    v_offsets = keys[None, :] * v_token_stride + value_dims  # [Dv, BN]
+    key_mask += batch * key_mask_batch_stride
+
+    if length < BLOCK_N:
+        # As in the forward: one step, which all queries visit.
+        key = key_begin.to(tl.int64)
+        acc = _add_step(
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+            queries,
+            gradients,
+            k + key * k_token_stride + k_offsets,
+            v + key * v_token_stride + v_offsets,
+            key_mask + (key + tl.minimum(keys, length - 1)) * key_mask_token_stride,
+            dims,
+            value_dims,
+            length,
+            keys,
+            0,
+            position,
+            positions,
+            position + end - 1,
+            window,
+            shift,
+            row_delta,
+            scale_log2,
+            HEAD_DIM,
+            VALUE_DIM,
+            True,
+            HAS_WINDOW,
+            HAS_KEY_MASK,
+            PRECISION,
+        )
+        _store_query_gradient(
+            acc * scale,
+            grad_q,
+            panels,
+            tile,
+            row_head,
+            token,
+            group_head < GROUP,
+            0,
+            grad_q_batch_stride,
+            grad_q_head_stride,
+            grad_q_token_stride,
+            TOKENS,
+            TILES,
+            HEAD_DIM,
+        )
+        visits = 0
+
+    last_start = length - BLOCK_N  # as in the forward
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
+        entry = step // (BLOCK_SIZE // BLOCK_N)
+        block, bits = load_visit(blocks, tokens, entry, first, dense, HAS_LISTS)
+        start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
+        moved = tl.minimum(start, last_start)
+        key = (key_begin + moved).to(tl.int64)
+        step_shift = shift
+        if HAS_LISTS and TOKENS > 1:
+            step_shift = tl.where((bits >> token) & 1 != 0, shift, float("inf"))
+        acc = _add_step(
+            acc,
+            queries,
+            gradients,
+            k + key * k_token_stride + k_offsets,
+            v + key * v_token_stride + v_offsets,
+            key_mask + (key + keys) * key_mask_token_stride,
+            dims,
+            value_dims,
+            length,
+            moved + keys,
+            start,
+            position,
+            positions,
+            position + end - 1,
+            window,
+            step_shift,
+            row_delta,
+            scale_log2,
+            HEAD_DIM,
+            VALUE_DIM,
+            False,
+            HAS_WINDOW,
+            HAS_KEY_MASK,
+            PRECISION,
+        )
+
+    _store_query_gradient(
+        acc * scale,
+        grad_q,
+        panels,
+        tile,
+        row_head,
+        token,
+        group_head < GROUP,
+        BLOCK_N,
+        grad_q_batch_stride,
+        grad_q_head_stride,
+        grad_q_token_stride,
+        TOKENS,
+        TILES,
+        HEAD_DIM,
+    )
+
+
+def query_gradient(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    lists: TileLists | None,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    every_query: bool,
+) -> Tensor:
+    """Gradient of q, the selection held fixed.
+
+    Args:
+        grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``, any strides with the last one 1.
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        lse: float32 ``[B, Hq, Lq]``, contiguous, from `attention_forward`.
+        delta: float32 ``[B, Hq, Lq]``, contiguous, from `output_delta`.
+        lists: as the forward had it, like all that follows.
+        plan: the tiles.
+        geometry: the block geometry.
+        scale: softmax scale.
+        dense_len: sequences with fewer keys are dense.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        window: sliding window, in keys.
+        every_query: whether every query belongs to a panel of the plan; if not, the others get 0.
+
+    Returns:
+        ``[B, Hq, Lq, D]`` in q's dtype, contiguous.
+    """
+    batch, heads_q, length_q = q.shape[:3]
+    heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
+    grad_q = (q.new_empty if every_query else q.new_zeros)((batch, heads_q, length_q, dim))
+    shape = plan.shape
+    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    launch = launch_for("query_gradient", q, max(block_d, block_dv))
+    parts = shape.tokens * shape.padded_group // launch.rows
+    wrap_triton(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        grad_q,
+        plan.panels,
+        plan.panels if lists is None else lists.blocks,
+        plan.panels if lists is None else lists.tokens,
+        plan.panels if lists is None else lists.counts,
+        plan.panels if key_mask is None else key_mask,
+        *grad_out.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:2],
+        int(k.stride(2)),
+        *v.stride()[:2],
+        int(v.stride(2)),
+        *grad_q.stride()[:3],
+        *lse.stride()[:2],
+        0 if key_mask is None else key_mask.stride(0),
+        0 if key_mask is None else key_mask.stride(1),
+        0 if lists is None else lists.blocks.stride(1),
+        dense_len,
+        UNBOUNDED if window is None else window,
+        scale,
+        scale * LOG2_E,
+        LOG2_E,
+        GROUP=shape.group,
+        PADDED_GROUP=shape.padded_group,
+        TOKENS=shape.tokens,
+        TILES=shape.tiles,
+        BLOCK_M=launch.rows,
+        BLOCK_SIZE=geometry.block_size,
+        BLOCK_N=launch.step_keys(geometry.block_size),
+        HEAD_DIM=dim,
+        BLOCK_D=block_d,
+        VALUE_DIM=value_dim,
+        BLOCK_DV=block_dv,
+        HAS_LISTS=lists is not None,
+        HAS_WINDOW=window is not None,
+        HAS_KEY_MASK=key_mask is not None,
+        HELD=launch.held,
+        PRECISION=precision(q),
+        **launch.options,
+    )
+    return grad_q

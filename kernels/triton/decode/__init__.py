@@ -1,0 +1,1 @@
+"""Decode steps over a cache: compress, select, attend."""

@@ -1,0 +1,356 @@
+"""Block selection of a decode step: compressed keys that became complete, normaliser, block scores, top-k.
+
+Two kernels for steps of one token over few heads: the last program that scores blocks of a row also ranks them. Else a
+third ranks.
+Grids follow from the cache's capacity; programs beyond a row's length end at once. Formulas: arXiv 2509.24663, section
+3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import COARSE_FACTOR, BlockGeometry
+from ..launch import precision, wrap_triton
+from ..pdl import await_previous, dependent_launch, prefetch_rows
+from ..tile_ops import LOG2_E, UNBOUNDED
+from .compress import decode_compress_kernel, load_columns
+from .configs import decode_launch
+from .rows import (
+    LEAST_COLUMNS,
+    DecodeRows,
+    DecodeShape,
+    DecodeState,
+    clip_row,
+    count_windows,
+    last_of_line,
+    line_of,
+    scored_blocks,
+)
+from .topk import decode_rank_kernel, list_chosen, list_forced
+
+DECODE_PARTS = tl.constexpr(32)
+"""Partial normalisers that are added at once."""
+
+
+@triton.jit
+def _join_normalisers(
+    parts_row,
+    count,
+    stride,
+    column,  # [C]
+    real,  # [C]
+):
+    """Base-2 log-sum-exp of columns over all chunks; +inf, which makes scores 0, where no key is visible."""
+    peak = tl.full([column.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([column.shape[0]], tl.float32)
+    for begin in range(0, count, DECODE_PARTS):
+        chunk = begin + tl.arange(0, DECODE_PARTS)
+        mask = (chunk < count)[:, None] & real[None, :]
+        some = tl.load(parts_row + chunk[:, None] * stride + column[None, :], mask=mask, other=float("-inf"))
+        higher = tl.maximum(peak, tl.max(some, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(some - base[None, :]), 0)
+        peak = higher
+    return tl.where(total > 0.0, peak + tl.log2(total), float("inf"))
+
+
+@triton.jit(do_not_specialize=["capacity", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])
+def _decode_score_kernel(
+    lengths,
+    starts,
+    lengths_stride,
+    starts_stride,
+    q,
+    k1,
+    parts,  # float32 [B * Hkv, chunks, columns of all tiles]
+    keys,  # int32 [B * Hkv * LINES, num_blocks]
+    arrivals,  # int32 [B * Hkv], 0 at the start; RANKS only, as the two that follow
+    blocks,  # int32 [B * Hkv, BUDGET]
+    filled,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_1b,
+    stride_1h,
+    stride_1t,
+    scale_log2,
+    heads,
+    capacity,
+    chunks,
+    num_blocks,
+    length_q,
+    tiles,
+    dense_len,
+    window,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LINES: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BUDGET: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    NORM_KEYS: tl.constexpr,  # keys of one partial normaliser
+    NORM_SIZE: tl.constexpr,
+    NORM_STRIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RANKS: tl.constexpr,
+    RANKED: tl.constexpr,  # blocks that ranking keeps in registers
+    WIDTH: tl.constexpr,  # the next power of two of BUDGET
+    PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Scores of BLOCKS blocks for the lines of a tile, or for one line of several queries.
+
+    With RANKS, for rows of a single query, the last program of a row and head to arrive also ranks the blocks.
+    """
+    scale_log2 = tl.cast(scale_log2, tl.float32)
+    C: tl.constexpr = TOKENS * GP
+    SHARED: tl.constexpr = QUERY_BLOCK > 1
+    ROWS: tl.constexpr = 1 if SHARED else TOKENS  # lines of one program
+    RATIO: tl.constexpr = BLOCK // STRIDE
+    OVERLAP: tl.constexpr = KERNEL // STRIDE - 1  # windows of earlier blocks that reach into a block
+    pair = tl.program_id(1).to(tl.int64)
+    batch = pair // heads
+    head = pair % heads
+    row_end = tl.load(lengths + batch * lengths_stride)
+    _start, length = clip_row(row_end, tl.load(starts + batch * starts_stride), capacity, HAS_STARTS)
+    base = length - length_q
+    line = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    if SHARED:
+        last = last_of_line(line, length, length_q, QUERY_BLOCK)
+        exists = (line_of(length - 1, length, length_q, QUERY_BLOCK) >= line) & (last >= 0)
+    else:
+        last = base + line
+        exists = (line < length_q) & (last >= 0)
+    low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+    high = tl.where(length >= dense_len, high, low)
+    exists = exists & (high > low)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    final = tl.max(tl.where(exists, high, 0), 0)
+    k1_row = k1 + batch * stride_1b + head * stride_1h
+    complete = count_windows(length, KERNEL, STRIDE)
+    if DEPENDENT:
+        # While keys are compressed: the windows of this program's blocks, of which all but the newest are there.
+        for part in range(tl.where(tl.program_id(0) * BLOCKS < final, RATIO, 0)):
+            index = tl.maximum(tl.minimum(block * RATIO + part, complete - 1), 0)
+            prefetch_rows(k1_row + index.to(tl.int64) * stride_1t, DP)
+        await_previous()
+    if (tl.program_id(0) * BLOCKS < final) & ((tl.program_id(0) + 1) * BLOCKS > tl.min(low, 0)):
+        q_row = q + batch * stride_qb + head * G * stride_qh
+        parts_row = parts + pair * chunks * tiles * C
+        norm_chunks = (count_windows(length, NORM_SIZE, NORM_STRIDE) + NORM_KEYS - 1) // NORM_KEYS
+        columns = tl.arange(0, C)
+        member = columns % GP
+        dims = tl.arange(0, DP)[None, :]
+        if SHARED:
+            number = tl.maximum(base, 0) // QUERY_BLOCK + tl.program_id(2)
+            first_token = tl.maximum(number * QUERY_BLOCK - base, 0)
+            end_token = tl.minimum((number + 1) * QUERY_BLOCK - base, length_q)
+        else:
+            token = tl.program_id(2) * TOKENS + columns // GP
+            real = (token < length_q) & (member < G) & (base + token >= 0)
+            turned = load_columns(q_row, stride_qh, stride_qt, token, member, real, D, DP)
+            norm = _join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)  # [C]
+        pooled = tl.full([BLOCKS, ROWS], -1.0, tl.float32)
+        for part in range(RATIO + OVERLAP):
+            index = block * RATIO + (part - OVERLAP)
+            known = (index >= 0) & (index < complete)
+            at = k1_row + index.to(tl.int64)[:, None] * stride_1t + dims
+            windows = tl.load(at, mask=known[:, None] & (dims < D), other=0.0)  # [BLOCKS, DP]
+            if SHARED:
+                score = tl.zeros([BLOCKS, 1], tl.float32)
+                for begin in range(first_token, end_token, TOKENS):
+                    token = begin + columns // GP
+                    real = (token < end_token) & (member < G)
+                    turned = load_columns(q_row, stride_qh, stride_qt, token, member, real, D, DP)
+                    norm = _join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)
+                    product = tl.dot(windows, turned, input_precision=PRECISION)
+                    score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
+            else:
+                product = tl.dot(windows, turned, input_precision=PRECISION)  # [BLOCKS, C]
+                weights = tl.exp2(product * scale_log2 - norm[None, :])
+                score = tl.sum(tl.reshape(weights, [BLOCKS, ROWS, GP]), 2)
+            seen = known[:, None] & ((index * STRIDE + (KERNEL - 1))[:, None] <= last[None, :])
+            pooled = tl.where(seen, tl.maximum(pooled, score), pooled)
+        key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
+        to = keys + (pair * LINES + line)[None, :] * num_blocks + block[:, None]
+        inside = (block[:, None] >= low[None, :]) & (block[:, None] < high[None, :])
+        tl.store(to, key, mask=inside & exists[None, :])
+    if RANKS:
+        begin, end, taken = scored_blocks(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+        blocks_row = blocks + pair * BUDGET
+        first = tl.program_id(0) == 0
+        if first & (head == 0):
+            tl.store(filled + batch, length)
+        if (length >= dense_len) & (length > 0):
+            if first:
+                list_forced(blocks_row, length - 1, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
+            chunk = tl.program_id(0)
+            if (end > begin) & (chunk >= begin // BLOCKS) & (chunk <= (end - 1) // BLOCKS):
+                tl.debug_barrier()  # all threads have written before one of them says so
+                arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
+                if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
+                    list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
+
+
+def decode_select(
+    q: Tensor,
+    k: Tensor,
+    state: DecodeState,
+    rows: DecodeRows,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    window: int | None,
+) -> Tensor:
+    """Bring the compressed keys up to date, and list the blocks that every line of every sparse row visits.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, last stride 1.
+        k: ``[B, Hkv, C, D]``, last stride 1; only valid keys are read.
+        state: compressed keys, written.
+        rows: where the rows' keys lie.
+        geometry: the block geometry.
+        scale: softmax scale.
+        dense_len: rows with fewer keys select nothing.
+        window: sliding window in keys, or None.
+
+    Returns:
+        int32 ``[B * Hkv * lines, selected_blocks]``, in no particular order. How many entries a line has follows from
+        its position: all candidates where they are not more than the budget, else the budget.
+    """
+    g = geometry
+    batch, heads, capacity = k.shape[:3]
+    dim, padded = int(q.shape[3]), max(LEAST_COLUMNS, triton.next_power_of_2(int(q.shape[3])))
+    shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block, q.element_size())
+    launch = decode_launch(q, padded)
+    exact = g.lse == "exact"
+    owned = launch.chunk * COARSE_FACTOR  # fine windows of one program
+    chunks = torch.sym_max(1, (state.k1.shape[2] + owned - 1) // owned)
+    chunks = torch.sym_max(chunks, (state.k2.shape[2] + launch.chunk - 1) // launch.chunk)
+    num_blocks = g.num_blocks(capacity)
+    # No size of 1 and no two equal shapes: compilers specialise on the one and merge the other.
+    pairs = batch * heads
+    parts = torch.empty(pairs * chunks * shape.tiles * shape.columns, 1, dtype=torch.float32, device=q.device)
+    keys = torch.empty(pairs * shape.lines * num_blocks, dtype=torch.int32, device=q.device)
+    blocks = torch.empty(pairs * shape.lines, g.selected_blocks, dtype=torch.int32, device=q.device)
+    arrivals = torch.empty(pairs, 1, 1, dtype=torch.int32, device=q.device)
+    common = {
+        "QUERY_BLOCK": g.query_block,
+        "BLOCK": g.block_size,
+        "BUDGET": g.selected_blocks,
+        "HAS_STARTS": rows.starts is not None,
+    }
+    products = {
+        "G": shape.group,
+        "GP": shape.padded_group,
+        "TOKENS": shape.tokens,
+        "D": dim,
+        "DP": padded,
+        "KERNEL": g.kernel_size,
+        "STRIDE": g.kernel_stride,
+        "PRECISION": precision(q),
+    }
+    ranking = {
+        "LINES": shape.lines,
+        "INIT": g.init_blocks,
+        "LOCAL": g.local_blocks,
+        "HAS_WINDOW": window is not None,
+        "WIDTH": triton.next_power_of_2(g.selected_blocks),
+        "RANKED": launch.ranked,
+    }
+    ranks = int(heads) <= launch.ranks and shape.length_q == 1
+    wrap_triton(decode_compress_kernel)[(chunks, pairs)](
+        *rows.arguments,
+        q,
+        k,
+        state.k1,
+        state.k2,
+        state.filled,
+        parts,
+        arrivals,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *state.k1.stride()[:3],
+        *state.k2.stride()[:3],
+        scale * LOG2_E,
+        heads,
+        capacity,
+        chunks,
+        shape.length_q,
+        shape.tiles,
+        dense_len,
+        **common,
+        **products,
+        EXACT=exact,
+        CHUNK=launch.chunk,
+        KEYS=launch.keys,
+        **dependent_launch(decode_compress_kernel, q),
+        num_warps=launch.warps(launch.compress_warps, shape.columns),
+        num_stages=launch.compress_stages,
+    )
+    tiles = shape.tiles if g.query_block == 1 else shape.lines
+    wrap_triton(_decode_score_kernel)[((num_blocks + launch.blocks - 1) // launch.blocks, pairs, tiles)](
+        *rows.arguments,
+        q,
+        state.k1,
+        parts,
+        keys,
+        arrivals,
+        blocks,
+        state.filled,
+        *q.stride()[:3],
+        *state.k1.stride()[:3],
+        scale * LOG2_E,
+        heads,
+        capacity,
+        chunks,
+        num_blocks,
+        shape.length_q,
+        shape.tiles,
+        dense_len,
+        UNBOUNDED if window is None else window,
+        **common,
+        **products,
+        **ranking,
+        NORM_KEYS=owned if exact else launch.chunk,
+        NORM_SIZE=g.kernel_size if exact else COARSE_FACTOR * g.kernel_size,
+        NORM_STRIDE=g.kernel_stride if exact else COARSE_FACTOR * g.kernel_stride,
+        BLOCKS=launch.blocks,
+        RANKS=ranks,
+        **dependent_launch(_decode_score_kernel, q),
+        num_warps=launch.warps(launch.score_warps, shape.columns),
+        num_stages=launch.score_stages,
+    )
+    if ranks:
+        return blocks
+    wrap_triton(decode_rank_kernel)[(shape.lines, pairs)](
+        *rows.arguments,
+        keys,
+        blocks,
+        state.filled,
+        heads,
+        capacity,
+        num_blocks,
+        shape.length_q,
+        dense_len,
+        UNBOUNDED if window is None else window,
+        **common,
+        **ranking,
+        **dependent_launch(decode_rank_kernel, q),
+        num_warps=launch.rank_warps,
+    )
+    return blocks

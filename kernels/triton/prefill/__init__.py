@@ -1,0 +1,1 @@
+"""Prefill: compressed keys, block selection and attention forward."""

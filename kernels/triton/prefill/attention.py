@@ -1,0 +1,461 @@
+"""Attention over the blocks that tiles of queries visit: the forward kernel.
+
+One program computes one tile: the queries of a few adjacent tokens, for the heads of one key/value head. It walks
+the union of the blocks that its tokens selected, ascending, and leaves out of a block the rows of the tokens that
+did not select it. Only the blocks at an edge (the tile's own tokens, a sliding window) are masked key by key.
+
+Where the tokens of tiles share few blocks, which the device finds out, tiles visit only the blocks that all their
+tokens visit by rule, and `kernels.triton.prefill.scattered.persistent` adds the others.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import BlockGeometry
+from ..configs import Launch, launch_for
+from ..launch import precision, wrap_triton
+from ..tile_ops import (
+    LN_2,
+    LOG2_E,
+    LOWEST_SCORE,
+    UNBOUNDED,
+    count_forced,
+    count_visits,
+    in_registers,
+    load_attention_tile,
+    load_keys,
+    load_visit,
+    mask_scores,
+    reload_rows,
+    row_addresses,
+    row_mask,
+)
+from ..tile_tables import TileLists, TilePlan
+from .choose import choose_variant
+from .scattered.persistent import gather_far_blocks, offer_gathering
+
+
+@triton.jit
+def _score_keys(
+    queries,  # [BM, D], or the first half of the elements if SPLIT
+    queries_rest,  # [BM, D / 2], the others
+    k_rows,  # [D, BN] addresses, of the first half of the elements if SPLIT
+    numbers,  # [1, BN]
+    dims,  # [D, 1], of the first half of the elements if SPLIT
+    count,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of queries and keys, ``[BM, BN]``."""
+    if SPLIT:
+        rest = load_keys(
+            k_rows + BLOCK_D // 2, numbers, dims + BLOCK_D // 2, count, HEAD_DIM, HEAD_DIM == BLOCK_D, SHORT
+        )
+        scores = tl.dot(queries_rest, rest, input_precision=PRECISION)
+        k_step = load_keys(k_rows, numbers, dims, count, HEAD_DIM, HEAD_DIM == BLOCK_D, SHORT)
+        scores = tl.dot(queries, k_step, scores, input_precision=PRECISION)
+    else:
+        k_step = load_keys(k_rows, numbers, dims, count, HEAD_DIM, HEAD_DIM == BLOCK_D, SHORT)
+        scores = tl.dot(queries, k_step, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _store_tile(
+    out,
+    lse,
+    panels,
+    tile,
+    row_head,  # [BM]
+    token,  # [BM]
+    present,  # [BM] whether the row has a head
+    FEWEST: tl.constexpr,
+    highest,  # [BM]
+    total,  # [BM]
+    acc,  # [BM, Dv]
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    lse_batch_stride,
+    lse_head_stride,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):
+    """Normalise and store a tile's output and log-sum-exp."""
+    batch, query, exists = reload_rows(panels, tile, token, FEWEST, TOKENS, TILES)
+    exists = exists & present
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = (acc / total[:, None]).to(out.dtype.element_ty)
+    out_rows = row_addresses(
+        out, batch, out_batch_stride, row_head, out_head_stride, query, out_token_stride, acc.shape[1]
+    )
+    tl.store(out_rows, acc, mask=row_mask(exists, VALUE_DIM, acc.shape[1]))
+    log_total = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * LN_2)
+    tl.store(lse + batch * lse_batch_stride + row_head * lse_head_stride + query, log_total, mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "lse_batch_stride",
+        "lse_head_stride",
+        "key_mask_batch_stride",
+        "capacity",
+        "dense_len",
+        "window",
+    ]
+)
+def _attention_forward_kernel(
+    q,  # [B, Hq, Lq, D]
+    k,  # [B, Hkv, Lk, D]
+    v,  # [B, Hkv, Lk, Dv]
+    out,  # [B, Hq, Lq, Dv]
+    lse,  # float32 [B, Hq, Lq]
+    panels,
+    blocks,
+    tokens,
+    counts,
+    key_mask,  # bool [B, Lk], HAS_KEY_MASK only
+    far_gathered,  # int32 [1], MAY_GATHER only: whether tiles leave the blocks that not all queries visit to others
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride: tl.constexpr,
+    v_batch_stride,
+    v_head_stride,
+    v_token_stride: tl.constexpr,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    lse_batch_stride,
+    lse_head_stride,
+    key_mask_batch_stride,
+    key_mask_token_stride,
+    capacity,
+    dense_len,
+    window,
+    scale_log2,  # softmax scale times log2(e)
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    MAY_GATHER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
+    head = tl.program_id(1) // parts
+    batch, query, begin, end, position, key_begin, length = load_attention_tile(panels, tile, TOKENS, TILES)
+    dense = length < dense_len
+    row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
+    visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
+    by_rule = dense
+    initial = 0
+    later = first
+    if MAY_GATHER:
+        left = (tl.load(far_gathered) != 0) & (visits > 0) & (dense == 0)
+        if left:
+            visits, initial, first, later = count_forced(
+                position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
+            )
+        by_rule = dense | left
+    blocks += row * capacity
+    tokens += row * capacity
+
+    rows = tl.program_id(1) % parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // PADDED_GROUP  # [BM]
+    group_head = rows % PADDED_GROUP
+    positions = position + token
+    exists = (token >= begin) & (token < end) & (group_head < GROUP)
+    row_head = head.to(tl.int64) * GROUP + group_head
+    row_query = query.to(tl.int64) + token
+    dims = tl.arange(0, BLOCK_D // 2 if SPLIT else BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)[None, :]
+    keys = tl.arange(0, BLOCK_N)
+
+    q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, dims.shape[0])
+    there = exists[:, None]
+    full: tl.constexpr = HEAD_DIM == BLOCK_D
+    queries = tl.load(q_rows, mask=there if full else there & (dims < HEAD_DIM)[None, :], other=0.0)  # [BM, D]
+    queries_rest = queries
+    if SPLIT:
+        there = there if full else there & (dims + BLOCK_D // 2 < HEAD_DIM)[None, :]
+        queries_rest = in_registers(tl.load(q_rows + BLOCK_D // 2, mask=there, other=0.0), PRECISION)
+    dims = dims[:, None]
+    k += batch * k_batch_stride + head.to(tl.int64) * k_head_stride
+    v += batch * v_batch_stride + head.to(tl.int64) * v_head_stride
+    k_offsets = keys[None, :] * k_token_stride + dims  # [D, BN]
+    v_offsets = keys[:, None] * v_token_stride + value_dims  # [BN, Dv]
+    key_mask += batch * key_mask_batch_stride
+
+    if length < BLOCK_N:
+        # A sequence shorter than a step has one block, which all its queries visit.
+        key = key_begin.to(tl.int64)
+        scores = _score_keys(
+            queries,
+            queries_rest,
+            k + key * k_token_stride + k_offsets,
+            keys[None, :],
+            dims,
+            length,
+            HEAD_DIM,
+            BLOCK_D,
+            SPLIT,
+            True,
+            PRECISION,
+        )
+        scores = mask_scores(
+            scores,
+            keys,
+            0,
+            position,
+            positions,
+            position + end - 1,
+            window,
+            key_mask + (key + tl.minimum(keys, length - 1)) * key_mask_token_stride,
+            HAS_WINDOW,
+            HAS_KEY_MASK,
+        )
+        top = tl.maximum(tl.max(scores, 1) * scale_log2, LOWEST_SCORE)  # [BM]
+        weights = tl.exp2(scores * scale_log2 - top[:, None])  # [BM, BN]
+        v_rows = v + key * v_token_stride + v_offsets
+        v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, True)
+        _store_tile(
+            out,
+            lse,
+            panels,
+            tile,
+            row_head,
+            token,
+            group_head < GROUP,
+            0,
+            top,
+            tl.sum(weights, 1),
+            tl.dot(weights.to(v_step.dtype), v_step, input_precision=PRECISION),
+            out_batch_stride,
+            out_head_stride,
+            out_token_stride,
+            lse_batch_stride,
+            lse_head_stride,
+            TOKENS,
+            TILES,
+            VALUE_DIM,
+        )
+        visits = 0
+
+    last_start = length - BLOCK_N  # steps at a sequence's end move back until they end with it
+    highest = tl.full([BLOCK_M], LOWEST_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
+        entry = step // (BLOCK_SIZE // BLOCK_N)
+        start_block = first
+        if MAY_GATHER:
+            start_block = tl.where(entry < initial, first, later)
+        block, bits = load_visit(blocks, tokens, entry, start_block, by_rule, HAS_LISTS)
+        start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
+        moved = tl.minimum(start, last_start)
+        key = (key_begin + moved).to(tl.int64)
+        scores = _score_keys(
+            queries,
+            queries_rest,
+            k + key * k_token_stride + k_offsets,
+            keys[None, :],
+            dims,
+            length,
+            HEAD_DIM,
+            BLOCK_D,
+            SPLIT,
+            False,
+            PRECISION,
+        )
+        scores = mask_scores(
+            scores,
+            moved + keys,
+            start,
+            position,
+            positions,
+            position + end - 1,
+            window,
+            key_mask + (key + keys) * key_mask_token_stride,
+            HAS_WINDOW,
+            HAS_KEY_MASK,
+        )
+        raised = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # [BM]
+        shift = raised
+        if HAS_LISTS and TOKENS > 1:
+            visiting = (bits >> token) & 1 != 0
+            shift = tl.where(visiting, raised, float("inf"))
+            raised = tl.where(visiting, raised, highest)
+        weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BM, BN]
+        decay = tl.exp2(highest - raised)
+        highest = raised
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        v_rows = v + key * v_token_stride + v_offsets
+        v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, False)
+        acc = tl.dot(weights.to(v_step.dtype), v_step, acc, input_precision=PRECISION)
+
+    _store_tile(
+        out,
+        lse,
+        panels,
+        tile,
+        row_head,
+        token,
+        group_head < GROUP,
+        BLOCK_N,
+        highest,
+        total,
+        acc,
+        out_batch_stride,
+        out_head_stride,
+        out_token_stride,
+        lse_batch_stride,
+        lse_head_stride,
+        TOKENS,
+        TILES,
+        VALUE_DIM,
+    )
+
+
+def recording_drops_options(q: Tensor, v: Tensor) -> bool:
+    """Whether a compiler is recording launches and would drop options of the forward's configuration."""
+    launch = _launch(q, v)
+    return launch.as_launched(_attention_forward_kernel) is not launch
+
+
+def _launch(q: Tensor, v: Tensor) -> Launch:
+    """The configuration of the forward."""
+    sizes = (max(16, triton.next_power_of_2(int(x.shape[3]))) for x in (q, v))
+    return launch_for("attention_forward", q, max(sizes))
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: TileLists | None,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    dense_len: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    every_query: bool,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of every query over the keys of its blocks.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, any strides with the last one 1, as for `k` and `v`.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        lists: the selection; None where all sequences are dense.
+        plan: the tiles.
+        geometry: the block geometry.
+        scale: softmax scale, positive.
+        dense_len: sequences with fewer keys are dense, whatever `lists` has for them.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
+        every_query: whether every query belongs to a panel of the plan; if not, the others get 0 and -inf.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in q's dtype, which lies in memory as ``[B, Lq, Hq, Dv]``, and the log-sum-exp, float32
+        ``[B, Hq, Lq]``. A query without a visible key gives 0 and -inf.
+    """
+    batch, heads_q, length_q = q.shape[:3]
+    heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
+    out_shape, lse_shape = (batch, length_q, heads_q, value_dim), (batch, heads_q, length_q)
+    if every_query:
+        out = q.new_empty(out_shape)
+        lse = q.new_empty(lse_shape, dtype=torch.float32)
+    else:
+        out = q.new_zeros(out_shape)
+        lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
+    shape = plan.shape
+    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    launch = _launch(q, v).as_launched(_attention_forward_kernel)
+    parts = shape.tokens * shape.padded_group // launch.rows
+    gathering = None
+    if lists is not None:
+        gathering = offer_gathering(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
+        if gathering is not None:
+            choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
+    wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        plan.panels,
+        plan.panels if lists is None else lists.blocks,
+        plan.panels if lists is None else lists.tokens,
+        plan.panels if lists is None else lists.counts,
+        plan.panels if key_mask is None else key_mask,
+        plan.panels if gathering is None else gathering[0],
+        *q.stride()[:3],
+        *k.stride()[:2],
+        int(k.stride(2)),
+        *v.stride()[:2],
+        int(v.stride(2)),
+        out.stride(0),
+        out.stride(2),
+        out.stride(1),
+        lse.stride(0),
+        lse.stride(1),
+        0 if key_mask is None else key_mask.stride(0),
+        0 if key_mask is None else key_mask.stride(1),
+        0 if lists is None else lists.blocks.stride(1),
+        dense_len,
+        UNBOUNDED if window is None else window,
+        scale * LOG2_E,
+        GROUP=shape.group,
+        PADDED_GROUP=shape.padded_group,
+        TOKENS=shape.tokens,
+        TILES=shape.tiles,
+        BLOCK_M=launch.rows,
+        BLOCK_SIZE=geometry.block_size,
+        BLOCK_N=launch.step_keys(geometry.block_size),
+        INIT_BLOCKS=geometry.init_blocks,
+        LOCAL_BLOCKS=geometry.local_blocks,
+        HEAD_DIM=dim,
+        BLOCK_D=block_d,
+        VALUE_DIM=value_dim,
+        BLOCK_DV=block_dv,
+        HAS_LISTS=lists is not None,
+        MAY_GATHER=gathering is not None,
+        HAS_WINDOW=window is not None,
+        HAS_KEY_MASK=key_mask is not None,
+        SPLIT=launch.held and block_d >= 32,
+        PRECISION=precision(q),
+        **launch.options,
+    )
+    if lists is not None and gathering is not None:
+        common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
+        gather_far_blocks(q, k, v, out, lse, lists, plan, *gathering, **common)
+    return out.transpose(1, 2), lse

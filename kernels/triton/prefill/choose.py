@@ -1,0 +1,94 @@
+"""Which algorithm takes the far blocks, those beyond what every query visits by rule: the device decides, call by call.
+
+Tiles take them where neighbouring queries choose much the same blocks, `prefill.scattered` where choices scatter. The
+lengths of the tiles' lists tell which it is; the host never waits for the answer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import BlockGeometry
+from ..configs import GatherLaunch
+from ..launch import wrap_triton
+from ..tile_ops import UNBOUNDED, count_forced
+from ..tile_tables import PANEL_BEGIN, PANEL_END, PANEL_POSITION, TABLE_COLUMNS, TileLists, TilePlan
+from .scattered.persistent import far_blocks
+
+
+@triton.jit(do_not_specialize=["num_tiles", "heads", "window"])
+def _choose_kernel(
+    state,
+    panels,
+    counts,
+    num_tiles,
+    heads,
+    window,
+    above,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    FAR: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    visits = tl.zeros([WIDTH], tl.int64)
+    wanted = tl.zeros([WIDTH], tl.int64)
+    for start in range(0, num_tiles * heads, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        count = tl.load(counts + at, mask=at < num_tiles * heads, other=0)
+        tile = at // heads
+        row = panels + tile // TILES * TABLE_COLUMNS
+        ok = count > 0
+        skip = tile % TILES * TOKENS
+        begin = tl.maximum(tl.load(row + PANEL_BEGIN, mask=ok, other=0) - skip, 0)
+        end = tl.minimum(tl.load(row + PANEL_END, mask=ok, other=0) - skip, TOKENS)
+        position = tl.load(row + PANEL_POSITION, mask=ok, other=0) + skip
+        forced, _, _, _ = count_forced(position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS)
+        far = tl.minimum(tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS - INIT_BLOCKS, 0), FAR)
+        visits += tl.where(ok, tl.maximum(count - forced, 0), 0)
+        wanted += tl.where(ok, (end - begin) * far, 0)
+    scattered = tl.sum(visits, 0).to(tl.float32) > tl.sum(wanted, 0).to(tl.float32) * tl.cast(above, tl.float32)
+    tl.store(state, scattered.to(tl.int32))
+
+
+def choose_variant(
+    state: Tensor,
+    launch: GatherLaunch,
+    lists: TileLists,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    window: int | None = None,
+) -> None:
+    """Decide on the device whether gathering beats the union of a tile's blocks.
+
+    Args:
+        state: from `offer_gathering`; its first number becomes 1 where far blocks are to be gathered, else 0.
+        launch: from it, too.
+        lists: the selection.
+        plan: the tiles.
+        geometry: the block geometry.
+        window: sliding window in keys.
+    """
+    shape = plan.shape
+    wrap_triton(_choose_kernel)[(1,)](
+        state,
+        plan.panels,
+        lists.counts,
+        plan.num_tiles,
+        lists.counts.shape[1],
+        UNBOUNDED if window is None else window,
+        launch.above * shape.padded_group,
+        TOKENS=shape.tokens,
+        TILES=shape.tiles,
+        BLOCK_SIZE=geometry.block_size,
+        INIT_BLOCKS=geometry.init_blocks,
+        LOCAL_BLOCKS=geometry.local_blocks,
+        FAR=far_blocks(geometry, window is not None),
+        WIDTH=2048,
+        num_warps=8,
+    )

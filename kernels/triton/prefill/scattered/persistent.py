@@ -1,0 +1,490 @@
+"""Attention over scattered selections: for each key block, the queries that chose it are gathered.
+
+Neighbouring queries that choose different blocks make the tiles of `prefill.attention` visit many blocks for few of
+their tokens. There the tiles visit only what all tokens visit by rule, and one kernel of persistent programs does the
+rest, block by block: keys and values of a block stay put while the queries that chose it pass, 64 rows a step. The
+result of a query over one block is stored with its log-sum-exp at a place that the query and the block's rank among
+the query's blocks fix, and then merged with the others and with what the tile wrote: every run gives the same bits.
+
+The partial results of all queries would take gigabytes, so the work is cut into *chunks*, adjacent tiles for one
+key/value head, which go through five phases in a ring of buffers: count the queries of each block, place the blocks,
+list the queries, gather, merge. Programs draw the items of all chunks and phases from one sequence and wait only for
+items drawn before their own, which some program is at work on already: they cannot wait for each other in a circle.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....geometry import BlockGeometry
+from ...backward.block_to_query import block_bound
+from ...configs import GatherLaunch, gather_launch
+from ...launch import multiprocessors, precision, wrap_triton
+from ...tile_ops import LOG2_E, UNBOUNDED
+from ...tile_tables import TileLists, TilePlan, TileShape
+from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
+from .partials import MERGED_ROWS, gather_pieces, merge_queries
+
+_SMALL_RING = 8
+"""Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
+
+_POOL_RING = 3
+"""Chunks whose partial results exist at a time: one being gathered, one being merged, one between."""
+
+_PIECE = 256
+"""Most queries of a block that are gathered in one go."""
+
+_STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to gather, the next ticket
+_COUNT_TILES = tl.constexpr(4)  # tiles of one item of counting
+_LIST_TILES = tl.constexpr(2)
+_PHASES = tl.constexpr(5)
+_COUNTED = tl.constexpr(0)
+_PLACED = tl.constexpr(1)
+_LISTED = tl.constexpr(2)
+_GATHERED = tl.constexpr(3)
+_MERGED = tl.constexpr(4)
+_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
+_PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
+
+
+@triton.jit
+def _await_items(counter, number):
+    """Wait until so many items of a phase are done, and see what they wrote."""
+    reached = tl.atomic_add(counter, 0, sem="acquire")
+    while reached < number:
+        reached = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()  # the number reaches all threads through memory that the functions called next overwrite
+
+
+@triton.jit(
+    do_not_specialize=[
+        "lse_batch_stride",
+        "lse_head_stride",
+        "key_mask_batch_stride",
+        "capacity",
+        "num_tiles",
+        "num_blocks",
+        "chunk_tiles",
+        "ranges",
+        "heads",
+        "window",
+    ]
+)
+def _gather_kernel(
+    q,
+    k,
+    v,
+    out,  # [B, Hq, Lq, Dv], holds the attention to the blocks visited by rule
+    lse,
+    panels,
+    blocks,
+    tokens,
+    counts,
+    key_mask,
+    state,  # int32: whether to run; next ticket; items done, chunk by chunk and phase by phase; queries of the blocks
+    scratch,  # int32: a ring of lists
+    pool,  # a ring of partial results [slots, GROUP, Dv]
+    sums,  # float32: their log-sum-exp, base 2
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride: tl.constexpr,
+    v_batch_stride,
+    v_head_stride,
+    v_token_stride: tl.constexpr,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    lse_batch_stride,
+    lse_head_stride,
+    key_mask_batch_stride,
+    key_mask_token_stride,
+    capacity,
+    num_tiles,
+    num_blocks,
+    chunk_tiles,
+    ranges,  # chunks of one head
+    heads,
+    window,
+    scale_log2,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    FAR: tl.constexpr,
+    PADDED_FAR: tl.constexpr,
+    PIECE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SMALL_RING: tl.constexpr,
+    POOL_RING: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    chunks = ranges * heads
+    bound = chunk_tiles * TOKENS * FAR  # entries of a chunk
+    most_pieces = num_blocks + bound // PIECE
+    count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
+    list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
+    merge_items = chunk_tiles * (TOKENS * PADDED_GROUP // MERGED_ROWS)
+    step_items = 1 + list_items + count_items + 2 * merge_items
+    tickets = tl.load(state) * (chunks + _DELAY) * step_items
+    done = state + _STATE
+    ticket = tl.atomic_add(state + 1, 1)
+    while ticket < tickets:
+        tl.debug_barrier()  # as in _await_items: all threads have read the ticket
+        item = ticket % step_items
+        chunk = ticket // step_items
+        # In the order of a step: place, list, count; then merge and gather, whose items alternate, as the one moves
+        # bytes and the other multiplies.
+        rest = item - (1 + list_items + count_items)
+        busy = rest >= 0
+        phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
+        phase = tl.where(busy, tl.where(rest % 2 == 0, _MERGED, _GATHERED), phase)
+        item = tl.where(busy, rest // 2, tl.where(item <= list_items, item - 1, item - 1 - list_items))
+        delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
+        chunk -= delay
+        if (chunk >= 0) & (chunk < chunks):
+            head = chunk // ranges
+            first = chunk % ranges * chunk_tiles
+            last = tl.minimum(first + chunk_tiles, num_tiles)
+            small = chunk % SMALL_RING
+            unit_counts = done + chunks * _PHASES + small * num_blocks
+            lists = scratch + small.to(tl.int64) * (
+                1 + num_blocks * 2 + most_pieces * PIECE_WIDTH + bound + bound // FAR
+            )
+            owners = lists + 1
+            cursors = owners + num_blocks
+            work = cursors + num_blocks
+            entries = work + most_pieces * PIECE_WIDTH
+            far_counts = entries + bound
+            pool_slot = (chunk % POOL_RING).to(tl.int64) * bound * GROUP
+            mine = done + chunk * _PHASES
+            if phase == _COUNTED:
+                if chunk >= SMALL_RING:
+                    _await_items(mine - SMALL_RING * _PHASES + _MERGED, merge_items)
+                begin = first + item * _COUNT_TILES
+                count_queries(
+                    unit_counts,
+                    owners,
+                    panels,
+                    blocks,
+                    tokens,
+                    counts,
+                    capacity,
+                    heads,
+                    head,
+                    begin,
+                    tl.minimum(begin + _COUNT_TILES, last),
+                    TOKENS,
+                    TILES,
+                    BLOCK_SIZE,
+                    INIT_BLOCKS,
+                    LOCAL_BLOCKS,
+                    WIDTH,
+                )
+            elif phase == _PLACED:
+                _await_items(mine + _COUNTED, count_items)
+                place_blocks(
+                    unit_counts,
+                    owners,
+                    cursors,
+                    work,
+                    lists,
+                    panels,
+                    num_blocks,
+                    bound,
+                    TOKENS * TILES,
+                    BLOCK_SIZE,
+                    PIECE,
+                    _PLACED_BLOCKS,
+                )
+            elif phase == _LISTED:
+                _await_items(mine + _PLACED, 1)
+                begin = first + item * _LIST_TILES
+                list_queries(
+                    cursors,
+                    entries,
+                    far_counts,
+                    panels,
+                    blocks,
+                    tokens,
+                    counts,
+                    capacity,
+                    heads,
+                    head,
+                    first,
+                    begin,
+                    tl.minimum(begin + _LIST_TILES, last),
+                    bound,
+                    TOKENS,
+                    TILES,
+                    BLOCK_SIZE,
+                    INIT_BLOCKS,
+                    LOCAL_BLOCKS,
+                    FAR,
+                    WIDTH,
+                )
+            elif phase == _GATHERED:
+                _await_items(mine + _LISTED, list_items)
+                if chunk >= POOL_RING:
+                    _await_items(mine - POOL_RING * _PHASES + _MERGED, merge_items)
+                pieces = tl.load(lists)
+                begin = pieces * item // merge_items
+                end = pieces * (item + 1) // merge_items
+                if begin < end:
+                    gather_pieces(
+                        q,
+                        k,
+                        v,
+                        pool + pool_slot * VALUE_DIM,
+                        sums + pool_slot,
+                        key_mask,
+                        work,
+                        entries,
+                        begin,
+                        end,
+                        head,
+                        first * TOKENS,
+                        q_batch_stride,
+                        q_head_stride,
+                        q_token_stride,
+                        k_batch_stride,
+                        k_head_stride,
+                        k_token_stride,
+                        v_batch_stride,
+                        v_head_stride,
+                        v_token_stride,
+                        key_mask_batch_stride,
+                        key_mask_token_stride,
+                        window,
+                        scale_log2,
+                        GROUP,
+                        PADDED_GROUP,
+                        BLOCK_M,
+                        BLOCK_SIZE,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        VALUE_DIM,
+                        BLOCK_DV,
+                        FAR,
+                        HAS_WINDOW,
+                        HAS_KEY_MASK,
+                        PRECISION,
+                    )
+            else:
+                _await_items(mine + _GATHERED, merge_items)
+                if item * MERGED_ROWS < (last - first) * TOKENS * PADDED_GROUP:
+                    merge_queries(
+                        out,
+                        lse,
+                        pool + pool_slot * VALUE_DIM,
+                        sums + pool_slot,
+                        far_counts,
+                        panels,
+                        first,
+                        item,
+                        head,
+                        out_batch_stride,
+                        out_head_stride,
+                        out_token_stride,
+                        lse_batch_stride,
+                        lse_head_stride,
+                        GROUP,
+                        PADDED_GROUP,
+                        TOKENS,
+                        TILES,
+                        VALUE_DIM,
+                        BLOCK_DV,
+                        FAR,
+                        PADDED_FAR,
+                    )
+            tl.debug_barrier()  # all threads have written before one of them says so
+            tl.atomic_add(mine + phase, 1, sem="release")
+        ticket = tl.atomic_add(state + 1, 1)
+
+
+def far_blocks(geometry: BlockGeometry, has_window: bool) -> int:
+    """Most blocks that a query visits beyond those visited by rule; a window may drop the initial blocks."""
+    forced = geometry.local_blocks + 1 + (0 if has_window else geometry.init_blocks)
+    return max(0, geometry.selected_blocks - forced)
+
+
+def offer_gathering(
+    q: Tensor,
+    v: Tensor,
+    plan: TilePlan,
+    *,
+    geometry: BlockGeometry,
+    length_k: int,
+    window: int | None = None,
+) -> tuple[Tensor, GatherLaunch] | None:
+    """What `gather_far_blocks` needs for a call, where it serves such calls.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        plan: the tiles.
+        geometry: the block geometry.
+        length_k: keys of a row.
+        window: sliding window in keys.
+
+    Returns:
+        None where gathering is not offered; else its memory of int32, all 0, whose first number is to become 1 where
+        the far blocks are to be gathered, and its launch.
+    """
+    shape = plan.shape
+    far = far_blocks(geometry, window is not None)
+    block_size, padded = geometry.block_size, max(16, triton.next_power_of_2(max(int(q.shape[3]), int(v.shape[3]))))
+    launch = gather_launch(q, padded)
+    # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
+    # and a block's keys and values stay in shared memory, each in one piece.
+    if (
+        launch is None
+        or far == 0
+        or geometry.query_block > 1
+        or shape.padded_group > 8
+        or block_size % shape.tokens
+        or block_size & -block_size != block_size
+        or block_size * padded * q.element_size() > launch.block_bytes
+    ):
+        return None
+    launch = launch.as_launched(_gather_kernel)
+    ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
+    num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
+    size = _STATE.value + ranges * v.shape[1] * _PHASES.value + _SMALL_RING * num_blocks
+    return torch.zeros(size, dtype=torch.int32, device=q.device), launch
+
+
+def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
+    """Tiles of a chunk: as many as the memory for partial results holds."""
+    row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
+    tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    return tiles
+
+
+def gather_constants(
+    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: GatherLaunch
+) -> dict[str, int | bool]:
+    """The sizes for which the kernel is compiled, by their names."""
+    far = far_blocks(geometry, has_window)
+    return {
+        "GROUP": shape.group,
+        "PADDED_GROUP": shape.padded_group,
+        "TOKENS": shape.tokens,
+        "TILES": shape.tiles,
+        "BLOCK_M": launch.rows,
+        "BLOCK_SIZE": geometry.block_size,
+        "INIT_BLOCKS": geometry.init_blocks,
+        "LOCAL_BLOCKS": geometry.local_blocks,
+        "HEAD_DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "VALUE_DIM": value_dim,
+        "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
+        "FAR": far,
+        "PADDED_FAR": triton.next_power_of_2(far),
+        "PIECE": _PIECE,
+        "WIDTH": max(32, min(128, 2048 // shape.tokens)),
+        "SMALL_RING": _SMALL_RING,
+        "POOL_RING": _POOL_RING,
+        "HAS_WINDOW": has_window,
+    }
+
+
+def gather_far_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: TileLists,
+    plan: TilePlan,
+    state: Tensor,
+    launch: GatherLaunch,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+) -> None:
+    """Add the far blocks of every query to `out` and `lse`, if `state` says so.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, any strides with the last one 1, as for `k` and `v`.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        out: ``[B, Lq, Hq, Dv]``: attention to the blocks that are visited by rule; changed.
+        lse: float32 ``[B, Hq, Lq]``: its log-sum-exp; changed.
+        lists: the selection.
+        plan: the tiles.
+        state: from `offer_gathering`, its first number decided; changed.
+        launch: from `offer_gathering`.
+        geometry: the block geometry.
+        scale: softmax scale, positive.
+        key_mask: bool ``[B, Lk]``, True where a key is valid.
+        window: sliding window in keys.
+    """
+    batch, heads, length_k = k.shape[:3]
+    shape, dim, value_dim = plan.shape, int(k.shape[3]), int(v.shape[3])
+    far = far_blocks(geometry, window is not None)
+    chunk_tiles = _chunk_tiles(q, v, plan, far, launch)
+    num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
+    entries = chunk_tiles * shape.tokens * far
+    slots = _POOL_RING * entries * shape.group
+    small = (
+        1 + num_blocks * 2 + (num_blocks + entries // _PIECE) * PIECE_WIDTH.value + entries + chunk_tiles * shape.tokens
+    )
+    wrap_triton(_gather_kernel)[(launch.programs * multiprocessors(q.device),)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        plan.panels,
+        lists.blocks,
+        lists.tokens,
+        lists.counts,
+        plan.panels if key_mask is None else key_mask,
+        state,
+        torch.empty(_SMALL_RING, small, dtype=torch.int32, device=q.device),
+        torch.empty(slots, value_dim, dtype=q.dtype, device=q.device),
+        torch.empty(slots, dtype=torch.float32, device=q.device),
+        *q.stride()[:3],
+        *k.stride()[:2],
+        int(k.stride(2)),
+        *v.stride()[:2],
+        int(v.stride(2)),
+        out.stride(0),
+        out.stride(2),
+        out.stride(1),
+        lse.stride(0),
+        lse.stride(1),
+        0 if key_mask is None else key_mask.stride(0),
+        0 if key_mask is None else key_mask.stride(1),
+        lists.blocks.stride(1),
+        plan.num_tiles,
+        num_blocks,
+        chunk_tiles,
+        triton.cdiv(plan.num_tiles, chunk_tiles),
+        heads,
+        UNBOUNDED if window is None else window,
+        scale * LOG2_E,
+        **gather_constants(shape, geometry, dim, value_dim, window is not None, launch),
+        HAS_KEY_MASK=key_mask is not None,
+        PRECISION=precision(q),
+        **launch.options,
+    )

@@ -1,0 +1,149 @@
+"""What the kernels that walk the blocks of a tile share: where a tile lies, its blocks, its rows, keys and masks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tile_tables import PANEL_BATCH, PANEL_BEGIN, PANEL_END, PANEL_LENGTH, PANEL_QUERY, TABLE_COLUMNS, load_panel
+
+LOG2_E = 1.4426950408889634
+
+UNBOUNDED = 2**30
+"""A sliding window, or a dense_len, that never ends."""
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+LOWEST_SCORE = tl.constexpr(-1e30)  # start of a running maximum: finite, so that differences are never NaN
+
+
+@triton.jit
+def load_attention_tile(panels, tile, TOKENS: tl.constexpr, TILES: tl.constexpr):
+    """Where a tile lies: its row of the batch, query and position of its token 0, its valid tokens, its keys."""
+    batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, tile // TILES)
+    skip = (tile % TILES) * TOKENS
+    return batch, query + skip, begin - skip, tl.minimum(end - skip, TOKENS), position + skip, key_begin, length
+
+
+@triton.jit
+def reload_rows(panels, tile, token, FEWEST: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr):
+    """Row of the batch and query numbers, in 64 bits, and whether tokens exist whose sequence has FEWEST keys at least.
+
+    The compiler cannot know them equal to what a program read at its start, so no register holds them through the loop.
+    """
+    panel = panels + tile // TILES * TABLE_COLUMNS
+    token += (tile % TILES) * TOKENS
+    query = tl.load(panel + PANEL_QUERY, volatile=True).to(tl.int64) + token
+    begin = tl.load(panel + PANEL_BEGIN, volatile=True)
+    length = tl.load(panel + PANEL_LENGTH, volatile=True)
+    end = tl.where(length < FEWEST, 0, tl.load(panel + PANEL_END, volatile=True))
+    return tl.load(panel + PANEL_BATCH, volatile=True).to(tl.int64), query, (token >= begin) & (token < end)
+
+
+@triton.jit
+def count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE: tl.constexpr, HAS_LISTS: tl.constexpr):
+    """Blocks that a tile visits, and the first of them where they are all from there on."""
+    first = tl.maximum(position + begin - window + 1, 0) // BLOCK_SIZE
+    visits = (position + end - 1) // BLOCK_SIZE + 1 - first
+    if HAS_LISTS:
+        visits = tl.where(dense, visits, tl.load(counts + row))
+    return tl.where(begin < end, visits, 0), first
+
+
+@triton.jit
+def count_forced(
+    position,
+    begin,
+    end,
+    window,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+):
+    """Blocks that all tokens of a tile visit by rule: how many, how many of them initial, `first` and `later`.
+
+    Visit ``e`` goes to block ``first + e`` if it is initial, else to ``later + e``. The tokens share their own block.
+    """
+    first = tl.maximum(position + begin - window + 1, 0) // BLOCK_SIZE
+    own = (position + end - 1) // BLOCK_SIZE
+    local = tl.maximum(own - LOCAL_BLOCKS, first)
+    initial = tl.maximum(tl.minimum(local, INIT_BLOCKS) - first, 0)
+    return initial + own - local + 1, initial, first, local - initial
+
+
+@triton.jit
+def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
+    """One of the blocks that a tile visits, and the bits of the tokens that do."""
+    block = first + entry
+    bits = -1
+    if HAS_LISTS:
+        listed = tl.load(blocks + entry, mask=dense == 0, other=0).to(tl.int32) & 0xFFFF
+        bits = tl.load(tokens + entry, mask=dense == 0, other=-1)
+        block = tl.where(dense, block, listed)
+    return block, bits
+
+
+@triton.jit
+def mask_scores(
+    scores,  # [BM, BN]
+    key_positions,  # [BN]
+    start,  # the first key position that the step is for
+    position,  # of the tile's token 0
+    positions,  # [BM]
+    last,  # position of the tile's last token
+    window,
+    key_mask,  # [BN] addresses
+    HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+):
+    """Scores with -inf where a key is later than the query, before its window, masked or no part of the step."""
+    if start + scores.shape[1] > position + 1:
+        seen = (key_positions[None, :] <= positions[:, None]) & (key_positions >= start)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+    if HAS_WINDOW and start <= last - window:
+        scores = tl.where(key_positions[None, :] > positions[:, None] - window, scores, float("-inf"))
+    if HAS_KEY_MASK:
+        scores = tl.where((tl.load(key_mask) != 0)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def row_addresses(tensor, batch, batch_stride, head, head_stride, query, token_stride, SIZE: tl.constexpr):
+    """Addresses of one vector a row, ``[BM, SIZE]``: heads and queries are `[BM]`, in 64 bits."""
+    vectors = tensor + batch * batch_stride + head * head_stride + query * token_stride
+    return vectors[:, None] + tl.arange(0, SIZE)[None, :]
+
+
+@triton.jit
+def row_mask(exists, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """Which elements of one vector a row there are, ``[BM, SIZE]`` or ``[BM, 1]``."""
+    mask = exists[:, None]
+    if DIM != SIZE:
+        mask = mask & (tl.arange(0, SIZE) < DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def load_keys(addresses, numbers, dims, count, DIM: tl.constexpr, FULL: tl.constexpr, SHORT: tl.constexpr):
+    """Vectors of keys or values: all that a step numbers, or 0 from `count` on if SHORT; FULL: no `dims` pass DIM.
+
+    `numbers` of the step's keys and `dims` of the vectors' elements are a row and a column, either way round.
+    """
+    if SHORT:
+        vectors = tl.load(addresses, mask=(numbers < count) & (dims < DIM), other=0.0)
+    elif FULL:
+        vectors = tl.load(addresses)
+    else:
+        vectors = tl.load(addresses, mask=dims < DIM, other=0.0)
+    return vectors
+
+
+@triton.jit
+def in_registers(vectors, PRECISION: tl.constexpr):
+    """The same vectors, ``[BM, SIZE]``, laid out as a product, which the next product takes as they are.
+
+    What was loaded instead lies in shared memory, and a loop's products read it from there in every step.
+    """
+    numbers = tl.arange(0, vectors.shape[1])
+    unit = (numbers[:, None] == numbers[None, :]).to(vectors.dtype)
+    return tl.dot(vectors, unit, input_precision=PRECISION).to(vectors.dtype)

@@ -1,0 +1,1 @@
+"""ONNX: one node a site, a function of the file with a body of standard operators."""

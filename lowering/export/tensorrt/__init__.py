@@ -1,0 +1,1 @@
+"""TensorRT: the plugin, engines that use it, and the Torch-TensorRT converter."""

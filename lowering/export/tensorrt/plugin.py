@@ -1,0 +1,232 @@
+"""The TensorRT plugin of the ONNX operator ``infllm::InfLLMV2Attention``.
+
+One plugin for TensorRT (``tensorrt``) and TensorRT for RTX (``tensorrt_rtx``), whose Python interfaces agree. Their
+ONNX parser takes a registered plugin of a node's name, version and namespace instead of the function's body.
+
+The plugin runs this package's operator on TensorRT's stream, on memory that TensorRT owns. Engines with it thus run in
+a process that has Python, torch and this package, once `register_plugin` was called there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infllm_pass.errors import DtypeError
+from infllm_pass.kernels.geometry import BlockGeometry
+
+from .. import fused_op
+from ..onnx.op_spec import DOMAIN, NAME, VERSION, AttentionNode
+
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Contiguous memory on a CUDA device that somebody else owns.
+
+    Attributes:
+        pointer: its address.
+        shape: the shape of the tensor in it.
+        dtype: the tensor's type.
+    """
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        kinds = {
+            torch.float32: "<f4",
+            torch.float16: "<f2",
+            torch.bfloat16: "<i2",  # the interface has no name for it
+            torch.int32: "<i4",
+            torch.int64: "<i8",
+            torch.bool: "|b1",
+        }
+        return {"shape": self.shape, "typestr": kinds[self.dtype], "data": (self.pointer, False), "version": 2}
+
+    def tensor(self) -> Tensor:
+        """A tensor that reads and writes this memory."""
+        tensor = torch.as_tensor(self, device="cuda")
+        return tensor.view(self.dtype) if tensor.dtype != self.dtype else tensor
+
+
+def run_on_stream(node: AttentionNode, inputs: Sequence[DeviceMemory], output: DeviceMemory, stream: int) -> None:
+    """Compute a node on a CUDA stream, without waiting for it.
+
+    Args:
+        node: what to compute.
+        inputs: the node's inputs, in order.
+        output: where the result goes, ``[B, Hq, Lq, Dv]``.
+        stream: handle of the stream.
+    """
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream)), torch.no_grad():
+        named = {name: memory.tensor() for name, memory in zip(node.inputs, inputs, strict=True)}
+        out = fused_op.switchable_attention(
+            named["q"],
+            named["k"],
+            named["v"],
+            named.get("key_mask"),
+            named.get("offset"),
+            None,
+            node.window or None,
+            node.scale,
+            node.dense_len,
+            *(getattr(node.geometry, field.name) for field in fields(BlockGeometry)),
+        )
+        output.tensor().copy_(out)
+
+
+def register_plugin(trt: ModuleType) -> None:
+    """Make the plugin known to TensorRT, for parsing ONNX files and for loading engines.
+
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+    """
+    registry = trt.get_plugin_registry()
+    if registry.get_creator(NAME, str(VERSION), DOMAIN) is None:
+        registry.register_creator(plugin_creator(trt), DOMAIN)
+
+
+def plugin_creator(trt: ModuleType) -> Any:
+    """A creator of the plugin for one of TensorRT's modules, an ``IPluginCreatorV3One``."""
+    torch_types = {
+        trt.float16: torch.float16,
+        trt.bfloat16: torch.bfloat16,
+        trt.float32: torch.float32,
+        trt.int32: torch.int32,
+        trt.int64: torch.int64,
+        trt.bool: torch.bool,
+    }
+
+    def memory(description: Any, pointer: int) -> DeviceMemory:
+        return DeviceMemory(pointer, tuple(description.dims), torch_types[description.type])
+
+    class Plugin(  # type: ignore[misc, name-defined]
+        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+    ):
+        """The operator as TensorRT sees it: linear memory, no workspace, one output like q."""
+
+        def __init__(self, node: AttentionNode) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.node = node
+            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, str(VERSION), DOMAIN
+            self.num_outputs = 1
+            self.fields = field_values(node)
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return Plugin(self.node)
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [input_types[0]]
+
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+            shape = trt.DimsExprs(4)
+            for dim in range(4):
+                shape[dim] = inputs[2][3] if dim == 3 else inputs[0][dim]
+            return [shape]
+
+        def supports_format_combination(self, position: int, descriptions: Sequence[Any], inputs: int) -> bool:
+            found, first = descriptions[position].desc, descriptions[0].desc.type
+            name = self.node.inputs[position] if position < inputs else "out"
+            if name == "key_mask":
+                allowed = found.type == trt.bool
+            elif name == "offset":
+                allowed = found.type in (trt.int64, trt.int32)
+            else:
+                allowed = found.type == first and torch_types.get(first) in INPUT_DTYPES
+            return bool(allowed and found.format == trt.TensorFormat.LINEAR)
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            return 0  # torch's caching allocator holds what the operator needs
+
+        def get_fields_to_serialize(self) -> Any:
+            return field_collection(trt, self.fields)
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def enqueue(
+            self,
+            input_descriptions: Sequence[Any],
+            output_descriptions: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            given = [memory(*pair) for pair in zip(input_descriptions, inputs, strict=True)]
+            run_on_stream(self.node, given, memory(output_descriptions[0], outputs[0]), stream)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, name-defined]
+        """Makes the plugin from a node's attributes, or from the fields that an engine holds."""
+
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = NAME, str(VERSION), DOMAIN
+            self.example = field_values(AttentionNode(BlockGeometry(), scale=1.0, dense_len=0))
+            self.field_names = field_collection(trt, self.example)
+
+        def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+            return Plugin(AttentionNode.from_attributes(_attributes(trt, collection)))
+
+    return Creator()
+
+
+def field_values(node: AttentionNode) -> dict[str, np.ndarray[Any, Any]]:
+    """A node's attributes as arrays, from which TensorRT's fields read: they must outlive the fields."""
+    dtypes = {int: np.int32, float: np.float32}
+    return {
+        name: np.frombuffer(value.encode(), dtype=np.int8)
+        if isinstance(value, str)
+        else np.array([value], dtype=dtypes[type(value)])
+        for name, value in node.attributes.items()
+    }
+
+
+def field_collection(trt: ModuleType, values: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+    """A ``PluginFieldCollection`` that reads from these arrays."""
+    kinds = {
+        np.dtype(np.int8): trt.PluginFieldType.CHAR,
+        np.dtype(np.int32): trt.PluginFieldType.INT32,
+        np.dtype(np.float32): trt.PluginFieldType.FLOAT32,
+    }
+    return trt.PluginFieldCollection(
+        [trt.PluginField(name, array, kinds[array.dtype]) for name, array in values.items()]
+    )
+
+
+def _attributes(trt: ModuleType, collection: Any) -> Mapping[str, Any]:
+    """What fields say, by name."""
+    attributes: dict[str, Any] = {}
+    for field in collection:
+        if field.type == trt.PluginFieldType.CHAR:
+            attributes[field.name] = bytes(np.asarray(field.data).astype(np.uint8)).decode().rstrip("\0")
+        elif field.type == trt.PluginFieldType.FLOAT32:
+            attributes[field.name] = float(np.asarray(field.data).reshape(-1)[0])
+        elif field.type in (trt.PluginFieldType.INT32, trt.PluginFieldType.INT64):
+            attributes[field.name] = int(np.asarray(field.data).reshape(-1)[0])
+        else:
+            raise DtypeError(f"the attribute {field.name} has the type {field.type}: expected a number or a string")
+    return attributes

@@ -1,0 +1,1 @@
+"""What Inductor and AOTInductor need to compile the operators."""

@@ -1,0 +1,37 @@
+"""What the TensorRT plugin does when it is enqueued: raw device pointers on a stream of somebody else."""
+
+from dataclasses import astuple
+
+import pytest
+import torch
+
+from infllm_pass import SparseAttentionConfig
+from infllm_pass.lowering.export import fused_op
+from infllm_pass.lowering.export.onnx.op_spec import AttentionNode
+from infllm_pass.lowering.export.tensorrt.plugin import DeviceMemory, run_on_stream
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = SparseAttentionConfig(kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, dense_len=1024)
+
+
+def memory(tensor):
+    return DeviceMemory(tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [700, 3001])
+def test_enqueued_on_a_side_stream(dtype, length):
+    q, k, v = (torch.randn(2, heads, length, 64, device="cuda", dtype=dtype) for heads in (6, 2, 2))
+    key_mask = torch.ones(2, length, dtype=torch.bool, device="cuda")
+    key_mask[0, :90] = False
+    offset = torch.zeros(1, dtype=torch.int64, device="cuda")
+    stream = torch.cuda.Stream()
+    for options, more in (({}, []), ({"masked": True, "placed": True}, [key_mask, offset])):
+        node = AttentionNode(CONFIG.geometry, scale=64**-0.5, dense_len=CONFIG.dense_len, **options)
+        out = torch.full_like(q, float("nan"))
+        torch.cuda.synchronize()
+        run_on_stream(node, [memory(x) for x in (q, k, v, *more)], memory(out), stream.cuda_stream)
+        stream.synchronize()
+        numbers = (None, None, node.scale, node.dense_len, *astuple(node.geometry))
+        assert torch.equal(out, fused_op.switchable_attention(q, k, v, *(more or (None, None)), *numbers))

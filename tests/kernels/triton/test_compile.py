@@ -1,0 +1,362 @@
+"""Every Triton kernel compiles for every architecture, fits its shared memory, and does not spill where it is hot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kernel, _transpose_kernel
+from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
+from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
+from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
+from infllm_pass.kernels.triton.configs import (
+    MEASURED_GATHERING,
+    MEASURED_SELECTION,
+    GatherLaunch,
+    Launch,
+    generic_selection,
+    launch_on,
+)
+from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kernel
+from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
+from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
+from infllm_pass.kernels.triton.prefill.scattered.persistent import _gather_kernel, gather_constants
+from infllm_pass.kernels.triton.prefill.select import _select_kernel, selection_constants
+from infllm_pass.kernels.triton.tile_tables import TileShape
+from tests.support.triton_device import INTERPRETED
+from tests.support.triton_support import compile_ahead
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes that one program may use, by compute capability."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sizes and options for which a kernel is compiled.
+
+    Attributes:
+        hot: a configuration that was tuned, in which no register may spill on sm_90.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 128
+    value_dim: int = 128
+    group: int = 16
+    block_size: int = 64
+    lists: bool = True
+    window: bool = False
+    key_mask: bool = False
+    hot: bool = False
+
+    @property
+    def name(self) -> str:
+        options = [name for name in ("lists", "window", "key_mask", "hot") if getattr(self, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([dtype, f"dim{self.dim}", f"group{self.group}", f"block{self.block_size}", *options])
+
+    @property
+    def padded(self) -> int:
+        return max(16, triton.next_power_of_2(max(self.dim, self.value_dim)))
+
+
+HOT = [
+    Variant(hot=True),
+    Variant(group=4, hot=True),
+    Variant(dim=64, value_dim=64, hot=True),
+    Variant(dim=64, value_dim=64, group=4, hot=True),
+    Variant(lists=False, hot=True),
+]
+ATTENTION = [
+    *HOT,
+    Variant(window=True, key_mask=True),
+    Variant(dim=256, value_dim=256, group=2),
+    Variant(dim=72, value_dim=40, group=7, block_size=48),
+    Variant(group=1, block_size=16),
+    Variant(group=96, block_size=32),
+    *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
+    Variant(torch.float16, block_size=128),
+]
+COMPRESSION = [
+    Variant(hot=True),
+    Variant(dim=64, value_dim=64, hot=True),
+    Variant(dim=80, value_dim=80),
+    Variant(dim=256, value_dim=256),
+    *(Variant(torch.float32, dim, dim) for dim in (64, 128, 256)),
+]
+
+
+def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+    """Arguments of the kernels that compute a tile of queries, whichever of them a kernel has."""
+    shape = TileShape.choose(variant.group)
+    return {
+        **dict.fromkeys(("q", "k", "v", "out", "grad_out", "grad_q"), variant.dtype),
+        **dict.fromkeys(("lse", "delta"), torch.float32),
+        **dict.fromkeys(("panels", "counts"), torch.int32),
+        **dict.fromkeys(("capacity", "dense_len", "window", "length_q"), "i32"),
+        **dict.fromkeys(("scale", "scale_log2", "log2_e"), "fp32"),
+        "blocks": torch.int16,
+        "tokens": shape.mask_dtype,
+        "key_mask": torch.bool,
+        "key_mask_token_stride": 1,
+        "k_token_stride": 2 * variant.dim,
+        "v_token_stride": 2 * variant.value_dim,
+        **dict.fromkeys((f"{name}_stride" for name in ("lse_batch", "lse_head", "key_mask_batch")), "i32"),
+        **dict.fromkeys(("delta_batch_stride", "delta_head_stride"), "i32"),
+        "GROUP": variant.group,
+        "PADDED_GROUP": shape.padded_group,
+        "TOKENS": shape.tokens,
+        "TILES": shape.tiles,
+        "BLOCK_M": launch.rows,
+        "BLOCK_SIZE": variant.block_size,
+        "BLOCK_N": launch.step_keys(variant.block_size),
+        "HEAD_DIM": variant.dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(variant.dim)),
+        "VALUE_DIM": variant.value_dim,
+        "BLOCK_DV": max(16, triton.next_power_of_2(variant.value_dim)),
+        "HAS_LISTS": variant.lists,
+        "MAY_GATHER": variant.lists and variant.group <= 8,
+        "INIT_BLOCKS": 1,
+        "LOCAL_BLOCKS": 32,
+        "far_gathered": torch.int32,
+        "HAS_WINDOW": variant.window,
+        "HAS_KEY_MASK": variant.key_mask,
+        "SPLIT": launch.held,
+        "HELD": launch.held,
+        "PRECISION": "ieee",
+        "ROWS": 32,
+    }
+
+
+def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+    """Arguments of the kernel that averages keys, for sequences that fill a row each."""
+    return {
+        **dict.fromkeys(("k", "fine", "coarse"), variant.dtype),
+        "sequences": torch.int32,
+        **dict.fromkeys(("count", "length_k", "fine_slots", "coarse_slots", "heads"), "i32"),
+        "SIZE": 32,
+        "STRIDE": 16,
+        "HEAD_DIM": variant.dim,
+        "PADDED_DIM": variant.padded,
+        "CHUNK": chunk_keys(variant.padded),
+        "PACKED": False,
+    }
+
+
+def key_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+    """Arguments of the kernels of the key gradients and of the transposed selection, whichever of them a kernel has."""
+    shape = TileShape.choose(variant.group)
+    tile_heads = min(shape.padded_group, launch.rows)
+    tables = ["table", "starts", "counts", "queries", "slots", "piece", "sequences", "panels", "cursors"]
+    numbers = [
+        "count",
+        "heads",
+        "length_q",
+        "length_k",
+        "num_units",
+        "num_blocks",
+        "num_tiles",
+        "tiles_per_walk",
+        "capacity",
+        "bound",
+        "limit",
+        "window",
+        "dense_len",
+        "stride_mb",
+        "stride_mn",
+    ]
+    return {
+        **dict.fromkeys(("grad_out", "q", "k", "v", "grad_k", "grad_v"), variant.dtype),
+        **dict.fromkeys(("lse", "delta", "pool"), torch.float32),
+        **dict.fromkeys(tables, torch.int32),
+        **dict.fromkeys(numbers, "i32"),
+        "scale": "fp32",
+        "key_mask": torch.bool,
+        "blocks": torch.int16,
+        "tokens": shape.mask_dtype,
+        "GROUP": variant.group,
+        "TILE_HEADS": tile_heads,
+        "HEAD_CHUNKS": shape.padded_group // tile_heads,
+        "TOKENS": launch.rows // tile_heads,
+        "DIM": variant.dim,
+        "DIM_V": variant.value_dim,
+        "PADDED": max(16, triton.next_power_of_2(variant.dim)),
+        "PADDED_V": max(16, triton.next_power_of_2(variant.value_dim)),
+        "BLOCK_SIZE": variant.block_size,
+        "KEYS": launch.step_keys(variant.block_size),
+        "QUERY_BLOCK": 1,
+        "HAS_LISTS": variant.lists,
+        "HAS_MASK": variant.key_mask,
+        "HAS_WINDOW": variant.window,
+        "PRECISION": "ieee",
+        "INIT_BLOCKS": 1,
+        "LOCAL_BLOCKS": 32,
+        "DENSE": not variant.lists,
+        "ROWS": 256,
+        "TILES": shape.tiles,
+        "WIDTH": max(32, min(128, 2048 // shape.tokens)),
+        "FILL": True,
+        "SMALLEST": 4096,
+        "UNITS": 512,
+    }
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, the variants to compile it for, and the arguments of a variant.
+
+    A parameter whose name has ``stride`` in it and that `arguments` leaves out is a multiple of 16.
+    """
+
+    kernel: triton.JITFunction
+    name: str
+    variants: list[Variant]
+    arguments: Callable[[Variant, Launch], dict[str, object]] = tile_arguments
+
+
+KERNELS = [
+    Kernel(_attention_forward_kernel, "attention_forward", ATTENTION),
+    Kernel(_query_gradient_kernel, "query_gradient", ATTENTION),
+    Kernel(_output_delta_kernel, "output_delta", [Variant()]),
+    Kernel(_block_table_kernel, "block_table", [Variant(window=True)], key_arguments),
+    Kernel(_transpose_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
+    Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
+    Kernel(_key_gradients_kernel, "attention_backward_keys", ATTENTION, key_arguments),
+    Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True)], key_arguments),
+    Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
+]
+
+CASES = [
+    pytest.param(kernel, variant, capability, id=f"{kernel.name}-{variant.name}-sm{capability}")
+    for kernel in KERNELS
+    for variant in kernel.variants
+    for capability in (SHARED_MEMORY if variant is kernel.variants[0] else (86, 90))
+]
+
+
+@pytest.mark.parametrize(("kernel", "variant", "capability"), CASES)
+def test_compiles(kernel, variant, capability, record_property):
+    launch = launch_on(kernel.name, capability, variant.dtype.itemsize, variant.padded)
+    known = kernel.arguments(variant, launch)
+    arguments = {name: known.get(name, "i32:16") for name in kernel.kernel.arg_names}
+    missing = [name for name in arguments if name not in known and "stride" not in name]
+    assert not missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        used = compile_ahead(kernel.kernel, arguments, capability=capability, **launch.options)
+    for figure, number in used.items():
+        record_property(figure, number)
+    assert used["shared"] <= SHARED_MEMORY[capability]
+    if variant.hot and capability == 90:
+        # Where registers are limited, what only a program's start and end need may spill.
+        assert used["spilled"] <= (0 if launch.registers is None else 64)
+
+
+SELECTION = [
+    Variant(hot=True),
+    Variant(dim=64, value_dim=64, hot=True),
+    Variant(group=4),
+    Variant(group=1, dim=64, value_dim=64),
+    Variant(group=96, dim=80, value_dim=80, window=True),
+    Variant(dim=256, value_dim=256),
+    Variant(group=4, block_size=48),
+    *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "capability"),
+    [
+        pytest.param(variant, capability, id=f"{variant.name}-sm{capability}")
+        for variant in SELECTION
+        for capability in (SHARED_MEMORY if variant is SELECTION[0] else (86, 90))
+    ],
+)
+def test_block_selection_compiles(variant, capability, record_property):
+    size = variant.dtype.itemsize
+    launch = MEASURED_SELECTION.get((capability, size, variant.padded), generic_selection(size, variant.padded))
+    shape = TileShape.choose(variant.group)
+    launch = launch.for_panel(shape.panel_tokens)
+    geometry = BlockGeometry(block_size=variant.block_size)
+    window = 4096 if variant.window else None
+    arguments = {
+        **dict.fromkeys(("q", "k1", "k2"), variant.dtype),
+        **dict.fromkeys(("panels", "scratch", "list_counts"), torch.int32),
+        "list_blocks": torch.int16,
+        "list_tokens": shape.mask_dtype,
+        "scale_log2": "fp32",
+        **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
+        **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
+        **dict.fromkeys(("dense_len", "window"), "i32"),
+        **selection_constants(shape, geometry, variant.dim, window is not None, launch),
+        "PROGRAMS": 264,
+        "PRECISION": "ieee",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        used = compile_ahead(_select_kernel, arguments, capability=capability, **launch.options)
+    for name, value in used.items():
+        record_property(name, value)
+    assert used["shared"] <= SHARED_MEMORY[capability]
+    if variant.hot and capability == 90:
+        # What only a panel's start and end need may spill.
+        assert used["spilled"] <= 64
+
+
+GATHERING = [
+    *(Variant(group=group) for group in (1, 2, 8)),
+    Variant(group=4, hot=True),
+    Variant(dim=64, value_dim=64, group=4, hot=True),
+    Variant(dim=72, value_dim=40, group=7, block_size=16, window=True, key_mask=True),
+    Variant(torch.float32, 64, 64, group=4),
+]
+
+
+@pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
+@pytest.mark.parametrize("launch", [MEASURED_GATHERING, MEASURED_GATHERING.recorded], ids=["", "recorded"])
+def test_gathering_compiles(variant, launch: GatherLaunch, record_property):
+    """Only for sm_90, where alone it is offered; all its programs are resident."""
+    geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
+    shape = TileShape.choose(variant.group)
+    window = 4096 if variant.window else None
+    constants = gather_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
+    known = {
+        **tile_arguments(variant, launch),
+        **dict.fromkeys(("state", "scratch"), torch.int32),
+        "pool": variant.dtype,
+        "sums": torch.float32,
+        **dict.fromkeys(("num_tiles", "num_blocks", "chunk_tiles", "ranges", "heads"), "i32"),
+        **constants,
+    }
+    arguments = {name: known.get(name, "i32:16") for name in _gather_kernel.arg_names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        used = compile_ahead(_gather_kernel, arguments, capability=90, **launch.options)
+    for figure, number in used.items():
+        record_property(figure, number)
+    if variant.dtype != torch.float32:
+        assert launch.programs * (used["shared"] + 1024) <= 228 * 1024
+    if variant.hot:
+        # Where registers are limited, numbers that outlive a ticket may spill.
+        assert used["spilled"] <= (0 if launch.registers is None else 128)
+        assert launch.programs * 128 * used["registers"] <= 1 << 16
+
+
+def test_the_choice_compiles():
+    known = {
+        **tile_arguments(Variant(group=4), Launch()),
+        **dict.fromkeys(("num_tiles", "heads"), "i32"),
+        "state": torch.int32,
+        "above": "fp32",
+        "FAR": 31,
+        "WIDTH": 2048,
+    }
+    arguments = {name: known[name] for name in _choose_kernel.arg_names}
+    assert compile_ahead(_choose_kernel, arguments, capability=90, num_warps=8, num_stages=2)["spilled"] == 0

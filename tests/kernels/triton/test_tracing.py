@@ -1,0 +1,238 @@
+"""What compilers see of the Triton operators: kernels, not opaque calls; nothing cloned; no length pinned. No GPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import detect_fake_mode
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._inductor.fx_passes import reinplace
+from torch._inductor.virtualized import V
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import infllm_pass
+from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
+from infllm_pass.kernels.triton.prefill.scattered import persistent
+from infllm_pass.lowering.inductor import mutation_cache
+from infllm_pass.lowering.ops import checks, opaque
+from tests.lowering.ops.test_checks import TILED
+from tests.support.triton_device import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter traces nothing")
+
+LENGTHS = [64, 65, 100, 127, 128, 1000, 4096, 8191, 131072, 1 << 20]
+KERNELS = {"fw": 5, "bw": 10}
+"""Kernels of a forward and of a backward, at least."""
+
+STAGE = torch.ops.infllm.attend_tiles.default
+
+
+class _Traced(Exception):
+    """Raised instead of running a graph of kernels without a GPU."""
+
+
+class Driver:
+    """As much of a Triton driver as reading a kernel's source needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _sm_90(monkeypatch):
+    """Triton compiles for an H100 that is not there, and CPU tensors stand for CUDA tensors."""
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(checks, "_refusal", lambda *_: None)
+
+
+class Recorder:
+    """A backend that traces forward and backward, keeps the graphs and the guards on sizes, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, torch.fx.GraphModule] = {}
+        self.guards: list = []
+        # Inductor's partitioner, which merges equal calls: of allocations too.
+        self.compile = aot_autograd(
+            fw_compiler=self._keep("fw"),
+            bw_compiler=self._keep("bw"),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    def _keep(self, name):
+        def compiler(module, _example_inputs):
+            self.graphs[name] = module
+            self.guards = [g.expr for g in torch._guards.TracingContext.get().fake_mode.shape_env.guards]
+
+            def run(*_):
+                raise _Traced
+
+            return make_boxed_func(run)
+
+        return compiler
+
+
+def trace(function, *inputs, sparsified=False) -> Recorder:
+    recorder = Recorder()
+    compiled = torch.compile(function, backend=recorder.compile, fullgraph=True)
+    if sparsified:
+        compiled = infllm_pass.sparsify(compiled, TILED)
+    with pytest.raises(_Traced):
+        compiled(*inputs)
+    return recorder
+
+
+def packed_heads(length=100):
+    """Queries, keys and values of one dynamic length, differentiable."""
+    x = torch.randn(1, 10, length, 16, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 2)
+    return x
+
+
+def attend(x):
+    q, k, v = x.split([6, 2, 2], 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def call(**arguments):
+    def function(x, *tensors):
+        q, k, v = x.split([6, 2, 2], 1)
+        named = dict(zip(arguments.get("named", ()), tensors, strict=True))
+        others = {name: value for name, value in arguments.items() if name != "named"}
+        return infllm_pass.switchable_attention(q, k, v, TILED, **others, **named)
+
+    return function
+
+
+def key_mask(length=100):
+    mask = torch.ones(1, length, dtype=torch.bool)
+    torch._dynamo.mark_dynamic(mask, 1)
+    return mask
+
+
+CASES = {
+    "rewritten": (attend, [], True),
+    "padded, window": (call(named=("key_mask",), window=40), [key_mask()], False),
+    "device offset": (call(named=("offset",)), [torch.tensor([0], dtype=torch.int32)], False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("gathered", [False, True], ids=["", "gathering offered"])
+def test_compilers_see_kernels_that_write_only_their_results(case, gathered, caplog, monkeypatch):
+    """And one graph serves all lengths; Inductor writes in place: block selection reads past the compressed keys."""
+    if gathered:
+        monkeypatch.setattr(persistent, "gather_launch", lambda *_: MEASURED_GATHERING)
+    function, tensors, sparsified = CASES[case]
+    with caplog.at_level(logging.WARNING):
+        recorder = trace(function, packed_heads(), *tensors, sparsified=sparsified)
+    assert "identify_mutated_tensors" not in caplog.text
+    for name, module in recorder.graphs.items():
+        assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
+        kernels = kernels_of(module)
+        assert len(kernels) >= KERNELS[name] + 2 * (gathered and name == "fw")
+        written = {argument for node in kernels for argument in node.kwargs["tensors_to_clone"]}
+        assert not written & {"q", "k", "v", "grad_out", "key_mask", "offsets"}, name
+        write_in_place(module.graph)
+        assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels], name
+    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
+    for length in LENGTHS:
+        sizes = dict.fromkeys(symbols, length)
+        assert all(bool(guard.subs(sizes)) for guard in recorder.guards), length
+
+
+@pytest.mark.parametrize("packaged", [False, True], ids=["", "packaged"])
+def test_a_stage_whose_options_would_be_dropped_is_called(packaged, monkeypatch):
+    """As an operator that launches at once; a graph that runs without Python has the kernels."""
+    monkeypatch.setattr(opaque, "recording_drops_options", lambda *_: True)
+    with V.set_aot_compilation(packaged):
+        recorder = trace(attend, packed_heads(), sparsified=True)
+    called = [name for name, module in recorder.graphs.items() for node in module.graph.nodes if node.target is STAGE]
+    assert called == ([] if packaged else ["fw"])
+    assert len(kernels_of(recorder.graphs["fw"])) == KERNELS["fw"] - len(called)
+    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
+    for length in LENGTHS:
+        assert all(bool(guard.subs(dict.fromkeys(symbols, length))) for guard in recorder.guards), length
+
+
+def kernels_of(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return list(module.graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional))
+
+
+def write_in_place(graph: torch.fx.Graph) -> None:
+    """Inductor's pass that finds out which results need no copy first."""
+    fakes = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    with V.set_fake_mode(detect_fake_mode(fakes)):
+        reinplace.canonicalize_view_scatter_ops(graph)
+        reinplace.reinplace_inplaceable_ops_core(graph)
+
+
+def two_layers(x):
+    for _ in range(2):
+        out = attend(x)
+        x = torch.cat([out, out[:, :4]], 1)
+    return x
+
+
+def test_a_kernel_is_read_once_for_all_layers(monkeypatch):
+    """And says the same of the second layer as of the first."""
+    read = []
+
+    def remembering(reader):
+        def count(kernel, arguments, descriptors):
+            read.append(kernel.fn.__name__)
+            return reader(kernel, arguments, descriptors)
+
+        return original(count)
+
+    original = mutation_cache._remembering
+    monkeypatch.setattr(mutation_cache, "_remembering", remembering)
+    trace(attend, packed_heads(), sparsified=True)
+    once = read.copy()
+    read.clear()
+    recorder = trace(two_layers, packed_heads(), sparsified=True)
+    assert len(once) >= sum(KERNELS.values())
+    assert read == once
+    first, second = (kernels_of(recorder.graphs["fw"])[part] for part in (slice(0, 5), slice(5, 10)))
+    for one, other in zip(first, second, strict=True):
+        assert one.kwargs["tensors_to_clone"] == other.kwargs["tensors_to_clone"]
+
+
+def test_what_was_read_of_a_kernel_holds_for_the_same_types_and_numbers():
+    calls = []
+    read = mutation_cache._remembering(lambda kernel, arguments, _: calls.append(arguments) or len(calls))
+    half, single = (torch.empty(2, dtype=dtype) for dtype in (torch.float16, torch.float32))
+    kernel, other = object(), object()
+    assert read(kernel, {"x": half, "SIZE": 1}, {}) == 1
+    assert read(kernel, {"SIZE": 1, "x": torch.empty(5, dtype=torch.float16)}, {}) == 1
+    for number, (asked, arguments, descriptors) in enumerate(
+        [
+            (kernel, {"x": single, "SIZE": 1}, {}),
+            (kernel, {"x": half, "SIZE": 2}, {}),
+            (kernel, {"x": half, "SIZE": True}, {}),
+            (other, {"x": half, "SIZE": 1}, {}),
+            (kernel, {"x": half, "SIZE": 1}, {"x": "a descriptor"}),
+            (kernel, {"x": half, "SIZE": [1]}, {}),
+            (kernel, {"x": half, "SIZE": [1]}, {}),
+        ],
+        start=2,
+    ):
+        assert read(asked, arguments, descriptors) == number
+
+
+def test_sizes_that_a_compiler_made_dynamic_become_numbers():
+    """Heads, head dimension and every number of the configuration, with ``dynamic=True``."""
+    recorder = Recorder()
+    compiled = torch.compile(infllm_pass.switchable_attention, backend=recorder.compile, dynamic=True, fullgraph=True)
+    q, k, v = (torch.randn(2, heads, 100, 16, requires_grad=True) for heads in (6, 2, 2))
+    with pytest.raises(_Traced):
+        compiled(q, k, v, TILED, window=40, offset=0)
+    assert len(kernels_of(recorder.graphs["fw"])) >= KERNELS["fw"]

@@ -1,0 +1,14 @@
+"""A bounded run of `cache_fuzz`."""
+
+from __future__ import annotations
+
+import pytest
+
+import infllm_pass
+from tests.support.cache_fuzz import fuzz
+
+
+@pytest.mark.parametrize(("growing", "sequences"), [(False, 60), (True, 30)], ids=["static", "growing"])
+def test_sequences_of_operations_give_what_recomputation_gives(growing, sequences):
+    sites = infllm_pass.report(fuzz(sequences, growing=growing).model).sites
+    assert {site.cache_state for site in sites} >= {"carried", "recomputed"}

@@ -1,0 +1,249 @@
+"""The decode operator on the CPU, in C++ and in torch operators: every step equals the oracle on the whole prefix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._inductor import exc
+from torch._inductor.codecache import CppCodeCache
+
+from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UncompiledKernelWarning
+from infllm_pass.kernels.cpu import native
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering.ops import decode_cpu
+from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from tests.support.decode_support import SMALL, Cache
+
+ODD = {
+    "group 1": {"group": 1},
+    "group 3": {"group": 3},
+    "group 7, one head": {"group": 7, "heads": 1},
+    "dims 24 and 40": {"dim": 24, "value_dim": 40},
+    "dims 64 and 128": {"dim": 64, "value_dim": 128},
+    "exact": {"geometry": replace(SMALL, lse="exact")},
+    "blocks of 8": {"geometry": replace(SMALL, block_size=8, selected_blocks=6)},
+    "long windows": {"geometry": replace(SMALL, kernel_size=32, selected_blocks=5)},
+    "windows side by side": {"geometry": replace(SMALL, kernel_size=4)},
+    "windows that reach ahead": {"geometry": replace(SMALL, kernel_size=64)},
+    "no first block": {"geometry": replace(SMALL, init_blocks=0, local_blocks=2, selected_blocks=5)},
+    "sliding window": {"window": 100},
+    "narrow sliding window": {"window": 5},
+    "dense sliding window": {"window": 30, "dense_len": 1000},
+    "shared by 16": {"geometry": replace(SMALL, query_block=16)},
+    "shared by 64": {"geometry": replace(SMALL, query_block=64)},
+    "equal scores": {"level": True},
+    "tokens first": {"token_first": True},
+    "compressed keys of a slot together": {"slot_first": True},
+    "float64": {"dtype": torch.float64},
+    "holes": {"holes": 0.3},
+    "holes, tokens first": {"holes": 0.3, "token_first": True},
+    "holes, dense": {"holes": 0.3, "dense_len": 1000},
+    "holes, sliding window": {"holes": 0.8, "window": 70},
+    "holes, shared by 16": {"holes": 0.3, "geometry": replace(SMALL, query_block=16)},
+    "no key is seen": {"holes": 1.1},
+}
+
+
+def operator(*arguments):
+    *tensors, geometry = arguments
+    return decode_cpu.decode_attention(*tensors, *selection_arguments(geometry))
+
+
+@pytest.fixture
+def in_c_plus_plus(monkeypatch):
+    """Whether the kernel in C++ computed, call by call."""
+    calls, plain = [], native.decode_attention
+    monkeypatch.setattr(native, "decode_attention", lambda *a, **k: calls.append(plain(*a, **k)) or calls[-1])
+    return calls
+
+
+@pytest.fixture
+def in_operators(monkeypatch):
+    monkeypatch.setattr(native, "decode_attention", lambda *_, **__: False)
+
+
+@pytest.mark.parametrize("sizes", ODD.values(), ids=ODD)
+def test_steps_equal_the_oracle(sizes, in_c_plus_plus):
+    cache = Cache(operator, [120, 77], **sizes)
+    cache.grow(1, 1, 5, 1, 16, 1)
+    assert set(in_c_plus_plus) == {cache.dtype != torch.float64}
+
+
+@pytest.mark.usefixtures("in_operators")
+@pytest.mark.parametrize("sizes", ODD.values(), ids=ODD)
+def test_steps_in_torch_operators_equal_the_oracle(sizes):
+    cache = Cache(operator, [120, 77], **sizes)
+    cache.grow(1, 1, 5, 1, 16, 1)
+
+
+@pytest.mark.parametrize("dense_len", [0, 2000, 5000])
+@pytest.mark.parametrize("shared", [1, 16])
+def test_what_is_cut_into_parts(dense_len, shared, in_c_plus_plus):
+    """More windows, and more visited keys, than one task of the kernel in C++ takes."""
+    geometry = replace(SMALL, selected_blocks=60, query_block=shared)
+    cache = Cache(operator, [2500, 1700], [0, 33], capacity=2600, geometry=geometry, dense_len=dense_len)
+    cache.grow(1, 5, 1)
+    assert set(in_c_plus_plus) == {True}
+
+
+def test_features_that_are_not_adjacent(in_c_plus_plus):
+    given = arguments()
+    turned = [x.mT.contiguous().mT for x in given[:3]]
+    state = [x.clone() for x in given[3:6]]
+    expected = decode_cpu.decode_attention(*given)
+    got = decode_cpu.decode_attention(*turned, *state, *given[6:])
+    torch.testing.assert_close(got, expected)
+    got = decode_cpu.decode_attention(turned[0], *given[1:])
+    torch.testing.assert_close(got, expected)
+    assert in_c_plus_plus == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (exc.InvalidCxxCompiler(), "No working C\\+\\+ compiler"),
+        (exc.CppCompileError(["g++", "-x"], "out of memory"), "C\\+\\+ compile error"),
+        (OSError("cannot open shared object file"), "cannot open shared object file"),
+    ],
+)
+def test_without_a_compiler_torch_operators_run_and_say_so_once(monkeypatch, error, reason):
+    def fail(_code):
+        raise error
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    native._library.cache_clear()
+    try:
+        with pytest.warns(UncompiledKernelWarning, match=f"{reason}.*; install g\\+\\+") as warned:
+            Cache(operator, [64]).grow(1, 1, 3)
+        assert len(warned) == 1
+    finally:
+        native._library.cache_clear()
+
+
+def test_a_cache_grows_key_by_key_from_nothing_across_dense_len():
+    Cache(operator, [0, 9, 30], starts=[0, 9, 17], dense_len=50, heads=1).grow(*[1] * 80)
+
+
+def test_half_precision():
+    for dtype in (torch.bfloat16, torch.float16):
+        Cache(operator, [64], dtype=dtype).grow(1, 1, 3, bound=1e-2)
+
+
+def test_queries_before_the_first_key_give_nothing():
+    cache = Cache(operator, [0, 3, 40], starts=[0, 3, 40])
+    q = cache.append(7)
+    cache.lengths = [0, 5, 47]
+    cache.check(q)
+
+
+def test_state_is_the_same_however_it_came_about():
+    cache = Cache(operator, [0, 20], starts=[0, 7])
+    for _ in range(100):
+        cache.attend(cache.append(1))
+    grown = [tensor.clone() for tensor in cache.state]
+    cache.forget()
+    cache.check(torch.randn(2, 4, 1, 16))
+    for mine, before in zip(cache.state, grown, strict=True):
+        torch.testing.assert_close(mine, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("again", [1, 3, 30])
+def test_a_cache_that_was_cut_back_is_noticed(again):
+    cache = Cache(operator, [100, 90])
+    cache.grow(1)
+    cache.crop(25)
+    cache.grow(again, 1)
+
+
+def test_random_operations():
+    torch.manual_seed(3)
+    for _ in range(10):
+        starts = torch.randint(0, 30, (3,)).tolist()
+        cache = Cache(operator, [start + int(torch.randint(0, 90, ())) for start in starts], starts, dense_len=70)
+        for _ in range(8):
+            if torch.rand(()) < 0.2:
+                cache.crop(int(torch.randint(1, 40, ())))
+            elif torch.rand(()) < 0.2:
+                cache.forget()
+            if max(cache.lengths) < 140:
+                cache.grow(int(torch.randint(1, 10, ())))
+
+
+def arguments(**changes):
+    geometry = changes.pop("geometry", SMALL)
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 8)
+    k1, k2, filled = decode_cpu.new_state(k, geometry)
+    given = {"q": q, "k": k, "v": v, "k1": k1, "k2": k2, "filled": filled}
+    given |= {"lengths": torch.tensor([60, 50]), "starts": None, "key_mask": None}
+    given |= {"window": None, "scale": 0.25, "dense_len": 0}
+    assert not set(changes) - set(given)
+    return (*(given | changes).values(), *selection_arguments(geometry))
+
+
+BAD = {
+    "rank": ({"q": torch.zeros(2, 4, 16)}, ShapeError, "q has shape"),
+    "dtype": ({"v": torch.zeros(2, 2, 64, 8).half()}, DtypeError, "q is torch.float32 and v is torch.float16"),
+    "more queries than slots": ({"q": torch.zeros(2, 4, 65, 16)}, ShapeError, "raise the cache's capacity"),
+    "no query": ({"q": torch.zeros(2, 4, 0, 16)}, ShapeError, "at least one token"),
+    "short k1": ({"k1": torch.zeros(2, 2, 14, 16)}, ShapeError, "k1 has shape .*at least 15, .*make a new state"),
+    "short k2": ({"k2": torch.zeros(2, 2, 2, 16)}, ShapeError, "k2 has shape .*at least 3"),
+    "k1 of another batch": ({"k1": torch.zeros(3, 2, 15, 16)}, ShapeError, "k1 has shape"),
+    "k1 dtype": ({"k1": torch.zeros(2, 2, 15, 16).half()}, DtypeError, "k1 is torch.float16 and k torch.float32"),
+    "k1 device": ({"k1": torch.zeros(2, 2, 15, 16, device="meta")}, DeviceError, "k1 is on meta"),
+    "k1 strides": ({"k1": torch.zeros(2, 2, 16, 15).transpose(2, 3)}, ShapeError, "k1 has strides"),
+    "filled dtype": ({"filled": torch.zeros(2).long()}, DtypeError, "filled is torch.int64: expected torch.int32"),
+    "filled shape": ({"filled": torch.zeros(1).int()}, ShapeError, r"filled has shape \(1,\).*one number a row, \[2\]"),
+    "filled strides": ({"filled": torch.zeros(4).int()[::2]}, ShapeError, "filled has stride 2"),
+    "lengths dtype": ({"lengths": torch.zeros(2)}, DtypeError, "lengths is torch.float32"),
+    "lengths shape": ({"lengths": torch.tensor(3)}, ShapeError, r"lengths has shape \(\): expected one number, \[1\]"),
+    "lengths of three": ({"lengths": torch.zeros(3).int()}, ShapeError, r"one a row, \[2\]"),
+    "lengths device": ({"lengths": torch.zeros(2, device="meta").int()}, DeviceError, "lengths is on meta"),
+    "starts shape": ({"starts": torch.zeros(2, 1).int()}, ShapeError, "starts has shape"),
+    "key_mask dtype": ({"key_mask": torch.ones(2, 64)}, DtypeError, "key_mask is torch.float32: expected torch.bool"),
+    "key_mask shape": ({"key_mask": torch.ones(2, 63).bool()}, ShapeError, r"key_mask has shape .* = \[2, 64\]"),
+    "key_mask device": (
+        {"key_mask": torch.ones(2, 64, device="meta").bool()},
+        DeviceError,
+        "key_mask is on meta and q on cpu",
+    ),
+    "window": ({"window": 0}, ShapeError, "window=0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_refused_before_anything_is_written(case):
+    changes, error, message = BAD[case]
+    given = arguments(**changes)
+    for state in given[3:6]:
+        state.fill_(7)
+    with pytest.raises(error, match=message):
+        decode_cpu.decode_attention(*given)
+    assert all(bool((state == 7).all()) for state in given[3:6] if state.device.type == "cpu")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_opcheck(padded):
+    changes = {"starts": torch.tensor([0, 9]), "key_mask": torch.rand(2, 64) < 0.8} if padded else {}
+    torch.library.opcheck(decode_cpu.decode_attention, arguments(**changes))
+
+
+def test_a_compiled_step_writes_the_state():
+    numbers = (None, None, None, 0.25, 0, *selection_arguments(SMALL))
+
+    def step(*tensors):
+        return decode_cpu.decode_attention(*tensors, *numbers)
+
+    given = arguments()[:7]
+    expected = [tensor.clone() for tensor in given]
+    result = step(*expected)
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
+    for mine, other in zip((*actual, given[5]), (*result, expected[5]), strict=True):
+        assert torch.equal(mine, other)
+    assert given[5].tolist() == [60, 50]
+
+
+def test_the_default_geometry_at_length():
+    cache = Cache(operator, [8300], geometry=BlockGeometry(), capacity=8400, group=3, dim=64, value_dim=64, scale=0.125)
+    cache.grow(1, 2, bound=2e-5)

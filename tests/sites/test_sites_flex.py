@@ -1,0 +1,77 @@
+"""The flex_attention operator: its mask function is read as a mask, its score function as a scale or a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from tests.sites.test_sites_handwritten import ALWAYS, COVERING, capture, compiled, oracle, run, run_pass
+from tests.support.common import count_calls, relative_error
+
+SCALE = 8**-0.5
+
+
+def qkv(heads_kv=2, length=57):
+    """In float32: flex attention itself computes in no more."""
+    return tuple(torch.randn(3, heads, length, 8) for heads in (6, heads_kv, heads_kv))
+
+
+def causal(batch, head, query, key):
+    return query >= key
+
+
+def attend(q, k, v, *, mask=causal, **options):
+    blocks = None if mask is None else create_block_mask(mask, None, None, q.shape[2], k.shape[2], device="cpu")
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True, **options)
+
+
+SWITCHABLE = {
+    "causal": lambda q, k, v: attend(q, k, v),
+    "scale": lambda q, k, v: attend(q, k, v, scale=SCALE),
+    "scale as a score function": lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s * SCALE, scale=1.0),
+}
+
+
+@pytest.mark.parametrize("form", SWITCHABLE)
+def test_causal_masks_are_rewritten(form):
+    q, k, v = qkv()
+    expected = {COVERING: SWITCHABLE[form](q, k, v), ALWAYS: oracle(q, k, v)}
+    for config, wanted in expected.items():
+        torch._dynamo.reset()
+        module = capture(SWITCHABLE[form], q, k, v)
+        (row,) = run_pass(module, config).sites
+        assert (row.decision, row.key_shape[1]) == ("switchable", 2), row.explanation
+        assert count_calls(module, torch.ops.higher_order.flex_attention) == 0
+        assert relative_error(run(module, (q, k, v)), wanted) < 1e-5
+
+
+def noncausal(batch, head, query, key):
+    return query <= key
+
+
+REFUSED = {
+    "no mask": (lambda q, k, v: attend(q, k, v, mask=None), "BIDIRECTIONAL"),
+    "other mask": (lambda q, k, v: attend(q, k, v, mask=noncausal), None),
+    "soft cap": (lambda q, k, v: attend(q, k, v, score_mod=lambda s, *_: torch.tanh(s / 5) * 5), "SOFT_CAP"),
+    "bias": (lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i)), "ADDITIVE_BIAS"),
+    "log-sum-exp": (lambda q, k, v: attend(q, k, v, return_lse=True), "RETURNED_WEIGHTS"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_functions_stay_as_they_were(case):
+    function, reason = REFUSED[case]
+    module = capture(function, *qkv())
+    before = str(module.graph)
+    (row,) = run_pass(module, ALWAYS).sites
+    assert row.decision == "dense"
+    assert reason in (None, row.reason), row.explanation
+    assert str(module.graph) == before
+
+
+def test_a_rewritten_model_runs():
+    q, k, v = qkv(heads_kv=6)
+    out, (row,) = compiled(attend, COVERING, q, k, v)
+    assert row.decision == "switchable"
+    assert relative_error(out, attend(q, k, v)) < 1e-5

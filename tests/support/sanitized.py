@@ -1,0 +1,153 @@
+"""Every kernel of prefill, training and decoding once, on odd sizes, for compute-sanitizer; see ``make sanitize``.
+
+``python -m tests.support.sanitized [part of a case's name ...]`` runs every case, or those that match; the cases of
+decoding are named ``decode``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from infllm_pass import SparseAttentionConfig, switchable_attention
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
+from infllm_pass.kernels.triton.prefill import attention
+from infllm_pass.kernels.triton.prefill.scattered import persistent
+from infllm_pass.lowering.ops.decode_cpu import new_state
+from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
+
+CONFIG = SparseAttentionConfig(
+    kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, init_blocks=1, dense_len=0
+)
+FINE = SparseAttentionConfig(
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, init_blocks=1, dense_len=0
+)
+
+GEOMETRY = BlockGeometry(init_blocks=1, local_blocks=2, selected_blocks=6)
+DENSE_LEN = 600
+
+
+@dataclass(frozen=True)
+class Case:
+    """Heads and sizes of a call; level: queries are zero, so that all scores are equal."""
+
+    heads_q: int
+    heads_kv: int
+    dim: int
+    length: int = 777
+    config: SparseAttentionConfig = field(default=CONFIG)
+    gathered: bool = False
+    level: bool = False
+
+
+CASES = {
+    "G=4": Case(8, 2, 64),
+    "G=16": Case(16, 1, 128),
+    "G=3, D=80": Case(3, 1, 80),
+    "G=4, gathered": Case(8, 2, 64, gathered=True),
+    "G=3, D=80, gathered": Case(3, 1, 80, gathered=True),
+    # Every block competes: more than a row's pieces in registers hold, so that ranking reads them from memory.
+    "G=2, equal scores": Case(4, 2, 32, length=3001, config=FINE, level=True),
+}
+
+
+@contextmanager
+def always_gathering() -> Iterator[list[bool]]:
+    """Gather whatever the data, in chunks of few tiles, so that rings of buffers come round; yields what was done."""
+    done: list[bool] = []
+
+    def gather(*arguments: Any, **named: Any) -> None:
+        original(*arguments, **named)
+        done.append(bool(arguments[7][0]))
+
+    original = attention.gather_far_blocks
+    launch = replace(MEASURED_GATHERING, above=-1.0, pool_bytes=1 << 18)
+    with (
+        mock.patch.object(persistent, "gather_launch", return_value=launch),
+        mock.patch.object(attention, "gather_far_blocks", gather),
+    ):
+        yield done
+
+
+def run(name: str, case: Case) -> bool:
+    """Forward and backward without and with a key mask and a window; whether all went as it should."""
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, case.length, case.dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (case.heads_q, case.heads_kv, case.heads_kv)
+    )
+    if case.level:
+        q.zero_()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    key_mask = torch.ones(1, case.length, dtype=torch.bool, device="cuda")
+    key_mask[:, :5] = False
+    key_mask[:, 300:310] = False
+    well = True
+    for call in ({}, {"key_mask": key_mask}, {"window": 500}):
+        out = switchable_attention(*leaves, case.config, **call)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        torch.cuda.synchronize()
+        finite = all(bool(x.isfinite().all()) for x in (out, *grads))
+        print(f"{name} {sorted(call)}: {'finite' if finite else 'NOT FINITE'}", flush=True)
+        well &= finite
+    return well
+
+
+def attend(wanted: Callable[[str], bool]) -> bool:
+    """Forward and backward of the cases that are wanted; whether all went as it should."""
+    well = True
+    for name, case in CASES.items():
+        if not wanted(name):
+            continue
+        if not case.gathered:
+            well &= run(name, case)
+            continue
+        with always_gathering() as done:
+            well &= run(name, case)
+        if not (done and all(done)):
+            print(f"{name}: NOT GATHERED", flush=True)
+            well = False
+    return well
+
+
+def decode(name: str, case: Case) -> bool:
+    """Steps over a cache whose rows lie on both sides of ``DENSE_LEN``; whether all results are finite."""
+    torch.manual_seed(0)
+    k, v = (torch.randn(2, case.heads_kv, case.length, case.dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    state = new_state(k, GEOMETRY)
+    lengths = torch.tensor([case.length - 8, DENSE_LEN - 8], device="cuda")
+    starts = torch.tensor([3, 0], device="cuda")
+    key_mask = torch.rand(2, case.length, device="cuda") < 0.9
+    well = True
+    for count, others in ((1, (None, None, None)), (5, (starts, key_mask, None)), (1, (starts, None, 500))):
+        lengths += count
+        q = torch.randn(2, case.heads_q, count, case.dim, device="cuda", dtype=torch.bfloat16)
+        numbers = (case.dim**-0.5, DENSE_LEN, *tiled_decode_arguments(GEOMETRY))
+        out, _ = tiled_decode_attention(q, k, v, *state, lengths, *others, *numbers)
+        torch.cuda.synchronize()
+        finite = bool(out.isfinite().all())
+        print(f"{name} decode {count}: {'finite' if finite else 'NOT FINITE'}", flush=True)
+        well &= finite
+    return well
+
+
+def main(parts: list[str]) -> int:
+    def wanted(name: str) -> bool:
+        return not parts or any(part in name for part in parts)
+
+    well = attend(wanted)
+    for name, case in CASES.items():
+        if not case.gathered and not case.level and wanted(f"decode {name}"):
+            well &= decode(name, case)
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
