@@ -457,16 +457,16 @@ def test_memory_is_linear_in_the_length(place):
     """Scores of 16k tokens against all keys would take 3 GB, against compressed keys 200 MB a head."""
     script = """
 import resource, torch
-from infllm_pass.kernels import cpu
+from infllm_pass.kernels.cpu import prefill
 from infllm_pass.kernels.geometry import BlockGeometry
 q, k, v = (torch.randn(1, h, 16384, 16) for h in (3, 1, 1))
 keywords = dict(geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale=0.25, offset=0)
-cpu.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
+prefill.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
 keywords |= dict(PLACE)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-blocks = cpu.select_blocks(q, k, **keywords)
-out, lse = cpu.attention_forward(q, k, v, blocks, **keywords)
-cpu.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
+blocks = prefill.select_blocks(q, k, **keywords)
+out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+prefill.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     script = script.replace("PLACE", place)
