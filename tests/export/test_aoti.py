@@ -269,7 +269,8 @@ def test_packaging_leaves_alone_what_others_compile(tmp_path, monkeypatch):
 
     def compile_and_package(program, **_arguments):
         targets = {node.target for node in program.graph.nodes}
-        seen.append((lowering.lowerings.get(fused_op.OPERATOR), cpp_extern.OPERATOR in targets, fused_op.OPERATOR in targets))
+        called = [operator in targets for operator in (cpp_extern.OPERATOR, fused_op.OPERATOR)]
+        seen.append((lowering.lowerings.get(fused_op.OPERATOR), *called))
         raise torch._inductor.exc.InductorError(RuntimeError("no"), None)
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
