@@ -49,6 +49,31 @@ class NoAttentionSiteError(InfLLMError, RuntimeError):
     """``strict=True`` and a compiled graph has no site that became switchable."""
 
 
+class DenseSiteError(InfLLMError, RuntimeError):
+    """``strict="all"`` and a site of a compiled graph stays dense.
+
+    Attributes:
+        sites: place, reason and explanation of each of them.
+    """
+
+    def __init__(self, sites: tuple[str, ...]) -> None:
+        super().__init__(
+            f'strict="all" and {len(sites)} attention site(s) stay dense; change what the reason says, or let '
+            "filter_fn return False for those that are meant to:\n" + "\n".join(sites)
+        )
+        self.sites = sites
+
+
+class InternalError(InfLLMError, RuntimeError):
+    """``strict`` and the pass itself failed at a site; what it failed with is the cause of this error."""
+
+    def __init__(self, place: str, error: Exception) -> None:
+        super().__init__(
+            f"infllm_pass failed at {place} ({type(error).__name__}: {error}): please report it with its traceback; "
+            "strict=False leaves the site as it was"
+        )
+
+
 class MissingDependencyError(InfLLMError, ImportError):
     """An optional dependency is not installed."""
 
@@ -80,6 +105,10 @@ class UntunedDeviceWarning(UserWarning):
 
 class UncompiledKernelWarning(UserWarning):
     """A kernel in C++ cannot be compiled on this machine: torch operators take its place, correct and slower."""
+
+
+class InternalErrorWarning(UserWarning):
+    """The pass itself failed at a site, which stays as it was; the text holds the traceback."""
 
 
 class NoAttentionSiteWarning(UserWarning):

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ExportError, NoAttentionSiteError, UnsupportedModelError
+from infllm_pass.failures import CarriedError, warn_of_failures
 from infllm_pass.graph.op_table import written_arguments
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.plan.planner import SiteFilter
@@ -55,7 +56,8 @@ def export(
         NoAttentionSiteError: no site is switchable; the message says why.
         UnsupportedModelError: the object is no model that can be exported.
         ExportError: torch.export refuses it: sizes outside `dynamic_shapes`, control flow that depends on data.
-        ConfigError: the configuration is not valid.
+        ConfigError: the configuration is not valid, or `filter_fn` returned no bool.
+        Exception: whatever `filter_fn` raises.
     """
     return export_with_report(model, args, kwargs, dynamic_shapes, config, filter_fn)[0]
 
@@ -125,7 +127,15 @@ def export_with_report(
     chosen = SparseAttentionConfig.coerce(config)
     program = _functional(_program(model, args, kwargs, dynamic_shapes))
     module = copy.deepcopy(program.graph_module)
-    report = Report([run_on_export(module, chosen, branch=Branch.SPARSE, filter_fn=filter_fn)])
+    failure: Exception | None = None
+    try:
+        found = run_on_export(module, chosen, branch=Branch.SPARSE, filter_fn=filter_fn)
+    except CarriedError as carried:
+        failure = carried.error
+    if failure is not None:
+        raise failure  # outside of the handler: a user's exception keeps the context that it had
+    warn_of_failures(found, set())
+    report = Report([found])
     if not report.switchable and not _calls_operators(module):
         raise NoAttentionSiteError(f"nothing to export: no attention site is switchable\n{report}")
     return _with_module(program, module), report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -14,11 +15,19 @@ import torch
 from torch import nn
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import InfLLMError, NoAttentionSiteError, NoAttentionSiteWarning, UnsupportedModelError
+from infllm_pass.errors import (
+    ConfigError,
+    InfLLMError,
+    NoAttentionSiteError,
+    NoAttentionSiteWarning,
+    UnsupportedModelError,
+)
+from infllm_pass.failures import CarriedError, Strict, checked_strict
 from infllm_pass.frontend.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
 from infllm_pass.frontend.call_errors import misfit_of_call
 from infllm_pass.frontend.compile_settings import CompileSettings, compile_with, settings_of
 from infllm_pass.frontend.generation import generating_methods
+from infllm_pass.kv_cache.store import CacheStore
 from infllm_pass.plan.planner import SiteFilter
 from infllm_pass.rewrite.log import CompileLog
 from infllm_pass.rewrite.pipeline import Switch
@@ -34,28 +43,46 @@ class _Sides:
     """One way in which a sparsified model is compiled: its switchable side, and its dense one once that is called."""
 
     def __init__(self, handle: _Handle, settings: CompileSettings) -> None:
-        self.backend = SwitchableBackend(settings.compiler, handle.config, filter_fn=handle.filter_fn, log=handle.log)
+        self.backend = SwitchableBackend(
+            settings.compiler,
+            handle.config,
+            filter_fn=handle.filter_fn,
+            log=handle.log,
+            store=handle.store,
+            strict=handle.strict,
+        )
         self.compiled = compile_with(handle.original, self.backend, settings)
         self.switchable = _entry(self.compiled)
+        self._lock = threading.Lock()
         self._dense: Callable[..., Any] | None = None
         self._compile_dense = functools.partial(compile_dense, handle, settings)
 
     def dense(self) -> Callable[..., Any]:
         """The dense side, compiled when first called."""
-        if self._dense is None:
-            self._dense = _entry(self._compile_dense())
-        return self._dense
+        with self._lock:
+            if self._dense is None:
+                self._dense = _entry(self._compile_dense())
+            return self._dense
+
+
+class _Count(threading.local):
+    """A number that each thread counts for itself."""
+
+    value = 0
 
 
 class _Handle:
-    """What a sparsified model carries: its original, how it is compiled, and which side of `dense_mode` runs."""
+    """What a sparsified model carries: its original, how it is compiled, and which side of `dense_mode` runs.
+
+    Threads may call it, and enter and leave `dense_mode`, at the same time.
+    """
 
     def __init__(
         self,
         original: Callable[..., Any],
         settings: CompileSettings,
         config: SparseAttentionConfig,
-        strict: bool,
+        strict: Strict,
         filter_fn: SiteFilter | None,
     ) -> None:
         self.original = original
@@ -64,10 +91,12 @@ class _Handle:
         self.strict = strict
         self.filter_fn = filter_fn
         self.log = CompileLog()
-        self.calls = 0
+        self.store = CacheStore()
+        self._lock = threading.RLock()
+        self._calls = _Count()
         self._sides = _Sides(self, settings)
         self._compiled_as: tuple[dict[str, Any], _Sides] | None = None
-        self._dense_mode = False
+        self._dense_blocks = 0
         self._graphs_checked = 0
         self._warned = False
 
@@ -81,39 +110,54 @@ class _Handle:
         """The compiled original, with the pass in front of its compiler."""
         return self._sides.compiled
 
+    @property
+    def calls(self) -> int:
+        """How often this thread called the model."""
+        return self._calls.value
+
     @contextlib.contextmanager
     def dense(self) -> Iterator[None]:
-        before, self._dense_mode = self._dense_mode, True
+        """Run dense as long as any such block is open, in whatever thread."""
+        with self._lock:
+            self._dense_blocks += 1
         try:
             yield
         finally:
-            self._dense_mode = before
+            with self._lock:
+                self._dense_blocks -= 1
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._sides, args, kwargs)
 
     def compiled_as(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
         """The model compiled with other arguments of ``torch.compile``, kept until others are asked for."""
-        if self._compiled_as is None or self._compiled_as[0] != arguments:
-            _, settings = settings_of(torch.compile(self.original, **arguments))
-            settings = replace(settings, compiler=compiler_behind(settings.compiler))
-            self._compiled_as = dict(arguments), _Sides(self, settings)
-        sides = self._compiled_as[1]
+        with self._lock:
+            if self._compiled_as is None or self._compiled_as[0] != arguments:
+                _, settings = settings_of(torch.compile(self.original, **arguments))
+                settings = replace(settings, compiler=compiler_behind(settings.compiler))
+                self._compiled_as = dict(arguments), _Sides(self, settings)
+            sides = self._compiled_as[1]
         return lambda *args, **kwargs: self._run(sides, args, kwargs)
 
     def _run(self, sides: _Sides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.calls += 1
+        self._calls.value += 1
+        failure: Exception | None = None
         try:
-            result = (sides.dense() if self._dense_mode else sides.switchable)(*args, **kwargs)
+            result = (sides.dense() if self._dense_blocks else sides.switchable)(*args, **kwargs)
+        except CarriedError as carried:
+            failure = carried.error
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             explained = isinstance(error, (InfLLMError, torch.OutOfMemoryError))
             misfit = None if explained else misfit_of_call(self.original, args, kwargs)
             if misfit is None:
                 raise
             raise misfit from error
-        if self.log.next_number() != self._graphs_checked:
-            self._graphs_checked = self.log.next_number()
+        if failure is not None:
+            raise failure  # outside of the handler: a user's exception keeps the context that it had
+        added = self.log.added
+        if added != self._graphs_checked:
             self._check_sites()
+            self._graphs_checked = added
         return result
 
     def _check_sites(self) -> None:
@@ -130,8 +174,9 @@ class _Handle:
         message = f"infllm_pass found nothing to make switchable, the model runs dense: {why}"
         if self.strict:
             raise NoAttentionSiteError(message)
-        if not self._warned:
-            self._warned = True
+        with self._lock:
+            warned, self._warned = self._warned, True
+        if not warned:
             warnings.warn(message, NoAttentionSiteWarning, stacklevel=5)
 
 
@@ -150,7 +195,7 @@ def sparsify(
     model: ModelT,
     config: ConfigLike = None,
     *,
-    strict: bool = False,
+    strict: Strict = False,
     filter_fn: SiteFilter | None = None,
 ) -> ModelT:
     """Make the attention of a dense model switchable: dense for short inputs, InfLLM-V2 sparse for long ones.
@@ -164,18 +209,27 @@ def sparsify(
             ``dynamic`` and ``fullgraph`` are kept. A sparsified model is sparsified anew from its original.
         config: a `SparseAttentionConfig`, a dict of its fields, a model configuration that carries
             ``sparse_config`` (MiniCPM4), or None for the defaults.
-        strict: raise, instead of warning, when a call compiled graphs and no site became switchable.
-        filter_fn: called with each provable `AttentionSite`; return False to leave it dense.
+        strict: True: raise, instead of warning, when a call compiled graphs and no site became switchable, and when the
+            pass itself failed at a site. "all": also when any attention site of the compiled graphs stays dense, for
+            whatever reason, bidirectional ones included, unless `filter_fn` turns it down.
+        filter_fn: called with each provable `AttentionSite`, and with ``strict="all"`` with every one that was read;
+            return False to leave it dense. What it raises, the call that compiles raises.
 
     Returns:
         A compiled module (``torch._dynamo.OptimizedModule``) or function to call like the original.
 
     Raises:
-        ConfigError: the configuration is invalid.
+        ConfigError: the configuration or `strict` is invalid, or `filter_fn` is no function; at call time, if it
+            returned no bool.
         UnsupportedModelError: `model` is no module or function, or was compiled in a way that cannot be kept.
-        NoAttentionSiteError: at call time, with ``strict=True``.
+        NoAttentionSiteError: at call time, with `strict`: no site is switchable.
+        InternalError: at call time, with `strict`: the pass failed at a site, with what it raised as the cause.
+        DenseSiteError: at call time, with ``strict="all"``: a site stays dense.
     """
     chosen = SparseAttentionConfig.coerce(config)
+    strict = checked_strict(strict)
+    if filter_fn is not None and not callable(filter_fn):
+        raise ConfigError("filter_fn", filter_fn, "a function of a site, or None")
     previous = _find_handle(model)
     if previous is not None:
         original, settings = previous.original, previous.settings
@@ -264,8 +318,8 @@ def dense(model: ModelT) -> ModelT:
 def dense_mode(model: Callable[..., Any]) -> Iterator[None]:
     """Run a sparsified model dense inside the ``with`` block, for instance to evaluate it against itself.
 
-    The dense side is compiled when it is first called and kept for later blocks. The switch belongs to the
-    model, not to a thread.
+    The dense side is compiled when it is first called and kept for later blocks. The switch belongs to the model, not
+    to a thread: while any thread is inside such a block, every call of the model is dense.
 
     Args:
         model: a model that `sparsify` returned.
@@ -281,8 +335,9 @@ def report(model: Callable[..., Any] | None = None) -> Report:
     """What the pass did in the graphs compiled so far.
 
     Args:
-        model: a model that `sparsify` returned, or a module compiled with ``backend="infllm"``; None: every
-            graph that was compiled in this process through ``backend="infllm"``.
+        model: a model that `sparsify` returned, or a module compiled with ``backend="infllm"``; None: the graphs
+            that were compiled in this process through ``backend="infllm"`` and whose parameters are still there. The
+            latest `rewrite.log.MOST_GRAPHS` are remembered.
 
     Raises:
         UnsupportedModelError: the pass does not run in front of this model's compiler.
@@ -307,7 +362,7 @@ def explain(
     """Run a model once on example inputs, rewritten but not compiled, and report every attention site.
 
     Args:
-        model: a module or function, plain, compiled or sparsified (whose configuration is then used).
+        model: a module or function, plain, compiled or sparsified (whose configuration and filter are then used).
         example_inputs: positional inputs; their lengths decide the side of the switch.
         config: as for `sparsify`.
         example_kwargs: keyword inputs.
@@ -315,16 +370,24 @@ def explain(
     Raises:
         ConfigError: the configuration is invalid.
         UnsupportedModelError: `model` cannot be sparsified.
+        Exception: what the `filter_fn` of a sparsified model raises.
     """
     handle = _find_handle(model)
+    filter_fn = None
     if handle is not None:
-        original, settings = handle.original, handle.settings
+        original, settings, filter_fn = handle.original, handle.settings, handle.filter_fn
         chosen = handle.config if config is None else SparseAttentionConfig.coerce(config)
     else:
         chosen = SparseAttentionConfig.coerce(config)
         original, settings = settings_of(model)
-    backend = SwitchableBackend(_run_uncompiled, chosen)
-    compile_with(original, backend, settings)(*example_inputs, **example_kwargs)
+    backend = SwitchableBackend(_run_uncompiled, chosen, filter_fn=filter_fn)
+    failure: Exception | None = None
+    try:
+        compile_with(original, backend, settings)(*example_inputs, **example_kwargs)
+    except CarriedError as carried:
+        failure = carried.error
+    if failure is not None:
+        raise failure
     return backend.log.report()
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import ConfigError
+from infllm_pass.errors import ConfigError, DenseSiteError, InternalError
+from infllm_pass.failures import CarriedError, Strict, warn_of_failures
 from infllm_pass.frontend.compile_settings import bound_compiler
 from infllm_pass.graph.subgraphs import held_tensors
 from infllm_pass.kv_cache.static import CacheInputs, may_read_a_cache
@@ -27,8 +28,16 @@ from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misf
 CompiledGraph = Callable[..., Any]
 Compiler = Callable[..., CompiledGraph]
 
-NAMED_BACKEND_LOG = CompileLog()
+NAMED_BACKEND_LOG = CompileLog(forgets_dead=True)
 """Graphs compiled through ``backend="infllm"``, which Dynamo knows by name and of which there is one."""
+
+NAMED_BACKEND_STORE = CacheStore()
+"""The states of caches for the same backend.
+
+Dynamo tells it graphs and not models. One store for all of them lets the graphs of a prompt and of a step share what
+they keep; models that decode from one cache may share it too, since a state depends on nothing but what the cache
+holds, the form of its keys and the block geometry.
+"""
 
 
 class SwitchableBackend:
@@ -40,6 +49,8 @@ class SwitchableBackend:
         switch: how the sides of the switch are chosen.
         filter_fn: sites for which it returns False stay dense.
         log: where the reports of compiled graphs go.
+        store: the states of caches, for backends that compile the graphs of one model; None: a store of its own.
+        strict: what raises, see `failures.refuse`.
     """
 
     def __init__(
@@ -50,17 +61,24 @@ class SwitchableBackend:
         switch: Switch = Switch.BY_LENGTH,
         filter_fn: SiteFilter | None = None,
         log: CompileLog | None = None,
+        store: CacheStore | None = None,
+        strict: Strict = False,
     ) -> None:
         self.compiler = compiler
         self.config = config
         self.switch = switch
         self.filter_fn = filter_fn
         self.log = CompileLog() if log is None else log
-        self.store = CacheStore()
+        self.store = CacheStore() if store is None else store
+        self.strict = strict
         self.__name__ = "infllm"
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
-        """Rewrite and compile one graph; the contract of a Dynamo backend."""
+        """Rewrite and compile one graph; the contract of a Dynamo backend.
+
+        Raises:
+            CarriedError: with what `filter_fn` raised, or what ``strict`` does not allow.
+        """
         held = held_tensors(module, example_inputs)
         original = module
         if held.tensors or may_read_a_cache(module.graph):
@@ -70,16 +88,21 @@ class SwitchableBackend:
         if misfit is not None:
             return RefusedGraph(misfit)
         caches = CacheInputs(self.config.geometry)
-        report = run_pass(
-            module,
-            self.config,
-            switch=self.switch,
-            filter_fn=self.filter_fn,
-            number=self.log.next_number(),
-            held=held,
-            caches=caches,
-        )
+        try:
+            report = run_pass(
+                module,
+                self.config,
+                switch=self.switch,
+                filter_fn=self.filter_fn,
+                number=self.log.new_number(),
+                held=held,
+                caches=caches,
+                strict=self.strict,
+            )
+        except (InternalError, DenseSiteError) as error:
+            raise CarriedError(error) from error
         self.log.add(report, original)
+        warn_of_failures(report, self.log.warned)
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
         checks = take_checks(module, len(example_inputs))
@@ -125,7 +148,8 @@ def infllm(
         ConfigError: a field of the configuration is invalid, or the compiler behind is this backend.
     """
     config, compiler = _split_options(mode, options)
-    return SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG)(module, example_inputs)
+    backend = SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG, store=NAMED_BACKEND_STORE)
+    return backend(module, example_inputs)
 
 
 def _split_options(

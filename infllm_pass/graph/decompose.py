@@ -6,6 +6,7 @@ before the call, whose place they take. If the attention among them is not rewri
 
 from __future__ import annotations
 
+import logging
 import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from infllm_pass.graph.facts import example_of
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.graph.subgraphs import fake_mode_of
+
+logger = logging.getLogger("infllm_pass")
+
+UNTRACED = "infllm_untraced"
+"""Key of a call's ``meta``: why it could not be spelled out, for people."""
 
 _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -72,15 +78,19 @@ def _is_composite(node: fx.Node) -> bool:
 
 
 def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
-    """Spell out one call; None where it cannot be traced by itself, and stays a call."""
+    """Spell out one call; None where it cannot be traced by itself, and stays a call that says why."""
     inputs = call.all_input_nodes
     try:
         traced = _trace(call, inputs)
-    except Exception:
+    except Exception as error:  # whatever the function raises for these arguments, the model's own call may not
+        logger.debug("%s could not be traced by itself", call.name, exc_info=True)
+        call.meta[UNTRACED] = f"{type(error).__name__}: {error}"
         return None
     results: Any = next(node.args[0] for node in traced.graph.nodes if node.op == "output")
     asked = [results[held.args[1]] for held in call.users]
-    if None in asked or any(node.op == "get_attr" for node in traced.graph.nodes):
+    constants = [node.name for node in traced.graph.nodes if node.op == "get_attr"]
+    if None in asked or constants:
+        call.meta[UNTRACED] = f"it makes constants ({', '.join(constants)})" if constants else "a used result is None"
         return None
     copies: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(call):

@@ -1,9 +1,9 @@
 """Running a graph that keeps compressed keys of its caches: whose they are, and when they are void.
 
-The state of a cache belongs to the sparsified model and lives as long as the tensor. It is void, which costs
-compressing the cache anew and nothing else, when anybody but this model's decoding wrote to the tensor: its version
-counter tells. A cache that grows by concatenation is another tensor after every call, and its state goes with it: a
-second call from the same earlier tensor finds none.
+The state of a cache belongs to the sparsified model, or with ``backend="infllm"`` to all models compiled so, and lives
+as long as the tensor. It is void, which costs compressing the cache anew and nothing else, when anybody but their
+decoding wrote to the tensor: its version counter tells. A cache that grows by concatenation is another tensor after
+every call, and its state goes with it: a second call from the same earlier tensor finds none.
 
 CUDA graphs that Inductor records lie inside the compiled graph that is called here, so the counter is read at every
 replay. In a CUDA graph that others record around the model it is not, and every replay starts over.
@@ -11,10 +11,11 @@ replay. In a CUDA graph that others record around the model it is not, and every
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class CacheState:
         filled: int32 ``[B]``: keys of each row, from its first, whose windows are compressed.
         first: int32 ``[B]``: slot of each row's first key.
         version: the tensor's version counter after the last call; None: the keys are to be compressed anew.
+        streams: the CUDA streams that the memory is known to be used in.
     """
 
     k1: Tensor
@@ -42,6 +44,18 @@ class CacheState:
     filled: Tensor
     first: Tensor
     version: int | None = None
+    streams: set[int] = field(default_factory=set)
+
+    def use(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory, once the state is freed, from being given away before a CUDA stream is done with it.
+
+        PyTorch's allocator only knows of the stream that was current when the memory was taken. A stream is told to it
+        once; the work of one stream comes before that of another if the caller orders it, as for the cache itself.
+        """
+        if stream.cuda_stream not in self.streams:
+            for tensor in (self.k1, self.k2, self.filled, self.first):
+                tensor.record_stream(stream)
+            self.streams.add(stream.cuda_stream)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -54,15 +68,19 @@ class GrowingState(CacheState):
 
     def prefix(self, fine: int, coarse: int) -> tuple[Tensor, ...]:
         """What the graph gets for so many windows, `k1` and `k2` as ``[B, Hkv, n, D]``."""
+        before = self.k1, self.k2
         self.k1, self.k2 = with_room(self.k1, fine), with_room(self.k2, coarse)
+        if self.k1 is not before[0] or self.k2 is not before[1]:
+            self.streams.clear()  # of other memory
         views = (memory[:slots].permute(1, 2, 0, 3) for memory, slots in ((self.k1, fine), (self.k2, coarse)))
         return *views, self.filled, self.first
 
 
 class CacheStore:
-    """The states of all caches that a model decoded from, as long as these live."""
+    """The states of all caches that a model decoded from, as long as these live. Threads may share one."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._states: MutableMapping[Tensor, dict[Any, CacheState]] = WeakTensorKeyDictionary()
         self._growing: MutableMapping[Tensor, dict[Any, GrowingState]] = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
@@ -72,7 +90,8 @@ class CacheStore:
         return CacheStore()
 
     def __len__(self) -> int:
-        return sum(len(states) for kind in (self._states, self._growing) for states in kind.values())
+        with self._lock:
+            return sum(len(states) for kind in (self._states, self._growing) for states in kind.values())
 
     def state(self, cache: Tensor, spec: CacheSpec) -> CacheState:
         """The state of a cache, brought to life if there is none, and emptied if it is void.
@@ -83,14 +102,16 @@ class CacheStore:
         """
         rows = spec.rows(cache)
         place = (*_place(cache), rows, spec.keys, spec.view, spec.padded)
-        states = self._states.setdefault(_owner(cache), {})
-        state: CacheState | None = states.get((place, spec.geometry))
-        if state is None:
-            shapes = spec.state_shapes(rows)
-            fine, coarse = (torch.empty(shape, dtype=cache.dtype, device=cache.device) for shape in shapes)
-            filled, start = (torch.zeros(rows, dtype=torch.int32, device=cache.device) for _ in range(2))
-            state = states[place, spec.geometry] = CacheState(fine, coarse, filled, start)
-        elif state.version is None or state.version != self.version(cache):
+        with self._lock:
+            states = self._states.setdefault(_owner(cache), {})
+            state: CacheState | None = states.get((place, spec.geometry))
+            if state is None:
+                shapes = spec.state_shapes(rows)
+                fine, coarse = (torch.empty(shape, dtype=cache.dtype, device=cache.device) for shape in shapes)
+                filled, start = (torch.zeros(rows, dtype=torch.int32, device=cache.device) for _ in range(2))
+                state = states[place, spec.geometry] = CacheState(fine, coarse, filled, start)
+                return state
+        if state.version is None or state.version != self.version(cache):
             state.filled.zero_()
         return state
 
@@ -102,7 +123,8 @@ class CacheStore:
             spec: what the graph keeps of the cache.
         """
         past = inputs[spec.position]
-        state = self._growing.get(_owner(past), {}).pop(_growing_key(past, spec, inputs), None)
+        with self._lock:
+            state = self._growing.get(_owner(past), {}).pop(_growing_key(past, spec, inputs), None)
         if state is None:
             fine, coarse = (spec.new_memory(slots, inputs) for slots in spec.slots(inputs))
             rows, device = spec.rows(inputs), past.device
@@ -123,7 +145,8 @@ class CacheStore:
         """
         state.version = self.version(grown)
         if state.version is not None:
-            self._growing.setdefault(_owner(grown), {})[_growing_key(grown, spec, inputs)] = state
+            with self._lock:
+                self._growing.setdefault(_owner(grown), {})[_growing_key(grown, spec, inputs)] = state
 
     def version(self, cache: Tensor) -> int | None:
         """How often a tensor was written to; None for one that does not count it."""
@@ -144,8 +167,10 @@ class CacheStore:
 
     def _warn(self, message: str) -> None:
         """Warn once."""
-        if message not in self._warned:
+        with self._lock:
+            known = message in self._warned
             self._warned.add(message)
+        if not known:
             warnings.warn(message, UncountedCacheWarning, stacklevel=5)
 
 
@@ -169,6 +194,25 @@ def _growing_key(cache: Tensor, spec: GrowingCacheSpec, inputs: Sequence[Any]) -
     return *_place(cache), spec.rows(inputs), spec.keys, spec.dtype, spec.layout, spec.padded, spec.geometry
 
 
+StateT = TypeVar("StateT", bound=CacheState)
+
+
+class _Streams:
+    """The current CUDA stream of each device during one call of a graph, asked for once."""
+
+    def __init__(self) -> None:
+        self._current: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __call__(self, state: StateT) -> StateT:
+        """The state, known to be used in its device's current stream."""
+        if state.filled.is_cuda:
+            device = state.filled.device
+            if device not in self._current:
+                self._current[device] = torch.cuda.current_stream(device)
+            state.use(self._current[device])
+        return state
+
+
 class CachedGraph:
     """Calls a compiled graph with the states of its caches as its last inputs.
 
@@ -188,13 +232,14 @@ class CachedGraph:
         given: list[Tensor] = []
         static: list[tuple[CacheSpec, CacheState]] = []
         growing: list[tuple[GrowingCacheSpec, GrowingState]] = []
+        use = _Streams()
         with torch.inference_mode(False):  # states outlive the mode that they were made in
             for spec in self.specs:
                 if isinstance(spec, GrowingCacheSpec):
-                    growing.append((spec, self.store.take(inputs, spec)))
+                    growing.append((spec, use(self.store.take(inputs, spec))))
                     given += growing[-1][1].prefix(*spec.slots(inputs))
                 else:
-                    static.append((spec, self.store.state(inputs[spec.position], spec)))
+                    static.append((spec, use(self.store.state(inputs[spec.position], spec))))
                     given += static[-1][1].inputs
         for _, state in static:
             state.version = None  # in case the call fails half-way

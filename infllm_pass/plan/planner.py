@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
 
+from infllm_pass.errors import ConfigError
+from infllm_pass.failures import CarriedError
 from infllm_pass.graph.facts import same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
@@ -33,6 +35,7 @@ class SitePlan:
         detail: what was seen at this site, for people; "" when the reason says it all.
         mask: what the mask lets through, if that was proved causal.
         scale: softmax scale as a number; None until it is known.
+        error: what the pass itself failed with; None: it did not.
     """
 
     site: AttentionSite | PartialSite
@@ -40,6 +43,7 @@ class SitePlan:
     detail: str = ""
     mask: MaskPredicate | None = None
     scale: float | None = None
+    error: Exception | None = field(default=None, compare=False, repr=False)
 
     @property
     def switchable(self) -> bool:
@@ -101,12 +105,15 @@ def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tok
         view: the graph.
         filter_fn: sites for which it returns False stay dense.
         visited_tokens: keys that a sparse query visits; sites with a window no longer than this stay dense.
+
+    Raises:
+        CarriedError: see `excludes`.
     """
     interpreter = Interpreter(view.facts)
     plans = []
     for site in find_sites(view.facts):
         if isinstance(site, PartialSite):
-            plans.append(SitePlan(site, site.reason, site.detail))
+            plans.append(SitePlan(site, site.reason, site.detail, error=site.error))
         elif not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
@@ -119,7 +126,25 @@ def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tok
 
 def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
     """The plan of a site at which the pass itself failed: it stays as it was."""
-    return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}")
+    return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}", error=error)
+
+
+def excludes(filter_fn: SiteFilter | None, site: AttentionSite) -> bool:
+    """Whether the user's filter turns a site down.
+
+    Raises:
+        CarriedError: with the filter's own exception; with a `ConfigError` if it returned no bool, as a function does
+            that forgets to.
+    """
+    if filter_fn is None:
+        return False
+    try:
+        answer: object = filter_fn(site)
+    except Exception as error:
+        raise CarriedError(error) from error
+    if not isinstance(answer, bool):
+        raise CarriedError(ConfigError("filter_fn", answer, "a function that returns True or False for each site"))
+    return not answer
 
 
 def _plan_site(
@@ -143,7 +168,7 @@ def _plan_site(
     refused = _check_heads(site, proved)
     if refused is not None:
         return refused
-    if filter_fn is not None and not filter_fn(site):
+    if excludes(filter_fn, site):
         return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
     if proof.window is not None and int(proof.window) <= visited_tokens:
         seen = f"the window is {int(proof.window)} keys, and {visited_tokens} are visited"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -13,20 +17,60 @@ from infllm_pass.rewrite.report import GraphReport, Report
 
 logger = logging.getLogger("infllm_pass")
 
+MOST_GRAPHS = 512
+"""Graphs that a log remembers, the latest ones: a model that is compiled again and again must not fill the memory."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A compiled graph, and what it reads."""
+
+    report: GraphReport
+    parameters: tuple[weakref.ref[torch.Tensor], ...]
+
+    def reads(self, wanted: set[int]) -> bool:
+        """Whether the graph reads one of the parameters with these ids."""
+        return any(id(tensor) in wanted for ref in self.parameters if (tensor := ref()) is not None)
+
+    def dead(self) -> bool:
+        """Whether all parameters that the graph reads are gone, and it read some."""
+        return bool(self.parameters) and all(ref() is None for ref in self.parameters)
+
 
 class CompileLog:
-    """The reports of compiled graphs, each with weak references to the parameters its graph reads."""
+    """The reports of compiled graphs, each with weak references to the parameters its graph reads.
 
-    def __init__(self) -> None:
-        self._entries: list[tuple[GraphReport, list[weakref.ref[torch.Tensor]]]] = []
+    Threads may share one.
 
-    def next_number(self) -> int:
-        """The number that the next graph gets."""
-        return len(self._entries)
+    Args:
+        forgets_dead: whether graphs whose parameters are all gone are dropped: for a log of many models.
+        most: how many graphs are remembered.
+    """
+
+    def __init__(self, *, forgets_dead: bool = False, most: int = MOST_GRAPHS) -> None:
+        self.warned: set[str] = set()
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._added = 0
+        self._forgets_dead = forgets_dead
+        self._entries: deque[_Entry] = deque(maxlen=most)
+
+    @property
+    def added(self) -> int:
+        """How many graphs were entered so far, forgotten ones included."""
+        return self._added
+
+    def new_number(self) -> int:
+        """A number for a graph, which no other graph gets."""
+        return next(self._numbers)
 
     def add(self, report: GraphReport, module: fx.GraphModule) -> None:
         """Enter a graph; each of its sites is also logged at INFO level."""
-        self._entries.append((report, [weakref.ref(tensor) for tensor in _parameters(module)]))
+        entry = _Entry(report, tuple(weakref.ref(tensor) for tensor in _parameters(module)))
+        with self._lock:
+            self._drop_dead()
+            self._entries.append(entry)
+            self._added += 1
         for site in report.sites:
             logger.info(
                 "graph %d, site %d %s: %s, runs %s through %s %s (%s)",
@@ -41,15 +85,22 @@ class CompileLog:
             )
 
     def report(self) -> Report:
-        """All graphs."""
-        return Report([report for report, _ in self._entries])
+        """All graphs that are remembered."""
+        with self._lock:
+            self._drop_dead()
+            return Report([entry.report for entry in self._entries])
 
     def report_for(self, parameters: Iterable[torch.Tensor]) -> Report:
         """The graphs that read any of the given parameters."""
         wanted = {id(tensor) for tensor in parameters}
-        return Report(
-            [report for report, refs in self._entries if any(id(ref()) in wanted for ref in refs if ref() is not None)]
-        )
+        with self._lock:
+            return Report([entry.report for entry in self._entries if entry.reads(wanted)])
+
+    def _drop_dead(self) -> None:
+        if self._forgets_dead:
+            alive = [entry for entry in self._entries if not entry.dead()]
+            if len(alive) < len(self._entries):
+                self._entries = deque(alive, maxlen=self._entries.maxlen)
 
 
 def _parameters(module: fx.GraphModule) -> Iterable[torch.Tensor]:

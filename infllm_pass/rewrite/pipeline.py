@@ -8,12 +8,14 @@ from enum import Enum
 from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.failures import Strict, refuse
 from infllm_pass.graph.decompose import Expansion, expand_composites
 from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.kv_cache.static import CacheInputs
 from infllm_pass.masks import HeldTensors
 from infllm_pass.plan.length_guard import Branch, LengthGuard, decide_capacity, decide_length
-from infllm_pass.plan.planner import SiteFilter, SitePlan, failed, plan_graph
+from infllm_pass.plan.planner import SiteFilter, SitePlan, excludes, failed, plan_graph
+from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.report import GraphReport, SiteReport, describe_site
 from infllm_pass.rewrite.rewriter import Outcome, Rewriter
 from infllm_pass.sites import AttentionSite
@@ -35,6 +37,7 @@ def run_pass(
     number: int = 0,
     held: HeldTensors | None = None,
     caches: CacheInputs | None = None,
+    strict: Strict = False,
 ) -> GraphReport:
     """Rewrite every attention site of a Dynamo graph, and of the graphs nested in it, in place.
 
@@ -47,9 +50,14 @@ def run_pass(
         held: tensors that masks may be read from. Whoever runs the graph has to watch what was read, see `held`.
         caches: takes up the caches whose compressed keys are inputs of the rewritten graph, which whoever runs it has
             to hand over, see `cached_graph`; None: none are.
+        strict: what raises, see `failures.refuse`; sites for which `filter_fn` returns False are exempt.
 
     Returns:
         What was found and done.
+
+    Raises:
+        InternalError, DenseSiteError: see `failures.refuse`.
+        CarriedError: see `plan.excludes`.
     """
     rows: list[SiteReport] = []
 
@@ -60,9 +68,21 @@ def run_pass(
             return decide_capacity(plan.site.shape(plan.site.key)[2], config.dense_len)
         return decide_length(plan.length, config.dense_len)
 
+    plans: list[SitePlan] = []
     for plan, guard, outcome in _run(module, config, filter_fn, decide, held, caches):
         rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))
-    return GraphReport(number, tuple(rows))
+        plans.append(plan)
+    report = GraphReport(number, tuple(rows))
+    exempt = [strict == "all" and not plan.switchable and _is_excluded(plan, filter_fn) for plan in plans]
+    refuse(strict, report, [plan.error for plan in plans], exempt)
+    return report
+
+
+def _is_excluded(plan: SitePlan, filter_fn: SiteFilter | None) -> bool:
+    """Whether the user's filter turns a site down, or would if it were provable."""
+    if plan.reason is Reason.EXCLUDED:
+        return True
+    return isinstance(plan.site, AttentionSite) and excludes(filter_fn, plan.site)
 
 
 def run_on_export(
@@ -82,6 +102,9 @@ def run_on_export(
 
     Returns:
         What was found and done.
+
+    Raises:
+        CarriedError: see `plan.excludes`.
     """
     rows: list[SiteReport] = []
     if branch is None:

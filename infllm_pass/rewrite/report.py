@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from infllm_pass.failures import full_traceback
 from infllm_pass.graph.facts import example_of
 from infllm_pass.plan.length_guard import Branch, LengthGuard
 from infllm_pass.plan.planner import SitePlan
@@ -47,6 +48,7 @@ class SiteReport:
         guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
         reason: name of the `Reason`.
         explanation: why, and what would change it.
+        traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
     """
 
     graph: int
@@ -70,6 +72,7 @@ class SiteReport:
     guard_dynamic: bool
     reason: str
     explanation: str
+    traceback: str = ""
 
     def with_outcome(self, outcome: Outcome) -> SiteReport:
         """The row once the site is rewritten."""
@@ -249,6 +252,7 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         guard_dynamic=guard is not None and guard.dynamic,
         reason=plan.reason.name,
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
+        traceback="" if plan.error is None else full_traceback(plan.error),
     )
 
 

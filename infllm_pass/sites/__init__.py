@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from infllm_pass.graph.decompose import UNTRACED
 from infllm_pass.graph.facts import GraphFacts
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.reasons import Reason
@@ -21,7 +22,8 @@ def read_composite(layouts: Layouts, node: fx.Node) -> PartialSite | None:
     call = read(node)
     if call is None or call.kind is not Kind.MULTI_HEAD_ATTENTION:
         return None
-    return PartialSite(node, Reason.PARTIAL_MATCH, node, "multi_head_attention_forward, which could not be traced")
+    why = node.meta.get(UNTRACED, "its results are not read one by one")
+    return PartialSite(node, Reason.PARTIAL_MATCH, node, f"multi_head_attention_forward, not spelled out: {why}")
 
 
 _READERS = (read_fused, read_flex, read_handwritten, read_composite)
@@ -41,7 +43,7 @@ def find_sites(facts: GraphFacts) -> Iterator[AttentionSite | PartialSite]:
             try:
                 site = reader(layouts, node)
             except Exception as error:
-                yield PartialSite(node, Reason.INTERNAL, node, f"{type(error).__name__}: {error}")
+                yield PartialSite(node, Reason.INTERNAL, node, f"{type(error).__name__}: {error}", error)
                 break
             if site is not None:
                 yield site

@@ -146,12 +146,14 @@ class PartialSite(Located):
         reason: what kept it from being a site.
         stopped: the node at which reading stopped.
         reached: how far it had come, in words.
+        error: what a reader failed with; None: nothing failed.
     """
 
     node: fx.Node
     reason: Reason
     stopped: fx.Node
     reached: str
+    error: Exception | None = field(default=None, compare=False, repr=False)
 
     @property
     def detail(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -128,7 +129,8 @@ def _build(name: str, layers: int | None, mode: FakeTensorMode) -> _Target:
 
 def _call(module: str, attribute: str) -> _Target:
     """The model that ``module:callable`` gives, alone or with its inputs: a tuple, or a dict of keywords."""
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         function: Any = importlib.import_module(module)
         for part in attribute.split("."):
@@ -140,7 +142,8 @@ def _call(module: str, attribute: str) -> _Target:
             f"{module}:{attribute} gives no model: {type(error).__name__}: {''.join(first)}"
         ) from error
     finally:
-        sys.path.remove(os.getcwd())
+        with contextlib.suppress(ValueError):  # the model's module may have changed the path
+            sys.path.remove(folder)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise CheckpointError(

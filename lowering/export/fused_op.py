@@ -74,7 +74,7 @@ def switchable_attention(
 
 
 @switchable_attention.register_fake
-def _switchable_attention_fake(
+def switchable_attention_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -93,6 +93,7 @@ def _switchable_attention_fake(
     lse: str,
     query_block: int,
 ) -> Tensor:
+    """Shape, dtype and layout of what `switchable_attention` returns."""
     check_attention(q, k, v, None, key_mask)
     check_sequences(q, offsets, None, None, window)
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)

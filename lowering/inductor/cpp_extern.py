@@ -6,18 +6,17 @@ one function, which is compiled once. Inductor sees one extern kernel a site, wh
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir, lowering
+from torch._inductor import ir
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.lowering import register_lowering
 
 from infllm_pass.kernels.cpu.native import call_numbers, fixed_numbers, header
 
-from ..export.fused_op import OPERATOR
+from ..export import fused_op
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 """Dtypes of offsets."""
@@ -25,14 +24,17 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 HEADER = "switchable_attention.h"
 
 
-@contextlib.contextmanager
-def compiled_in() -> Iterator[None]:
-    """Let AOTInductor write the operator as a call of the C++ kernel, for as long as this lasts."""
-    lowering.lowerings[OPERATOR] = _lower
-    try:
-        yield
-    finally:
-        del lowering.lowerings[OPERATOR]
+packaged_attention = torch.library.custom_op(
+    "infllm::packaged_attention", fused_op.switchable_attention._init_fn, mutates_args=()
+)
+"""``infllm::switchable_attention`` under the name by which Inductor writes it as a call of the C++ kernel.
+
+An operator of its own, since an operator has one lowering in a process, whoever compiles what at the same time.
+"""
+
+packaged_attention.register_fake(fused_op.switchable_attention_fake)
+
+OPERATOR = torch.ops.infllm.packaged_attention.default
 
 
 class SwitchableAttention(ir.ExternKernelOut):
@@ -82,6 +84,7 @@ class SwitchableAttention(ir.ExternKernelOut):
         wrapper.writeline(f"{name}({', '.join(arguments)});")
 
 
+@register_lowering(OPERATOR, type_promotion_kind=None)  # type: ignore[untyped-decorator]
 def _lower(
     q: ir.TensorBox,
     k: ir.TensorBox,

@@ -7,9 +7,12 @@ of its arguments and the numbers among them: without remembering, compiling take
 
 from __future__ import annotations
 
+import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import sympy
@@ -25,25 +28,53 @@ READERS = ("identify_accessed_tensors", "identify_mutated_tensors")
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, sympy.Basic)
 
 
+Known: TypeAlias = dict[tuple[Any, ...], tuple[Any, Any]]
+
+_known: ContextVar[Known | None] = ContextVar("infllm_known_accesses", default=None)
+"""What was read so far in this thread's context; None outside of `remembered_accesses`."""
+
+_installing = threading.Lock()
+
+
 @contextmanager
 def remembered_accesses() -> Iterator[None]:
-    """Within the context PyTorch reads each kernel once for each combination of argument types."""
-    readers: dict[str, Reader] = {
-        name: getattr(triton_kernel_wrap, name) for name in READERS if hasattr(triton_kernel_wrap, name)
-    }
-    for name, reader in readers.items():
-        setattr(triton_kernel_wrap, name, _remembering(reader))
+    """Within the context PyTorch reads each kernel once for each combination of argument types.
+
+    Only the thread that entered the context remembers, nothing outlives it, and a context inside another one shares
+    what that knows. The functions put in the place of PyTorch's own stay there: outside of the context they call them.
+    """
+    _install()
+    if _known.get() is not None:
+        yield
+        return
+    token = _known.set({})
     try:
         yield
     finally:
-        for name, reader in readers.items():
-            setattr(triton_kernel_wrap, name, reader)
+        _known.reset(token)
+
+
+def _install() -> None:
+    """Put a remembering function in the place of each of PyTorch's readers, once in a process."""
+    with _installing:
+        for name in READERS:
+            reader = getattr(triton_kernel_wrap, name, None)
+            if reader is not None and not hasattr(reader, _REMEMBERS):
+                setattr(triton_kernel_wrap, name, _remembering(reader))
+
+
+_REMEMBERS = "_infllm_remembers"
+"""Attribute that marks a function made by `_remembering`."""
 
 
 def _remembering(reader: Reader) -> Reader:
-    known: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+    """A reader that remembers within `remembered_accesses`, and is `reader` outside."""
 
+    @functools.wraps(reader)
     def read(kernel: Any, arguments: dict[str, Any], descriptors: Mapping[str, Any]) -> Any:
+        known = _known.get()
+        if known is None:
+            return reader(kernel, arguments, descriptors)
         # A launch with options is an autotuner of its own around the kernel, whose first configuration is read.
         configurations = getattr(kernel, "configs", None)
         function = kernel if configurations is None else kernel.fn
@@ -51,11 +82,12 @@ def _remembering(reader: Reader) -> Reader:
         kinds = {name: _kind(value) for name, value in values.items()}
         if descriptors or None in kinds.values():
             return reader(kernel, arguments, descriptors)
-        key = (id(function), *sorted(kinds.items(), key=operator.itemgetter(0)))
+        key = (reader, id(function), *sorted(kinds.items(), key=operator.itemgetter(0)))
         if key not in known:
             known[key] = (function, reader(kernel, arguments, descriptors))  # kept: the id stays the function's
         return known[key][1]
 
+    setattr(read, _REMEMBERS, True)
     return read
 
 

@@ -26,6 +26,7 @@ from ..export.atomic_file import refuse_unwritable, written_whole
 from ..ops.checks import refused_by_tiled
 from ..ops.prefill_cpu import static_geometry
 from . import cpp_extern
+from .mutation_cache import remembered_accesses
 
 SUFFIX = ".pt2"
 
@@ -64,7 +65,10 @@ class PackageTarget:
         """
         join(program)
         options = {"aot_inductor.metadata": {RANGES: json.dumps(input_sizes(program))}}
-        with written_whole(self.path) as path, cpp_extern.compiled_in():
+        for node in program.graph.nodes:
+            if node.target is fused_op.OPERATOR:
+                node.target = cpp_extern.OPERATOR
+        with written_whole(self.path) as path, remembered_accesses():
             try:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
             except torch._inductor.exc.InductorError as error:

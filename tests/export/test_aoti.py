@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor import lowering
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import infllm_pass
 from infllm_pass.errors import DtypeError, ExportError, InputSizeError, NoAttentionSiteError
-from infllm_pass.lowering.inductor import package
+from infllm_pass.lowering.export import fused_op
+from infllm_pass.lowering.inductor import cpp_extern, mutation_cache, package
 from tests.support import ROOT
 from tests.support.common import SMALL, llama, relative_error, tokens
 
@@ -258,3 +261,38 @@ def test_files_that_are_no_packages(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"nothing")
     with pytest.raises(ExportError, match="cannot be loaded"):
         infllm_pass.load_package(tmp_path / "model.pt2")
+
+
+def test_packaging_leaves_alone_what_others_compile(tmp_path, monkeypatch):
+    """Whatever is compiled meanwhile, in another thread: Inductor's lowering of the operator is not replaced."""
+    seen = []
+
+    def compile_and_package(program, **_arguments):
+        targets = {node.target for node in program.graph.nodes}
+        called = [operator in targets for operator in (cpp_extern.OPERATOR, fused_op.OPERATOR)]
+        seen.append((lowering.lowerings.get(fused_op.OPERATOR), *called))
+        raise torch._inductor.exc.InductorError(RuntimeError("no"), None)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
+    monkeypatch.setitem(lowering.lowerings, fused_op.OPERATOR, "another's")
+    with pytest.raises(ExportError, match="no"):
+        infllm_pass.package(Plain(), (torch.randn(1, 2, 80, 16),), tmp_path / "plain.pt2", config=SMALL)
+    assert seen == [("another's", True, False)]
+    assert lowering.lowerings[fused_op.OPERATOR] == "another's"
+
+
+def test_packaging_reads_each_kernel_once(tmp_path, monkeypatch):
+    """For all layers, as compiling does."""
+    read, name = [], next(name for name in mutation_cache.READERS if hasattr(triton_kernel_wrap, name))
+    monkeypatch.setattr(triton_kernel_wrap, name, lambda kernel, *_: read.append(kernel))
+    kernel = object()
+
+    def compile_and_package(*_program, **_arguments):
+        for _ in range(2):
+            getattr(triton_kernel_wrap, name)(kernel, {"SIZE": 1}, {})
+        raise torch._inductor.exc.InductorError(RuntimeError("no"), None)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
+    with pytest.raises(ExportError, match="no"):
+        infllm_pass.package(Plain(), (torch.randn(1, 2, 80, 16),), tmp_path / "plain.pt2", config=SMALL)
+    assert read == [kernel]

@@ -19,6 +19,7 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.errors import UncountedCacheWarning
 from infllm_pass.frontend import api
+from infllm_pass.kv_cache.store import CacheState
 from tests.support.common import llama, oracle_attention, relative_error
 
 transformers = pytest.importorskip("transformers")
@@ -284,3 +285,21 @@ def test_steps_over_a_growing_cache():
     last = infllm_pass.report(model).sites[-1]
     assert (last.branch, last.kernels, last.cache_state) == ("sparse", "triton", "carried")
     assert counters["stats"]["unique_graphs"] <= 5
+
+
+def test_memory_of_a_state_is_not_given_away_while_another_stream_uses_it():
+    shapes = [(1, 2, slots, 64) for slots in (9001, 3001)]
+    state = CacheState(
+        *(torch.zeros(shape, device="cuda") for shape in shapes),
+        *(torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2)),
+    )
+    torch.cuda.synchronize()
+    taken, stream = {state.k1.data_ptr(), state.k2.data_ptr()}, torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        state.use(stream)
+        torch.cuda._sleep(2_000_000_000)
+        state.k1.add_(1)
+    del state
+    again = [torch.empty(shape, device="cuda") for shape in shapes]
+    assert not taken & {tensor.data_ptr() for tensor in again}
+    torch.cuda.synchronize()

@@ -369,3 +369,15 @@ def test_an_engine_is_built_from_a_file_beside_it(tmp_path, capsys, monkeypatch)
     assert "1 plugins" in printed
     assert "switchable" in printed
     assert (tmp_path / "tiny.onnx").exists()
+
+
+def test_explaining_a_module_that_changes_the_folder_leaves_the_path_of_modules(tmp_path, monkeypatch, run):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moving_models.py").write_text(MODULE + "\nimport os\nos.chdir('elsewhere')\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    try:
+        assert run("explain", "moving_models:build")[0] == 0
+        assert sys.path == before
+    finally:
+        sys.modules.pop("moving_models", None)

@@ -1,0 +1,95 @@
+"""Failures while a graph is rewritten: how they reach whoever called the model, and who is told of them."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from infllm_pass.errors import ConfigError, DenseSiteError, InternalError, InternalErrorWarning
+
+if TYPE_CHECKING:
+    from infllm_pass.rewrite.report import GraphReport, SiteReport
+
+Strict: TypeAlias = bool | Literal["all"]
+"""What is an error at a call: False: nothing; True: a failure of the pass; "all": any site that stays dense."""
+
+
+class CarriedError(BaseException):
+    """Carries an error through Dynamo to the call of the sparsified model, which raises it as it is.
+
+    Dynamo wraps every `Exception` of a backend in one of its own, and drops it under ``suppress_errors``.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.error = error
+
+
+def checked_strict(value: object) -> Strict:
+    """A value of ``strict``.
+
+    Raises:
+        ConfigError: it is none of True, False and "all".
+    """
+    if isinstance(value, bool) or value == "all":
+        return value
+    raise ConfigError("strict", value, "True, False or 'all'")
+
+
+def full_traceback(error: BaseException) -> str:
+    """The text that Python prints for an error nobody catches."""
+    return "".join(traceback.format_exception(error))
+
+
+def warn_of_failures(report: GraphReport, known: set[str]) -> None:
+    """Warn of the sites of a graph at which the pass itself failed, once for each place in the code.
+
+    Args:
+        report: the graph's report.
+        known: the places that were warned of so far; those of this graph are added.
+    """
+    failed: dict[str, list[SiteReport]] = {}
+    for site in report.sites:
+        if site.traceback:
+            frames = [line for line in site.traceback.splitlines() if line.startswith("  File ")]
+            failed.setdefault("\n".join(frames), []).append(site)
+    for place, sites in failed.items():
+        if place not in known:
+            known.add(place)
+            warnings.warn(
+                f"infllm_pass failed at {', '.join(map(_named, sites))} of graph {report.graph}, which stays as it "
+                f"was; please report this, with the following text:\n{sites[0].traceback}",
+                InternalErrorWarning,
+                stacklevel=3,
+            )
+
+
+def refuse(strict: Strict, report: GraphReport, errors: Sequence[Exception | None], exempt: Sequence[bool]) -> None:
+    """Refuse a rewritten graph that does not hold to ``strict``.
+
+    Args:
+        strict: what was asked for.
+        report: the graph's report.
+        errors: for each of its sites, what the pass failed with.
+        exempt: for each of them, whether the user wants it dense.
+
+    Raises:
+        InternalError: the pass failed at a site.
+        DenseSiteError: with "all", a site stays dense.
+    """
+    if not strict:
+        return
+    for site, error in zip(report.sites, errors, strict=True):
+        if error is not None:
+            raise InternalError(f"graph {report.graph}, {_named(site)}", error) from error
+    dense = [
+        site for site, excused in zip(report.sites, exempt, strict=True) if site.decision == "dense" and not excused
+    ]
+    if strict == "all" and dense:
+        raise DenseSiteError(tuple(f"graph {s.graph}, {_named(s)}: {s.reason}: {s.explanation}" for s in dense))
+
+
+def _named(site: SiteReport) -> str:
+    return f"site {site.site} {site.module or site.source}".rstrip()
