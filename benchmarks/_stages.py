@@ -13,7 +13,7 @@ from torch import Tensor
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
-from infllm_pass.kernels.triton.prefill.compress import compress_keys
+from infllm_pass.kernels.triton.prefill.compress import CompressedKeys, compress_keys
 from infllm_pass.kernels.triton.prefill.select import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileLists, TilePlan, TileShape
@@ -44,9 +44,9 @@ def select(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> Selection:
     """Compress the keys, score the blocks and choose; the tiles' tables included."""
     with launching_at_once():
         tiles = plan(q, k, config)
-        fine, coarse = compress_keys(k, tiles, geometry=config.geometry)
+        keys = compress_keys(k, tiles, geometry=config.geometry)
         lists = select_tiles(
-            *(q, fine, coarse, tiles),
+            *(q, keys, tiles),
             geometry=config.geometry,
             scale=q.shape[3] ** -0.5,
             dense_len=config.dense_len,
@@ -97,7 +97,7 @@ def backward(
     return dq, dk, dv
 
 
-def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
+def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> CompressedKeys:
     """Compressed keys alone, which `select` computes first."""
     with launching_at_once():
         return compress_keys(k, tiles, geometry=config.geometry)

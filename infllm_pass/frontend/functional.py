@@ -92,7 +92,9 @@ def switchable_attention_varlen(
         v: ``[total_k, Hkv, Dv]``.
         cu_seqlens_q: int32 ``[R + 1]`` on q's device: sequence ``r`` has queries ``cu_seqlens_q[r]`` up to
             ``cu_seqlens_q[r + 1]``.
-        cu_seqlens_k: int32 ``[R + 1]``: the same for keys.
+        cu_seqlens_k: int32 ``[R + 1]``: the same for keys. Bounds that descend or leave the tensors raise on the CPU;
+            on a GPU they raise if ``INFLLM_DEBUG_CHECKS=1`` is in the environment, which waits for the device, and
+            otherwise the result has no meaning.
         config: a `SparseAttentionConfig`, a dict of its fields, or None for the defaults.
         scale: softmax scale; None: ``D ** -0.5``.
         window: sliding window in keys, or None.

@@ -36,6 +36,29 @@ _CHUNK = 256
 
 
 @triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
+def _load_bounds(
+    bounds,
+    row,  # [CHUNK]
+    ok,  # [CHUNK]
+    least,  # the largest bound of earlier rows
+    most,
+):
+    """Where sequences begin and end, and the largest bound so far; bounds that descend, or leave `most`, are moved.
+
+    What is right stays as it is. Whatever the bounds are, sequences then neither overlap nor leave the tensors.
+    """
+    begin = tl.associative_scan(tl.load(bounds + row, mask=ok, other=0), 0, _larger)
+    begin = tl.minimum(tl.maximum(begin, least), most)
+    end = tl.minimum(tl.maximum(begin, tl.load(bounds + row + 1, mask=ok, other=0)), most)
+    return begin, end, tl.max(end, 0)
+
+
+@triton.jit
 def _sequences_kernel(
     table,
     key_bounds,  # int32: [B, 2] first and one past the last valid key; PACKED: [R + 1] cumulative key numbers
@@ -44,6 +67,7 @@ def _sequences_kernel(
     offset,
     offset_stride,
     count,
+    batch_size,
     length_q,
     length_k,
     PANEL_TOKENS: tl.constexpr,
@@ -56,15 +80,16 @@ def _sequences_kernel(
 ):
     panel_base = 0
     block_base = 0
-    for start in range(0, count, CHUNK):
+    last_key = 0
+    last_query = 0
+    for start in range(0, tl.maximum(count, 1), CHUNK):
         row = start + tl.arange(0, CHUNK)
         ok = row < count
         if PACKED:
-            flat_begin = tl.load(key_bounds + row, mask=ok, other=0)
-            flat_end = tl.load(key_bounds + row + 1, mask=ok, other=0)
+            flat_begin, flat_end, last_key = _load_bounds(key_bounds, row, ok, last_key, batch_size * length_k)
             batch = flat_begin // tl.maximum(length_k, 1)
             key_begin = flat_begin - batch * length_k
-            key_end = key_begin + flat_end - flat_begin
+            key_end = tl.minimum(key_begin + flat_end - flat_begin, length_k)
         else:
             batch = row
             if HAS_KEY_BOUNDS:
@@ -74,8 +99,7 @@ def _sequences_kernel(
                 key_begin = tl.zeros([CHUNK], tl.int32)
                 key_end = tl.where(ok, length_k, 0)
         if HAS_QUERY_BOUNDS:
-            query_begin = tl.load(query_bounds + row, mask=ok, other=0)
-            query_end = tl.load(query_bounds + row + 1, mask=ok, other=0)
+            query_begin, query_end, last_query = _load_bounds(query_bounds, row, ok, last_query, length_q)
             shift = key_end - query_end
         else:
             query_begin = tl.zeros([CHUNK], tl.int32)
@@ -90,15 +114,16 @@ def _sequences_kernel(
         last = query_end - 1 + shift - key_begin
         panels = tl.where(ok & (query_end > query_begin), last // PANEL_TOKENS - first // PANEL_TOKENS + 1, 0)
         blocks = tl.where(ok, (key_end - key_begin + BLOCK_SIZE - 1) // BLOCK_SIZE, 0)
+        there = row < tl.maximum(count, 1)  # without any sequence, an empty one
         out = table + row * TABLE_COLUMNS
-        tl.store(out + SEQ_BATCH, batch, mask=ok)
-        tl.store(out + SEQ_KEY_BEGIN, key_begin, mask=ok)
-        tl.store(out + SEQ_KEY_END, key_end, mask=ok)
-        tl.store(out + SEQ_QUERY_BEGIN, query_begin, mask=ok)
-        tl.store(out + SEQ_QUERY_END, query_end, mask=ok)
-        tl.store(out + SEQ_SHIFT, shift, mask=ok)
-        tl.store(out + SEQ_PANEL_BASE, panel_base + tl.cumsum(panels, 0) - panels, mask=ok)
-        tl.store(out + SEQ_BLOCK_BASE, block_base + tl.cumsum(blocks, 0) - blocks, mask=ok)
+        tl.store(out + SEQ_BATCH, batch, mask=there)
+        tl.store(out + SEQ_KEY_BEGIN, key_begin, mask=there)
+        tl.store(out + SEQ_KEY_END, key_end, mask=there)
+        tl.store(out + SEQ_QUERY_BEGIN, query_begin, mask=there)
+        tl.store(out + SEQ_QUERY_END, query_end, mask=there)
+        tl.store(out + SEQ_SHIFT, shift, mask=there)
+        tl.store(out + SEQ_PANEL_BASE, panel_base + tl.cumsum(panels, 0) - panels, mask=there)
+        tl.store(out + SEQ_BLOCK_BASE, block_base + tl.cumsum(blocks, 0) - blocks, mask=there)
         panel_base += tl.sum(panels, 0)
         block_base += tl.sum(blocks, 0)
 
@@ -188,6 +213,7 @@ def plan_tiles(
         offset,
         0 if offsets is None or offsets.numel() == 1 else offsets.stride(0),
         batch,
+        batch,
         length_q,
         length_k,
         PANEL_TOKENS=shape.panel_tokens,
@@ -219,7 +245,8 @@ def plan_packed_tiles(
     Args:
         shape: the tile sizes.
         cu_seqlens_k: int32 ``[R + 1]``; sequence ``r`` has keys ``cu_seqlens_k[r]`` up to ``cu_seqlens_k[r + 1]``,
-            counted through all rows of the batch; no sequence crosses a row.
+            counted through all rows of the batch; no sequence crosses a row. Bounds that descend or leave the rows
+            are moved, so that no kernel reads or writes beyond the tensors: the result then has no meaning.
         cu_seqlens_q: the same for queries, batch 1 only: the last query of a sequence stands at its last key.
             None: query ``i`` of a row stands at key ``offset + i``.
         batch: rows.
@@ -229,7 +256,7 @@ def plan_packed_tiles(
         offset: see `cu_seqlens_q`.
     """
     count = cu_seqlens_k.shape[0] - 1
-    sequences = torch.empty(count, TABLE_WIDTH, dtype=torch.int32, device=cu_seqlens_k.device)
+    sequences = torch.empty(torch.sym_max(count, 1), TABLE_WIDTH, dtype=torch.int32, device=cu_seqlens_k.device)
     wrap_triton(_sequences_kernel)[(1,)](
         sequences,
         cu_seqlens_k,
@@ -238,6 +265,7 @@ def plan_packed_tiles(
         offset,
         0,
         count,
+        batch,
         length_q,
         length_k,
         PANEL_TOKENS=shape.panel_tokens,

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from infllm_pass.errors import DeviceError, DtypeError, InfLLMError, ShapeError
+from infllm_pass.kernels.cpu.rows import sequences
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.tracing import is_traced
 
 MAX_HEAD_DIM = 256
+
+DEBUG_CHECKS = "INFLLM_DEBUG_CHECKS"
+"""Environment variable; "1": the Triton operators also check numbers that lie on a GPU, and wait for it to do so."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -127,6 +135,15 @@ TILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BLOCK_NUMBER = 1 << 16
 """Block numbers are stored in 16 bits."""
 
+LEAST_CAPABILITY = (8, 0)
+"""Of NVIDIA's devices, Ampere and later."""
+
+
+@torch.compiler.assume_constant_result  # where a graph is traced: a property of the device, not of its tensors
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None where there is none to ask, as for tensors without data."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
 
 def refused_by_tiled(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
     """Why the Triton kernels do not take a call, in words that say what to change; None if they take it.
@@ -148,6 +165,10 @@ def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> tup
         return DeviceError, "triton is not installed: pip install triton"
     if torch.version.hip is not None:
         return DeviceError, "this torch is built for ROCm: the Triton kernels are made for NVIDIA devices"
+    capability = compute_capability(q.device)
+    if capability is not None and capability < LEAST_CAPABILITY:
+        found, least = (f"{major}.{minor}" for major, minor in (capability, LEAST_CAPABILITY))
+        return DeviceError, f"{q.device} has compute capability {found}: the Triton kernels need {least} or later"
     if q.dtype not in TILED_DTYPES:
         return DtypeError, f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
@@ -198,3 +219,30 @@ def check_tiled(
             f"{MAX_BLOCK_NUMBER * geometry.block_size} are supported; raise block_size"
         )
     check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
+    if cu_seqlens_k is not None and _may_read(cu_seqlens_k):
+        check_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
+
+
+def check_bounds(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor) -> None:
+    """Read the bounds of packed sequences, and check them.
+
+    Raises:
+        ShapeError: bounds descend, leave the tensors, or let a sequence cross a row.
+    """
+    for _ in sequences(*(q.shape[0], q.shape[2], k.shape[2], 0), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k):
+        pass
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers may be read to check them: on the CPU, and elsewhere where `DEBUG_CHECKS` asks for it.
+
+    Not where a compiler traces or a CUDA graph is captured, neither of which has them.
+    """
+    if is_traced(tensor) or _get_current_dispatch_mode() is not None:
+        return False
+    if not tensor.is_cuda:
+        return True
+    if os.environ.get(DEBUG_CHECKS) != "1":
+        return False
+    with torch.cuda.device(tensor.device):
+        return not torch.cuda.is_current_stream_capturing()

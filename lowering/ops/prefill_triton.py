@@ -161,14 +161,15 @@ def tiled_attention(
     if _is_empty(q, k):
         batch, heads, length, _ = q.shape
         log_sum = q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
-        nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int16, torch.int16, torch.int32))
+        mask_dtype = TileShape.choose(int(heads) // int(k.shape[1]), geometry.query_block).mask_dtype
+        nothing = (q.new_empty(0, dtype=dtype) for dtype in (torch.int16, mask_dtype, torch.int32))
         return q.new_zeros(batch, length, heads, v.shape[3]).transpose(1, 2), log_sum, *nothing
     plan = _plan(q, k, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, geometry)
     lists = None
     if select:
-        k1, k2 = compress_keys(k, plan, geometry=geometry)
+        keys = compress_keys(k, plan, geometry=geometry)
         lists = select_tiles(
-            q, k1, k2, plan, geometry=geometry, scale=scale, dense_len=dense_len, length_k=k.shape[2], window=window
+            q, keys, plan, geometry=geometry, scale=scale, dense_len=dense_len, length_k=k.shape[2], window=window
         )
     whole = _covers_every_query(q, k, key_mask, offsets, cu_seqlens_k, offset)
     if opaque.calls_attention_stage(q, v):

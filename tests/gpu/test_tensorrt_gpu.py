@@ -16,7 +16,7 @@ CONFIG = SparseAttentionConfig(kernel_size=32, kernel_stride=16, block_size=64, 
 
 
 def memory(tensor):
-    return DeviceMemory(tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+    return DeviceMemory(tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tensor.device.index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...geometry import BlockGeometry
 from ..configs import launch_for
-from ..launch import precision, wrap_triton
+from ..launch import fixed_token_stride, precision, wrap_triton
 from ..tile_ops import (
     LOG2_E,
     UNBOUNDED,
@@ -193,10 +193,10 @@ def _query_gradient_kernel(
     q_token_stride,
     k_batch_stride,
     k_head_stride,
-    k_token_stride: tl.constexpr,
+    k_token_stride,
     v_batch_stride,
     v_head_stride,
-    v_token_stride: tl.constexpr,
+    v_token_stride,
     grad_q_batch_stride,
     grad_q_head_stride,
     grad_q_token_stride,
@@ -225,11 +225,17 @@ def _query_gradient_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HELD: tl.constexpr,
+    K_TOKEN_STRIDE: tl.constexpr,
+    V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
     scale_log2 = tl.cast(scale_log2, tl.float32)
     log2_e = tl.cast(log2_e, tl.float32)
+    if K_TOKEN_STRIDE > 0:  # a number of the program: the addresses of a step's keys then take no registers
+        k_token_stride = K_TOKEN_STRIDE
+    if V_TOKEN_STRIDE > 0:
+        v_token_stride = V_TOKEN_STRIDE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
     head = tl.program_id(1) // parts
@@ -432,10 +438,8 @@ def query_gradient(
         plan.panels if key_mask is None else key_mask,
         *grad_out.stride()[:3],
         *q.stride()[:3],
-        *k.stride()[:2],
-        int(k.stride(2)),
-        *v.stride()[:2],
-        int(v.stride(2)),
+        *k.stride()[:3],
+        *v.stride()[:3],
         *grad_q.stride()[:3],
         *lse.stride()[:2],
         0 if key_mask is None else key_mask.stride(0),
@@ -461,6 +465,8 @@ def query_gradient(
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
         HELD=launch.held,
+        K_TOKEN_STRIDE=fixed_token_stride(k),
+        V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),
         **launch.options,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...geometry import BlockGeometry
 from ..configs import Launch, launch_for
-from ..launch import precision, wrap_triton
+from ..launch import fixed_token_stride, precision, wrap_triton
 from ..tile_ops import (
     LN_2,
     LOG2_E,
@@ -130,10 +130,10 @@ def _attention_forward_kernel(
     q_token_stride,
     k_batch_stride,
     k_head_stride,
-    k_token_stride: tl.constexpr,
+    k_token_stride,
     v_batch_stride,
     v_head_stride,
-    v_token_stride: tl.constexpr,
+    v_token_stride,
     out_batch_stride,
     out_head_stride,
     out_token_stride,
@@ -163,9 +163,15 @@ def _attention_forward_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     SPLIT: tl.constexpr,
+    K_TOKEN_STRIDE: tl.constexpr,
+    V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    if K_TOKEN_STRIDE > 0:  # a number of the program: the addresses of a step's keys then take no registers
+        k_token_stride = K_TOKEN_STRIDE
+    if V_TOKEN_STRIDE > 0:
+        v_token_stride = V_TOKEN_STRIDE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     parts: tl.constexpr = TOKENS * PADDED_GROUP // BLOCK_M  # programs of one tile
     head = tl.program_id(1) // parts
@@ -419,10 +425,8 @@ def attention_forward(
         plan.panels if key_mask is None else key_mask,
         plan.panels if gathering is None else gathering[0],
         *q.stride()[:3],
-        *k.stride()[:2],
-        int(k.stride(2)),
-        *v.stride()[:2],
-        int(v.stride(2)),
+        *k.stride()[:3],
+        *v.stride()[:3],
         out.stride(0),
         out.stride(2),
         out.stride(1),
@@ -452,6 +456,8 @@ def attention_forward(
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
         SPLIT=launch.held and block_d >= 32,
+        K_TOKEN_STRIDE=fixed_token_stride(k),
+        V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),
         **launch.options,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,9 @@ _FINE_ROWS = 48
 """``K1`` windows of one program. With a quarter as many ``K2`` windows they fill the 64 rows of one matrix
 instruction: each key then is read once for both, and a product with a 0/1 matrix costs less than that read."""
 
+LEAD_SLOTS = tl.constexpr(128)
+"""Slots of memory before the first one: block selection reads from a block before its first candidate on."""
+
 SLACK_SLOTS = 8192
 """Slots of memory behind the last one, so that block selection may read whole steps without asking where they end."""
 
@@ -26,11 +31,40 @@ COMPRESS_FACTOR = tl.constexpr(COARSE_FACTOR)
 COMPRESS_ROWS = tl.constexpr(64)
 
 
+@dataclass(frozen=True)
+class CompressedKeys:
+    """Compressed keys with the memory around them that block selection may read; it holds anything.
+
+    Attributes:
+        fine: ``K1``, ``[LEAD_SLOTS + B * Hkv * fine_slots + SLACK_SLOTS, D]``, contiguous.
+        coarse: ``K2``, the same with `coarse_slots`.
+        batch: ``B``.
+        heads: ``Hkv``.
+        fine_slots: slots of a row and head.
+        coarse_slots: the same of `coarse`.
+    """
+
+    fine: Tensor
+    coarse: Tensor
+    batch: int
+    heads: int
+    fine_slots: int
+    coarse_slots: int
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """``K1`` and ``K2`` as ``[B, Hkv, n, D]``, views without the memory around them."""
+        fine, coarse = (
+            buffer[LEAD_SLOTS.value : buffer.shape[0] - SLACK_SLOTS].view(self.batch, self.heads, slots, -1)
+            for buffer, slots in ((self.fine, self.fine_slots), (self.coarse, self.coarse_slots))
+        )
+        return fine, coarse
+
+
 @triton.jit(do_not_specialize=["count", "length_k", "fine_slots", "coarse_slots"])
 def _compress_kernel(
     k,
-    fine,  # [B, Hkv, fine_slots, D] contiguous
-    coarse,  # [B, Hkv, coarse_slots, D] contiguous
+    fine,  # as in `CompressedKeys`
+    coarse,
     sequences,
     count,
     length_k,
@@ -93,7 +127,7 @@ def _compress_kernel(
 
     mean = (total / size[:, None].to(tl.float32)).to(fine.dtype.element_ty)
     pair = tl.program_id(1).to(tl.int64)
-    number = slot.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+    number = (slot.to(tl.int64) + LEAD_SLOTS)[:, None] * HEAD_DIM + dim[None, :]
     ok = dim[None, :] < HEAD_DIM
     tl.store(fine + pair * fine_slots * HEAD_DIM + number, mean, mask=ok & (is_fine & (slot < fine_slots))[:, None])
     tl.store(
@@ -108,7 +142,7 @@ def chunk_keys(padded_dim: int) -> int:
     return 64 if padded_dim <= 128 else 32
 
 
-def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> CompressedKeys:
     """Means of all complete windows of keys.
 
     Window ``c`` of a sequence whose first key is number ``f`` lies in slot ``f // s + c`` of ``K1``, and in slot
@@ -121,15 +155,15 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tupl
         geometry: the window sizes.
 
     Returns:
-        ``K1`` ``[B, Hkv, max(Lk // s, 1), D]`` and ``K2`` ``[B, Hkv, max(Lk // (4 s), 1), D]`` in k's dtype, means
-        taken in float32; contiguous, with memory of `SLACK_SLOTS` slots behind them.
+        ``K1`` with ``max(Lk // s, 1)`` slots and ``K2`` with ``max(Lk // (4 s), 1)``, in k's dtype; means are taken in
+        float32.
     """
     batch, heads, length, dim = k.shape
     stride = geometry.kernel_stride
     fine_slots = torch.sym_max(length // stride, 1)
     coarse_slots = torch.sym_max(length // (COARSE_FACTOR * stride), 1)
-    # The kernel gets the whole buffers: a compiler that saw it write to a view would copy the view, without the slack.
-    fine, coarse = (k.new_empty(batch * heads * n + SLACK_SLOTS, dim) for n in (fine_slots, coarse_slots))
+    around = LEAD_SLOTS.value + SLACK_SLOTS
+    fine, coarse = (k.new_empty(batch * heads * n + around, dim) for n in (fine_slots, coarse_slots))
     padded = max(16, triton.next_power_of_2(dim))
     launch = launch_for("compress", k, padded)
     wrap_triton(_compress_kernel)[(triton.cdiv(fine_slots, _FINE_ROWS), batch * heads)](
@@ -153,6 +187,4 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> tupl
         PACKED=plan.packed,
         **launch.options,
     )
-    fine = fine[: batch * heads * fine_slots].view(batch, heads, fine_slots, dim)
-    coarse = coarse[: batch * heads * coarse_slots].view(batch, heads, coarse_slots, dim)
-    return fine, coarse
+    return CompressedKeys(fine, coarse, batch, heads, fine_slots, coarse_slots)

@@ -18,6 +18,7 @@ from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import SelectionLaunch, selection_launch
 from ..launch import multiprocessors, precision, wrap_triton
 from ..tile_tables import TileLists, TilePlan, TileShape, load_panel
+from .compress import LEAD_SLOTS, CompressedKeys
 from .topk import (
     LANES,
     SLOTS,
@@ -91,7 +92,7 @@ def _select_panel_normaliser(
 @triton.jit(do_not_specialize=["num_panels", "slots1", "slots2", "num_blocks", "capacity", "dense_len", "window"])
 def _select_kernel(
     q,
-    k1,
+    k1,  # as in `CompressedKeys`, whose memory around the slots is read
     k2,
     panels,
     scratch,
@@ -192,7 +193,7 @@ def _select_kernel(
             inside = (start + tl.arange(0, LISTED) < high)[None, :] & (marked >= 0)
             tl.store(marks_at + marked, tl.zeros([MARKED, LISTED], MASK), mask=inside)
         head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
-        keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE) * D
+        keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE + LEAD_SLOTS) * D
         for chunk in tl.static_range(CHUNKS):
             token, member = _select_column(chunk * C + columns, PANEL, GP, PIECES)
             real = (token >= begin) & (token < end) & (member < G)
@@ -205,7 +206,7 @@ def _select_kernel(
                 visible = tl.where(scored & (sees + 1 >= KERNEL), (sees + 1 - KERNEL) // STRIDE + 1, 0)
                 norm = _select_panel_normaliser(q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION)
             else:
-                keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE)) * D
+                keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE) + LEAD_SLOTS) * D
                 complete = (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1
                 visible = tl.where(scored & (sees + 1 >= COARSE * KERNEL), complete, 0)
                 norm = _select_panel_normaliser(q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION)
@@ -395,8 +396,7 @@ def list_capacity(plan: TilePlan, geometry: BlockGeometry, length_k: int) -> int
 
 def select_tiles(
     q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
+    keys: CompressedKeys,
     plan: TilePlan,
     *,
     geometry: BlockGeometry,
@@ -409,8 +409,7 @@ def select_tiles(
 
     Args:
         q: ``[B, Hq, Lq, D]``, float16, bfloat16 or float32, unit last stride.
-        k1: compressed keys ``[B, Hkv, n, D]`` from `compress_keys`, whose memory is read past their end.
-        k2: coarse keys ``[B, Hkv, n, D]`` from it.
+        keys: the compressed keys, from `compress_keys`.
         plan: the call's tables, made for the shape ``TileShape.choose(Hq // Hkv, geometry.query_block)``.
         geometry: the block geometry.
         scale: softmax scale.
@@ -422,7 +421,7 @@ def select_tiles(
         The lists, with the capacity that the geometry and the length bound.
     """
     shape, g = plan.shape, geometry
-    heads_kv, dim = k1.shape[1], q.shape[3]
+    heads_kv, dim = keys.heads, q.shape[3]
     capacity = list_capacity(plan, g, length_k)
     list_blocks = torch.empty(plan.num_tiles, heads_kv, capacity, dtype=torch.int16, device=q.device)
     # A tile more than needed: a compiler merges two equal allocations, and then copies one of them.
@@ -441,8 +440,8 @@ def select_tiles(
     scratch = torch.empty(programs * span, dtype=torch.int32, device=q.device)
     wrap_triton(_select_kernel)[(programs,)](
         q,
-        k1,
-        k2,
+        keys.fine,
+        keys.coarse,
         plan.panels,
         scratch,
         list_blocks,
@@ -454,8 +453,8 @@ def select_tiles(
         scale / math.log(2),
         plan.panels.shape[0],
         heads_kv,
-        k1.shape[2],
-        k2.shape[2],
+        keys.fine_slots,
+        keys.coarse_slots,
         blocks,
         capacity,
         dense_len,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infllm_pass.errors import DtypeError
+from infllm_pass.errors import DeviceError, DtypeError
 from infllm_pass.kernels.geometry import BlockGeometry
 
 from .. import fused_op
@@ -35,11 +35,13 @@ class DeviceMemory:
         pointer: its address.
         shape: the shape of the tensor in it.
         dtype: the tensor's type.
+        device: number of the device.
     """
 
     pointer: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: int
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -54,8 +56,14 @@ class DeviceMemory:
         return {"shape": self.shape, "typestr": kinds[self.dtype], "data": (self.pointer, False), "version": 2}
 
     def tensor(self) -> Tensor:
-        """A tensor that reads and writes this memory."""
-        tensor = torch.as_tensor(self, device="cuda")
+        """A tensor that reads and writes this memory.
+
+        Raises:
+            DeviceError: the memory is on another device.
+        """
+        tensor = torch.as_tensor(self, device=torch.device("cuda", self.device))
+        if tensor.numel() and tensor.data_ptr() != self.pointer:  # a copy, which nobody would read
+            raise DeviceError(f"TensorRT's memory is not on cuda:{self.device}: run an engine on the device it is for")
         return tensor.view(self.dtype) if tensor.dtype != self.dtype else tensor
 
 
@@ -66,9 +74,10 @@ def run_on_stream(node: AttentionNode, inputs: Sequence[DeviceMemory], output: D
         node: what to compute.
         inputs: the node's inputs, in order.
         output: where the result goes, ``[B, Hq, Lq, Dv]``.
-        stream: handle of the stream.
+        stream: handle of the stream, on the output's device.
     """
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream)), torch.no_grad():
+    device = torch.device("cuda", output.device)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(stream, device)), torch.no_grad():
         named = {name: memory.tensor() for name, memory in zip(node.inputs, inputs, strict=True)}
         out = fused_op.switchable_attention(
             named["q"],
@@ -108,7 +117,10 @@ def plugin_creator(trt: ModuleType) -> Any:
     }
 
     def memory(description: Any, pointer: int) -> DeviceMemory:
-        return DeviceMemory(pointer, tuple(description.dims), torch_types[description.type])
+        # TensorRT runs an engine on the current device, which is the engine's.
+        return DeviceMemory(
+            pointer, tuple(description.dims), torch_types[description.type], torch.cuda.current_device()
+        )
 
     class Plugin(  # type: ignore[misc, name-defined]
         trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime

@@ -43,6 +43,7 @@ class Variant:
     """Sizes and options for which a kernel is compiled.
 
     Attributes:
+        fixed: whether the kernel is compiled for a number of elements between tokens.
         hot: a configuration that was tuned, in which no register may spill on sm_90.
     """
 
@@ -54,12 +55,15 @@ class Variant:
     lists: bool = True
     window: bool = False
     key_mask: bool = False
+    fixed: bool = True
     hot: bool = False
 
     @property
     def name(self) -> str:
         options = [name for name in ("lists", "window", "key_mask", "hot") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
+        if not self.fixed:
+            options.append("any_stride")
         return "-".join([dtype, f"dim{self.dim}", f"group{self.group}", f"block{self.block_size}", *options])
 
     @property
@@ -77,6 +81,7 @@ HOT = [
 ATTENTION = [
     *HOT,
     Variant(window=True, key_mask=True),
+    Variant(group=4, fixed=False),
     Variant(dim=256, value_dim=256, group=2),
     Variant(dim=72, value_dim=40, group=7, block_size=48),
     Variant(group=1, block_size=16),
@@ -106,8 +111,8 @@ def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
         "tokens": shape.mask_dtype,
         "key_mask": torch.bool,
         "key_mask_token_stride": 1,
-        "k_token_stride": 2 * variant.dim,
-        "v_token_stride": 2 * variant.value_dim,
+        "K_TOKEN_STRIDE": 2 * variant.dim if variant.fixed else 0,
+        "V_TOKEN_STRIDE": 2 * variant.value_dim if variant.fixed else 0,
         **dict.fromkeys((f"{name}_stride" for name in ("lse_batch", "lse_head", "key_mask_batch")), "i32"),
         **dict.fromkeys(("delta_batch_stride", "delta_head_stride"), "i32"),
         "GROUP": variant.group,
@@ -314,6 +319,7 @@ GATHERING = [
     *(Variant(group=group) for group in (1, 2, 8)),
     Variant(group=4, hot=True),
     Variant(dim=64, value_dim=64, group=4, hot=True),
+    Variant(group=4, fixed=False),
     Variant(dim=72, value_dim=40, group=7, block_size=16, window=True, key_mask=True),
     Variant(torch.float32, 64, 64, group=4),
 ]

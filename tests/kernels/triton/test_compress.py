@@ -44,7 +44,7 @@ def expected_slots(k, sequences, size, stride):
 
 def check(k, plan, geometry, sequences, tolerance=1e-6):
     size, stride = geometry.kernel_size, geometry.kernel_stride
-    fine, coarse = compress_keys(k, plan, geometry=geometry)
+    fine, coarse = compress_keys(k, plan, geometry=geometry).windows()
     assert fine.dtype == coarse.dtype == k.dtype
     for actual, factor in ((fine, 1), (coarse, 4)):
         expected = expected_slots(k, sequences, factor * size, factor * stride)

@@ -29,7 +29,7 @@ def test_the_attention_stage(sparse):
     lists = None
     if sparse:
         compressed = compress_keys(k, plan, geometry=GEOMETRY)
-        lists = select_tiles(q, *compressed, plan, **numbers, length_k=101)
+        lists = select_tiles(q, compressed, plan, **numbers, length_k=101)
     selection = (lists.blocks, lists.tokens, lists.counts) if lists is not None else (None, None, None)
     given = (q, k, v, *selection, plan.sequences, plan.panels, None, plan.packed, None, SCALE, 0, True)
     given = (*given, *selection_arguments(GEOMETRY))

@@ -28,9 +28,9 @@ def select(
     q: torch.Tensor, k: torch.Tensor, geometry: BlockGeometry, plan: TilePlan, **options
 ) -> tuple[TileLists, torch.Tensor]:
     """The lists, and the sets that they stand for."""
-    k1, k2 = compress_keys(k, plan, geometry=geometry)
+    keys = compress_keys(k, plan, geometry=geometry)
     options = {"dense_len": 0, **options}
-    lists = select_tiles(q, k1, k2, plan, geometry=geometry, scale=q.shape[3] ** -0.5, length_k=k.shape[2], **options)
+    lists = select_tiles(q, keys, plan, geometry=geometry, scale=q.shape[3] ** -0.5, length_k=k.shape[2], **options)
     blocks = geometry.num_blocks(k.shape[2])
     return lists, sets_from_lists(lists, plan, q.shape[0], k.shape[1], q.shape[2], blocks)
 

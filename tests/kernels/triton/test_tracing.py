@@ -129,7 +129,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gathered", [False, True], ids=["", "gathering offered"])
 def test_compilers_see_kernels_that_write_only_their_results(case, gathered, caplog, monkeypatch):
-    """And one graph serves all lengths; Inductor writes in place: block selection reads past the compressed keys."""
+    """And one graph serves all lengths; Inductor writes in place, and copies no buffer."""
     if gathered:
         monkeypatch.setattr(persistent, "gather_launch", lambda *_: MEASURED_GATHERING)
     function, tensors, sparsified = CASES[case]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import infllm_pass
-from infllm_pass.errors import ExportError, MissingDependencyError
+from infllm_pass.errors import DeviceError, ExportError, MissingDependencyError
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.export.onnx.op_spec import DOMAIN, NAME, AttentionNode
 from tests.support import ROOT
@@ -175,10 +175,63 @@ def test_the_parser_imports_the_body_where_no_plugin_is_registered(file, environ
 
 
 def test_memory_on_a_device_says_what_it_is():
-    memory = lowering.DeviceMemory(1 << 20, (2, 3), torch.bfloat16)
+    memory = lowering.DeviceMemory(1 << 20, (2, 3), torch.bfloat16, 0)
     assert memory.__cuda_array_interface__ == {
         "shape": (2, 3),
         "typestr": "<i2",
         "data": (1 << 20, False),
         "version": 2,
     }
+
+
+def test_a_node_runs_on_the_device_of_its_memory(monkeypatch):
+    """Which need not be the current one; memory of another device is not copied."""
+    entered, asked = [], []
+
+    class Entered:
+        def __init__(self, *where):
+            self.where = where
+
+        def __enter__(self):
+            entered.append(self.where)
+
+        def __exit__(self, *_):
+            pass
+
+    def as_tensor(memory, device):
+        asked.append(device)
+        return tensors[memory.pointer]
+
+    q, k, v = (torch.randn(1, heads, 90, 16) for heads in (4, 2, 2))
+    out = torch.empty_like(q)
+    tensors = {x.data_ptr(): x for x in (q, k, v, out)}
+    memory = [lowering.DeviceMemory(x.data_ptr(), tuple(x.shape), x.dtype, 1) for x in (q, k, v, out)]
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "stream", Entered)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *where: where)
+    node = AttentionNode(SMALL.geometry, scale=0.25, dense_len=SMALL.dense_len)
+    lowering.run_on_stream(node, memory[:3], memory[3], 77)
+    device = torch.device("cuda", 1)
+    assert asked == [device] * 4
+    assert entered == [(device,), ((77, device),)]
+    assert torch.equal(out, infllm_pass.switchable_attention(q, k, v, SMALL))
+    tensors[q.data_ptr()] = q.clone()
+    with pytest.raises(DeviceError, match="TensorRT's memory is not on cuda:1"):
+        lowering.run_on_stream(node, memory[:3], memory[3], 77)
+
+
+def test_the_plugin_takes_the_current_device(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(lowering, "run_on_stream", lambda *call: seen.append(call))
+    creator = lowering.plugin_creator(trt)
+    values = lowering.field_collection(trt, lowering.field_values(NODE))
+    plugin = creator.create_plugin("site", values, trt.TensorRTPhase.RUNTIME)
+    descriptions = [trt.PluginTensorDesc() for _ in range(5)]
+    for description in descriptions:
+        description.type, description.dims = trt.float32, (1, 2, 3, 4)
+    plugin.enqueue(descriptions[:4], descriptions[4:], [1, 2, 3, 4], [5], 0, 77)
+    ((node, inputs, output, stream),) = seen
+    assert (node, stream) == (plugin.node, 77)
+    assert [memory.device for memory in (*inputs, output)] == [3] * 5

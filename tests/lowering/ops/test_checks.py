@@ -45,7 +45,7 @@ def cuda(*shape, dtype=torch.float32):
 
 def refuse(config=TILED, scale=0.25, **changes):
     """Check a call that is right but for the changes."""
-    right = {"q": cuda(2, 6, 40, 16), "k": cuda(2, 2, 40, 16), "v": cuda(2, 2, 40, 16)}
+    right = {name: cuda(2, heads, 40, 16) for name, heads in (("q", 6), ("k", 2), ("v", 2)) if name not in changes}
     others = dict.fromkeys(("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "window"))
     checks.check_tiled(**{**right, **others, **changes}, scale=scale, geometry=config.geometry)
 
@@ -140,6 +140,82 @@ def test_only_cuda_devices_with_triton_for_nvidia(monkeypatch, fake):
     monkeypatch.setattr(checks, "HAS_TRITON", False)
     with pytest.raises(DeviceError, match="triton is not installed: pip install triton"):
         refuse()
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), (None, True)]
+)
+def test_devices_before_ampere_are_refused(capability, taken, monkeypatch, fake):
+    monkeypatch.setattr(checks, "compute_capability", lambda _: capability)
+    with contextlib.nullcontext() if taken else pytest.raises(DeviceError) as raised:
+        refuse()
+    if not taken:
+        found = ".".join(map(str, capability))
+        assert str(raised.value) == f"cuda:0 has compute capability {found}: the Triton kernels need 8.0 or later"
+
+
+def test_the_device_of_the_tensors_is_asked(monkeypatch):
+    devices = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: devices[device.index])
+    assert checks.compute_capability(torch.device("cuda", 1)) is None  # no driver here: nobody to ask
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [checks.compute_capability(torch.device("cuda", number)) for number in devices] == [(9, 0), (7, 5)]
+
+
+def test_sites_on_devices_before_ampere_fall_back_and_say_why(monkeypatch):
+    monkeypatch.setattr(checks, "compute_capability", lambda _: (7, 5))
+    report, (message,) = compile_refused(TILED)
+    (site,) = report.sites
+    assert (site.branch, site.kernels) == ("sparse", "torch operators")
+    assert site.refusal == "cuda:0 has compute capability 7.5: the Triton kernels need 8.0 or later"
+    assert site.refusal in message
+
+
+BAD_BOUNDS = {
+    "descending": ([0, 30, 20, 80], "cu_seqlens_k descends or leaves 0 to 80"),
+    "negative": ([-1, 30, 80], "cu_seqlens_k descends or leaves 0 to 80"),
+    "too many keys": ([0, 40, 81], "cu_seqlens_k descends or leaves 0 to 80"),
+    "crossing rows": ([0, 30, 50, 80], "a sequence of keys 30 to 50: it crosses a row of 40 keys"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BOUNDS)
+def test_bounds_are_read_where_that_costs_nothing(case, monkeypatch):
+    """By the checks of the Triton operators, too."""
+    numbers, message = BAD_BOUNDS[case]
+    monkeypatch.setattr(checks, "_refusal", lambda *_: None)
+    tensors = {name: torch.empty(2, heads, 40, 16) for name, heads in (("q", 6), ("k", 2), ("v", 2))}
+    bounds = torch.tensor(numbers, dtype=torch.int32)
+    with pytest.raises(ShapeError, match=message):
+        refuse(**tensors, cu_seqlens_k=bounds)
+    refuse(**tensors, cu_seqlens_k=torch.tensor([0, 40, 40, 77], dtype=torch.int32))
+    if "crossing" not in case:
+        rows = {name: tensor[:1] for name, tensor in tensors.items()}
+        rows["k"] = rows["v"] = torch.empty(1, 2, 80, 16)
+        with pytest.raises(ShapeError, match="cu_seqlens_q descends or leaves 0 to 40"):
+            refuse(**rows, cu_seqlens_q=bounds, cu_seqlens_k=torch.arange(len(numbers), dtype=torch.int32))
+
+
+def test_bounds_on_a_device_are_read_on_demand_only(monkeypatch):
+    class Bounds:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    captured, asked = [False], []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[0])
+    monkeypatch.delenv("INFLLM_DEBUG_CHECKS", raising=False)
+    assert not checks._may_read(Bounds())
+    assert not asked
+    monkeypatch.setenv("INFLLM_DEBUG_CHECKS", "1")
+    assert checks._may_read(Bounds())
+    assert asked == [Bounds.device]
+    captured[0] = True
+    assert not checks._may_read(Bounds())
+    assert checks._may_read(torch.tensor([0, 1]))
+    with FakeTensorMode():
+        traced = int32(4)
+        assert not checks._may_read(torch.tensor([0, 1]))
+    assert not checks._may_read(traced)
 
 
 @pytest.mark.parametrize(

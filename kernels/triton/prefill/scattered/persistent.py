@@ -22,7 +22,7 @@ from torch import Tensor
 from ....geometry import BlockGeometry
 from ...backward.block_to_query import block_bound
 from ...configs import GatherLaunch, gather_launch
-from ...launch import multiprocessors, precision, wrap_triton
+from ...launch import fixed_token_stride, multiprocessors, precision, wrap_triton
 from ...tile_ops import LOG2_E, UNBOUNDED
 from ...tile_tables import TileLists, TilePlan, TileShape
 from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
@@ -93,10 +93,10 @@ def _gather_kernel(
     q_token_stride,
     k_batch_stride,
     k_head_stride,
-    k_token_stride: tl.constexpr,
+    k_token_stride,
     v_batch_stride,
     v_head_stride,
-    v_token_stride: tl.constexpr,
+    v_token_stride,
     out_batch_stride,
     out_head_stride,
     out_token_stride,
@@ -132,9 +132,15 @@ def _gather_kernel(
     POOL_RING: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    K_TOKEN_STRIDE: tl.constexpr,
+    V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    if K_TOKEN_STRIDE > 0:  # a number of the program: the addresses of a step's keys then take no registers
+        k_token_stride = K_TOKEN_STRIDE
+    if V_TOKEN_STRIDE > 0:
+        v_token_stride = V_TOKEN_STRIDE
     chunks = ranges * heads
     bound = chunk_tiles * TOKENS * FAR  # entries of a chunk
     most_pieces = num_blocks + bound // PIECE
@@ -464,10 +470,8 @@ def gather_far_blocks(
         torch.empty(slots, value_dim, dtype=q.dtype, device=q.device),
         torch.empty(slots, dtype=torch.float32, device=q.device),
         *q.stride()[:3],
-        *k.stride()[:2],
-        int(k.stride(2)),
-        *v.stride()[:2],
-        int(v.stride(2)),
+        *k.stride()[:3],
+        *v.stride()[:3],
         out.stride(0),
         out.stride(2),
         out.stride(1),
@@ -485,6 +489,8 @@ def gather_far_blocks(
         scale * LOG2_E,
         **gather_constants(shape, geometry, dim, value_dim, window is not None, launch),
         HAS_KEY_MASK=key_mask is not None,
+        K_TOKEN_STRIDE=fixed_token_stride(k),
+        V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),
         **launch.options,
     )

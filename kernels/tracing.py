@@ -1,0 +1,12 @@
+"""Whether a tensor stands for data in a graph that is being traced."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler traces with the tensor: it then has no data, and nothing runs on its device."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
