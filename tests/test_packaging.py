@@ -40,7 +40,9 @@ def test_every_module_of_the_tree_is_in_the_wheel(wheel):
     for folder, installed in folders.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{installed}/{path.relative_to(ROOT / folder)}" in names
-    headers = {f"infllm_pass/kernels/cpu/csrc/{name}.h" for name in ("vectors", "switchable_attention", "decode_attention")}
+    headers = {
+        f"infllm_pass/kernels/cpu/csrc/{name}.h" for name in ("vectors", "switchable_attention", "decode_attention")
+    }
     assert {"infllm_pass/py.typed", *headers} <= names
 
 
