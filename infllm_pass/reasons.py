@@ -11,7 +11,10 @@ class Reason(Enum):
     """Why a site is switchable, or why it stays dense. The value says what would change it."""
 
     SWITCHABLE = "causal attention over its whole key length: dense below dense_len, sparse from there on"
-    EXCLUDED = "filter_fn turned this site down: let it return True to make the site switchable"
+    EXCLUDED = (
+        "filter_fn or site_config turned this site down: let it return True, or a configuration, to make the site "
+        "switchable"
+    )
     BIDIRECTIONAL = (
         "every query sees every key, and only causal attention can be sparse: pass is_causal=True or a causal mask "
         "if that is what the model means"

@@ -15,7 +15,7 @@ from infllm_pass.graph.facts import example_of, size, storage
 from infllm_pass.graph.op_table import read_update
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.lowering.ops.positions import checked_positions
-from infllm_pass.masks import BATCH, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
+from infllm_pass.masks import BATCH, HEAD, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
 from infllm_pass.masks.codegen import Site, build
 from infllm_pass.plan.planner import SitePlan
 from infllm_pass.sites import AttentionSite
@@ -48,7 +48,7 @@ class MaskOperands:
         offsets = self._offsets(mask, site) if plan.in_cache else None
         bounds = None if mask.segments is None else self._segment_bounds(mask.segments, site)
         window = None if mask.window is None else int(mask.window)
-        return self.key_mask(mask.key_conditions, site), offsets, None, bounds, None, window
+        return self.key_mask(mask.key_terms.mask, site), offsets, None, bounds, None, window
 
     def rows(self, plan: SitePlan, site: AttentionSite) -> tuple[fx.Node, fx.Node | None, fx.Node | None, int | None]:
         """The arguments lengths, starts, key_mask and window of the decode operators."""
@@ -88,6 +88,20 @@ class MaskOperands:
                 mask = self._call(site, torch.logical_and, mask, test)
             self._key_masks[conditions] = self._call(site, "expand", mask, list(self._extents(site)))
         return self._key_masks[conditions]
+
+    def key_bias(self, plan: SitePlan, site: AttentionSite) -> list[fx.Node]:
+        """The numbers added to the scaled scores of keys, each as a node ``[B or 1, Hq or 1, Lk or 1]``."""
+        found: list[fx.Node] = []
+        for bias in () if plan.mask is None else plan.mask.key_terms.bias:
+            _, _, node = bias.leaf
+            for dim in reversed(range(len(bias.index))):
+                if bias.index[dim].is_Integer:
+                    node = self._call(site, "select", node, dim, int(bias.index[dim]))
+            for dim, symbol in enumerate((BATCH, HEAD)):
+                if symbol not in bias.index:
+                    node = self._call(site, "unsqueeze", node, dim)
+            found.append(node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor))
+        return found
 
     def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
         """Where the queries of a cache's rows begin; if the host knows it, a graph of Dynamo checks that they fit."""

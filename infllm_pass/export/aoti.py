@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ExportError, InputSizeError
 from infllm_pass.export.export import export_with_report
-from infllm_pass.plan.planner import SiteFilter
+from infllm_pass.plan.site_config import SiteConfig, SiteFilter, site_config_of
+from infllm_pass.rewrite.pipeline import SitePolicy
 from infllm_pass.rewrite.report import Report
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target
 
 
 def package(
@@ -33,6 +35,8 @@ def package(
     dynamic_shapes: Any = None,
     config: SparseAttentionConfig | Mapping[str, Any] | None = None,
     filter_fn: SiteFilter | None = None,
+    site_config: SiteConfig | None = None,
+    targets: Sequence[Target] = DEFAULT_TARGETS,
     overwrite: bool = False,
 ) -> Report:
     """Compile a model with AOTInductor into one file, switch included, that runs without this project.
@@ -45,6 +49,8 @@ def package(
         dynamic_shapes: which sizes are dynamic, as ``torch.export.export`` takes it.
         config: what sparse attention selects; see `export`.
         filter_fn: sites for which it returns False stay dense.
+        site_config: the configuration of each site, see `sparsify`.
+        targets: what a site can become, see `sparsify`.
         overwrite: whether an existing file is replaced.
 
     Returns:
@@ -59,7 +65,9 @@ def package(
     from infllm_pass.lowering.inductor.package import PackageTarget
 
     target = PackageTarget(path, overwrite=overwrite)
-    program, report = export_with_report(model, args, kwargs, dynamic_shapes, config, filter_fn)
+    chosen = SparseAttentionConfig.coerce(config)
+    policy = SitePolicy(chosen, site_config_of(filter_fn, site_config), tuple(targets))
+    program, report = export_with_report(model, args, kwargs, dynamic_shapes, policy)
     with torch.no_grad():
         target.write(program)
     return report

@@ -24,9 +24,10 @@ from infllm_pass.errors import ExportError, NoAttentionSiteError, UnsupportedMod
 from infllm_pass.failures import CarriedError, warn_of_failures
 from infllm_pass.graph.op_table import written_arguments
 from infllm_pass.plan.length_guard import Branch
-from infllm_pass.plan.planner import SiteFilter
-from infllm_pass.rewrite.pipeline import run_on_export
+from infllm_pass.plan.site_config import SiteConfig, SiteFilter, site_config_of
+from infllm_pass.rewrite.pipeline import SitePolicy, run_on_export
 from infllm_pass.rewrite.report import Report
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target
 
 
 def export(
@@ -37,6 +38,8 @@ def export(
     dynamic_shapes: Any = None,
     config: SparseAttentionConfig | Mapping[str, Any] | None = None,
     filter_fn: SiteFilter | None = None,
+    site_config: SiteConfig | None = None,
+    targets: Sequence[Target] = DEFAULT_TARGETS,
 ) -> ExportedProgram:
     """Export a model with its attention switchable between dense and block-sparse.
 
@@ -48,6 +51,8 @@ def export(
         config: what sparse attention selects, a `SparseAttentionConfig`, a dict of its fields, or None for the
             defaults.
         filter_fn: sites for which it returns False stay dense.
+        site_config: the configuration of each site, see `sparsify`.
+        targets: what a site can become, see `sparsify`.
 
     Returns:
         A program whose switchable sites are calls of this package's operators.
@@ -56,10 +61,13 @@ def export(
         NoAttentionSiteError: no site is switchable; the message says why.
         UnsupportedModelError: the object is no model that can be exported.
         ExportError: torch.export refuses it: sizes outside `dynamic_shapes`, control flow that depends on data.
-        ConfigError: the configuration is not valid, or `filter_fn` returned no bool.
-        Exception: whatever `filter_fn` raises.
+        ConfigError: the configuration is not valid, or `filter_fn` or `site_config` returned
+            something else than it should.
+        Exception: whatever these two raise.
     """
-    return export_with_report(model, args, kwargs, dynamic_shapes, config, filter_fn)[0]
+    chosen = SparseAttentionConfig.coerce(config)
+    policy = SitePolicy(chosen, site_config_of(filter_fn, site_config), tuple(targets))
+    return export_with_report(model, args, kwargs, dynamic_shapes, policy)[0]
 
 
 def export_onnx(
@@ -71,6 +79,7 @@ def export_onnx(
     dynamic_shapes: Any = None,
     config: SparseAttentionConfig | Mapping[str, Any] | None = None,
     filter_fn: SiteFilter | None = None,
+    site_config: SiteConfig | None = None,
     opset: int = 18,
     external_data: bool | None = None,
     input_names: Sequence[str] | None = None,
@@ -90,6 +99,7 @@ def export_onnx(
         dynamic_shapes: which sizes are dynamic, as ``torch.export.export`` takes it.
         config: what sparse attention selects; see `export`.
         filter_fn: sites for which it returns False stay dense.
+        site_config: the configuration of each site, see `sparsify`.
         opset: version of ONNX's default operators, at least 18.
         external_data: whether weights go to a second file beside the first; None: if they are large.
         input_names: names of the graph's inputs; None: the arguments' own.
@@ -110,7 +120,8 @@ def export_onnx(
 
     require_onnx()
     target = OnnxTarget(path, opset=opset, external_data=external_data, overwrite=overwrite)
-    program, report = export_with_report(model, args, kwargs, dynamic_shapes, config, filter_fn)
+    policy = SitePolicy(SparseAttentionConfig.coerce(config), site_config_of(filter_fn, site_config))
+    program, report = export_with_report(model, args, kwargs, dynamic_shapes, policy)
     target.write(program, input_names=input_names, output_names=output_names)
     return report
 
@@ -120,16 +131,14 @@ def export_with_report(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
-    config: SparseAttentionConfig | Mapping[str, Any] | None,
-    filter_fn: SiteFilter | None,
+    policy: SitePolicy,
 ) -> tuple[ExportedProgram, Report]:
     """`export`, with what was found and done at every site."""
-    chosen = SparseAttentionConfig.coerce(config)
     program = _functional(_program(model, args, kwargs, dynamic_shapes))
     module = copy.deepcopy(program.graph_module)
     failure: Exception | None = None
     try:
-        found = run_on_export(module, chosen, branch=Branch.SPARSE, filter_fn=filter_fn)
+        found = run_on_export(module, policy, branch=Branch.SPARSE)
     except CarriedError as carried:
         failure = carried.error
     if failure is not None:

@@ -7,7 +7,7 @@ import copy
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import (
-    ConfigError,
     InfLLMError,
     NoAttentionSiteError,
     NoAttentionSiteWarning,
@@ -28,10 +27,11 @@ from infllm_pass.frontend.call_errors import misfit_of_call
 from infllm_pass.frontend.compile_settings import CompileSettings, compile_with, settings_of
 from infllm_pass.frontend.generation import generating_methods
 from infllm_pass.kv_cache.store import CacheStore
-from infllm_pass.plan.planner import SiteFilter
+from infllm_pass.plan.site_config import SiteConfig, SiteFilter, site_config_of
 from infllm_pass.rewrite.log import CompileLog
-from infllm_pass.rewrite.pipeline import Switch
+from infllm_pass.rewrite.pipeline import SitePolicy, Switch
 from infllm_pass.rewrite.report import Report
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target
 
 ModelT = TypeVar("ModelT", bound=Callable[..., Any])
 ConfigLike = SparseAttentionConfig | Mapping[str, Any] | None
@@ -43,14 +43,7 @@ class _Sides:
     """One way in which a sparsified model is compiled: its switchable side, and its dense one once that is called."""
 
     def __init__(self, handle: _Handle, settings: CompileSettings) -> None:
-        self.backend = SwitchableBackend(
-            settings.compiler,
-            handle.config,
-            filter_fn=handle.filter_fn,
-            log=handle.log,
-            store=handle.store,
-            strict=handle.strict,
-        )
+        self.backend = SwitchableBackend(settings.compiler, handle.policy, log=handle.log, store=handle.store)
         self.compiled = compile_with(handle.original, self.backend, settings)
         self.switchable = _entry(self.compiled)
         self._lock = threading.Lock()
@@ -81,15 +74,11 @@ class _Handle:
         self,
         original: Callable[..., Any],
         settings: CompileSettings,
-        config: SparseAttentionConfig,
-        strict: Strict,
-        filter_fn: SiteFilter | None,
+        policy: SitePolicy,
     ) -> None:
         self.original = original
         self.settings = settings
-        self.config = config
-        self.strict = strict
-        self.filter_fn = filter_fn
+        self.policy = policy
         self.log = CompileLog()
         self.store = CacheStore()
         self._lock = threading.RLock()
@@ -172,7 +161,7 @@ class _Handle:
             "no softmax in them stands between a product of queries and keys and one with values"
         )
         message = f"infllm_pass found nothing to make switchable, the model runs dense: {why}"
-        if self.strict:
+        if self.policy.strict:
             raise NoAttentionSiteError(message)
         with self._lock:
             warned, self._warned = self._warned, True
@@ -187,7 +176,8 @@ def _entry(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 def compile_dense(handle: _Handle, settings: CompileSettings) -> Callable[..., Any]:
     """Compile a handle's original with masks elided and every site dense."""
-    backend = SwitchableBackend(settings.compiler, handle.config, switch=Switch.ALWAYS_DENSE)
+    policy = SitePolicy(handle.policy.config)
+    backend = SwitchableBackend(settings.compiler, policy, switch=Switch.ALWAYS_DENSE)
     return compile_with(handle.original, backend, settings)
 
 
@@ -197,6 +187,8 @@ def sparsify(
     *,
     strict: Strict = False,
     filter_fn: SiteFilter | None = None,
+    site_config: SiteConfig | None = None,
+    targets: Sequence[Target] = DEFAULT_TARGETS,
 ) -> ModelT:
     """Make the attention of a dense model switchable: dense for short inputs, InfLLM-V2 sparse for long ones.
 
@@ -211,16 +203,21 @@ def sparsify(
             ``sparse_config`` (MiniCPM4), or None for the defaults.
         strict: True: raise, instead of warning, when a call compiled graphs and no site became switchable, and when the
             pass itself failed at a site. "all": also when any attention site of the compiled graphs stays dense, for
-            whatever reason, bidirectional ones included, unless `filter_fn` turns it down.
+            whatever reason, bidirectional ones included, unless `filter_fn` or `site_config` turns it down.
         filter_fn: called with each provable `AttentionSite`, and with ``strict="all"`` with every one that was read;
             return False to leave it dense. What it raises, the call that compiles raises.
+        site_config: called with the sites that `filter_fn` lets through; returns the `SparseAttentionConfig` of a site,
+            a dict of the fields in which it differs from `config` (``{}``: in none), or None to leave it dense. What it
+            raises, the call that compiles raises.
+        targets: what a site can become, see `infllm_pass.rewrite.targets.Target`: the first that accepts it computes
+            it. Put your own before `DEFAULT_TARGETS`.
 
     Returns:
         A compiled module (``torch._dynamo.OptimizedModule``) or function to call like the original.
 
     Raises:
-        ConfigError: the configuration or `strict` is invalid, or `filter_fn` is no function; at call time, if it
-            returned no bool.
+        ConfigError: the configuration or `strict` is invalid, or `filter_fn` or `site_config` is no function; at call
+            time, if one of them returned something else than it should.
         UnsupportedModelError: `model` is no module or function, or was compiled in a way that cannot be kept.
         NoAttentionSiteError: at call time, with `strict`: no site is switchable.
         InternalError: at call time, with `strict`: the pass failed at a site, with what it raised as the cause.
@@ -228,15 +225,14 @@ def sparsify(
     """
     chosen = SparseAttentionConfig.coerce(config)
     strict = checked_strict(strict)
-    if filter_fn is not None and not callable(filter_fn):
-        raise ConfigError("filter_fn", filter_fn, "a function of a site, or None")
+    policy = SitePolicy(chosen, site_config_of(filter_fn, site_config), tuple(targets), strict)
     previous = _find_handle(model)
     if previous is not None:
         original, settings = previous.original, previous.settings
     else:
         original, settings = settings_of(model)
         settings = replace(settings, compiler=compiler_behind(settings.compiler))
-    return _sparsified(original, settings, chosen, strict, filter_fn)  # type: ignore[return-value]
+    return _sparsified(original, settings, policy)  # type: ignore[return-value]
 
 
 def _sparsified(original: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -357,30 +353,39 @@ def report(model: Callable[..., Any] | None = None) -> Report:
 
 
 def explain(
-    model: Callable[..., Any], *example_inputs: Any, config: ConfigLike = None, **example_kwargs: Any
+    model: Callable[..., Any],
+    *example_inputs: Any,
+    config: ConfigLike = None,
+    site_config: SiteConfig | None = None,
+    **example_kwargs: Any,
 ) -> Report:
     """Run a model once on example inputs, rewritten but not compiled, and report every attention site.
 
     Args:
-        model: a module or function, plain, compiled or sparsified (whose configuration and filter are then used).
+        model: a module or function, plain, compiled or sparsified (whose configuration, filter, site configuration and
+            targets are then used).
         example_inputs: positional inputs; their lengths decide the side of the switch.
         config: as for `sparsify`.
+        site_config: as for `sparsify`; for a sparsified model it takes the place of its filter and site configuration.
         example_kwargs: keyword inputs.
 
     Raises:
-        ConfigError: the configuration is invalid.
+        ConfigError: the configuration is invalid, or `site_config` is no function.
         UnsupportedModelError: `model` cannot be sparsified.
-        Exception: what the `filter_fn` of a sparsified model raises.
+        Exception: what the model's `filter_fn` or the `site_config` raises.
     """
     handle = _find_handle(model)
-    filter_fn = None
+    chosen = site_config_of(None, site_config)
     if handle is not None:
-        original, settings, filter_fn = handle.original, handle.settings, handle.filter_fn
-        chosen = handle.config if config is None else SparseAttentionConfig.coerce(config)
+        original, settings, policy = handle.original, handle.settings, replace(handle.policy, strict=False)
+        if config is not None:
+            policy = replace(policy, config=SparseAttentionConfig.coerce(config))
+        if chosen is not None:
+            policy = replace(policy, site_config=chosen)
     else:
-        chosen = SparseAttentionConfig.coerce(config)
+        policy = SitePolicy(SparseAttentionConfig.coerce(config), chosen)
         original, settings = settings_of(model)
-    backend = SwitchableBackend(_run_uncompiled, chosen, filter_fn=filter_fn)
+    backend = SwitchableBackend(_run_uncompiled, policy)
     failure: Exception | None = None
     try:
         compile_with(original, backend, settings)(*example_inputs, **example_kwargs)

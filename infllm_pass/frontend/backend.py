@@ -11,17 +11,18 @@ from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, DenseSiteError, InternalError
-from infllm_pass.failures import CarriedError, Strict, warn_of_failures
+from infllm_pass.failures import CarriedError, warn_of_failures
 from infllm_pass.frontend.compile_settings import bound_compiler
 from infllm_pass.graph.subgraphs import held_tensors
-from infllm_pass.kv_cache.static import CacheInputs, may_read_a_cache
+from infllm_pass.kv_cache.inputs import CacheInputs, may_read_a_cache
 from infllm_pass.kv_cache.store import CachedGraph, CacheStore
 from infllm_pass.lowering.inductor.mutation_cache import remembered_accesses
 from infllm_pass.lowering.ops.dispatch import warn_untuned
-from infllm_pass.plan.planner import SiteFilter
+from infllm_pass.plan.site_config import site_config_of
 from infllm_pass.rewrite.log import CompileLog
-from infllm_pass.rewrite.pipeline import Switch, run_pass
+from infllm_pass.rewrite.pipeline import SitePolicy, Switch, run_pass
 from infllm_pass.rewrite.report import GraphReport
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
 
@@ -45,39 +46,33 @@ class SwitchableBackend:
 
     Args:
         compiler: the backend that compiles the rewritten graph.
-        config: what sparse attention selects, and from which length on.
+        policy: what is to become of each site.
         switch: how the sides of the switch are chosen.
-        filter_fn: sites for which it returns False stay dense.
         log: where the reports of compiled graphs go.
         store: the states of caches, for backends that compile the graphs of one model; None: a store of its own.
-        strict: what raises, see `failures.refuse`.
     """
 
     def __init__(
         self,
         compiler: Compiler,
-        config: SparseAttentionConfig,
+        policy: SitePolicy,
         *,
         switch: Switch = Switch.BY_LENGTH,
-        filter_fn: SiteFilter | None = None,
         log: CompileLog | None = None,
         store: CacheStore | None = None,
-        strict: Strict = False,
     ) -> None:
         self.compiler = compiler
-        self.config = config
+        self.policy = policy
         self.switch = switch
-        self.filter_fn = filter_fn
         self.log = CompileLog() if log is None else log
         self.store = CacheStore() if store is None else store
-        self.strict = strict
         self.__name__ = "infllm"
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
         """Rewrite and compile one graph; the contract of a Dynamo backend.
 
         Raises:
-            CarriedError: with what `filter_fn` raised, or what ``strict`` does not allow.
+            CarriedError: with what the user's function of sites raised, or what ``strict`` does not allow.
         """
         held = held_tensors(module, example_inputs)
         original = module
@@ -87,17 +82,15 @@ class SwitchableBackend:
         misfit = misfit_of(module) if may_read_a_cache(module.graph) else None
         if misfit is not None:
             return RefusedGraph(misfit)
-        caches = CacheInputs(self.config.geometry)
+        caches = CacheInputs()
         try:
             report = run_pass(
                 module,
-                self.config,
+                self.policy,
                 switch=self.switch,
-                filter_fn=self.filter_fn,
                 number=self.log.new_number(),
                 held=held,
                 caches=caches,
-                strict=self.strict,
             )
         except (InternalError, DenseSiteError) as error:
             raise CarriedError(error) from error
@@ -141,28 +134,35 @@ def infllm(
         module: the graph.
         example_inputs: its example inputs.
         mode: an Inductor mode such as "reduce-overhead".
-        options: fields of `SparseAttentionConfig`; ``"backend"``: the name of the compiler behind (default
-            "inductor"); everything else is an option of that compiler.
+        options: fields of `SparseAttentionConfig`; "filter_fn", "site_config" and "targets" as for `sparsify`;
+            "backend": the name of the compiler behind (default "inductor"); everything else is an option of that
+            compiler.
 
     Raises:
         ConfigError: a field of the configuration is invalid, or the compiler behind is this backend.
+        Exception: what a function of sites raises.
     """
-    config, compiler = _split_options(mode, options)
-    backend = SwitchableBackend(compiler, config, log=NAMED_BACKEND_LOG, store=NAMED_BACKEND_STORE)
-    return backend(module, example_inputs)
+    policy, compiler = _split_options(mode, options)
+    backend = SwitchableBackend(compiler, policy, log=NAMED_BACKEND_LOG, store=NAMED_BACKEND_STORE)
+    failure: Exception
+    try:
+        return backend(module, example_inputs)
+    except CarriedError as carried:
+        failure = carried.error
+    raise failure  # no sparsified model takes it out of its carrier; Dynamo tells whose backend it is
 
 
-def _split_options(
-    mode: str | None = None, options: Mapping[str, Any] | None = None
-) -> tuple[SparseAttentionConfig, Compiler]:
-    """The pass's configuration and the compiler behind it, from the arguments of ``torch.compile``."""
+def _split_options(mode: str | None = None, options: Mapping[str, Any] | None = None) -> tuple[SitePolicy, Compiler]:
+    """What the pass is to do, and the compiler behind it, from the arguments of ``torch.compile``."""
     rest = dict(options or {})
     known = {field.name for field in fields(SparseAttentionConfig)}
     config = SparseAttentionConfig.from_dict({key: rest.pop(key) for key in list(rest) if key in known})
+    site_config = site_config_of(rest.pop("filter_fn", None), rest.pop("site_config", None))
+    policy = SitePolicy(config, site_config, rest.pop("targets", DEFAULT_TARGETS))
     name = rest.pop("backend", "inductor")
     if name == "infllm":
         raise ConfigError("backend", name, "the name of another Dynamo backend, such as 'inductor'")
-    return config, bound_compiler(name, mode, rest or None)
+    return policy, bound_compiler(name, mode, rest or None)
 
 
 def compiler_behind(compiler: Compiler) -> Compiler:

@@ -1,7 +1,7 @@
-"""Caches that grow by concatenation: what a graph keeps of one, and the memory that it is kept in.
+"""Dynamic caches, which grow by concatenation: what a graph keeps of one, and the memory that it is kept in.
 
-Such a cache is another tensor after every call, longer by the call's keys. Its compressed keys lie slots first,
-``[n, B, Hkv, D]``, in memory with room for more, so that the slots of any length are a prefix: the graph gets a view of
+Such a cache is another tensor after every call, longer by the call's keys. Its state lies slots first,
+``[n, B, Hkv, W]``, in memory with room for more, so that the slots of any length are a prefix: the graph gets a view of
 it, whose strides stay the same while its size follows from the number of keys.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from infllm_pass.graph.facts import GraphFacts, size
 from infllm_pass.graph.subgraphs import input_name
-from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.ops.decode_cpu import state_slots
-from infllm_pass.sites.site import Continuation
+from infllm_pass.kv_cache.spec import MANY_QUERIES, UNKNOWN_SIZES, StateLayout, StateTensor, is_decoding
+from infllm_pass.masks import MaskPredicate
+from infllm_pass.sites import AttentionSite
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def read_size(extent: Size, inputs: Sequence[Any]) -> int:
 
 
 @dataclass(frozen=True)
-class GrowingCacheSpec:
-    """A growing cache whose compressed keys a graph keeps.
+class DynamicCacheSpec:
+    """A dynamic cache whose state a graph keeps.
 
     Attributes:
         position: place among the graph's inputs of the keys of earlier calls.
@@ -59,11 +59,11 @@ class GrowingCacheSpec:
         appended: keys that a call appends.
         batch: number of rows.
         keys: ``(Hkv, D)``.
-        dtype: of the keys as the graph reads them, and of the compressed keys.
-        layout: see `sites.site.Continuation`.
+        dtype: of the keys as the graph reads them.
+        order: see `sites.site.Continuation.layout`.
         padded: whether a mask says where rows begin; without one they begin with their first key, and windows with
             them.
-        geometry: the block geometry.
+        layout: the tensors that are kept.
     """
 
     position: int
@@ -74,34 +74,38 @@ class GrowingCacheSpec:
     batch: Size
     keys: tuple[int, int]
     dtype: torch.dtype
-    layout: tuple[str, ...]
+    order: tuple[str, ...]
     padded: bool
-    geometry: BlockGeometry
+    layout: StateLayout
 
     @classmethod
     def of(
-        cls,
-        keys: Tensor,
-        continuation: Continuation,
-        appended: sympy.Expr,
-        facts: GraphFacts,
-        *,
-        padded: bool,
-        geometry: BlockGeometry,
-    ) -> GrowingCacheSpec | None:
-        """The cache that a graph continues; None where its sizes cannot be told from the inputs of a call.
+        cls, site: AttentionSite, mask: MaskPredicate | None, facts: GraphFacts, layout: StateLayout, *, padded: bool
+    ) -> DynamicCacheSpec | str:
+        """The cache that a site continues; a text says why no state of it can be kept.
 
         Args:
-            keys: example of all keys, ``[B, Hkv, L, D]``.
-            continuation: how the next call gets them.
-            appended: how many of them are new.
+            site: the site.
+            mask: what its mask was proved to be.
             facts: what is known of the graph.
+            layout: the tensors to keep.
             padded: see the attributes.
-            geometry: the block geometry.
         """
-        new, batch = _size_of(appended, facts), _size_of(size(keys.shape[0]), facts)
+        if site.growth is None:
+            return "its keys are no cache"
+        continuation = site.growth.continuation
+        if isinstance(continuation, str):
+            return continuation
+        if site.growth.trimmed:
+            return "the graph cuts its keys"
+        if mask is not None and mask.segments is not None:
+            return "its sequences are packed"
+        if not is_decoding(site):
+            return MANY_QUERIES
+        keys = site.key_heads.example
+        new, batch = _size_of(site.growth.appended, facts), _size_of(size(keys.shape[0]), facts)
         if new is None or batch is None:
-            return None
+            return UNKNOWN_SIZES
         return cls(
             position=_inputs(facts).index(continuation.past),
             output=continuation.output,
@@ -111,40 +115,42 @@ class GrowingCacheSpec:
             batch=batch,
             keys=(int(keys.shape[1]), int(keys.shape[3])),
             dtype=keys.dtype,
-            layout=continuation.layout,
+            order=continuation.layout,
             padded=padded,
-            geometry=geometry,
+            layout=layout,
         )
 
-    def examples(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Compressed keys as the graph gets them, ``[B, Hkv, n, D]``, for an example of all keys."""
-        batch, heads, length, dim = keys.shape
-        strides = heads * dim, dim, batch * heads * dim, 1
-        fine, coarse = (
-            torch.empty_strided((batch, heads, slots, dim), strides, dtype=keys.dtype, device=keys.device)
-            for slots in state_slots(length, self.geometry)
-        )
-        return fine, coarse
+    def examples(self, keys: Tensor) -> list[Tensor]:
+        """The state as the graph gets it, ``[B, Hkv, n, W]``, for an example of all keys ``[B, Hkv, L, D]``."""
+        found = []
+        for tensor in self.layout(keys.shape, keys.dtype):
+            batch, heads, _, width = tensor.shape
+            strides = heads * width, width, batch * heads * width, 1
+            found.append(torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=keys.device))
+        return found
 
     def rows(self, inputs: Sequence[Any]) -> int:
         """Rows of the keys in one call."""
         return read_size(self.batch, inputs)
 
-    def slots(self, inputs: Sequence[Any]) -> tuple[int, int]:
-        """Windows of `k1` and `k2` in one call, as in the graph's examples."""
+    def tensors(self, inputs: Sequence[Any]) -> tuple[StateTensor, ...]:
+        """The tensors of one call, as in the graph's examples."""
         length = inputs[self.position].shape[self.length_dim] + read_size(self.appended, inputs)
-        fine, coarse = state_slots(length, self.geometry)
-        return int(fine), int(coarse)
-
-    def new_memory(self, slots: int, inputs: Sequence[Any]) -> Tensor:
-        """Uninitialised compressed keys ``[n, B, Hkv, D]``."""
         heads, dim = self.keys
-        shape = slots, self.rows(inputs), heads, dim
-        return torch.empty(shape, dtype=self.dtype, device=inputs[self.position].device)
+        return self.layout((self.rows(inputs), heads, int(length), dim), self.dtype)
+
+    def new_memory(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """Uninitialised memory for them, ``[n, B, Hkv, W]``."""
+        device = inputs[self.position].device
+        found = []
+        for tensor in self.tensors(inputs):
+            batch, heads, slots, width = tensor.shape
+            found.append(torch.empty((slots, batch, heads, width), dtype=tensor.dtype, device=device))
+        return found
 
 
 def with_room(memory: Tensor, slots: int) -> Tensor:
-    """Compressed keys ``[n, B, Hkv, D]`` with room for so many slots: the same, or twice as many, copied."""
+    """Memory ``[n, B, Hkv, W]`` with room for so many slots: the same, or twice as many, copied."""
     if memory.shape[0] >= slots:
         return memory
     wider = memory.new_empty(max(slots, 2 * memory.shape[0]), *memory.shape[1:])

@@ -1,4 +1,4 @@
-"""Running a graph that keeps compressed keys of its caches: whose they are, and when they are void.
+"""Running a graph that keeps state of its caches: whose it is, and when it is void.
 
 The state of a cache belongs to the sparsified model, or with ``backend="infllm"`` to all models compiled so, and lives
 as long as the tensor. It is void, which costs compressing the cache anew and nothing else, when anybody but their
@@ -15,36 +15,42 @@ import threading
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from infllm_pass.errors import UncountedCacheWarning
-from infllm_pass.kv_cache.dynamic import GrowingCacheSpec, with_room
-from infllm_pass.kv_cache.static import AnyCacheSpec, CacheSpec
+from infllm_pass.kv_cache.dynamic import DynamicCacheSpec, with_room
+from infllm_pass.kv_cache.inputs import CacheSpec
+from infllm_pass.kv_cache.spec import StateTensor
+from infllm_pass.kv_cache.static import StaticCacheSpec, new_tensors
 
 
 @dataclass
 class CacheState:
-    """Compressed keys of one cache.
+    """What is kept of one cache.
 
     Attributes:
-        k1: compressed keys ``[B, Hkv, n1, D]``.
-        k2: coarse keys ``[B, Hkv, n2, D]``.
-        filled: int32 ``[B]``: keys of each row, from its first, whose windows are compressed.
+        tensors: ``[B, Hkv, n, W]`` each, as the spec's layout says: the compressed keys.
+        filled: int32 ``[B]``: keys of each row, from its first, that they stand for.
         first: int32 ``[B]``: slot of each row's first key.
-        version: the tensor's version counter after the last call; None: the keys are to be compressed anew.
+        version: the cache's version counter after the last call; None: the state is to be made anew.
         streams: the CUDA streams that the memory is known to be used in.
     """
 
-    k1: Tensor
-    k2: Tensor
+    tensors: list[Tensor]
     filled: Tensor
     first: Tensor
     version: int | None = None
     streams: set[int] = field(default_factory=set)
+
+    @classmethod
+    def new(cls, tensors: list[Tensor], rows: int, device: torch.device) -> CacheState:
+        """A state that stands for no key yet."""
+        filled, first = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
+        return cls(tensors, filled, first)
 
     def use(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory, once the state is freed, from being given away before a CUDA stream is done with it.
@@ -53,26 +59,22 @@ class CacheState:
         once; the work of one stream comes before that of another if the caller orders it, as for the cache itself.
         """
         if stream.cuda_stream not in self.streams:
-            for tensor in (self.k1, self.k2, self.filled, self.first):
+            for tensor in (*self.tensors, self.filled, self.first):
                 tensor.record_stream(stream)
             self.streams.add(stream.cuda_stream)
 
-    @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the graph gets."""
-        return self.k1, self.k2, self.filled, self.first
+        """What the graph of a static cache gets."""
+        return *self.tensors, self.filled, self.first
 
-
-class GrowingState(CacheState):
-    """Compressed keys of a cache that grows: `k1` and `k2` are ``[n, B, Hkv, D]``, memory with room for more."""
-
-    def prefix(self, fine: int, coarse: int) -> tuple[Tensor, ...]:
-        """What the graph gets for so many windows, `k1` and `k2` as ``[B, Hkv, n, D]``."""
-        before = self.k1, self.k2
-        self.k1, self.k2 = with_room(self.k1, fine), with_room(self.k2, coarse)
-        if self.k1 is not before[0] or self.k2 is not before[1]:
+    def prefix(self, described: tuple[StateTensor, ...]) -> tuple[Tensor, ...]:
+        """What the graph of a dynamic cache gets: views of memory ``[n, B, Hkv, W]`` that has room for more."""
+        slots = [tensor.shape[2] for tensor in described]
+        roomy = [with_room(memory, count) for memory, count in zip(self.tensors, slots, strict=True)]
+        if any(new is not old for new, old in zip(roomy, self.tensors, strict=True)):
             self.streams.clear()  # of other memory
-        views = (memory[:slots].permute(1, 2, 0, 3) for memory, slots in ((self.k1, fine), (self.k2, coarse)))
+        self.tensors = roomy
+        views = [memory[:count].permute(1, 2, 0, 3) for memory, count in zip(roomy, slots, strict=True)]
         return *views, self.filled, self.first
 
 
@@ -82,7 +84,7 @@ class CacheStore:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._states: MutableMapping[Tensor, dict[Any, CacheState]] = WeakTensorKeyDictionary()
-        self._growing: MutableMapping[Tensor, dict[Any, GrowingState]] = WeakTensorKeyDictionary()
+        self._growing: MutableMapping[Tensor, dict[Any, CacheState]] = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheStore:
@@ -93,7 +95,7 @@ class CacheStore:
         with self._lock:
             return sum(len(states) for kind in (self._states, self._growing) for states in kind.values())
 
-    def state(self, cache: Tensor, spec: CacheSpec) -> CacheState:
+    def state(self, cache: Tensor, spec: StaticCacheSpec) -> CacheState:
         """The state of a cache, brought to life if there is none, and emptied if it is void.
 
         Args:
@@ -104,18 +106,16 @@ class CacheStore:
         place = (*_place(cache), rows, spec.keys, spec.view, spec.padded)
         with self._lock:
             states = self._states.setdefault(_owner(cache), {})
-            state: CacheState | None = states.get((place, spec.geometry))
+            state: CacheState | None = states.get((place, spec.layout))
             if state is None:
-                shapes = spec.state_shapes(rows)
-                fine, coarse = (torch.empty(shape, dtype=cache.dtype, device=cache.device) for shape in shapes)
-                filled, start = (torch.zeros(rows, dtype=torch.int32, device=cache.device) for _ in range(2))
-                state = states[place, spec.geometry] = CacheState(fine, coarse, filled, start)
+                tensors = new_tensors(spec.tensors(rows, cache.dtype), cache.device)
+                state = states[place, spec.layout] = CacheState.new(tensors, rows, cache.device)
                 return state
         if state.version is None or state.version != self.version(cache):
             state.filled.zero_()
         return state
 
-    def take(self, inputs: Sequence[Any], spec: GrowingCacheSpec) -> GrowingState:
+    def take(self, inputs: Sequence[Any], spec: DynamicCacheSpec) -> CacheState:
         """The state of a growing cache, which is the caller's from then on; a new one if there is none.
 
         Args:
@@ -126,15 +126,12 @@ class CacheStore:
         with self._lock:
             state = self._growing.get(_owner(past), {}).pop(_growing_key(past, spec, inputs), None)
         if state is None:
-            fine, coarse = (spec.new_memory(slots, inputs) for slots in spec.slots(inputs))
-            rows, device = spec.rows(inputs), past.device
-            filled, start = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
-            return GrowingState(fine, coarse, filled, start)
+            return CacheState.new(spec.new_memory(inputs), spec.rows(inputs), past.device)
         if state.version != self.version(past):
             state.filled.zero_()
         return state
 
-    def give(self, inputs: Sequence[Any], grown: Tensor, spec: GrowingCacheSpec, state: GrowingState) -> None:
+    def give(self, inputs: Sequence[Any], grown: Tensor, spec: DynamicCacheSpec, state: CacheState) -> None:
         """Keep the state of a cache that has grown for the call that continues it.
 
         Args:
@@ -189,12 +186,9 @@ def _place(cache: Tensor) -> tuple[Any, ...]:
     return cache.storage_offset(), cache.stride(), cache.dtype, cache.device
 
 
-def _growing_key(cache: Tensor, spec: GrowingCacheSpec, inputs: Sequence[Any]) -> Any:
+def _growing_key(cache: Tensor, spec: DynamicCacheSpec, inputs: Sequence[Any]) -> Any:
     """What tells the states of one owner apart; the same for a cache of which the last keys were cut off."""
-    return *_place(cache), spec.rows(inputs), spec.keys, spec.dtype, spec.layout, spec.padded, spec.geometry
-
-
-StateT = TypeVar("StateT", bound=CacheState)
+    return *_place(cache), spec.rows(inputs), spec.keys, spec.dtype, spec.order, spec.padded, spec.layout
 
 
 class _Streams:
@@ -203,7 +197,7 @@ class _Streams:
     def __init__(self) -> None:
         self._current: dict[torch.device, torch.cuda.Stream] = {}
 
-    def __call__(self, state: StateT) -> StateT:
+    def __call__(self, state: CacheState) -> CacheState:
         """The state, known to be used in its device's current stream."""
         if state.filled.is_cuda:
             device = state.filled.device
@@ -218,11 +212,11 @@ class CachedGraph:
 
     Args:
         compiled: the compiled graph.
-        specs: the caches that it keeps compressed keys of, in the order of its inputs.
+        specs: the caches that it keeps state of, in the order of its inputs.
         store: the states.
     """
 
-    def __init__(self, compiled: Callable[..., Any], specs: tuple[AnyCacheSpec, ...], store: CacheStore) -> None:
+    def __init__(self, compiled: Callable[..., Any], specs: tuple[CacheSpec, ...], store: CacheStore) -> None:
         self.compiled = compiled
         self.specs = specs
         self.store = store
@@ -230,17 +224,17 @@ class CachedGraph:
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph; the outputs are its own."""
         given: list[Tensor] = []
-        static: list[tuple[CacheSpec, CacheState]] = []
-        growing: list[tuple[GrowingCacheSpec, GrowingState]] = []
+        static: list[tuple[StaticCacheSpec, CacheState]] = []
+        growing: list[tuple[DynamicCacheSpec, CacheState]] = []
         use = _Streams()
         with torch.inference_mode(False):  # states outlive the mode that they were made in
             for spec in self.specs:
-                if isinstance(spec, GrowingCacheSpec):
+                if isinstance(spec, DynamicCacheSpec):
                     growing.append((spec, use(self.store.take(inputs, spec))))
-                    given += growing[-1][1].prefix(*spec.slots(inputs))
+                    given += growing[-1][1].prefix(spec.tensors(inputs))
                 else:
                     static.append((spec, use(self.store.state(inputs[spec.position], spec))))
-                    given += static[-1][1].inputs
+                    given += static[-1][1].inputs()
         for _, state in static:
             state.version = None  # in case the call fails half-way
         outputs = self.compiled(*inputs, *given)

@@ -4,7 +4,10 @@ from infllm_pass.graph.buffers import HeldTensors
 from infllm_pass.graph.facts import GraphFacts
 from infllm_pass.masks.normal_form import (
     BATCH,
+    HEAD,
+    KeyBias,
     KeyCondition,
+    KeyTerms,
     Leaf,
     MaskPredicate,
     MaskRole,
@@ -16,9 +19,12 @@ from infllm_pass.masks.proof import prove_mask, prove_terms, readable
 
 __all__ = [
     "BATCH",
+    "HEAD",
     "GraphFacts",
     "HeldTensors",
+    "KeyBias",
     "KeyCondition",
+    "KeyTerms",
     "Leaf",
     "MaskPredicate",
     "MaskRole",

@@ -33,6 +33,45 @@ class KeyCondition:
 
 
 @dataclass(frozen=True)
+class KeyBias:
+    """Numbers added to the scaled scores of a key, whatever the query: the elements of one tensor.
+
+    Attributes:
+        leaf: the tensor.
+        index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), `KEY`, or a number.
+        factor: what its numbers are multiplied with first.
+        described: where they come from, for people.
+    """
+
+    leaf: Leaf
+    index: tuple[sympy.Expr, ...]
+    factor: float
+    described: str
+
+
+@dataclass(frozen=True)
+class KeyTerms:
+    """What a mask does to a key, whatever the query.
+
+    Attributes:
+        mask: tests that the key must pass.
+        bias: numbers added to its scores.
+    """
+
+    mask: tuple[KeyCondition, ...] = ()
+    bias: tuple[KeyBias, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.mask or self.bias)
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The graph tensors that the terms read."""
+        tests = [leaf for condition in self.mask for leaf in condition.leaves]
+        return *tests, *(bias.leaf for bias in self.bias)
+
+
+@dataclass(frozen=True)
 class Segments:
     """Packed sequences: adjacent keys of one number are a sequence, and no number returns later in a row.
 
@@ -55,19 +94,21 @@ class MaskPredicate:
 
     - ``j <= i + causal_offset`` (no such limit when it is None);
     - ``j > i + causal_offset - window`` (no such limit when it is None);
-    - every key condition holds for ``j``;
+    - every test of ``key_terms.mask`` holds for ``j``;
     - key ``j`` is in the sequence of key ``i + segments.offset``, if there are segments.
+
+    The numbers of ``key_terms.bias`` are added to the scores of the keys that it sees.
 
     Attributes:
         causal_offset: an expression of sizes, 0-d tensors and, for a limit of each row, elements at `BATCH`.
-        key_conditions: tests of the key.
+        key_terms: tests of the key, and numbers added to its scores.
         window: keys that a query sees at most, counted back from its causal limit.
         segments: packed sequences.
         offset_leaves: the graph tensors that `causal_offset` reads, by name, and the graphs that they belong to.
     """
 
     causal_offset: sympy.Expr | None
-    key_conditions: tuple[KeyCondition, ...] = ()
+    key_terms: KeyTerms = KeyTerms()
     window: sympy.Expr | None = None
     segments: Segments | None = None
     offset_leaves: tuple[Leaf, ...] = ()
@@ -75,7 +116,7 @@ class MaskPredicate:
     @property
     def plain(self) -> bool:
         """Whether there is nothing but the causal limit."""
-        return not self.key_conditions and self.window is None and self.segments is None
+        return not self.key_terms and self.window is None and self.segments is None
 
     @property
     def sources(self) -> frozenset[GraphFacts]:
@@ -85,15 +126,17 @@ class MaskPredicate:
     @property
     def read_later(self) -> tuple[tuple[GraphFacts, fx.Node], ...]:
         """The tensors that the normal form reads where the site is, and the graphs that they belong to."""
-        found = [(facts, node) for condition in self.key_conditions for _, facts, node in condition.leaves]
+        found = [(facts, node) for _, facts, node in self.key_terms.leaves]
         return tuple(found if self.segments is None else [*found, (self.segments.facts, self.segments.node)])
 
     def __str__(self) -> str:
         parts = ["causal" if self.causal_offset is not None else "not causal"]
         if self.window is not None:
             parts.append(f"window {self.window}")
-        if self.key_conditions:
+        if self.key_terms.mask:
             parts.append("padded keys")
+        if self.key_terms.bias:
+            parts.append("biased keys")
         if self.segments is not None:
             parts.append("packed sequences")
         return ", ".join(parts)
@@ -121,6 +164,11 @@ class UnprovenMask:
     node: fx.Node
     why: str
     role: MaskRole | None = None
+
+    @property
+    def described(self) -> str:
+        """Where the proof stopped and why, for people."""
+        return f"at node {self.node.name}: {self.why}"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ from infllm_pass.masks.normal_form import (
     HEAD,
     KEY,
     QUERY,
+    KeyBias,
     KeyCondition,
+    KeyTerms,
     MaskPredicate,
     MaskRole,
     MaskTerm,
@@ -31,7 +33,7 @@ from infllm_pass.masks.normal_form import (
     UnprovenMask,
 )
 from infllm_pass.masks.rules.scans import Scan
-from infllm_pass.masks.terms import first_unknown, visible
+from infllm_pass.masks.terms import first_unknown, key_bias, visible
 
 _MOST_ATOMS = 6
 """Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""
@@ -58,17 +60,28 @@ def prove_terms(
         The normal form, or the reason why there is none.
     """
     values: list[sympy.Basic] = []
+    biases: list[KeyBias] = []
+    refusal: UnprovenMask | None = None
     for term in terms:
         value = visible(interpreter, term)
-        if isinstance(value, UnprovenMask):
-            return replace(value, role=term.role)
-        values.append(value)
+        if not isinstance(value, UnprovenMask):
+            values.append(value)
+            continue
+        refusal = refusal or replace(value, role=term.role)
+        bias = key_bias(interpreter, term, value.described)
+        if bias is None:
+            return refusal
+        biases.append(bias)
     value = sympy.And(*values)
     key = (value.xreplace({QUERY: sympy.Integer(0)}) if one_query else value, one_query)
     if key not in interpreter.proofs:
         interpreter.proofs[key] = _Reader(interpreter, terms[0].node, one_query).read(key[0])
     proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
-    return proof
+    if refusal is None:
+        return proof
+    if isinstance(proof, UnprovenMask):
+        return refusal
+    return replace(proof, key_terms=KeyTerms(proof.key_terms.mask, tuple(biases)))
 
 
 @dataclass
@@ -257,7 +270,7 @@ class _Reader:
                 return UnprovenMask(unknown.node, "keys are numbered by more than one tensor of sequence numbers")
             segments = found
         leaves = () if self.offset is None else self.interpreter.tensors_in(self.offset)
-        return MaskPredicate(self.offset, tuple(self.conditions), window, segments, leaves)
+        return MaskPredicate(self.offset, KeyTerms(tuple(self.conditions)), window, segments, leaves)
 
 
 @dataclass(frozen=True)

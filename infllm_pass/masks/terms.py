@@ -6,12 +6,13 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from infllm_pass.graph.facts import axis, hidden_axis
 from infllm_pass.masks.cases import as_number, negation, pairs
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
-from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, MaskRole, MaskTerm, UnprovenMask
+from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, KeyBias, MaskRole, MaskTerm, UnprovenMask
 from infllm_pass.masks.symbolic import SymbolicTensor
 
 HIDING_NUMBER = -1e9
@@ -81,6 +82,29 @@ def _where_nothing_is_hidden(
     return sympy.Or(*kept)
 
 
+def key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBias | None:
+    """A term that adds numbers to the scores of keys, the same for all queries; None if it adds others.
+
+    Args:
+        interpreter: the interpreter of the graph that the term belongs to.
+        term: the term, of which `visible` does not know what it hides.
+        described: where the numbers come from, for people.
+    """
+    value = _evaluate(interpreter, term.node) if term.role is MaskRole.ADDED else None
+    if not isinstance(value, SymbolicTensor) or not value.dtype.is_floating_point:
+        return None
+    added = lift(value) if term.index is None else value.at(term.index)
+    if not isinstance(added, AppliedUndef):
+        return None
+    unknown = interpreter.unknowns.get(added.func.__name__)
+    axes = [at for at in added.args if not at.is_Integer]
+    in_order = [symbol for symbol in (BATCH, HEAD, KEY) if symbol in axes]
+    if unknown is None or not unknown.readable or axes != in_order or KEY not in axes:
+        return None
+    leaf = added.func.__name__, unknown.facts, unknown.node
+    return KeyBias(leaf, tuple(added.args), term.factor, described)
+
+
 def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:
     """Whether a number added to a score takes its key out of the softmax."""
     lowest = torch.finfo(dtype).min if dtype.is_floating_point else HIDING_NUMBER
@@ -89,7 +113,7 @@ def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:
 
 def first_unknown(interpreter: Interpreter, value: sympy.Basic) -> Unknown | None:
     """The first tensor that could not be followed among those a value depends on."""
-    names = {atom.func.__name__ for atom in value.atoms(sympy.core.function.AppliedUndef)}
+    names = {atom.func.__name__ for atom in value.atoms(AppliedUndef)}
     names |= {symbol.name for symbol in value.free_symbols}
     found = [name for name in interpreter.unknowns if name in names]
     found.sort(key=lambda name: name in interpreter.scans)  # sums are followed, to some extent

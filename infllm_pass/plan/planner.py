@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 import sympy
 import torch
 
-from infllm_pass.errors import ConfigError
-from infllm_pass.failures import CarriedError
+from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.facts import same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
@@ -18,11 +17,20 @@ from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.cache_writes import writes_slots
+from infllm_pass.plan.length_guard import Branch
+from infllm_pass.plan.site_config import SiteConfig, configured
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.scalars import read_number
 
-SiteFilter = Callable[[AttentionSite], bool]
+
+class Lowering(Enum):
+    """What a site becomes on one side of the length switch."""
+
+    UNCHANGED = "it stays as the model wrote it"
+    CAUSAL = "causal attention that reads no mask tensor"
+    DENSE = "attention of every key that the mask lets through, the mask as vectors and numbers"
+    SPARSE = "attention of selected key blocks, the mask as vectors and numbers"
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class SitePlan:
         detail: what was seen at this site, for people; "" when the reason says it all.
         mask: what the mask lets through, if that was proved causal.
         scale: softmax scale as a number; None until it is known.
+        config: what sparse attention selects here, and from which length on; None for a site that was refused before.
         error: what the pass itself failed with; None: it did not.
     """
 
@@ -43,6 +52,7 @@ class SitePlan:
     detail: str = ""
     mask: MaskPredicate | None = None
     scale: float | None = None
+    config: SparseAttentionConfig | None = None
     error: Exception | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -50,9 +60,19 @@ class SitePlan:
         """Whether the site becomes dense/sparse switchable attention."""
         return self.reason is Reason.SWITCHABLE
 
+    def lowering(self, branch: Branch) -> Lowering:
+        """What the site becomes on one side of the length switch."""
+        if self.switchable and branch is Branch.SPARSE:
+            return Lowering.SPARSE
+        if self.causal:
+            return Lowering.CAUSAL
+        if self.switchable or self.reason is Reason.WINDOW_WITHIN_BUDGET:
+            return Lowering.DENSE
+        return Lowering.UNCHANGED
+
     @property
-    def maskless(self) -> bool:
-        """Whether the site can run as plain causal attention, without the mask tensor, when it stays dense."""
+    def causal(self) -> bool:
+        """Whether the site, when it stays dense, is plain causal attention, which needs no mask tensor."""
         if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
             return False
         if self.flagged:
@@ -84,11 +104,6 @@ class SitePlan:
         return self.site.shape(self.site.query)[2] + int(offset) if offset.is_Integer else None
 
     @property
-    def windowed(self) -> bool:
-        """Whether the site stays dense for its window alone, and the operators compute it without the mask tensor."""
-        return self.reason is Reason.WINDOW_WITHIN_BUDGET
-
-    @property
     def mask_verdict(self) -> str:
         """What the mask was found to be, in a few words."""
         if self.mask is not None:
@@ -98,16 +113,16 @@ class SitePlan:
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
-def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tokens: int = 0) -> list[SitePlan]:
+def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: SiteConfig | None = None) -> list[SitePlan]:
     """A plan for every attention site of a graph, in order.
 
     Args:
         view: the graph.
-        filter_fn: sites for which it returns False stay dense.
-        visited_tokens: keys that a sparse query visits; sites with a window no longer than this stay dense.
+        config: what sites are configured with by default.
+        site_config: the configuration of each site, see `site_config.configured`; None: the default.
 
     Raises:
-        CarriedError: see `excludes`.
+        CarriedError: see `site_config.configured`.
     """
     interpreter = Interpreter(view.facts)
     plans = []
@@ -118,7 +133,7 @@ def plan_graph(view: GraphView, filter_fn: SiteFilter | None = None, visited_tok
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
             try:
-                plans.append(_plan_site(site, interpreter, filter_fn, visited_tokens))
+                plans.append(_configure(_plan_site(site, interpreter), config, site_config))
             except Exception as error:
                 plans.append(failed(site, error))
     return plans
@@ -129,51 +144,47 @@ def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
     return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}", error=error)
 
 
-def excludes(filter_fn: SiteFilter | None, site: AttentionSite) -> bool:
-    """Whether the user's filter turns a site down.
-
-    Raises:
-        CarriedError: with the filter's own exception; with a `ConfigError` if it returned no bool, as a function does
-            that forgets to.
-    """
-    if filter_fn is None:
-        return False
-    try:
-        answer: object = filter_fn(site)
-    except Exception as error:
-        raise CarriedError(error) from error
-    if not isinstance(answer, bool):
-        raise CarriedError(ConfigError("filter_fn", answer, "a function that returns True or False for each site"))
-    return not answer
+def _configure(plan: SitePlan, config: SparseAttentionConfig, site_config: SiteConfig | None) -> SitePlan:
+    """The plan with the site's configuration, which may leave it dense."""
+    if not plan.switchable or not isinstance(plan.site, AttentionSite):
+        return plan
+    chosen = configured(site_config, plan.site, config)
+    if chosen is None:
+        return replace(plan, reason=Reason.EXCLUDED)
+    plan = replace(plan, config=chosen)
+    window = None if plan.mask is None else plan.mask.window
+    if window is not None and int(window) <= chosen.visited_tokens:
+        seen = f"the window is {int(window)} keys, and {chosen.visited_tokens} are visited"
+        return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen)
+    return plan
 
 
-def _plan_site(
-    site: AttentionSite,
-    interpreter: Interpreter,
-    filter_fn: SiteFilter | None,
-    visited_tokens: int,
-) -> SitePlan:
+def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:
+    """The plan of a site, whatever it is configured with."""
     if not site.masks and site.is_causal is not True and not _is_step(site):
         return _unmasked(site)
     refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
         return refused
-    proof = _prove_causal(site, interpreter)
+    proof = _prove_masks(site, interpreter)
     if isinstance(proof, SitePlan):
         return proof
+    plan = _check_proof(site, proof, interpreter)
+    if proof.key_terms.bias and not plan.switchable:  # the first thing to change
+        return SitePlan(site, Reason.ADDITIVE_BIAS, proof.key_terms.bias[0].described)
+    return plan
+
+
+def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpreter) -> SitePlan:
+    """The plan of a site of which it is proved what its masks let through."""
+    causal = _check_predicate(site, proof, interpreter)
+    if isinstance(causal, SitePlan):
+        return causal
     scale = _read_scale(site, interpreter)
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
-    proved = SitePlan(site, Reason.SWITCHABLE, mask=proof, scale=scale)
-    refused = _check_heads(site, proved)
-    if refused is not None:
-        return refused
-    if excludes(filter_fn, site):
-        return SitePlan(site, Reason.EXCLUDED, mask=proof, scale=scale)
-    if proof.window is not None and int(proof.window) <= visited_tokens:
-        seen = f"the window is {int(proof.window)} keys, and {visited_tokens} are visited"
-        return SitePlan(site, Reason.WINDOW_WITHIN_BUDGET, seen, proof, scale)
-    return proved
+    proved = SitePlan(site, Reason.SWITCHABLE, mask=causal, scale=scale)
+    return _check_heads(site, proved) or proved
 
 
 def _unmasked(site: AttentionSite) -> SitePlan:
@@ -237,16 +248,14 @@ def _check_heads(site: AttentionSite, plan: SitePlan) -> SitePlan | None:
     return None
 
 
-def _prove_causal(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
+def _prove_masks(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate | SitePlan:
+    """What a site's masks let through, whether the operators take it or not."""
     if not site.masks:
-        limit = size(0) if site.is_causal is True else None
-        return _check_predicate(site, MaskPredicate(limit), interpreter)
+        return MaskPredicate(size(0) if site.is_causal is True else None)
     if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
     proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
-    if isinstance(proof, UnprovenMask):
-        return _unproven(site, proof)
-    return _check_predicate(site, proof, interpreter)
+    return _unproven(site, proof) if isinstance(proof, UnprovenMask) else proof
 
 
 def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:
@@ -289,7 +298,7 @@ def _unlimited(site: AttentionSite, predicate: MaskPredicate, interpreter: Inter
 
     A decoding step has one that may be all in the values of a tensor, made where no proof sees it.
     """
-    given = {node for condition in predicate.key_conditions for _, _, node in condition.leaves}
+    given = {node for _, _, node in predicate.key_terms.leaves}
     inputs = sorted(input_name(node) for node in given if node.op == "placeholder")
     if inputs and _is_decoding(site, interpreter):
         return SitePlan(
@@ -342,9 +351,8 @@ def unemittable(
 
 def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:
     """The plan of a site whose mask was not proved: numbers added to the scores, or a mask unknown."""
-    detail = f"at node {proof.node.name}: {proof.why}"
     reason = Reason.ADDITIVE_BIAS if proof.role is MaskRole.ADDED else Reason.UNPROVEN_MASK
-    return SitePlan(site, reason, detail)
+    return SitePlan(site, reason, proof.described)
 
 
 def _read_scale(site: AttentionSite, interpreter: Interpreter) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from torch import fx
@@ -11,13 +12,16 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.failures import Strict, refuse
 from infllm_pass.graph.decompose import Expansion, expand_composites
 from infllm_pass.graph.subgraphs import all_graphs
-from infllm_pass.kv_cache.static import CacheInputs
+from infllm_pass.kv_cache.inputs import CacheInputs
 from infllm_pass.masks import HeldTensors
 from infllm_pass.plan.length_guard import Branch, LengthGuard, decide_capacity, decide_length
-from infllm_pass.plan.planner import SiteFilter, SitePlan, excludes, failed, plan_graph
+from infllm_pass.plan.planner import SitePlan, failed, plan_graph
+from infllm_pass.plan.site_config import SiteConfig, configured
 from infllm_pass.reasons import Reason
-from infllm_pass.rewrite.report import GraphReport, SiteReport, describe_site
-from infllm_pass.rewrite.rewriter import Outcome, Rewriter
+from infllm_pass.rewrite.outcome import Outcome
+from infllm_pass.rewrite.report import GraphReport, describe_site
+from infllm_pass.rewrite.rewriter import Rewriter
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target
 from infllm_pass.sites import AttentionSite
 
 
@@ -28,120 +32,144 @@ class Switch(Enum):
     ALWAYS_DENSE = "always dense"
 
 
+@dataclass(frozen=True)
+class SitePolicy:
+    """What is to become of the attention sites of a model.
+
+    Attributes:
+        config: what sparse attention selects, and from which length on.
+        site_config: the configuration of each site, see `plan.site_config.configured`; None: `config`.
+        targets: what sites can become; the first that accepts one computes it.
+        strict: what raises, see `failures.refuse`; sites that `site_config` leaves dense are exempt.
+    """
+
+    config: SparseAttentionConfig
+    site_config: SiteConfig | None = None
+    targets: Sequence[Target] = DEFAULT_TARGETS
+    strict: Strict = False
+
+
 def run_pass(
     module: fx.GraphModule,
-    config: SparseAttentionConfig,
+    policy: SitePolicy | SparseAttentionConfig,
     *,
     switch: Switch = Switch.BY_LENGTH,
-    filter_fn: SiteFilter | None = None,
     number: int = 0,
     held: HeldTensors | None = None,
     caches: CacheInputs | None = None,
-    strict: Strict = False,
 ) -> GraphReport:
     """Rewrite every attention site of a Dynamo graph, and of the graphs nested in it, in place.
 
     Args:
         module: the graph as Dynamo hands it to a backend: torch-level calls, before autograd.
-        config: what sparse attention selects, and from which length on.
+        policy: what is to become of its sites; a configuration is that of every site.
         switch: ALWAYS_DENSE rewrites to attention without mask tensors only.
-        filter_fn: sites for which it returns False stay dense.
         number: number of the graph, for the report.
-        held: tensors that masks may be read from. Whoever runs the graph has to watch what was read, see `held`.
-        caches: takes up the caches whose compressed keys are inputs of the rewritten graph, which whoever runs it has
-            to hand over, see `cached_graph`; None: none are.
-        strict: what raises, see `failures.refuse`; sites for which `filter_fn` returns False are exempt.
+        held: tensors that masks may be read from. Whoever runs the graph has to watch what was read, see
+            `runtime.buffer_guards`.
+        caches: takes up the caches whose state is an input of the rewritten graph, which whoever runs it has to hand
+            over, see `kv_cache.store`; None: none are.
 
     Returns:
         What was found and done.
 
     Raises:
         InternalError, DenseSiteError: see `failures.refuse`.
-        CarriedError: see `plan.excludes`.
+        CarriedError: see `plan.site_config.configured`.
     """
-    rows: list[SiteReport] = []
 
     def decide(plan: SitePlan) -> LengthGuard | None:
-        if not plan.switchable or switch is not Switch.BY_LENGTH or not isinstance(plan.site, AttentionSite):
+        if switch is not Switch.BY_LENGTH or plan.config is None or not isinstance(plan.site, AttentionSite):
             return None
         if plan.length is None:
-            return decide_capacity(plan.site.shape(plan.site.key)[2], config.dense_len)
-        return decide_length(plan.length, config.dense_len)
+            return decide_capacity(plan.site.shape(plan.site.key)[2], plan.config.dense_len)
+        return decide_length(plan.length, plan.config.dense_len)
 
-    plans: list[SitePlan] = []
-    for plan, guard, outcome in _run(module, config, filter_fn, decide, held, caches):
-        rows.append(describe_site(number, len(rows), plan, guard).with_outcome(outcome))
-        plans.append(plan)
-    report = GraphReport(number, tuple(rows))
-    exempt = [strict == "all" and not plan.switchable and _is_excluded(plan, filter_fn) for plan in plans]
-    refuse(strict, report, [plan.error for plan in plans], exempt)
+    policy = policy if isinstance(policy, SitePolicy) else SitePolicy(policy)
+    decisions = _run(module, policy, decide, held, caches)
+    report = _report(number, decisions, policy)
+    plans = [plan for plan, _, _ in decisions]
+    exempt = [policy.strict == "all" and not plan.switchable and _is_excluded(plan, policy) for plan in plans]
+    refuse(policy.strict, report, [plan.error for plan in plans], exempt)
     return report
 
 
-def _is_excluded(plan: SitePlan, filter_fn: SiteFilter | None) -> bool:
-    """Whether the user's filter turns a site down, or would if it were provable."""
+def _is_excluded(plan: SitePlan, policy: SitePolicy) -> bool:
+    """Whether the user wants a site dense, or would if it were provable."""
     if plan.reason is Reason.EXCLUDED:
         return True
-    return isinstance(plan.site, AttentionSite) and excludes(filter_fn, plan.site)
+    return isinstance(plan.site, AttentionSite) and configured(policy.site_config, plan.site, policy.config) is None
 
 
 def run_on_export(
-    module: fx.GraphModule,
-    config: SparseAttentionConfig,
-    *,
-    branch: Branch | None = None,
-    filter_fn: SiteFilter | None = None,
+    module: fx.GraphModule, policy: SitePolicy | SparseAttentionConfig, *, branch: Branch | None = None
 ) -> GraphReport:
     """Decide about every attention site of an exported graph, and rewrite them for one side of the switch.
 
     Args:
         module: the graph of a ``torch.export.ExportedProgram``: ATen operators before any decomposition.
-        config: what sparse attention selects; its `dense_len` decides nothing here.
+        policy: what is to become of its sites; `dense_len` decides nothing here.
         branch: the side that every switchable site is rewritten for; None: decide only, and leave the graph alone.
-        filter_fn: sites for which it returns False stay dense.
 
     Returns:
         What was found and done.
 
     Raises:
-        CarriedError: see `plan.excludes`.
+        CarriedError: see `plan.site_config.configured`.
     """
-    rows: list[SiteReport] = []
+    policy = policy if isinstance(policy, SitePolicy) else SitePolicy(policy)
     if branch is None:
-        plans = [plan for view in all_graphs(module) for plan in plan_graph(view, filter_fn, config.visited_tokens)]
-        rows += [describe_site(0, place, plan, None) for place, plan in enumerate(plans)]
-        return GraphReport(0, tuple(rows))
+        decisions: list[Decision] = []
+        for view in all_graphs(module):
+            rewriter = Rewriter(view.facts, targets=policy.targets)
+            plans = plan_graph(view, policy.config, policy.site_config)
+            decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans]
+        return _report(0, decisions, policy)
     chosen = LengthGuard(branch, "", False)
-    for plan, guard, outcome in _run(module, config, filter_fn, lambda plan: chosen if plan.switchable else None):
-        rows.append(describe_site(0, len(rows), plan, guard).with_outcome(outcome))
-    return GraphReport(0, tuple(rows))
+    return _report(0, _run(module, policy, lambda _plan: chosen), policy)
 
 
 Decision = tuple[SitePlan, LengthGuard | None, Outcome]
 
 
+def _report(number: int, decisions: Sequence[Decision], policy: SitePolicy) -> GraphReport:
+    rows = [
+        describe_site(number, place, plan, guard, outcome, policy.config)
+        for place, (plan, guard, outcome) in enumerate(decisions)
+    ]
+    return GraphReport(number, tuple(rows))
+
+
 def _run(
     module: fx.GraphModule,
-    config: SparseAttentionConfig,
-    filter_fn: SiteFilter | None,
+    policy: SitePolicy,
     decide: Callable[[SitePlan], LengthGuard | None],
     held: HeldTensors | None = None,
     caches: CacheInputs | None = None,
 ) -> list[Decision]:
-    """Find, plan, decide and rewrite, site by site; a site at which that fails stays as it was."""
+    """Find, plan, decide and rewrite, site by site; a site at which that fails stays as it was.
+
+    Args:
+        module: the graph.
+        policy: what is to become of its sites.
+        decide: chooses the side of a switchable site.
+        held: see `run_pass`, as for `caches`.
+        caches: see there.
+    """
     done: list[Decision] = []
     expansions = expand_composites(module)
     calls = {expansion.call for expansion in expansions}
     used: set[Expansion] = set()
     for view in all_graphs(module, held):
-        rewriter = Rewriter(view.facts, config, caches if view.module is module else None)
-        for plan in plan_graph(view, filter_fn, config.visited_tokens):
+        rewriter = Rewriter(view.facts, caches if view.module is module else None, policy.targets)
+        for plan in plan_graph(view, policy.config, policy.site_config):
             if plan.site.node in calls:
                 continue
             within = next((expansion for expansion in expansions if plan.site.node in expansion.nodes), None)
             guard, outcome = None, Outcome()
             try:
-                guard = decide(plan)
+                plan = rewriter.admit(plan)
+                guard = decide(plan) if plan.switchable else None
                 outcome = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
             except Exception as error:
                 plan, guard = failed(plan.site, error), None

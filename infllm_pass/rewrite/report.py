@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,18 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.failures import full_traceback
 from infllm_pass.graph.facts import example_of
 from infllm_pass.plan.length_guard import Branch, LengthGuard
 from infllm_pass.plan.planner import SitePlan
 from infllm_pass.reasons import Reason
-from infllm_pass.rewrite.rewriter import Kernels, Outcome
+from infllm_pass.rewrite.outcome import Outcome
 from infllm_pass.sites import AttentionSite, PartialSite
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """One attention site of one compiled graph.
+class SiteFacts:
+    """What a site is, and where it stands.
 
     Attributes:
         graph: number of the compiled graph, counted from 0.
@@ -34,21 +36,6 @@ class SiteReport:
         dtype: the dtype that attention is computed in.
         device: the device.
         group: query heads for one key/value head; 0 where the heads do not divide.
-        mask: what the mask was found to be.
-        mask_elided: whether the compiled graph no longer reads a mask tensor here (or never had one).
-        decision: "switchable" or "dense".
-        branch: the side of the switch that this graph runs, "dense" or "sparse".
-        kernels: what computes the site on this side: "triton", "C++" (torch operators where a warning has said that it
-            cannot be compiled), "torch operators" or "SDPA".
-        refusal: why the Triton kernels do not take a site on a GPU that "torch operators" compute; else "".
-        cache_state: whether the compressed keys of a cache are "carried" from call to call or "recomputed" at each; ""
-            where there is no cache.
-        cache_detail: why they are recomputed; else "".
-        guard: the length test that chose the side; "" for a dense site.
-        guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
-        reason: name of the `Reason`.
-        explanation: why, and what would change it.
-        traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
     """
 
     graph: int
@@ -60,31 +47,43 @@ class SiteReport:
     dtype: str
     device: str
     group: int
+
+
+@dataclass(frozen=True)
+class SiteDecision:
+    """What was found out about a site, and decided.
+
+    Attributes:
+        mask: what the mask was found to be.
+        decision: "switchable" or "dense".
+        branch: the side of the switch that this graph runs, "dense" or "sparse".
+        guard: the length test that chose the side; "" for a dense site.
+        guard_dynamic: whether Dynamo checks the test at every call; False: the length is static.
+        reason: name of the `Reason`.
+        explanation: why, and what would change it.
+        config: the fields of the site's configuration that differ from the model's, and their values here.
+        traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
+    """
+
     mask: str
-    mask_elided: bool
     decision: str
     branch: str
-    kernels: str
-    refusal: str
-    cache_state: str
-    cache_detail: str
     guard: str
     guard_dynamic: bool
     reason: str
     explanation: str
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     traceback: str = ""
 
-    def with_outcome(self, outcome: Outcome) -> SiteReport:
-        """The row once the site is rewritten."""
-        elided = self.mask_elided or outcome.mask_elided
-        return replace(
-            self,
-            mask_elided=elided,
-            kernels=outcome.kernels.value,
-            refusal=outcome.refusal,
-            cache_state=outcome.cache_state.value,
-            cache_detail=outcome.cache_detail,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport(Outcome, SiteDecision, SiteFacts):
+    """One attention site of one compiled graph: its attributes are those of the three parts."""
+
+    @classmethod
+    def of(cls, facts: SiteFacts, decision: SiteDecision, outcome: Outcome) -> SiteReport:
+        """The report of a site, put together."""
+        return cls(**vars(facts), **vars(decision), **vars(outcome))
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,7 @@ _COLUMNS = (
     "runs",
     "kernels",
     "cache state",
+    "config",
     "guard",
     "why",
 )
@@ -190,6 +190,7 @@ def _cells(rows: list[SiteReport]) -> dict[str, str]:
         "runs": first.branch,
         "kernels": first.kernels,
         "cache state": ": ".join(filter(None, (first.cache_state, first.cache_detail))),
+        "config": ", ".join(f"{name}={value}" for name, value in first.config.items()),
         "guard": first.guard + (" (dynamic)" if first.guard_dynamic else ""),
         "why": _why(first),
     }
@@ -217,20 +218,36 @@ def _without_place(site: SiteReport) -> dict[str, str]:
     return {name: text for name, text in _cells([site]).items() if name not in _PLACE}
 
 
-def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | None) -> SiteReport:
-    """The report row of a planned site, before it is rewritten.
+def describe_site(
+    graph: int,
+    number: int,
+    plan: SitePlan,
+    guard: LengthGuard | None,
+    outcome: Outcome,
+    default: SparseAttentionConfig,
+) -> SiteReport:
+    """The report row of a site.
 
     Args:
         graph: number of the compiled graph.
         number: number of the site in the graph.
         plan: the site's plan.
         guard: the outcome of the length switch; None for a site that has none.
+        outcome: what the site was rewritten to.
+        default: what sites are configured with unless the user's function says otherwise.
     """
+    site = plan.site
+    if not isinstance(site, PartialSite) and not site.masks:
+        outcome = replace(outcome, mask_elided=True)
+    return SiteReport.of(_facts(graph, number, plan), _decision(plan, guard, default), outcome)
+
+
+def _facts(graph: int, number: int, plan: SitePlan) -> SiteFacts:
     site = plan.site
     example = example_of(site.node)
     tensors = () if isinstance(site, PartialSite) else (site.shape(site.query), site.shape(site.key_heads))
     shapes = [tuple(map(_readable_size, shape)) for shape in tensors] or [(), ()]
-    return SiteReport(
+    return SiteFacts(
         graph=graph,
         site=number,
         module=site.module_path,
@@ -239,21 +256,27 @@ def describe_site(graph: int, number: int, plan: SitePlan, guard: LengthGuard | 
         key_shape=shapes[1],
         dtype=str(getattr(example, "dtype", "")).removeprefix("torch."),
         device=str(getattr(example, "device", "")),
-        group=0 if isinstance(site, PartialSite) or not (plan.maskless or plan.switchable) else _group(site),
+        group=0 if isinstance(site, PartialSite) or not (plan.causal or plan.switchable) else _group(site),
+    )
+
+
+def _decision(plan: SitePlan, guard: LengthGuard | None, default: SparseAttentionConfig) -> SiteDecision:
+    return SiteDecision(
         mask=plan.mask_verdict,
-        mask_elided=not isinstance(site, PartialSite) and not site.masks,
         decision="switchable" if plan.switchable else "dense",
         branch=(guard.branch if guard is not None else Branch.DENSE).value,
-        kernels=Kernels.SDPA.value,
-        refusal="",
-        cache_state="",
-        cache_detail="",
         guard=guard.expression if guard is not None else "",
         guard_dynamic=guard is not None and guard.dynamic,
         reason=plan.reason.name,
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
+        config=_differing(plan.config or default, default),
         traceback="" if plan.error is None else full_traceback(plan.error),
     )
+
+
+def _differing(config: SparseAttentionConfig, default: SparseAttentionConfig) -> dict[str, Any]:
+    known = default.to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != known[name]}
 
 
 def _group(site: AttentionSite) -> int:
@@ -264,4 +287,4 @@ def _readable_size(extent: int | torch.SymInt) -> int | str:
     return extent if isinstance(extent, int) else str(extent)
 
 
-__all__ = ["GraphReport", "Reason", "Report", "SiteReport", "describe_site"]
+__all__ = ["GraphReport", "Reason", "Report", "SiteDecision", "SiteFacts", "SiteReport", "describe_site"]

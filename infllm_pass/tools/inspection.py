@@ -18,6 +18,7 @@ from infllm_pass.errors import NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.frontend.backend import SwitchableBackend
 from infllm_pass.frontend.compile_settings import compile_with, settings_of
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.rewrite.pipeline import SitePolicy
 
 CHUNK_ELEMENTS = 1 << 24
 """Scores held at once by `attention_mass`: 64 MB in float32."""
@@ -103,7 +104,7 @@ def attention_inputs(
         return observed
 
     original, settings = settings_of(model)
-    run = compile_with(original, SwitchableBackend(run_observed, chosen), settings)
+    run = compile_with(original, SwitchableBackend(run_observed, SitePolicy(chosen)), settings)
     try:
         with torch.no_grad():
             run(*example_inputs, **example_kwargs)

@@ -18,7 +18,7 @@ from infllm_pass.errors import (
     InternalErrorWarning,
     NoAttentionSiteError,
 )
-from infllm_pass.rewrite.rewriter import Rewriter
+from infllm_pass.rewrite.targets import BlockSparse
 from tests.support.common import SMALL, llama, tokens
 
 
@@ -43,15 +43,15 @@ def _raise(error):
 @pytest.fixture
 def failing_site(monkeypatch):
     """The pass fails at the sites with scale 0.7; what it raised."""
-    raised, rewrite = [], Rewriter._block_attention
+    raised, emitted = [], BlockSparse.emit
 
-    def block_attention(self, plan, *args, **kwargs):
-        if plan.scale != 0.7:
-            return rewrite(self, plan, *args, **kwargs)
+    def emit(self, request, builder):
+        if request.scale != 0.7:
+            return emitted(self, request, builder)
         raised.append(ZeroDivisionError("injected"))
         return _raise(raised[-1])
 
-    monkeypatch.setattr(Rewriter, "_block_attention", block_attention)
+    monkeypatch.setattr(BlockSparse, "emit", emit)
     return raised
 
 

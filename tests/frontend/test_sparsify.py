@@ -295,7 +295,7 @@ def test_minicpm_model_configuration():
     fields = {**SMALL.to_dict()}
     del fields["lse"], fields["query_block"]
     model = infllm_pass.sparsify(torch.compile(attend, backend="eager"), SimpleNamespace(sparse_config=fields))
-    assert model._infllm_handle.config == SMALL
+    assert model._infllm_handle.policy.config == SMALL
 
 
 def test_a_model_without_attention_warns_once():

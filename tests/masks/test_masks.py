@@ -59,7 +59,7 @@ def test_causal_spellings_are_proved(spelling, dynamic):
     build = CAUSAL[spelling]
     proof, _ = proof_of(lambda x: build(*positions(x)), torch.zeros(2, 37), dynamic=dynamic)
     assert offset_is(proof, 0), proof
-    assert not proof.key_conditions
+    assert not proof.key_terms.mask
 
 
 NOT_CAUSAL = {
@@ -156,7 +156,7 @@ def test_a_padding_mask_becomes_a_key_condition(spelling):
     mask = torch.randint(0, 2, (3, 21))
     proof, _ = proof_of(build, mask)
     assert offset_is(proof, 0), proof
-    (condition,) = proof.key_conditions
+    (condition,) = proof.key_terms.mask
     (leaf,) = condition.leaves
     assert leaf[2].op == "placeholder"
     assert torch.equal(
@@ -192,7 +192,7 @@ def test_the_mask_of_transformers_is_proved_with_and_without_padding():
         attention = [n for n in module.graph.nodes if "scaled_dot_product" in str(n.target)]
         proof = prove_mask(Interpreter(facts), attention[0].kwargs["attn_mask"])
         assert offset_is(proof, 0), proof
-        assert len(proof.key_conditions) == len(inputs)
+        assert len(proof.key_terms.mask) == len(inputs)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

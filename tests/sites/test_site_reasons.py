@@ -11,7 +11,7 @@ import infllm_pass
 from infllm_pass import Reason
 from infllm_pass.errors import NoAttentionSiteWarning
 from infllm_pass.rewrite.pipeline import run_pass
-from infllm_pass.rewrite.rewriter import Rewriter
+from infllm_pass.rewrite.targets import BlockSparse
 from tests.sites.test_sites_handwritten import ALWAYS, COVERING, INF, D, compiled, hidden, matmul_attention, part, qkv
 from tests.support.common import SMALL, capture, relative_error
 
@@ -176,7 +176,7 @@ def test_a_failure_inside_the_pass_leaves_the_site_as_it_was(stage, monkeypatch)
     if stage == "plan":
         monkeypatch.setattr("infllm_pass.plan.planner._check_tensors", fail)
     else:
-        monkeypatch.setattr(Rewriter, "_block_attention", fail)
+        monkeypatch.setattr(BlockSparse, "emit", fail)
     q, k, v = qkv()
     module = capture(lambda q, k, v: matmul_attention(q.transpose(2, 3).contiguous().transpose(2, 3), k, v), q, k, v)
     before = str(module.graph)

@@ -10,6 +10,7 @@ from torch import nn
 from infllm_pass import Reason, SparseAttentionConfig
 from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.plan.planner import plan_graph
+from infllm_pass.plan.site_config import site_config_of
 from infllm_pass.rewrite.pipeline import run_pass
 from infllm_pass.sites import find_sites
 from tests.support.common import SMALL, capture, count_calls, relative_error
@@ -28,7 +29,9 @@ def qkv(batch=2, heads=6, heads_kv=2, length=50, dim=8):
 
 def plans(function, *inputs, filter_fn=None, **capture_options):
     module = capture(function, *inputs, **capture_options)
-    return [plan for view in all_graphs(module) for plan in plan_graph(view, filter_fn)]
+    return [
+        plan for view in all_graphs(module) for plan in plan_graph(view, ALWAYS_SPARSE, site_config_of(filter_fn, None))
+    ]
 
 
 def call(module, **inputs):
@@ -195,7 +198,7 @@ def test_a_scale_that_is_data_stays_dense():
     (site,) = find_sites(view.facts)
     factor = next(node for node in module.graph.nodes if "factor" in node.name)
     site.node.kwargs = {**site.node.kwargs, "scale": factor}
-    assert [plan.reason for plan in plan_graph(view)] == [Reason.SCALE_IS_DATA]
+    assert [plan.reason for plan in plan_graph(view, ALWAYS_SPARSE)] == [Reason.SCALE_IS_DATA]
 
 
 def test_graphs_without_attention_pass_through():

@@ -436,7 +436,7 @@ def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> boo
             bound = max(HIDING_NUMBER, torch.finfo(mask.dtype).min)
             assert bool(((mask == 0) | (mask <= bound)).all()), f"seed {program.seed}: {proof} of {mask}"
             visible = visible & (mask == 0)
-    for name, _, leaf in (leaf for condition in proof.key_conditions for leaf in condition.leaves):
+    for name, _, leaf in proof.key_terms.leaves:
         if recorded[leaf].dim() == 0:
             sizes[name] = int(recorded[leaf])
     offsets = {s: int(recorded[n]) for n in recorded for s in _symbols(proof) if s.name.startswith(f"{n.name}@")}

@@ -45,7 +45,7 @@ def mask_of(proof: MaskPredicate, tensors, shape, sizes=None) -> torch.Tensor:
         mask &= key <= limit
         if proof.window is not None:
             mask &= key > limit - number(proof.window)
-    for condition in proof.key_conditions:
+    for condition in proof.key_terms.mask:
         mask &= key_mask(condition, tensors, batch, length_k, sizes)[:, None, None, :]
     if proof.segments is not None:
         ids = tensors[proof.segments.node]

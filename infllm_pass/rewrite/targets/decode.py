@@ -1,0 +1,79 @@
+"""The decode operator: few queries over a cache, whose compressed keys are kept from call to call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kv_cache.spec import StateTensor
+from infllm_pass.lowering.ops.decode_cpu import state_slots
+from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.plan.planner import Lowering
+from infllm_pass.rewrite.targets.site_builder import SiteBuilder
+from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_bias
+
+_NEVER_SPARSE = torch.iinfo(torch.int32).max
+"""A `dense_len` beyond all lengths: decoding then is dense, in the operator that splits the keys among programs."""
+
+
+@dataclass(frozen=True)
+class CompressedKeys:
+    """The state of InfLLM-V2's selection: the means of key windows, fine and coarse."""
+
+    geometry: BlockGeometry
+
+    def __call__(self, keys: Sequence[Any], dtype: torch.dtype) -> tuple[StateTensor, ...]:
+        """`k1` and `k2` for keys ``[B, Hkv, L, D]``: ``[B, Hkv, n1, D]`` and ``[B, Hkv, n2, D]``."""
+        batch, heads, length, dim = keys
+        names = zip(("k1", "k2"), state_slots(length, self.geometry), strict=True)
+        return tuple(StateTensor(name, (batch, heads, slots, dim), dtype) for name, slots in names)
+
+
+class Decode:
+    """Selection and attention in one operator, which also compresses the keys that are new."""
+
+    name = "decode"
+
+    def accepts(self, request: Request) -> Refusal | None:
+        """Sites over a cache.
+
+        On a GPU the operator for the CPU would read lengths on the host, in calls that CUDA graphs record. Below
+        `dense_len` a growing cache is another graph's; the first one above it compresses all keys.
+        """
+        if request.lowering is Lowering.CAUSAL:
+            return Refusal("it computes no attention without a mask")
+        if operator_kernels(request).refusal:
+            return Refusal("the Triton kernels do not take it")
+        if request.lowering is Lowering.DENSE and not request.plan.in_cache:
+            return Refusal("its keys are too few")
+        return refuses_bias(request)
+
+    def state(self, request: Request) -> CompressedKeys:
+        """The compressed keys."""
+        return CompressedKeys(request.config.geometry)
+
+    def kernels(self, request: Request) -> Kernels:
+        """The Triton kernels where they take the site."""
+        return operator_kernels(request)
+
+    def emit(self, request: Request, builder: SiteBuilder) -> fx.Node:
+        """What keeps the state true to the graph's writes, and the operator of the site's device."""
+        q, k, v = builder.operands()
+        state, rows = builder.decoding_arguments()
+        geometry = request.config.geometry
+        dense_len = request.config.dense_len if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
+        if self.kernels(request).name == "triton":
+            from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments  # needs Triton
+
+            target, arguments = torch.ops.infllm.tiled_decode_attention.default, tiled_decode_arguments(geometry)
+            q, k, v = (builder.unit_stride(node) for node in (q, k, v))
+        else:
+            target, arguments = torch.ops.infllm.decode_attention.default, selection_arguments(geometry)
+        call = (*rows, request.scale, dense_len, *arguments)
+        return builder.call(operator.getitem, builder.call(target, q, k, v, *state.tensors, state.filled, *call), 0)
