@@ -64,6 +64,17 @@ class DenseSiteError(InfLLMError, RuntimeError):
         self.sites = sites
 
 
+class CarriedError(BaseException):
+    """Carries an error through Dynamo to the call of the sparsified model, which raises it as it is.
+
+    Dynamo wraps every `Exception` of a backend in one of its own, and drops it under ``suppress_errors``.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.error = error
+
+
 class InternalError(InfLLMError, RuntimeError):
     """``strict`` and the pass itself failed at a site; what it failed with is the cause of this error."""
 

@@ -20,11 +20,11 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import ExportError, NoAttentionSiteError, UnsupportedModelError
-from infllm_pass.failures import CarriedError, warn_of_failures
+from infllm_pass.errors import CarriedError, ExportError, NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.graph.op_table import written_arguments
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.plan.site_config import SiteConfig, SiteFilter, site_config_of
+from infllm_pass.rewrite.failures import warn_of_failures
 from infllm_pass.rewrite.pipeline import SitePolicy, run_on_export
 from infllm_pass.rewrite.report import Report
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target

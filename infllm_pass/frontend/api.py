@@ -16,18 +16,19 @@ from torch import nn
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import (
+    CarriedError,
     InfLLMError,
     NoAttentionSiteError,
     NoAttentionSiteWarning,
     UnsupportedModelError,
 )
-from infllm_pass.failures import CarriedError, Strict, checked_strict
 from infllm_pass.frontend.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
 from infllm_pass.frontend.call_errors import misfit_of_call
 from infllm_pass.frontend.compile_settings import CompileSettings, compile_with, settings_of
 from infllm_pass.frontend.generation import generating_methods
 from infllm_pass.kv_cache.store import CacheStore
 from infllm_pass.plan.site_config import SiteConfig, SiteFilter, site_config_of
+from infllm_pass.rewrite.failures import Strict, checked_strict
 from infllm_pass.rewrite.log import CompileLog
 from infllm_pass.rewrite.pipeline import SitePolicy, Switch
 from infllm_pass.rewrite.report import Report

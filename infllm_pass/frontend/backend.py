@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import ConfigError, DenseSiteError, InternalError
-from infllm_pass.failures import CarriedError, warn_of_failures
+from infllm_pass.errors import CarriedError, ConfigError, DenseSiteError, InternalError
 from infllm_pass.frontend.compile_settings import bound_compiler
 from infllm_pass.graph.subgraphs import held_tensors
 from infllm_pass.kv_cache.inputs import CacheInputs, may_read_a_cache
@@ -19,6 +18,7 @@ from infllm_pass.kv_cache.store import CachedGraph, CacheStore
 from infllm_pass.lowering.inductor.mutation_cache import remembered_accesses
 from infllm_pass.lowering.ops.dispatch import warn_untuned
 from infllm_pass.plan.site_config import site_config_of
+from infllm_pass.rewrite.failures import warn_of_failures
 from infllm_pass.rewrite.log import CompileLog
 from infllm_pass.rewrite.pipeline import SitePolicy, Switch, run_pass
 from infllm_pass.rewrite.report import GraphReport

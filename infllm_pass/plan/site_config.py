@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import ConfigError
-from infllm_pass.failures import CarriedError
+from infllm_pass.errors import CarriedError, ConfigError
 from infllm_pass.sites import AttentionSite
 
 SiteFilter: TypeAlias = Callable[[AttentionSite], bool]

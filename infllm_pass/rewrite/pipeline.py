@@ -9,7 +9,6 @@ from enum import Enum
 from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.failures import Strict, refuse
 from infllm_pass.graph.decompose import Expansion, expand_composites
 from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.kv_cache.inputs import CacheInputs
@@ -18,6 +17,7 @@ from infllm_pass.plan.length_guard import Branch, LengthGuard, decide_capacity, 
 from infllm_pass.plan.planner import SitePlan, failed, plan_graph
 from infllm_pass.plan.site_config import SiteConfig, configured
 from infllm_pass.reasons import Reason
+from infllm_pass.rewrite.failures import Strict, refuse
 from infllm_pass.rewrite.outcome import Outcome
 from infllm_pass.rewrite.report import GraphReport, describe_site
 from infllm_pass.rewrite.rewriter import Rewriter

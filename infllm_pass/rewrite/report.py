@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.failures import full_traceback
 from infllm_pass.graph.facts import example_of
 from infllm_pass.plan.length_guard import Branch, LengthGuard
 from infllm_pass.plan.planner import SitePlan
@@ -270,7 +270,7 @@ def _decision(plan: SitePlan, guard: LengthGuard | None, default: SparseAttentio
         reason=plan.reason.name,
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
         config=_differing(plan.config or default, default),
-        traceback="" if plan.error is None else full_traceback(plan.error),
+        traceback="" if plan.error is None else "".join(traceback.format_exception(plan.error)),
     )
 
 

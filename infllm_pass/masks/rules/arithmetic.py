@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -26,6 +26,7 @@ from infllm_pass.masks.rules.registry import (
     EXACT_INTEGERS,
     ONE,
     ZERO,
+    Evaluator,
     Rule,
     boolean,
     integer_value,
@@ -34,9 +35,6 @@ from infllm_pass.masks.rules.registry import (
     shape_of,
 )
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
-
-if TYPE_CHECKING:
-    from infllm_pass.masks.interpreter import Interpreter
 
 _ROUNDING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Floating-point dtypes that integers are followed into."""
@@ -47,7 +45,7 @@ _SMALL = 8
 
 @rule(Kind.ARANGE)
 def _arange(
-    run: Interpreter,
+    run: Evaluator,
     example: torch.Tensor,
     bounds: tuple[Any, ...] = (),
     start: Any = None,
@@ -67,7 +65,7 @@ def _arange(
 
 @rule(Kind.FULL)
 def _full(
-    run: Interpreter,
+    run: Evaluator,
     example: torch.Tensor,
     fill_value: Any,
     size: Any = None,
@@ -78,20 +76,20 @@ def _full(
 
 
 @rule(Kind.SCALAR_TENSOR)
-def _scalar_tensor(run: Interpreter, example: torch.Tensor, data: Any, **_placement: Any) -> sympy.Basic:
+def _scalar_tensor(run: Evaluator, example: torch.Tensor, data: Any, **_placement: Any) -> sympy.Basic:
     if isinstance(data, (list, tuple)):
         raise NotFollowed("it lists its elements")
     return cast(run.operand(data), example.dtype)
 
 
 @rule(Kind.NEG)
-def _neg(run: Interpreter, example: torch.Tensor, input: Any) -> sympy.Basic:
+def _neg(run: Evaluator, example: torch.Tensor, input: Any) -> sympy.Basic:
     value = numeric(run.operand(input), shape_of(example))
     return combine(lambda a: _operate(operator.sub, example.dtype, ZERO, a), value)
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any]) -> Rule:
-    def apply(run: Interpreter, example: torch.Tensor, input: Any, other: Any, alpha: Any = 1) -> sympy.Basic:
+    def apply(run: Evaluator, example: torch.Tensor, input: Any, other: Any, alpha: Any = 1) -> sympy.Basic:
         shape = shape_of(example)
         if alpha != 1:
             raise NotFollowed("it scales an operand by alpha")
@@ -138,7 +136,7 @@ for _kind, _operation in {Kind.ADD: operator.add, Kind.SUB: operator.sub, Kind.M
 
 
 def _divided(operation: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> Rule:
-    def apply(run: Interpreter, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
+    def apply(run: Evaluator, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
         shape = shape_of(example)
         if example.dtype not in EXACT_INTEGERS:
             raise NotFollowed("it divides numbers that are not integers")
@@ -154,7 +152,7 @@ rule(Kind.FLOORDIV)(_divided(lambda a, b: sympy.floor(a / b)))
 
 
 def _comparison(relation: Callable[[sympy.Expr, sympy.Expr], sympy.Basic]) -> Rule:
-    def apply(run: Interpreter, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
+    def apply(run: Evaluator, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
         shape = shape_of(example)
         a, b = run.operand(input), run.operand(other)
         if _is_data(a) or _is_data(b):
@@ -234,7 +232,7 @@ for _kind, _relation in _RELATIONS.items():
 
 
 def _logic(connective: Callable[..., sympy.Basic]) -> Rule:
-    def apply(run: Interpreter, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
+    def apply(run: Evaluator, example: torch.Tensor, input: Any, other: Any) -> sympy.Basic:
         shape = shape_of(example)
         return connective(boolean(run.operand(input), shape), boolean(run.operand(other), shape))
 
@@ -247,13 +245,13 @@ rule(Kind.XOR)(_logic(lambda a, b: sympy.Or(sympy.And(a, negation(b)), sympy.And
 
 
 @rule(Kind.NOT)
-def _not(run: Interpreter, example: torch.Tensor, input: Any) -> sympy.Basic:
+def _not(run: Evaluator, example: torch.Tensor, input: Any) -> sympy.Basic:
     return negation(boolean(run.operand(input), shape_of(example)))
 
 
 @rule(Kind.CAST)
 def _cast(
-    run: Interpreter, example: torch.Tensor, input: Any, targets: tuple[Any, ...] = (), **_placement: Any
+    run: Evaluator, example: torch.Tensor, input: Any, targets: tuple[Any, ...] = (), **_placement: Any
 ) -> sympy.Basic:
     return cast(run.operand(input), example.dtype)
 

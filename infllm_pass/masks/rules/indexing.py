@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -13,16 +13,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from infllm_pass.graph.facts import axis
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.rules.arithmetic import cast
-from infllm_pass.masks.rules.registry import ONE, ZERO, dim_of, integer_value, rule, shape_of
+from infllm_pass.masks.rules.registry import ONE, ZERO, Evaluator, dim_of, integer_value, rule, shape_of
 from infllm_pass.masks.rules.where import select
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
 
-if TYPE_CHECKING:
-    from infllm_pass.masks.interpreter import Interpreter
-
 
 @rule(Kind.GETITEM)
-def _getitem(run: Interpreter, example: torch.Tensor, input: Any, index: Any) -> sympy.Basic:
+def _getitem(run: Evaluator, example: torch.Tensor, input: Any, index: Any) -> sympy.Basic:
     source = run.operand(input)
     if isinstance(index, list):
         raise NotFollowed("its index is a list of numbers")
@@ -54,11 +51,11 @@ def _getitem(run: Interpreter, example: torch.Tensor, input: Any, index: Any) ->
     return source.at(picked)
 
 
-def _is_tensor(run: Interpreter, entry: Any) -> bool:
+def _is_tensor(run: Evaluator, entry: Any) -> bool:
     return isinstance(entry, fx.Node) and isinstance(run.facts.example(entry), torch.Tensor)
 
 
-def _shared_rank(run: Interpreter, entries: list[Any], tensors: list[int]) -> int:
+def _shared_rank(run: Evaluator, entries: list[Any], tensors: list[int]) -> int:
     """How many dimensions the index tensors, broadcast against each other, put in their place."""
     if not tensors:
         return 0
@@ -71,7 +68,7 @@ def _shared_rank(run: Interpreter, entries: list[Any], tensors: list[int]) -> in
 
 
 def _gathered(
-    run: Interpreter, entry: fx.Node, block: tuple[sympy.Expr, ...], first: int, source: SymbolicTensor, dim: int
+    run: Evaluator, entry: fx.Node, block: tuple[sympy.Expr, ...], first: int, source: SymbolicTensor, dim: int
 ) -> sympy.Expr:
     """An index tensor's element; `first` is the dimension of the result at which its dimensions start."""
     value = integer_value(run.operand(entry), block)
@@ -82,7 +79,7 @@ def _gathered(
     return value.xreplace({axis(dim): axis(first + dim) for dim in range(len(block))})
 
 
-def _position(run: Interpreter, entry: Any, extent: sympy.Expr) -> sympy.Expr:
+def _position(run: Evaluator, entry: Any, extent: sympy.Expr) -> sympy.Expr:
     position = run.integer(entry)
     if position.is_negative is True:
         position = position + extent
@@ -91,7 +88,7 @@ def _position(run: Interpreter, entry: Any, extent: sympy.Expr) -> sympy.Expr:
     return position
 
 
-def _known(entry: Any, run: Interpreter) -> bool:
+def _known(entry: Any, run: Evaluator) -> bool:
     """Whether Dynamo knows a size not to be negative."""
     value = run.facts.example(entry) if isinstance(entry, fx.Node) else entry
     return isinstance(value, torch.SymInt) and statically_known_true(value >= 0)
@@ -105,7 +102,7 @@ def _step(entry: slice) -> sympy.Expr:
     return sympy.Integer(entry.step)
 
 
-def _slice_start(run: Interpreter, entry: slice, extent: sympy.Expr) -> sympy.Expr:
+def _slice_start(run: Evaluator, entry: slice, extent: sympy.Expr) -> sympy.Expr:
     if entry.start is None:
         return ZERO
     start = run.integer(entry.start)
@@ -118,7 +115,7 @@ def _slice_start(run: Interpreter, entry: slice, extent: sympy.Expr) -> sympy.Ex
 
 
 @rule(Kind.CAT)
-def _cat(run: Interpreter, example: torch.Tensor, tensors: Any, dim: Any = 0) -> sympy.Basic:
+def _cat(run: Evaluator, example: torch.Tensor, tensors: Any, dim: Any = 0) -> sympy.Basic:
     along = dim_of(dim, example.dim())
     if not isinstance(tensors, (list, tuple)):
         raise NotFollowed("what it puts together is not listed")
@@ -142,7 +139,7 @@ def _cat(run: Interpreter, example: torch.Tensor, tensors: Any, dim: Any = 0) ->
 
 @rule(Kind.PAD)
 def _pad(
-    run: Interpreter, example: torch.Tensor, input: Any, pad: Any, mode: Any = "constant", value: Any = None
+    run: Evaluator, example: torch.Tensor, input: Any, pad: Any, mode: Any = "constant", value: Any = None
 ) -> sympy.Basic:
     source = run.operand(input)
     if mode != "constant" or not isinstance(pad, (list, tuple)) or len(pad) != 2:

@@ -7,12 +7,12 @@ of the result at ``(axis(0), axis(1), …)``. It is exact or raises `NotFollowed
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
 
-from infllm_pass.graph.facts import size
+from infllm_pass.graph.facts import GraphFacts, size
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.cases import Cases, Rounded, as_number, choose, negation, pairs
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
@@ -24,6 +24,23 @@ ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 Rule = Callable[..., Any]
 RULES: dict[Kind, Rule] = {}
+
+
+class Evaluator(Protocol):
+    """What rules need of the interpreter that calls them."""
+
+    @property
+    def facts(self) -> GraphFacts:
+        """What is known of the graph."""
+        ...
+
+    def operand(self, argument: Any) -> SymbolicTensor:
+        """An argument as a symbolic tensor."""
+        ...
+
+    def integer(self, argument: Any) -> sympy.Expr:
+        """An argument that must be one integer."""
+        ...
 
 
 def rule(*kinds: Kind) -> Callable[[Rule], Rule]:

@@ -8,7 +8,7 @@ and equal values at k and q mean that the condition holds nowhere in ``(k, q]``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -17,11 +17,8 @@ from infllm_pass.graph.facts import axis, same
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.cases import Cases, choose, combine, negation, pairs, truth
 from infllm_pass.masks.rules.arithmetic import compare
-from infllm_pass.masks.rules.registry import EXACT_INTEGERS, ONE, ZERO, dim_of, numeric, rule, shape_of
+from infllm_pass.masks.rules.registry import EXACT_INTEGERS, ONE, ZERO, Evaluator, dim_of, numeric, rule, shape_of
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
-
-if TYPE_CHECKING:
-    from infllm_pass.masks.interpreter import Interpreter
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Scan:
 
 @rule(Kind.DIFF)
 def _diff(
-    run: Interpreter, example: torch.Tensor, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None
+    run: Evaluator, example: torch.Tensor, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None
 ) -> sympy.Basic:
     source = run.operand(input)
     along = dim_of(dim, example.dim())
@@ -73,7 +70,7 @@ def _diff(
 
 @rule(Kind.CUMSUM)
 def _cumsum(
-    run: Interpreter, example: torch.Tensor, input: Any, dim: Any, dtype: torch.dtype | None = None
+    run: Evaluator, example: torch.Tensor, input: Any, dim: Any, dtype: torch.dtype | None = None
 ) -> sympy.Basic | Scan:
     source = run.operand(input)
     if example.dtype not in EXACT_INTEGERS or source.dtype.is_floating_point:

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 
 from infllm_pass.graph.facts import axis, same
 from infllm_pass.graph.op_table import Kind
-from infllm_pass.masks.rules.registry import ONE, ZERO, dim_of, rule, shape_of
+from infllm_pass.masks.rules.registry import ONE, ZERO, Evaluator, dim_of, rule, shape_of
 from infllm_pass.masks.symbolic import NotFollowed
-
-if TYPE_CHECKING:
-    from infllm_pass.masks.interpreter import Interpreter
 
 
 @rule(Kind.IDENTITY)
 @rule(Kind.DETACH)
-def _identity(run: Interpreter, example: torch.Tensor, input: Any, **_placement: Any) -> sympy.Basic:
+def _identity(run: Evaluator, example: torch.Tensor, input: Any, **_placement: Any) -> sympy.Basic:
     return run.operand(input).value
 
 
 @rule(Kind.UNSQUEEZE)
-def _unsqueeze(run: Interpreter, example: torch.Tensor, input: Any, dim: Any) -> sympy.Basic:
+def _unsqueeze(run: Evaluator, example: torch.Tensor, input: Any, dim: Any) -> sympy.Basic:
     new = dim_of(dim, example.dim())
     return run.operand(input).at([axis(d) for d in range(example.dim()) if d != new])
 
 
 @rule(Kind.EXPAND)
 def _expand(
-    run: Interpreter, example: torch.Tensor, input: Any, sizes: Any = (), size: Any = None, other: Any = None
+    run: Evaluator, example: torch.Tensor, input: Any, sizes: Any = (), size: Any = None, other: Any = None
 ) -> sympy.Basic:
     return run.operand(input).broadcast_to(shape_of(example))
 
 
 @rule(Kind.TRANSPOSE)
-def _transpose(run: Interpreter, example: torch.Tensor, input: Any, dim0: Any, dim1: Any) -> sympy.Basic:
+def _transpose(run: Evaluator, example: torch.Tensor, input: Any, dim0: Any, dim1: Any) -> sympy.Basic:
     index = [axis(d) for d in range(example.dim())]
     a, b = dim_of(dim0, example.dim()), dim_of(dim1, example.dim())
     index[a], index[b] = index[b], index[a]
@@ -45,7 +42,7 @@ def _transpose(run: Interpreter, example: torch.Tensor, input: Any, dim0: Any, d
 
 
 @rule(Kind.PERMUTE)
-def _permute(run: Interpreter, example: torch.Tensor, input: Any, dims: tuple[Any, ...]) -> sympy.Basic:
+def _permute(run: Evaluator, example: torch.Tensor, input: Any, dims: tuple[Any, ...]) -> sympy.Basic:
     index = [ZERO] * example.dim()
     for new, old in enumerate(dims):
         index[dim_of(old, example.dim())] = axis(new)
@@ -53,7 +50,7 @@ def _permute(run: Interpreter, example: torch.Tensor, input: Any, dims: tuple[An
 
 
 @rule(Kind.REPEAT)
-def _repeat(run: Interpreter, example: torch.Tensor, input: Any, repeats: Any = (), dims: Any = ()) -> sympy.Basic:
+def _repeat(run: Evaluator, example: torch.Tensor, input: Any, repeats: Any = (), dims: Any = ()) -> sympy.Basic:
     source = run.operand(input)
     pad = example.dim() - len(source.shape)
     index = []
@@ -64,9 +61,7 @@ def _repeat(run: Interpreter, example: torch.Tensor, input: Any, repeats: Any = 
 
 
 @rule(Kind.REPEAT_INTERLEAVE)
-def _repeat_interleave(
-    run: Interpreter, example: torch.Tensor, input: Any, repeats: Any, dim: Any = None
-) -> sympy.Basic:
+def _repeat_interleave(run: Evaluator, example: torch.Tensor, input: Any, repeats: Any, dim: Any = None) -> sympy.Basic:
     along = dim_of(dim, example.dim())
     index: list[sympy.Expr] = [axis(d) for d in range(example.dim())]
     index[along] = sympy.floor(axis(along) / run.integer(repeats))
@@ -74,7 +69,7 @@ def _repeat_interleave(
 
 
 @rule(Kind.RESHAPE)
-def _reshape(run: Interpreter, example: torch.Tensor, input: Any, shape: Any = ()) -> sympy.Basic:
+def _reshape(run: Evaluator, example: torch.Tensor, input: Any, shape: Any = ()) -> sympy.Basic:
     source = run.operand(input)
     if source.dtype != example.dtype:
         raise NotFollowed("it takes the memory of its numbers for another dtype")

@@ -5,21 +5,18 @@ While a dimension is hidden its index is a `hidden_axis` of the level; operators
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 
 from infllm_pass.graph.facts import axis, level_axis
 from infllm_pass.graph.op_table import Kind
-from infllm_pass.masks.rules.registry import dim_of, rule
-
-if TYPE_CHECKING:
-    from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.rules.registry import Evaluator, dim_of, rule
 
 
 @rule(Kind.HIDE_DIM)
-def _hide(run: Interpreter, example: torch.Tensor, input: Any, dim: Any, level: Any) -> sympy.Basic:
+def _hide(run: Evaluator, example: torch.Tensor, input: Any, dim: Any, level: Any) -> sympy.Basic:
     source = run.operand(input)
     along = dim_of(dim, len(source.shape))
     index = [axis(d) for d in range(example.dim())]
@@ -27,7 +24,7 @@ def _hide(run: Interpreter, example: torch.Tensor, input: Any, dim: Any, level: 
 
 
 @rule(Kind.SHOW_DIM)
-def _show(run: Interpreter, example: torch.Tensor, input: Any, level: Any, size: Any, dim: Any) -> sympy.Basic:
+def _show(run: Evaluator, example: torch.Tensor, input: Any, level: Any, size: Any, dim: Any) -> sympy.Basic:
     source = run.operand(input)
     along = dim_of(dim, example.dim())
     moved = {axis(d): axis(d + 1) for d in range(along, len(source.shape))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -12,11 +12,8 @@ from infllm_pass.graph.facts import axis
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.cases import choose, exact, negation, pairs, rounded_to
 from infllm_pass.masks.rules.arithmetic import cast
-from infllm_pass.masks.rules.registry import Rule, boolean, rule, shape_of
+from infllm_pass.masks.rules.registry import Evaluator, Rule, boolean, rule, shape_of
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
-
-if TYPE_CHECKING:
-    from infllm_pass.masks.interpreter import Interpreter
 
 
 def select(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
@@ -31,26 +28,26 @@ def select(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic, dtype: tor
     )
 
 
-def _branch(run: Interpreter, argument: Any, example: torch.Tensor) -> sympy.Basic:
+def _branch(run: Evaluator, argument: Any, example: torch.Tensor) -> sympy.Basic:
     operand = run.operand(argument)
     value = SymbolicTensor(operand.shape, cast(operand, example.dtype), example.dtype)
     return value.broadcast_to(shape_of(example))
 
 
 @rule(Kind.WHERE)
-def _where(run: Interpreter, example: torch.Tensor, condition: Any, input: Any, other: Any) -> sympy.Basic:
+def _where(run: Evaluator, example: torch.Tensor, condition: Any, input: Any, other: Any) -> sympy.Basic:
     test = boolean(run.operand(condition), shape_of(example))
     return select(test, _branch(run, input, example), _branch(run, other, example), example.dtype)
 
 
 @rule(Kind.MASKED_FILL)
-def _masked_fill(run: Interpreter, example: torch.Tensor, input: Any, mask: Any, value: Any) -> sympy.Basic:
+def _masked_fill(run: Evaluator, example: torch.Tensor, input: Any, mask: Any, value: Any) -> sympy.Basic:
     test = boolean(run.operand(mask), shape_of(example))
     return select(test, _branch(run, value, example), _branch(run, input, example), example.dtype)
 
 
 def _triangle(lower: bool) -> Rule:
-    def apply(run: Interpreter, example: torch.Tensor, input: Any, diagonal: Any = 0) -> sympy.Basic:
+    def apply(run: Evaluator, example: torch.Tensor, input: Any, diagonal: Any = 0) -> sympy.Basic:
         rank = example.dim()
         column_minus_row = axis(rank - 1) - axis(rank - 2)
         edge = run.integer(diagonal)

@@ -1,30 +1,16 @@
-"""Failures while a graph is rewritten: how they reach whoever called the model, and who is told of them."""
+"""Failures while a graph is rewritten: what is an error, and who is told of the rest."""
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from infllm_pass.errors import ConfigError, DenseSiteError, InternalError, InternalErrorWarning
-
-if TYPE_CHECKING:
-    from infllm_pass.rewrite.report import GraphReport, SiteReport
+from infllm_pass.rewrite.report import GraphReport, SiteReport
 
 Strict: TypeAlias = bool | Literal["all"]
 """What is an error at a call: False: nothing; True: a failure of the pass; "all": any site that stays dense."""
-
-
-class CarriedError(BaseException):
-    """Carries an error through Dynamo to the call of the sparsified model, which raises it as it is.
-
-    Dynamo wraps every `Exception` of a backend in one of its own, and drops it under ``suppress_errors``.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
-        self.error = error
 
 
 def checked_strict(value: object) -> Strict:
@@ -36,11 +22,6 @@ def checked_strict(value: object) -> Strict:
     if isinstance(value, bool) or value == "all":
         return value
     raise ConfigError("strict", value, "True, False or 'all'")
-
-
-def full_traceback(error: BaseException) -> str:
-    """The text that Python prints for an error nobody catches."""
-    return "".join(traceback.format_exception(error))
 
 
 def warn_of_failures(report: GraphReport, known: set[str]) -> None:
