@@ -12,7 +12,8 @@ from torch import nn
 
 import infllm_pass
 from infllm_pass.kv_cache import store as cache_store
-from infllm_pass.kv_cache.store import CachedGraph, CacheState, CacheStore, GrowingState
+from infllm_pass.kv_cache.spec import StateTensor
+from infllm_pass.kv_cache.store import CachedGraph, CacheState, CacheStore
 from infllm_pass.rewrite.log import CompileLog
 from infllm_pass.rewrite.report import GraphReport
 from tests.support.cache_support import CONFIG, CachedAttention, caches, expected
@@ -219,15 +220,15 @@ def test_a_model_that_is_compiled_in_two_ways_has_one_store(monkeypatch):
 class Spec:
     """A cache whose state is one window."""
 
-    position, geometry, keys, view, padded = 0, "geometry", (1, 1, 1), (), False
+    position, layout, keys, view, padded = 0, "layout", (1, 1, 1), (), False
 
     @staticmethod
     def rows(cache):
         return cache.shape[0]
 
     @staticmethod
-    def state_shapes(rows):
-        return (rows, 1, 1, 1), (rows, 1, 1, 1)
+    def tensors(rows, dtype):
+        return tuple(StateTensor(name, (rows, 1, 1, 1), dtype) for name in "ab")
 
 
 def test_threads_get_one_state_of_a_cache():
@@ -271,7 +272,7 @@ class Stream:
 def test_a_state_is_recorded_once_in_every_stream_that_uses_it(monkeypatch):
     """Or its memory would be given away while another stream than the one it was made in still reads it."""
     tensors = [OnDevice() for _ in range(4)]
-    store, state = CacheStore(), CacheState(*tensors)
+    store, state = CacheStore(), CacheState(tensors[:2], *tensors[2:])
     monkeypatch.setattr(store, "state", lambda cache, spec: state)
     monkeypatch.setattr(store, "version", lambda cache: 0)
     graph = CachedGraph(lambda *inputs: None, (Spec,), store)
@@ -282,9 +283,13 @@ def test_a_state_is_recorded_once_in_every_stream_that_uses_it(monkeypatch):
 
 
 def test_memory_that_grew_is_recorded_anew():
-    state = GrowingState(*(torch.zeros(4, 1, 1, 1) for _ in range(2)), torch.zeros(1), torch.zeros(1))
+    state = CacheState([torch.zeros(4, 1, 1, 1) for _ in range(2)], torch.zeros(1), torch.zeros(1))
+
+    def described(*slots):
+        return tuple(StateTensor("k", (1, 1, count, 1), torch.float32) for count in slots)
+
     state.streams.update((7, 9))
-    state.prefix(3, 4)
+    state.prefix(described(3, 4))
     assert state.streams == {7, 9}
-    state.prefix(5, 4)
+    state.prefix(described(5, 4))
     assert state.streams == set()

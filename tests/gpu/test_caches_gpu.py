@@ -290,15 +290,15 @@ def test_steps_over_a_growing_cache():
 def test_memory_of_a_state_is_not_given_away_while_another_stream_uses_it():
     shapes = [(1, 2, slots, 64) for slots in (9001, 3001)]
     state = CacheState(
-        *(torch.zeros(shape, device="cuda") for shape in shapes),
+        [torch.zeros(shape, device="cuda") for shape in shapes],
         *(torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2)),
     )
     torch.cuda.synchronize()
-    taken, stream = {state.k1.data_ptr(), state.k2.data_ptr()}, torch.cuda.Stream()
+    taken, stream = {tensor.data_ptr() for tensor in state.tensors}, torch.cuda.Stream()
     with torch.cuda.stream(stream):
         state.use(stream)
         torch.cuda._sleep(2_000_000_000)
-        state.k1.add_(1)
+        state.tensors[0].add_(1)
     del state
     again = [torch.empty(shape, device="cuda") for shape in shapes]
     assert not taken & {tensor.data_ptr() for tensor in again}

@@ -106,10 +106,10 @@ def test_graphs_do_not_multiply_as_the_text_grows():
     cache = run(model, module, prompt(70), [1] * 3)
     graphs = len(infllm_pass.report(model).graphs)
     assert graphs <= 2
-    memory = {state.k1.shape[0] for state in states_of(model)}
+    memory = {state.tensors[0].shape[0] for state in states_of(model)}
     for _ in range(70):
         cache = step(model, module, cache)
-        memory |= {state.k1.shape[0] for state in states_of(model)}
+        memory |= {state.tensors[0].shape[0] for state in states_of(model)}
     assert len(infllm_pass.report(model).graphs) == graphs
     assert memory == {32, 64}  # it was doubled once
 

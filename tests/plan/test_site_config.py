@@ -93,11 +93,11 @@ def test_the_report_shows_what_differs_and_only_then():
     rows = infllm_pass.report(model).to_dict()["graphs"][0]["sites"]
     assert [row["config"] for row in rows] == [{"topk": 5, "dense_len": 70}, {}]
     table = str(infllm_pass.report(model))
-    assert "config" in table
+    assert "┃ config" in table
     assert "topk=5" in table
     plain = sparsified()
     plain(q, k, v)
-    assert "config" not in str(infllm_pass.report(plain))
+    assert "┃ config" not in str(infllm_pass.report(plain))
     assert infllm_pass.report(plain).to_dict()["graphs"][0]["sites"][0]["config"] == {}
 
 
@@ -151,7 +151,7 @@ def fails(_site):
         (
             lambda site: 3,
             ConfigError,
-            "site_config=3 is not valid: expected a function that returns a SparseAttentionConfig",
+            "site_config=3 is not valid: expected a function that returns a Sparse",
         ),
         (lambda site: {"topkk": 3}, ConfigError, "did you mean 'topk'"),
         (lambda site: {"topk": 0}, ConfigError, "topk=0"),
