@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, get_args
+
+from infllm_pass.errors import ConfigError
 
 LseMode = Literal["coarse", "exact"]
+
+_KEYS = {
+    "l": "kernel_size",
+    "s": "kernel_stride",
+    "b": "block_size",
+    "init": "init_blocks",
+    "local": "local_blocks",
+    "sel": "selected_blocks",
+    "lse": "lse",
+    "qb": "query_block",
+}
+"""Names of `BlockGeometry.format` and the fields that they stand for."""
 
 COARSE_FACTOR = 4
 """Coarse keys ``K2`` pool windows this many times longer, and further apart, than ``K1``."""
@@ -35,6 +50,31 @@ class BlockGeometry:
     selected_blocks: int = 96
     lse: LseMode = "coarse"
     query_block: int = 1
+
+    def format(self) -> str:
+        """The geometry as text, ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1``: one text for one geometry."""
+        # A tracing compiler may hold the numbers as symbols: `int` gives their values.
+        return (
+            f"l={int(self.kernel_size)},s={int(self.kernel_stride)},b={int(self.block_size)},"
+            f"init={int(self.init_blocks)},local={int(self.local_blocks)},sel={int(self.selected_blocks)},"
+            f"lse={self.lse},qb={int(self.query_block)}"
+        )
+
+    @staticmethod
+    @lru_cache
+    def parse(text: str) -> BlockGeometry:
+        """The geometry that `format` wrote.
+
+        Raises:
+            ConfigError: the text is not one of `format`.
+        """
+        given = dict(entry.split("=", 1) for entry in text.split(",") if "=" in entry)
+        if set(given) != set(_KEYS) or given["lse"] not in get_args(LseMode):
+            raise ConfigError("geometry", text, f"a text such as {BlockGeometry().format()!r}")
+        try:
+            return BlockGeometry(**{_KEYS[key]: each if key == "lse" else int(each) for key, each in given.items()})  # type: ignore[arg-type]
+        except ValueError:
+            raise ConfigError("geometry", text, "integers as sizes") from None
 
     def num_compressed(self, length: int) -> int:
         """Complete ``K1`` windows in a sequence of ``length`` keys."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import DtypeError, ShapeError
+from infllm_pass.lowering.ops.attention_args import AttentionCall
 from infllm_pass.lowering.ops.checks import check_attention, check_sequences
 from infllm_pass.lowering.ops.cu_seqlens import segment_bounds
 from infllm_pass.lowering.ops.dispatch import attend
@@ -59,7 +60,7 @@ def switchable_attention(
         UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
     """
     chosen = SparseAttentionConfig.coerce(config)
-    check_attention(q, k, v, None, key_mask)
+    check_attention(q, k, v, key_mask)
     bounds = None
     if segment_ids is not None:
         if segment_ids.shape != (k.shape[0], k.shape[2]):
@@ -68,7 +69,8 @@ def switchable_attention(
             raise DtypeError(f"segment_ids is {segment_ids.dtype}: expected an integer dtype")
         bounds = segment_bounds(segment_ids)
     offsets, number = (offset.reshape(-1), None) if isinstance(offset, Tensor) else (None, offset)
-    return _attend(q, k, v, chosen, scale, key_mask, offsets, None, bounds, number, window)
+    place = {"key_mask": key_mask, "offsets": offsets, "cu_seqlens_k": bounds, "offset": number, "window": window}
+    return _attend(q, k, v, chosen, scale, place)
 
 
 def switchable_attention_varlen(
@@ -113,32 +115,24 @@ def switchable_attention_varlen(
         if tensor.dim() != 3:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: expected three dimensions [total, H, D]")
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, total, D]
-    check_attention(q, k, v, None, None)
-    out = _attend(q, k, v, chosen, scale, None, None, cu_seqlens_q, cu_seqlens_k, None, window)
+    check_attention(q, k, v, None)
+    place = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "window": window}
+    out = _attend(q, k, v, chosen, scale, place)
     return out.squeeze(0).transpose(0, 1)
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: SparseAttentionConfig,
-    scale: float | None,
-    key_mask: Tensor | None,
-    offsets: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    offset: int | None,
-    window: int | None,
+    q: Tensor, k: Tensor, v: Tensor, config: SparseAttentionConfig, scale: float | None, place: dict[str, Any]
 ) -> Tensor:
-    """The call through the Triton kernels where they take it, through the operators for the CPU elsewhere."""
-    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
+    """The call by the operators, or by PyTorch's own attention; `place`: fields of `AttentionCall`."""
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
+    call = AttentionCall(factor, config.dense_len, config.geometry, **place)
+    check_sequences(q, call)
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
     sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)
-    call = (key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset, window, factor, config.dense_len)
-    if q.is_cuda and not sparse and q.shape[2] == k.shape[2] and all(x is None for x in call[:6]):
+    plain = all(each is None for each in place.values())
+    if q.is_cuda and not sparse and q.shape[2] == k.shape[2] and plain:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor, enable_gqa=grouped)
-    out: Tensor = attend(q, k, v, call, config.geometry, scale=factor, select=sparse)
+    out: Tensor = attend(q, k, v, call, select=sparse)
     return out

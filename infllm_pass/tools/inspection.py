@@ -64,7 +64,7 @@ class _StopAtSite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.passed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.infllm.block_attention.default and args[3] is not None:
+        if func is torch.ops.infllm.block_attention.default and args[3]:
             if self.passed == self.wanted:
                 raise _Reached(args)
             self.passed += 1
@@ -109,7 +109,7 @@ def attention_inputs(
         with torch.no_grad():
             run(*example_inputs, **example_kwargs)
     except _Reached as reached:
-        q, k, v, blocks, key_mask, *placement, scale = reached.arguments[:11]
+        q, k, v, (blocks,), key_mask, *placement, scale = reached.arguments[:11]
         _check_placement(site_number, *placement, usual=k.shape[2] - q.shape[2])
         return AttentionInputs(q, k, v, blocks, key_mask, scale, chosen)
     raise NoAttentionSiteError(

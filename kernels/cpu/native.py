@@ -15,7 +15,6 @@ import ctypes
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,13 @@ extern "C" void decode_attention(
 }
 """,
     "switchable_attention.h": """
-extern "C" void select_blocks(const int64_t* numbers, double scale, const T* q, const T* k, int32_t* blocks) {
-  infllm::select_blocks(infllm::call_of<infllm::Call>(numbers, scale), q, k, blocks);
+extern "C" void compress_keys(const int64_t* numbers, double scale, const T* k, T* fine, T* coarse) {
+  infllm::compress_keys(infllm::call_of<infllm::Call>(numbers, scale), k, fine, coarse);
+}
+
+extern "C" void select_blocks(
+    const int64_t* numbers, double scale, const T* q, const T* fine, const T* coarse, int32_t* blocks) {
+  infllm::select_blocks(infllm::call_of<infllm::Call>(numbers, scale), q, fine, coarse, blocks);
 }
 
 extern "C" void attend_blocks(
@@ -88,21 +92,10 @@ def call_numbers(
     return [*sizes, *stride_q[:3], *stride_k[:3], *stride_v[:3], offset, *fixed]
 
 
-def fixed_numbers(
-    window: int | None,
-    dense_len: int,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    selected_blocks: int,
-    lse: str,
-    query_block: int,
-) -> tuple[int, ...]:
+def fixed_numbers(window: int | None, dense_len: int, geometry: BlockGeometry) -> tuple[int, ...]:
     """Those among the numbers of a call, of a prompt or a step, that do not depend on its tensors: the last ones."""
-    geometry = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks)
-    return (NO_WINDOW if window is None else window, dense_len, *geometry, int(lse == "exact"), query_block)
+    numbers = (int(value == "exact") if name == "lse" else int(value) for name, value in vars(geometry).items())
+    return (NO_WINDOW if window is None else window, dense_len, *numbers)
 
 
 def decode_attention(
@@ -147,7 +140,7 @@ def decode_attention(
     strides = [stride for tensor in (q, k, v, k1, k2) for stride in tensor.stride()[:3]]
     numbers = [batch, heads, heads_q // heads, length_q, dim, dim_v, *strides]
     numbers += [0, 0] if key_mask is None else key_mask.stride()
-    numbers += fixed_numbers(window, dense_len, *astuple(geometry))
+    numbers += fixed_numbers(window, dense_len, geometry)
     numbers += [torch.get_num_threads()]
     kernels.decode_attention(
         _int64s(numbers),
@@ -159,20 +152,46 @@ def decode_attention(
     return True
 
 
+def compress_sequence(k: Tensor, fine: Tensor, coarse: Tensor, *, geometry: BlockGeometry) -> bool:
+    """Means of all complete windows of one sequence ``[Hkv, L, D]``: whether they were written.
+
+    Args:
+        fine: ``[Hkv, n1, D]``, written.
+        coarse: ``[Hkv, n2, D]``, written.
+
+    Warns:
+        UncompiledKernelWarning: there is no compiler, or it failed; once.
+    """
+    kernels = _kernels("switchable_attention.h", k, fine, coarse)
+    if kernels is None:
+        return False
+    numbers = _sequence_numbers(k[:, None], (fine, coarse), k.shape[1], geometry, 0, None)
+    kernels.compress_keys(numbers, ctypes.c_double(0.0), *(_address(tensor) for tensor in (k, fine, coarse)))
+    return True
+
+
 def select_sequence(
-    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    length: int,
+    offset: int,
+    window: int | None,
 ) -> Tensor | None:
     """`kernels.cpu.selection.select_sequence`, ascending numbers first; None where it was not computed.
 
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    kernels = _kernels("switchable_attention.h", q, k)
+    kernels = _kernels("switchable_attention.h", q, k1, k2)
     if kernels is None:
         return None
     blocks = torch.empty(q.shape[0], q.shape[2], geometry.selected_blocks, dtype=torch.int32)
-    numbers = _prefill_numbers(q, k, k, geometry, offset, window)
-    kernels.select_blocks(numbers, ctypes.c_double(scale), *(_address(tensor) for tensor in (q, k, blocks)))
+    numbers = _sequence_numbers(q, (k1, k2), length, geometry, offset, window)
+    kernels.select_blocks(numbers, ctypes.c_double(scale), *(_address(tensor) for tensor in (q, k1, k2, blocks)))
     return blocks
 
 
@@ -207,7 +226,7 @@ def attend_sequence(
         blocks = blocks.contiguous()
     places = [0, 0] if blocks is None else [blocks.stride(0), blocks.shape[2]]
     kernels.attend_blocks(
-        _prefill_numbers(q, k, v, geometry, offset, window),
+        _sequence_numbers(q, (k, v), k.shape[1], geometry, offset, window),
         ctypes.c_double(scale),
         *(_address(tensor) for tensor in (q, k, v, mask, blocks)),
         _int64s([*places, _head_stride(lse)]),
@@ -216,12 +235,23 @@ def attend_sequence(
     return True
 
 
-def _prefill_numbers(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry, offset: int, window: int | None) -> Any:
-    """The numbers of a call for one sequence: ``[Hkv, G, n, D]``, ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``."""
+def _sequence_numbers(
+    q: Tensor,
+    others: tuple[Tensor, Tensor],
+    length: int,
+    geometry: BlockGeometry,
+    offset: int,
+    window: int | None,
+) -> Any:
+    """The numbers of a call for one sequence of `length` keys: queries ``[Hkv, G, n, D]``, two tensors ``[Hkv, m, D]``.
+
+    The two are keys and values, or fine and coarse compressed keys; without queries, keys take their place.
+    """
     heads, group, length_q, dim = q.shape
-    sizes = (1, heads * group, length_q, dim), (1, *k.shape), (1, *v.shape)
+    k, v = others
+    sizes = (1, heads * group, length_q, dim), (1, heads, length, dim), (1, *v.shape)
     strides = (0, _head_stride(q), q.stride(2)), (0, *k.stride()), (0, *v.stride())
-    return _int64s(call_numbers(*sizes, *strides, offset, fixed_numbers(window, 0, *astuple(geometry))))
+    return _int64s(call_numbers(*sizes, *strides, offset, fixed_numbers(window, 0, geometry)))
 
 
 def _head_stride(x: Tensor) -> int:

@@ -10,21 +10,92 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..geometry import BlockGeometry
+from ..geometry import COARSE_FACTOR, BlockGeometry
 from . import native
 from .attention import attend_sequence
 from .backward import attend_sequence_backward
 from .gemm import compute_dtype
-from .rows import sequences
-from .selection import select_sequence
+from .rows import Sequence, sequences
+from .selection import pool_keys, select_sequence
 
-__all__ = ["attention_backward", "attention_forward", "select_blocks"]
+__all__ = ["attention_backward", "attention_forward", "compress_keys", "new_windows", "select_blocks"]
+
+
+def new_windows(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
+    """Compressed keys without any window: ``K1`` ``[B, Hkv, max(Lk // s, 1), D]``, ``K2`` with ``max(Lk // (4 s), 1)``.
+
+    Args:
+        k: ``[B, Hkv, Lk, D]``.
+        geometry: the block geometry.
+    """
+    batch, heads, length, dim = k.shape
+    strides = geometry.kernel_stride, COARSE_FACTOR * geometry.kernel_stride
+    return [k.new_zeros(batch, heads, torch.sym_max(length // stride, 1), dim) for stride in strides]
+
+
+@torch.no_grad()
+def compress_keys(
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int | None = None,
+    dense_len: int = 0,
+) -> list[Tensor]:
+    """Means of all complete windows of keys (section 3.2).
+
+    Window ``c`` of a sequence whose first key is number ``f`` lies in slot ``f // s + c`` of ``K1``, and in slot
+    ``f // (4 s) + c`` of ``K2``: windows of different sequences of a row never meet in one slot.
+
+    Args:
+        q: the queries; only their number is read.
+        k: ``[B, Hkv, Lk, D]``, any strides.
+        geometry: the block geometry; see `select_blocks`, as for the arguments that follow.
+
+    Returns:
+        As `new_windows`, in k's dtype, means taken in float32 (float64 for float64). Slots without a window hold 0, as do
+        sequences that no query stands on, or that are shorter than `dense_len`.
+
+    Raises:
+        ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
+    """
+    fine, coarse = new_windows(k, geometry)
+    batch, _, length_k, _ = k.shape
+    for one in sequences(batch, q.shape[2], length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+        if one.length >= dense_len:
+            keys, windows = k[one.row, :, one.keys], one_sequence(fine, coarse, one, geometry)
+            if not native.compress_sequence(keys, *windows, geometry=geometry):
+                for target, factor in zip(windows, (1, COARSE_FACTOR), strict=True):
+                    size, stride = geometry.kernel_size * factor, geometry.kernel_stride * factor
+                    pooled = pool_keys(keys, size, stride)
+                    target[:, : pooled.shape[1]] = pooled
+    return [fine, coarse]
+
+
+def one_sequence(fine: Tensor, coarse: Tensor, one: Sequence, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """The compressed keys of one sequence, ``[Hkv, n, D]`` from its first window on, all of them complete."""
+    stride = geometry.kernel_stride
+    begins = one.keys.start // stride, one.keys.start // (COARSE_FACTOR * stride)
+    counts = geometry.num_compressed(one.length), geometry.num_coarse(one.length)
+    k1, k2 = (
+        keys[one.row, :, begin : begin + count]
+        for keys, begin, count in zip((fine, coarse), begins, counts, strict=True)
+    )
+    return k1, k2
 
 
 @torch.no_grad()
 def select_blocks(
     q: Tensor,
     k: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
     *,
     geometry: BlockGeometry,
     scale: float,
@@ -40,7 +111,9 @@ def select_blocks(
 
     Args:
         q: ``[B, Hq, Lq, D]``, any strides; query ``i`` has key index ``offset + i``.
-        k: ``[B, Hkv, Lk, D]``, any strides; ``Hq`` is a multiple of ``Hkv``.
+        k: ``[B, Hkv, Lk, D]``; ``Hq`` is a multiple of ``Hkv``. Only the sizes are read.
+        fine: ``K1`` from `compress_keys` with the same arguments.
+        coarse: ``K2`` from it.
         geometry: the block geometry.
         scale: softmax scale.
         offset: key index of the first query.
@@ -66,10 +139,14 @@ def select_blocks(
     chosen = torch.full((batch, heads, length_q, geometry.selected_blocks), -1, dtype=torch.int32, device=q.device)
     for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
         if one.length >= dense_len:
-            tensors = _grouped(q, heads)[one.row, :, :, one.queries], k[one.row, :, one.keys]
-            numbers = {"geometry": geometry, "scale": scale, "offset": one.offset, "window": window}
-            blocks = native.select_sequence(*tensors, **numbers)
-            chosen[one.row, :, one.queries] = select_sequence(*tensors, **numbers) if blocks is None else blocks
+            queries = _grouped(q, heads)[one.row, :, :, one.queries]
+            windows = one_sequence(fine, coarse, one, geometry)
+            place = {"length": one.length, "offset": one.offset, "window": window}
+            numbers = {"geometry": geometry, "scale": scale, **place}
+            blocks = native.select_sequence(queries, *windows, **numbers)
+            if blocks is None:
+                blocks = select_sequence(queries, *windows, **numbers)
+            chosen[one.row, :, one.queries] = blocks
     return chosen
 
 

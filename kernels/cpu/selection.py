@@ -51,15 +51,25 @@ def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:
 
 
 def select_sequence(
-    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    length: int,
+    offset: int,
+    window: int | None,
 ) -> Tensor:
     """The blocks that every query of one unpadded sequence visits.
 
     Args:
         q: ``[Hkv, G, n, D]``; query ``i`` stands at position ``offset + i``, ``offset + n <= L``.
-        k: ``[Hkv, L, D]``.
+        k1: compressed keys ``[Hkv, n1, D]``, all that are complete.
+        k2: coarse keys ``[Hkv, n2, D]``.
         geometry: the block geometry.
         scale: softmax scale.
+        length: ``L``, keys of the sequence.
         offset: position of the first query.
         window: blocks without a key after ``p - window`` are no candidates of the query at ``p``; None: all are.
 
@@ -68,9 +78,8 @@ def select_sequence(
     """
     g = geometry
     heads, _, length_q, _ = q.shape
-    length_k = k.shape[1]
     positions = torch.arange(offset, offset + length_q, device=q.device)
-    last = (positions // g.query_block * g.query_block + g.query_block - 1).clamp_(max=length_k - 1)
+    last = (positions // g.query_block * g.query_block + g.query_block - 1).clamp_(max=length - 1)
     own = last // g.block_size  # [n]
     first = torch.zeros_like(own) if window is None else (last - window + 1).clamp_(min=0) // g.block_size  # [n]
     # A query with no more candidates than it may visit takes them all.
@@ -84,7 +93,7 @@ def select_sequence(
     begin = int(crowded[0])
     outside = first.clamp(max=g.init_blocks)  # [n], initial blocks that are no candidates
 
-    scorer = _Scorer(k, g, scale)
+    scorer = _Scorer(k1, k2, length, g, scale)
     tokens = max(1, CHUNK_ROWS // (g.query_block * q.shape[1])) * g.query_block
     while begin < length_q:
         end = min(length_q, (begin + offset + tokens) // g.query_block * g.query_block - offset)
@@ -142,12 +151,12 @@ def _tile_index(last: Tensor, query_block: int) -> Tensor:
 class _Scorer:
     """Compressed keys of one sequence, and the block scores of queries against them."""
 
-    def __init__(self, k: Tensor, geometry: BlockGeometry, scale: float) -> None:
+    def __init__(self, k1: Tensor, k2: Tensor, length: int, geometry: BlockGeometry, scale: float) -> None:
         g = geometry
         self.geometry = g
         self.scale = scale
-        heads, length, dim = k.shape
-        k1 = pool_keys(k, g.kernel_size, g.kernel_stride).to(compute_dtype(k.dtype))  # [Hkv, n1, D]
+        k1, k2 = (keys.to(compute_dtype(keys.dtype)) for keys in (k1, k2))  # [Hkv, n, D]
+        heads, _, dim = k1.shape
         per_block = g.block_size // g.kernel_stride
         blocks = round_up(max(g.num_blocks(length), -(-k1.shape[1] // per_block)), BLOCK_STEP)
         padded = pad(k1, (0, 0, 0, blocks * per_block - k1.shape[1]))
@@ -156,7 +165,7 @@ class _Scorer:
             self.norm_size, self.norm_stride, self.norm_keys = g.kernel_size, g.kernel_stride, k1
         else:
             self.norm_size, self.norm_stride = COARSE_FACTOR * g.kernel_size, COARSE_FACTOR * g.kernel_stride
-            self.norm_keys = pool_keys(k, self.norm_size, self.norm_stride).to(k1.dtype)  # [Hkv, n2, D]
+            self.norm_keys = k2
         missing = -self.norm_keys.shape[1] % NORM_STEP
         self.norm_keys = pad(self.norm_keys, (0, 0, 0, missing))
 

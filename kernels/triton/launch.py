@@ -16,6 +16,7 @@ from triton.runtime import Autotuner
 from ..tracing import is_traced
 
 _at_once = ContextVar("infllm_launching_at_once", default=False)
+_launches = ContextVar("infllm_launches", default=True)
 
 
 @contextmanager
@@ -28,15 +29,38 @@ def launching_at_once() -> Iterator[None]:
         _at_once.reset(token)
 
 
+@contextmanager
+def launching_nothing() -> Iterator[None]:
+    """Launches do nothing: what is left of a function are the allocations, the shapes and strides of its results."""
+    token = _at_once.set(True), _launches.set(False)
+    try:
+        yield
+    finally:
+        _at_once.reset(token[0])
+        _launches.reset(token[1])
+
+
 def wrap_triton(kernel: Any) -> Any:
     """The kernel in the form that `torch.library.triton_op` records, launched on the device of its tensors.
 
     The name matters: PyTorch reads the source of an operator for calls of this name, to learn which kernels its compile
     caches have to depend on.
     """
+    if not _launches.get():
+        return _NOTHING
     if _at_once.get() or not isinstance(kernel, JITFunction | Autotuner):
         return _OnDevice(kernel)
     return _OnDevice(torch.library.wrap_triton(kernel))
+
+
+class _Nothing:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **named: None
+
+
+_NOTHING = _Nothing()
 
 
 class _OnDevice:

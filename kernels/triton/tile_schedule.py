@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from .tile_tables import (
     SEQ_SHIFT,
     TABLE_COLUMNS,
     TABLE_WIDTH,
+    SequenceTable,
     TilePlan,
     TileShape,
 )
@@ -178,7 +181,32 @@ def _panels_kernel(panels, sequences, count, num_panels, PANEL_TOKENS: tl.conste
     tl.store(out + PANEL_BLOCK_BASE, block_base, mask=ok)
 
 
-def plan_tiles(
+@triton.jit(do_not_specialize=["length"])
+def _key_bounds_kernel(bounds, key_mask, length, stride_b, stride_t, CHUNK: tl.constexpr):
+    row = tl.program_id(0)
+    valid_keys = key_mask + row.to(tl.int64) * stride_b
+    first = length
+    end = 0
+    for start in range(0, length, CHUNK):
+        key = start + tl.arange(0, CHUNK)
+        valid = tl.load(valid_keys + key.to(tl.int64) * stride_t, mask=key < length, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(valid, key, length), 0))
+        end = tl.maximum(end, tl.max(tl.where(valid, key + 1, 0), 0))
+    tl.store(bounds + 2 * row, tl.minimum(first, end))
+    tl.store(bounds + 2 * row + 1, end)
+
+
+def key_bounds(key_mask: Tensor) -> Tensor:
+    """First valid key and one past the last of every row of ``[B, L]``, int32 ``[B, 2]``; both 0 for one without any."""
+    batch, length = key_mask.shape
+    bounds = torch.empty(batch, 2, dtype=torch.int32, device=key_mask.device)
+    wrap_triton(_key_bounds_kernel)[(batch,)](
+        bounds, key_mask, length, key_mask.stride(0), key_mask.stride(1), CHUNK=4096, num_warps=8
+    )
+    return bounds
+
+
+def list_sequences(
     shape: TileShape,
     *,
     batch: int,
@@ -189,21 +217,8 @@ def plan_tiles(
     offset: int = 0,
     offsets: Tensor | None = None,
     key_bounds: Tensor | None = None,
-) -> TilePlan:
-    """Tables for a batch in which every row is one sequence.
-
-    Args:
-        shape: the tile sizes.
-        batch: rows.
-        length_q: queries of a row.
-        length_k: keys of a row.
-        block_size: tokens in a key block.
-        device: where the tables go.
-        offset: key number of query 0.
-        offsets: integer tensor on the device, added to `offset`: one number, or one a row. A row's sequence then ends
-            at its last query's key at the latest.
-        key_bounds: int32 ``[B, 2]``: number of a row's first valid key, and one past its last; None: all keys.
-    """
+) -> SequenceTable:
+    """The table of a batch in which every row is one sequence; arguments: see `plan_tiles`."""
     sequences = torch.empty(batch, TABLE_WIDTH, dtype=torch.int32, device=device)
     wrap_triton(_sequences_kernel)[(1,)](
         sequences,
@@ -224,12 +239,10 @@ def plan_tiles(
         HAS_OFFSETS=offsets is not None,
         CHUNK=_CHUNK,
     )
-    return _with_panels(
-        shape, sequences, batch * ((length_q + shape.panel_tokens - 1) // shape.panel_tokens + 1), packed=False
-    )
+    return SequenceTable(sequences, packed=False)
 
 
-def plan_packed_tiles(
+def list_packed_sequences(
     shape: TileShape,
     cu_seqlens_k: Tensor,
     cu_seqlens_q: Tensor | None,
@@ -239,22 +252,8 @@ def plan_packed_tiles(
     length_k: int,
     block_size: int,
     offset: int = 0,
-) -> TilePlan:
-    """Tables for sequences packed one after the other.
-
-    Args:
-        shape: the tile sizes.
-        cu_seqlens_k: int32 ``[R + 1]``; sequence ``r`` has keys ``cu_seqlens_k[r]`` up to ``cu_seqlens_k[r + 1]``,
-            counted through all rows of the batch; no sequence crosses a row. Bounds that descend or leave the rows
-            are moved, so that no kernel reads or writes beyond the tensors: the result then has no meaning.
-        cu_seqlens_q: the same for queries, batch 1 only: the last query of a sequence stands at its last key.
-            None: query ``i`` of a row stands at key ``offset + i``.
-        batch: rows.
-        length_q: queries of a row.
-        length_k: keys of a row.
-        block_size: tokens in a key block.
-        offset: see `cu_seqlens_q`.
-    """
+) -> SequenceTable:
+    """The table of sequences packed one after the other; arguments: see `plan_packed_tiles`."""
     count = cu_seqlens_k.shape[0] - 1
     sequences = torch.empty(torch.sym_max(count, 1), TABLE_WIDTH, dtype=torch.int32, device=cu_seqlens_k.device)
     wrap_triton(_sequences_kernel)[(1,)](
@@ -276,12 +275,61 @@ def plan_packed_tiles(
         HAS_OFFSETS=False,
         CHUNK=_CHUNK,
     )
-    return _with_panels(shape, sequences, batch * length_q // shape.panel_tokens + 2 * count, packed=True)
+    return SequenceTable(sequences, packed=True)
 
 
-def _with_panels(shape: TileShape, sequences: Tensor, bound: int, *, packed: bool) -> TilePlan:
+def cut_panels(shape: TileShape, table: SequenceTable, *, batch: int, length_q: int) -> TilePlan:
+    """The tables of a call whose sequences are listed.
+
+    Args:
+        shape: the tile sizes, those that the sequences were listed for.
+        table: the sequences.
+        batch: rows.
+        length_q: queries of a row.
+    """
+    sequences, tokens = table.sequences, shape.panel_tokens
+    if table.packed:
+        bound = batch * length_q // tokens + 2 * sequences.shape[0]
+    else:
+        bound = batch * ((length_q + tokens - 1) // tokens + 1)
     panels = torch.empty(bound, TABLE_WIDTH, dtype=torch.int32, device=sequences.device)
     wrap_triton(_panels_kernel)[(triton.cdiv(bound, _CHUNK),)](
-        panels, sequences, sequences.shape[0], bound, PANEL_TOKENS=shape.panel_tokens, CHUNK=_CHUNK
+        panels, sequences, sequences.shape[0], bound, PANEL_TOKENS=tokens, CHUNK=_CHUNK
     )
-    return TilePlan(shape, sequences, panels, packed)
+    return TilePlan(sequences, table.packed, shape, panels)
+
+
+def plan_tiles(shape: TileShape, *, batch: int, length_q: int, **place: Any) -> TilePlan:
+    """Tables for a batch in which every row is one sequence.
+
+    Args:
+        shape: the tile sizes.
+        batch: rows.
+        length_q: queries of a row.
+        place: ``length_k``: keys of a row. ``block_size``: tokens in a key block. ``device``: where the tables go.
+            ``offset``: key number of query 0, default 0. ``offsets``: integer tensor on the device, added to it: one
+            number, or one a row; a row's sequence then ends at its last query's key at the latest. ``key_bounds``: int32
+            ``[B, 2]``: number of a row's first valid key, and one past its last; None: all keys.
+    """
+    table = list_sequences(shape, batch=batch, length_q=length_q, **place)
+    return cut_panels(shape, table, batch=batch, length_q=length_q)
+
+
+def plan_packed_tiles(
+    shape: TileShape, cu_seqlens_k: Tensor, cu_seqlens_q: Tensor | None, *, batch: int, length_q: int, **place: Any
+) -> TilePlan:
+    """Tables for sequences packed one after the other.
+
+    Args:
+        shape: the tile sizes.
+        cu_seqlens_k: int32 ``[R + 1]``; sequence ``r`` has keys ``cu_seqlens_k[r]`` up to ``cu_seqlens_k[r + 1]``,
+            counted through all rows of the batch; no sequence crosses a row. Bounds that descend or leave the rows
+            are moved, so that no kernel reads or writes beyond the tensors: the result then has no meaning.
+        cu_seqlens_q: the same for queries, batch 1 only: the last query of a sequence stands at its last key.
+            None: query ``i`` of a row stands at key ``offset + i``.
+        batch: rows.
+        length_q: queries of a row.
+        place: ``length_k``, ``block_size`` and ``offset``, as for `plan_tiles`.
+    """
+    table = list_packed_sequences(shape, cu_seqlens_k, cu_seqlens_q, batch=batch, length_q=length_q, **place)
+    return cut_panels(shape, table, batch=batch, length_q=length_q)

@@ -81,20 +81,29 @@ class TileLists:
 
 
 @dataclass(frozen=True)
-class TilePlan:
+class SequenceTable:
+    """Where the sequences of a call lie; its columns are named below.
+
+    Attributes:
+        sequences: int32 ``[R, 8]``, one row a sequence.
+        packed: whether a row of the batch may hold several sequences; if not, sequence ``b`` is row ``b``.
+    """
+
+    sequences: Tensor
+    packed: bool
+
+
+@dataclass(frozen=True)
+class TilePlan(SequenceTable):
     """The tables of one call; their columns are named below.
 
     Attributes:
         shape: the tile sizes.
-        sequences: int32 ``[R, 8]``, one row a sequence.
         panels: int32 ``[n_panels, 8]``, one row a panel; rows past the last panel are empty (END = 0).
-        packed: whether a row of the batch may hold several sequences; if not, sequence ``b`` is row ``b``.
     """
 
     shape: TileShape
-    sequences: Tensor
     panels: Tensor
-    packed: bool
 
     @property
     def num_tiles(self) -> int:

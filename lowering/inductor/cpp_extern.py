@@ -17,6 +17,8 @@ from torch._inductor.lowering import register_lowering
 from infllm_pass.kernels.cpu.native import call_numbers, fixed_numbers, header
 
 from ..export import fused_op
+from ..ops.attention_args import FUSED, geometry_of
+from ..ops.registry import Operator
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 """Dtypes of offsets."""
@@ -24,17 +26,17 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 HEADER = "switchable_attention.h"
 
 
-packaged_attention = torch.library.custom_op(
-    "infllm::packaged_attention", fused_op.switchable_attention._init_fn, mutates_args=()
+packaged_attention = Operator(
+    "switchable_attention.packaged",
+    FUSED,
+    compute=fused_op.compute,
+    fake=fused_op.fake,
+    doc="""``infllm::switchable_attention`` as the overload that Inductor writes as a call of the C++ kernel.
+
+An overload of its own, since an overload has one lowering in a process, whoever compiles what at the same time.""",
 )
-"""``infllm::switchable_attention`` under the name by which Inductor writes it as a call of the C++ kernel.
 
-An operator of its own, since an operator has one lowering in a process, whoever compiles what at the same time.
-"""
-
-packaged_attention.register_fake(fused_op.switchable_attention_fake)
-
-OPERATOR = torch.ops.infllm.packaged_attention.default
+OPERATOR = packaged_attention.default
 
 
 class SwitchableAttention(ir.ExternKernelOut):
@@ -95,13 +97,13 @@ def _lower(
     window: int | None,
     scale: float,
     dense_len: int,
-    *geometry: Any,
+    geometry: str,
 ) -> ir.TensorBox:
     """The operator in Inductor's representation, with its arguments: see `lowering.export.fused_op`."""
     if offset is None:
         offset = k.get_size()[2] - q.get_size()[2] if offsets is None else 0
     more = (ir.ExternKernel.require_contiguous(x) for x in (key_mask, offsets) if x is not None)
-    fixed = fixed_numbers(window, dense_len, *geometry)
+    fixed = fixed_numbers(window, dense_len, geometry_of(geometry))
     tensors = [*map(_with_adjacent_features, (q, k, v)), *more]
     call = SwitchableAttention(tensors, key_mask is not None, sympy.sympify(offset), fixed, scale)
     return ir.TensorBox.create(call)

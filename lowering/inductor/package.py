@@ -7,24 +7,20 @@ takes their place (`lowering.inductor.cpp_extern`).
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx
+from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from infllm_pass.errors import DtypeError, ExportError
 from infllm_pass.kernels.cpu import native
-from infllm_pass.kernels.geometry import BlockGeometry
 
 from ..export import fused_op
 from ..export.atomic_file import refuse_unwritable, written_whole
-from ..ops.checks import refused_by_tiled
-from ..ops.prefill_cpu import static_geometry
 from . import cpp_extern
 from .mutation_cache import remembered_accesses
 
@@ -94,7 +90,7 @@ def join(program: ExportedProgram) -> None:
         ExportError: a call has no such form.
         DtypeError: a call has a dtype that is not taken.
     """
-    fused_op.join_sites(program.graph, parts=fused_op.TORCH_PARTS)
+    fused_op.join_sites(program.graph, lambda node: not fused_op.is_tiled(node))
     for node in program.graph.nodes:
         if node.target is not fused_op.OPERATOR:
             continue
@@ -102,22 +98,13 @@ def join(program: ExportedProgram) -> None:
         if example.device.type != "cpu":
             raise ExportError(
                 f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
-                f"only: {_refusal(node)}"
+                f"only: {fused_op.refusal(node) or 'this program was exported for another device'}"
             )
         if example.dtype not in native.DTYPES:
             raise DtypeError(
                 f"{node.name} computes in {example.dtype}: a package for the CPU takes "
                 f"{', '.join(map(str, native.DTYPES))}; cast the model first"
             )
-
-
-def _refusal(node: fx.Node) -> str:
-    """Why the Triton kernels do not take a call of the one operator, in words that say what to change."""
-    names = [argument.name for argument in fused_op.OPERATOR._schema.arguments]
-    arguments = dict(zip(names, node.args, strict=True))
-    q, v = (arguments[name].meta["val"] for name in ("q", "v"))
-    geometry = static_geometry(*(arguments[field.name] for field in fields(BlockGeometry)))
-    return refused_by_tiled(q, v, arguments["scale"], geometry) or "this program was exported for another device"
 
 
 def input_sizes(program: ExportedProgram) -> list[list[Any]]:

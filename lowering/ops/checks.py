@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from infllm_pass.errors import DeviceError, DtypeError, InfLLMError, ShapeError
+from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels.cpu.rows import sequences
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.tracing import is_traced
+
+from .attention_args import AttentionCall
 
 MAX_HEAD_DIM = 256
 
@@ -56,8 +59,8 @@ def check_queries_keys(q: Tensor, k: Tensor, key_mask: Tensor | None) -> None:
             raise DeviceError(f"key_mask is on {key_mask.device} and q on {q.device}: move them to one device")
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, key_mask: Tensor | None) -> None:
-    """Check all tensors of an attention call; `blocks` is int32 ``[B, Hkv, Lq, S]`` or None.
+def check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    """Check the tensors that queries attend to, beside `check_queries_keys`.
 
     Raises:
         ShapeError: a shape does not fit.
@@ -72,21 +75,54 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, key_
     if v.shape[3] > MAX_HEAD_DIM or v.shape[3] < 1:
         raise ShapeError(f"v has head_dim {v.shape[3]}: expected 1 to {MAX_HEAD_DIM}")
     _check_match("q", q, "v", v)
-    if blocks is not None:
-        if blocks.dtype != torch.int32:
-            raise DtypeError(f"blocks is {blocks.dtype}: expected torch.int32 block numbers, -1 where unused")
-        expected = (q.shape[0], k.shape[1], q.shape[2])
-        if blocks.dim() != 4 or tuple(blocks.shape[:3]) != expected:
-            raise ShapeError(f"blocks has shape {tuple(blocks.shape)}: expected [B, Hkv, Lq, S] with {expected}")
 
 
-def check_sequences(
-    q: Tensor,
-    offsets: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-) -> None:
+def check_state(q: Tensor, k: Tensor, state: Sequence[Tensor], count: int) -> None:
+    """Check that compressed keys, `state`, are those of such keys on this device.
+
+    Raises:
+        ShapeError: they are not as many tensors as `compress_keys` gives here.
+        DtypeError: they have another dtype.
+        DeviceError: they are on another device.
+    """
+    if len(state) != count:
+        raise ShapeError(f"state has {len(state)} tensors: expected the {count} of infllm::compress_keys on {q.device}")
+    _check_kind("state", state[0], k, k.dtype)
+
+
+def check_selection(q: Tensor, selection: Sequence[Tensor], count: int) -> None:
+    """Check that a selection, unless it is empty, is one that `select_blocks` makes on this device.
+
+    Raises:
+        ShapeError: it is not of so many tensors.
+    """
+    if len(selection) not in (0, count):
+        raise ShapeError(
+            f"selection has {len(selection)} tensors: expected none, or the {count} of infllm::select_blocks on {q.device}"
+        )
+
+
+def check_blocks(q: Tensor, k: Tensor, selection: Sequence[Tensor]) -> None:
+    """Check a selection in the form of the torch operators: int32 ``[B, Hkv, Lq, S]``, or nothing.
+
+    Raises:
+        ShapeError: a shape does not fit.
+        DtypeError: they are not int32.
+        DeviceError: they are on another device than the queries.
+    """
+    check_selection(q, selection, 1)
+    if not selection:
+        return
+    (blocks,) = selection
+    if blocks.dtype != torch.int32:
+        raise DtypeError(f"blocks is {blocks.dtype}: expected torch.int32 block numbers, -1 where unused")
+    expected = (q.shape[0], k.shape[1], q.shape[2])
+    if blocks.dim() != 4 or tuple(blocks.shape[:3]) != expected:
+        raise ShapeError(f"blocks has shape {tuple(blocks.shape)}: expected [B, Hkv, Lq, S] with {expected}")
+    _check_kind("blocks", blocks, q, torch.int32)
+
+
+def check_sequences(q: Tensor, call: AttentionCall) -> None:
     """Check what says which keys a query stands at and sees: offsets, bounds of packed sequences, a window.
 
     Raises:
@@ -94,8 +130,9 @@ def check_sequences(
         DtypeError: a tensor is not of integers.
         DeviceError: a tensor is not on q's device.
     """
-    if window is not None and window < 1:
-        raise ShapeError(f"window={window}: expected at least 1 key")
+    offsets, cu_seqlens_q, cu_seqlens_k = call.offsets, call.cu_seqlens_q, call.cu_seqlens_k
+    if call.window is not None and call.window < 1:
+        raise ShapeError(f"window={call.window}: expected at least 1 key")
     for name, tensor in (("offsets", offsets), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if tensor is None:
             continue
@@ -119,6 +156,13 @@ def check_sequences(
                 f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, cu_seqlens_k {cu_seqlens_k.shape[0]}, and q batch "
                 f"size {q.shape[0]}: expected equally many numbers and batch size 1"
             )
+
+
+def _check_kind(name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise DtypeError(f"{name} is {tensor.dtype}: expected {dtype}")
+    if tensor.device != like.device:
+        raise DeviceError(f"{name} is on {tensor.device} and the tensors on {like.device}: move them to one device")
 
 
 def _check_match(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
@@ -150,64 +194,72 @@ def refused_by_tiled(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry
 
     Args:
         q: the queries, real or fake: device, dtype and head dimension count.
-        v: the values: the head dimension counts.
+        v: the values, or the keys: the head dimension counts.
         scale: softmax scale.
         geometry: the block geometry.
     """
-    refusal = _refusal(q, v, scale, geometry)
-    return None if refusal is None else refusal[1]
+    return _refusal(q, v, scale, geometry)
 
 
-def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> tuple[type[InfLLMError], str] | None:
+def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
     if q.device.type != "cuda":
-        return DeviceError, f"q is on {q.device}: the Triton kernels run on CUDA devices"
+        return f"q is on {q.device}: the Triton kernels run on CUDA devices"
     if not HAS_TRITON:
-        return DeviceError, "triton is not installed: pip install triton"
+        return "triton is not installed: pip install triton"
     if torch.version.hip is not None:
-        return DeviceError, "this torch is built for ROCm: the Triton kernels are made for NVIDIA devices"
+        return "this torch is built for ROCm: the Triton kernels are made for NVIDIA devices"
     capability = compute_capability(q.device)
     if capability is not None and capability < LEAST_CAPABILITY:
         found, least = (f"{major}.{minor}" for major, minor in (capability, LEAST_CAPABILITY))
-        return DeviceError, f"{q.device} has compute capability {found}: the Triton kernels need {least} or later"
+        return f"{q.device} has compute capability {found}: the Triton kernels need {least} or later"
     if q.dtype not in TILED_DTYPES:
-        return DtypeError, f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
+        return f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
         if size > MAX_HEAD_DIM:
-            return ShapeError, f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
+            return f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
     if scale <= 0.0:
-        return ShapeError, f"scale={scale}: the Triton kernels take positive scales"
+        return f"scale={scale}: the Triton kernels take positive scales"
     if geometry.block_size % 16 or not 16 <= geometry.block_size <= 128:
-        return ShapeError, f"block_size={geometry.block_size}: the Triton kernels take multiples of 16 from 16 to 128"
+        return f"block_size={geometry.block_size}: the Triton kernels take multiples of 16 from 16 to 128"
     block = geometry.query_block
     if block & (block - 1) or block > 128:
-        return ShapeError, f"query_block={block}: the Triton kernels take powers of two up to 128"
+        return f"query_block={block}: the Triton kernels take powers of two up to 128"
     return None
 
 
-def check_tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    offsets: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-    scale: float,
-    geometry: BlockGeometry,
-) -> None:
-    """Check all arguments of a call of the Triton kernels.
+def check_call(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+    """Check the arguments that all operators over whole prompts take.
+
+    Args:
+        q: the queries.
+        k: the keys.
+        v: the values; where an operator takes none, the keys.
+        call: the other arguments.
+
+    Returns:
+        Whether the Triton kernels compute the call.
 
     Raises:
         ShapeError: a shape, a stride or a number does not fit.
-        DtypeError: a dtype is not supported.
-        DeviceError: a tensor is not on the CUDA device of q, or Triton is not installed.
+        DtypeError: a dtype is not supported, or dtypes differ.
+        DeviceError: tensors are on different devices.
     """
-    check_attention(q, k, v, None, key_mask)
-    refusal = _refusal(q, v, scale, geometry)
-    if refusal is not None:
-        kind, message = refusal
-        raise kind(message)
+    check_attention(q, k, v, call.key_mask)
+    check_sequences(q, call)
+    if refused_by_tiled(q, v, call.scale, call.geometry) is not None:
+        return False
+    check_tiled(q, k, v, call.geometry)
+    if call.cu_seqlens_k is not None and _may_read(call.cu_seqlens_k):
+        check_bounds(q, k, call.cu_seqlens_q, call.cu_seqlens_k)
+    return True
+
+
+def check_tiled(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry) -> None:
+    """Check what the Triton kernels ask of tensors that they do not refuse.
+
+    Raises:
+        ShapeError: features are not adjacent, or there are too many keys.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(3) != 1:
             raise ShapeError(
@@ -218,9 +270,6 @@ def check_tiled(
             f"k has {k.shape[2]} keys: with block_size={geometry.block_size} at most "
             f"{MAX_BLOCK_NUMBER * geometry.block_size} are supported; raise block_size"
         )
-    check_sequences(q, offsets, cu_seqlens_q, cu_seqlens_k, window)
-    if cu_seqlens_k is not None and _may_read(cu_seqlens_k):
-        check_bounds(q, k, cu_seqlens_q, cu_seqlens_k)
 
 
 def check_bounds(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor) -> None:

@@ -1,7 +1,4 @@
-"""The decode step on CUDA: Triton kernels that Inductor and CUDA graphs see, with no host synchronisation.
-
-``infllm::tiled_decode_attention``
-    as ``infllm::decode_attention``, with the same arguments and `SOURCES`.
+"""The decode step in Triton kernels: what `infllm::decode_attention` computes on CUDA devices, with no host synchronisation.
 
 Launches whose grids follow from shapes alone: compressed keys and normaliser, block scores and their ranking (a launch
 of its own in steps of several tokens), attention, merge. Which rows are sparse is decided on the device.
@@ -9,70 +6,43 @@ of its own in steps of several tokens), attention, merge. Which rows are sparse 
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch._inductor.virtualized import V
 
-from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
+from infllm_pass.kernels.triton.decode.select import decode_compress_kernel, decode_select
+from infllm_pass.kernels.triton.launch import device_guard, launching_at_once
+from infllm_pass.kernels.triton.pdl import recording_drops_overlap
 
-from . import opaque
-from .checks import check_tiled
-from .decode_cpu import check_decode
-from .prefill_cpu import selection_arguments, static_geometry
-from .prefill_triton import SOURCES
-
-
-def tiled_decode_arguments(geometry: BlockGeometry) -> tuple[int | str, ...]:
-    """The last arguments of `tiled_decode_attention`, from ``kernel_size`` on."""
-    return (*selection_arguments(geometry), SOURCES)
+from .attention_args import DecodeCall
 
 
-@torch.library.triton_op("infllm::tiled_decode_attention", mutates_args={"k1", "k2", "filled"})
-def tiled_decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    filled: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    key_mask: Tensor | None,
-    window: int | None,
-    scale: float,
-    dense_len: int,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    selected_blocks: int,
-    lse: str,
-    query_block: int,
-    sources: str,
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeCall
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last queries of every row over a cache, sparse from ``dense_len`` keys on.
+    """The kernels of a step, in the form that compilers record; the state is written."""
+    rows = DecodeRows(call.lengths, call.starts)
+    numbers = {
+        "geometry": call.geometry,
+        "scale": call.scale,
+        "dense_len": call.dense_len,
+        "window": call.window,
+    }
+    blocks = decode_select(q, k, DecodeState(*state), rows, **numbers)  # type: ignore[arg-type]
+    return decode_attend(q, k, v, blocks, rows, call.key_mask, **numbers)  # type: ignore[arg-type]
 
-    Args:
-        q: ``[B, Hq, Lq, D]``, float16, bfloat16 or float32 on CUDA, unit last stride, as `k` and `v`. Arguments,
-            results and what the caller has to keep about `filled`: see `decode.decode_attention`.
-        sources: `SOURCES`; nothing is computed from it.
 
-    Raises:
-        ShapeError, DtypeError, DeviceError: an argument is outside the kernels' range.
-    """
-    numbers = (kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, lse, query_block)
-    geometry = static_geometry(*numbers)
-    check_decode(q, k, v, k1, k2, filled, lengths, starts, key_mask, window, geometry)
-    check_tiled(q, k, v, key_mask, None, None, None, window, scale, geometry)
-    if opaque.calls_decode_step(q):
-        fields = (k1, k2, filled, lengths, starts, key_mask, window, scale, dense_len)
-        out, log_sum = opaque.launched_decode_attention(q, k, v, *fields, *numbers)
-        return out, log_sum
-    return opaque.decode(
-        *(q, k, v, DecodeState(k1, k2, filled), DecodeRows(lengths, starts), key_mask),
-        geometry=geometry,
-        scale=scale,
-        dense_len=dense_len,
-        window=window,
-    )
+def launched(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeCall) -> tuple[Tensor, Tensor]:
+    """The kernels of a step, launched at once, with all of their options."""
+    with launching_at_once(), device_guard(q):
+        return decode_attention(q, k, v, state, call)
+
+
+def is_recorded_in_graphs(q: Tensor) -> bool:
+    """Whether Inductor lets CUDA graphs record a step, and the device overlaps launches, an option Inductor drops."""
+    in_graphs = inductor_config.triton.cudagraphs and not V.aot_compilation
+    return in_graphs and recording_drops_overlap(decode_compress_kernel, q)

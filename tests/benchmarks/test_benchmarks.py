@@ -40,7 +40,7 @@ def plan_of(length, group):
     for begin in range(0, length, shape.panel_tokens):
         panels.append([0, begin, 0, min(shape.panel_tokens, length - begin), begin, 0, length, 0])
     panels.append([0, length, 0, 0, length, 0, length, 0])
-    return TilePlan(shape, torch.zeros(1, 8, dtype=torch.int32), torch.tensor(panels, dtype=torch.int32), False)
+    return TilePlan(torch.zeros(1, 8, dtype=torch.int32), False, shape, torch.tensor(panels, dtype=torch.int32))
 
 
 def sets_of(length, heads, heads_kv):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.ops.decode_cpu import new_state
+from infllm_pass.lowering.ops.decode import new_state
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 

@@ -20,7 +20,7 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.scattered import persistent
-from infllm_pass.lowering.ops.decode_cpu import new_state
+from infllm_pass.lowering.ops.decode import new_state
 from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
 
 CONFIG = SparseAttentionConfig(

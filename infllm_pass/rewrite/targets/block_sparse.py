@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
-from infllm_pass.lowering.ops.prefill_cpu import attention_arguments, selection_arguments
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
 from infllm_pass.plan.planner import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_bias
 
 
 class BlockSparse:
-    """Selection, where a site is sparse, and attention of the selected blocks."""
+    """Compression and selection, where a site is sparse, and attention of the selected blocks."""
 
     name = "block-sparse"
 
@@ -36,31 +36,14 @@ class BlockSparse:
         return operator_kernels(request)
 
     def emit(self, request: Request, builder: SiteBuilder) -> fx.Node:
-        """The operators of the site's device."""
-        select = request.lowering is Lowering.SPARSE
+        """Compression and selection, if asked for, and attention; without a selection every row is dense."""
+        config = request.config
         operands = builder.operands()
         if self.kernels(request).name == "triton":
-            return _tiled(request, builder, [builder.unit_stride(node) for node in operands], select)
-        return _portable(request, builder, operands, select)
-
-
-def _tiled(request: Request, builder: SiteBuilder, operands: list[fx.Node], select: bool) -> fx.Node:
-    """Selection and attention in one operator of Triton kernels; without `select` every row is dense."""
-    from infllm_pass.lowering.ops.prefill_triton import tiled_arguments  # needs Triton, which CPU installations lack
-
-    config = request.config
-    call = (*builder.mask_arguments(), request.scale, config.dense_len, select, *tiled_arguments(config.geometry))
-    return builder.call(operator.getitem, builder.call(torch.ops.infllm.tiled_attention.default, *operands, *call), 0)
-
-
-def _portable(request: Request, builder: SiteBuilder, operands: list[fx.Node], select: bool) -> fx.Node:
-    """Selection, if asked for, and attention as the operators that run everywhere."""
-    config, (q, k, v) = request.config, operands
-    call = (*builder.mask_arguments(), request.scale, config.dense_len)
-    blocks = None
-    if select:
-        select_blocks = torch.ops.infllm.select_blocks.default
-        blocks = builder.call(select_blocks, q, k, *call, *selection_arguments(config.geometry))
-    block_attention = torch.ops.infllm.block_attention.default
-    results = builder.call(block_attention, q, k, v, blocks, *call, *attention_arguments(config.geometry))
-    return builder.call(operator.getitem, results, 0)
+            operands = [builder.unit_stride(node) for node in operands]
+        call = (*builder.mask_arguments(), request.scale, config.dense_len, geometry_text(config.geometry))
+        selection: fx.Node | list[fx.Node] = []
+        if request.lowering is Lowering.SPARSE:
+            state = builder.call(compress_keys.default, *operands[:2], *call)
+            selection = builder.call(select_blocks.default, *operands[:2], state, *call)
+        return builder.call(operator.getitem, builder.call(block_attention.default, *operands, selection, *call), 0)

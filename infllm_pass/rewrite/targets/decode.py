@@ -12,8 +12,8 @@ from torch import fx
 
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kv_cache.spec import StateTensor
-from infllm_pass.lowering.ops.decode_cpu import state_slots
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, state_slots
 from infllm_pass.plan.planner import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_bias
@@ -63,17 +63,13 @@ class Decode:
         return operator_kernels(request)
 
     def emit(self, request: Request, builder: SiteBuilder) -> fx.Node:
-        """What keeps the state true to the graph's writes, and the operator of the site's device."""
-        q, k, v = builder.operands()
+        """What keeps the state true to the graph's writes, and the operator."""
+        operands = builder.operands()
         state, rows = builder.decoding_arguments()
-        geometry = request.config.geometry
-        dense_len = request.config.dense_len if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
+        config = request.config
+        dense_len = config.dense_len if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
         if self.kernels(request).name == "triton":
-            from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments  # needs Triton
-
-            target, arguments = torch.ops.infllm.tiled_decode_attention.default, tiled_decode_arguments(geometry)
-            q, k, v = (builder.unit_stride(node) for node in (q, k, v))
-        else:
-            target, arguments = torch.ops.infllm.decode_attention.default, selection_arguments(geometry)
-        call = (*rows, request.scale, dense_len, *arguments)
-        return builder.call(operator.getitem, builder.call(target, q, k, v, *state.tensors, state.filled, *call), 0)
+            operands = [builder.unit_stride(node) for node in operands]
+        call = (*rows, request.scale, dense_len, geometry_text(config.geometry))
+        kept = [*state.tensors, state.filled]
+        return builder.call(operator.getitem, builder.call(decode_attention.default, *operands, kept, *call), 0)

@@ -116,19 +116,34 @@ std::vector<float> sums_of_steps(const T* keys, int64_t stride, int64_t length, 
 }
 
 // Means of `count` windows, rounded to the type T of the keys, from sums of steps: a window is `steps` of them and begins
-// `apart` after the one before.
-template <typename T>
-Columns means(const std::vector<float>& sums, int64_t dim, int64_t count, int64_t steps, int64_t apart, int64_t size) {
-  Columns result(count, dim);
+// `apart` after the one before. Each number goes to `take`: window, feature, number.
+template <typename T, typename Function>
+void means(
+    const std::vector<float>& sums,
+    int64_t dim,
+    int64_t count,
+    int64_t steps,
+    int64_t apart,
+    int64_t size,
+    Function take) {
   std::vector<float> total(dim);
   for (int64_t window = 0; window < count; window++) {
     std::fill(total.begin(), total.end(), 0.0f);
     for (int64_t step = window * apart; step < window * apart + steps; step++)
       add(total.data(), sums.data() + step * dim, dim);
     for (int64_t feature = 0; feature < dim; feature++)
-      result.at(window, feature) = static_cast<float>(static_cast<T>(total[feature] * (1.0f / size)));
+      take(window, feature, static_cast<T>(total[feature] * (1.0f / size)));
   }
-  return result;
+}
+
+// Compressed keys as columns.
+template <typename T>
+std::unique_ptr<Columns> columns_of(const T* rows, int64_t stride, int64_t count, int64_t dim) {
+  std::unique_ptr<Columns> columns(new Columns(count, dim));
+  for (int64_t row = 0; row < count; row++)
+    for (int64_t feature = 0; feature < dim; feature++)
+      columns->at(row, feature) = static_cast<float>(rows[row * stride + feature]);
+  return columns;
 }
 
 // What all chunks of one key/value head read.
@@ -147,12 +162,17 @@ void compress(const Call& call, Head<T>& head) {
     return;  // nothing is chosen by score
   const int64_t size = call.kernel_size, step = call.kernel_stride, last = head.sequence.length - 1;
   const std::vector<float> sums = sums_of_steps(head.k, call.stride_k[2], head.sequence.length, call.dim, step);
-  head.fine.reset(new Columns(means<T>(sums, call.dim, windows_up_to(last, size, step), size / step, 1, size)));
-  if (call.exact)
-    return;
-  const int64_t count = windows_up_to(last, COARSE_FACTOR * size, COARSE_FACTOR * step);
-  head.norm.reset(new Columns(
-      means<T>(sums, call.dim, count, COARSE_FACTOR * size / step, COARSE_FACTOR, COARSE_FACTOR * size)));
+  const auto pool = [&](int64_t factor) {
+    const int64_t count = windows_up_to(last, factor * size, factor * step);
+    std::unique_ptr<Columns> columns(new Columns(count, call.dim));
+    means<T>(sums, call.dim, count, factor * size / step, factor, factor * size, [&](int64_t window, int64_t feature, T mean) {
+      columns->at(window, feature) = static_cast<float>(mean);
+    });
+    return columns;
+  };
+  head.fine = pool(1);
+  if (!call.exact)
+    head.norm = pool(COARSE_FACTOR);
 }
 
 // One task: a thread keeps its scratch from one to the next.
@@ -590,19 +610,51 @@ std::vector<Head<T>> heads_of(const Call& call, const T* q, const T* k, const T*
   for (int64_t number = 0; number < call.heads; number++) {
     Head<T>& head = all_heads[number];
     head.sequence = {0, call.length_k, call.offset, call.offset, call.offset + call.length_q};
-    head.q = q + number * group * call.stride_q[1], head.k = k + number * call.stride_k[1];
-    head.v = v + number * call.stride_v[1], head.valid = valid;
+    head.q = q + number * group * call.stride_q[1], head.valid = valid;
+    head.k = k == nullptr ? nullptr : k + number * call.stride_k[1];
+    head.v = v == nullptr ? nullptr : v + number * call.stride_v[1];
   }
   return all_heads;
 }
 
-// The blocks that every query of one sequence visits: [heads][length_q][selected_blocks].
+// The means of all complete windows of one sequence. Strides of the keys are those of q in the call, of the fine means
+// those of k, of the coarse ones those of v.
 template <typename T>
-void select_blocks(const Call& call, const T* q, const T* k, int32_t* blocks) {
-  std::vector<Head<T>> all_heads = heads_of(call, q, k, k, nullptr);
+void compress_keys(const Call& call, const T* k, T* fine, T* coarse) {
+  const int64_t size = call.kernel_size, step = call.kernel_stride, last = call.length_k - 1;
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t number = 0; number < call.heads; number++)
-    compress(call, all_heads[number]);
+  for (int64_t head = 0; head < call.heads; head++) {
+    const std::vector<float> sums =
+        sums_of_steps(k + head * call.stride_q[1], call.stride_q[2], call.length_k, call.dim, step);
+    const auto pool = [&](int64_t factor, T* to, const int64_t* strides) {
+      const int64_t count = windows_up_to(last, factor * size, factor * step);
+      means<T>(sums, call.dim, count, factor * size / step, factor, factor * size, [&](int64_t window, int64_t feature, T mean) {
+        to[head * strides[1] + window * strides[2] + feature] = mean;
+      });
+    };
+    pool(1, fine, call.stride_k);
+    pool(COARSE_FACTOR, coarse, call.stride_v);
+  }
+}
+
+// The blocks that every query of one sequence visits, by its compressed keys: [heads][length_q][selected_blocks]. Strides of
+// the fine keys are those of k in the call, of the coarse ones those of v.
+template <typename T>
+void select_blocks(const Call& call, const T* q, const T* fine, const T* coarse, int32_t* blocks) {
+  std::vector<Head<T>> all_heads = heads_of<T>(call, q, nullptr, nullptr, nullptr);
+  const int64_t size = call.kernel_size, step = call.kernel_stride, last = call.length_k - 1;
+  if (call.length_k > call.selected_blocks * call.block_size) {  // else nothing is chosen by score
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t number = 0; number < call.heads; number++) {
+      Head<T>& head = all_heads[number];
+      head.fine = columns_of(
+          fine + number * call.stride_k[1], call.stride_k[2], windows_up_to(last, size, step), call.dim);
+      if (!call.exact)
+        head.norm = columns_of(
+            coarse + number * call.stride_v[1], call.stride_v[2],
+            windows_up_to(last, COARSE_FACTOR * size, COARSE_FACTOR * step), call.dim);
+    }
+  }
   each_chunk(call, all_heads, [&](Chunk<T>& chunk, int64_t number, int64_t begin, int64_t end) {
     const int64_t row = number * call.length_q + begin - call.offset;
     chunk.list_blocks(all_heads[number], begin, end, call.selected_blocks, blocks + row * call.selected_blocks);

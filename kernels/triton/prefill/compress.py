@@ -13,7 +13,7 @@ from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import launch_for
 from ..launch import wrap_triton
 from ..tile_schedule import find_sequence
-from ..tile_tables import SEQ_BATCH, SEQ_KEY_BEGIN, SEQ_KEY_END, TABLE_COLUMNS, TilePlan
+from ..tile_tables import SEQ_BATCH, SEQ_KEY_BEGIN, SEQ_KEY_END, TABLE_COLUMNS, SequenceTable
 
 _FINE_ROWS = 48
 """``K1`` windows of one program. With a quarter as many ``K2`` windows they fill the 64 rows of one matrix
@@ -137,12 +137,18 @@ def _compress_kernel(
     )
 
 
+def slots_of(length: int, geometry: BlockGeometry) -> tuple[int, int]:
+    """Slots of ``K1`` and ``K2`` for a row of ``length`` keys."""
+    stride = geometry.kernel_stride
+    return torch.sym_max(length // stride, 1), torch.sym_max(length // (COARSE_FACTOR * stride), 1)
+
+
 def chunk_keys(padded_dim: int) -> int:
     """Keys that one step of a program reads."""
     return 64 if padded_dim <= 128 else 32
 
 
-def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> CompressedKeys:
+def compress_keys(k: Tensor, plan: SequenceTable, *, geometry: BlockGeometry) -> CompressedKeys:
     """Means of all complete windows of keys.
 
     Window ``c`` of a sequence whose first key is number ``f`` lies in slot ``f // s + c`` of ``K1``, and in slot
@@ -160,8 +166,7 @@ def compress_keys(k: Tensor, plan: TilePlan, *, geometry: BlockGeometry) -> Comp
     """
     batch, heads, length, dim = k.shape
     stride = geometry.kernel_stride
-    fine_slots = torch.sym_max(length // stride, 1)
-    coarse_slots = torch.sym_max(length // (COARSE_FACTOR * stride), 1)
+    fine_slots, coarse_slots = slots_of(length, geometry)
     around = LEAD_SLOTS.value + SLACK_SLOTS
     fine, coarse = (k.new_empty(batch * heads * n + around, dim) for n in (fine_slots, coarse_slots))
     padded = max(16, triton.next_power_of_2(dim))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
-from infllm_pass.kernels.geometry import BlockGeometry
 
+from ...ops.attention_args import FUSED
 from .. import fused_op
 from ..atomic_file import refuse_unwritable, written_whole
 from ..functionalize import without_state
@@ -164,21 +163,13 @@ def _check_dtypes(program: ExportedProgram) -> None:
 
 def _write_nodes(graph: fx.Graph) -> None:
     """Replace each call of ``infllm::switchable_attention`` by what torch translates to a node of the operator."""
-    names = [argument.name for argument in fused_op.OPERATOR._schema.arguments]
     for call in list(graph.nodes):
         if call.target is not fused_op.OPERATOR:
             continue
-        given = dict(zip(names, call.args, strict=True))
+        given = FUSED.named(call)
         with graph.inserting_before(call):
             place = _offset(graph, given, call)
-            node = AttentionNode(
-                BlockGeometry(**{field.name: given[field.name] for field in fields(BlockGeometry)}),
-                scale=given["scale"],
-                dense_len=given["dense_len"],
-                window=given["window"] or 0,
-                masked=given["key_mask"] is not None,
-                placed=place is not None,
-            )
+            node = AttentionNode.from_call(given, placed=place is not None)
             inputs = [{**given, "offset": place}.get(name) for name in node.inputs]
             with detect_fake_mode(call.meta["val"]), _Recorder() as recorder:
                 torch.onnx.ops.symbolic(

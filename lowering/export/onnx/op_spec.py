@@ -8,6 +8,8 @@ from typing import Any
 
 from infllm_pass.kernels.geometry import BlockGeometry
 
+from ...ops.attention_args import geometry_of
+
 DOMAIN = "infllm"
 NAME = "InfLLMV2Attention"
 VERSION = 1
@@ -32,6 +34,18 @@ class AttentionNode:
     window: int = 0
     masked: bool = False
     placed: bool = False
+
+    @classmethod
+    def from_call(cls, given: Mapping[str, Any], *, placed: bool) -> AttentionNode:
+        """The node for the arguments, by name, of a call of ``infllm::switchable_attention``."""
+        return cls(
+            geometry_of(given["geometry"]),
+            scale=given["scale"],
+            dense_len=given["dense_len"],
+            window=given["window"] or 0,
+            masked=given["key_mask"] is not None,
+            placed=placed,
+        )
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> AttentionNode:

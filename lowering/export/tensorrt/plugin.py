@@ -10,7 +10,7 @@ a process that has Python, torch and this package, once `register_plugin` was ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from infllm_pass.errors import DeviceError, DtypeError
 from infllm_pass.kernels.geometry import BlockGeometry
 
-from .. import fused_op
+from ...ops.attention_args import AttentionCall
+from ...ops.dispatch import attend
 from ..onnx.op_spec import DOMAIN, NAME, VERSION, AttentionNode
 
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,18 +80,15 @@ def run_on_stream(node: AttentionNode, inputs: Sequence[DeviceMemory], output: D
     device = torch.device("cuda", output.device)
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(stream, device)), torch.no_grad():
         named = {name: memory.tensor() for name, memory in zip(node.inputs, inputs, strict=True)}
-        out = fused_op.switchable_attention(
-            named["q"],
-            named["k"],
-            named["v"],
-            named.get("key_mask"),
-            named.get("offset"),
-            None,
-            node.window or None,
+        call = AttentionCall(
             node.scale,
             node.dense_len,
-            *(getattr(node.geometry, field.name) for field in fields(BlockGeometry)),
+            node.geometry,
+            key_mask=named.get("key_mask"),
+            offsets=named.get("offset"),
+            window=node.window or None,
         )
+        out = attend(named["q"], named["k"], named["v"], call, select=named["k"].shape[2] >= node.dense_len)
         output.tensor().copy_(out)
 
 

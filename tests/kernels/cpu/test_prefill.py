@@ -41,6 +41,7 @@ PROPERTY = settings(
 def _computed(request, monkeypatch):
     """Forward in either way; float64 and features that are not adjacent are left to torch operators in both."""
     if request.param == "torch operators":
+        monkeypatch.setattr(native, "compress_sequence", lambda *_, **__: False)
         monkeypatch.setattr(native, "select_sequence", lambda *_, **__: None)
         monkeypatch.setattr(native, "attend_sequence", lambda *_, **__: False)
 
@@ -132,6 +133,11 @@ def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False) ->
     return Case(data(heads * group, length_q, dim), data(heads, length_k, dim), data(heads, length_k, dim_v), keywords)
 
 
+def select(q: torch.Tensor, k: torch.Tensor, **keywords) -> torch.Tensor:
+    """Compression and selection."""
+    return prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
+
+
 def as_set(blocks: torch.Tensor, count: int) -> torch.Tensor:
     """int32 block numbers, -1 for none -> bool ``[B, Hkv, Lq, count]``; a block twice is an error."""
     index = torch.where(blocks < 0, count, blocks).long()
@@ -185,7 +191,7 @@ def undecided(case: Case) -> torch.Tensor:
 @given(cases())
 def test_selects_the_reference_set(case):
     expected = reference.select_blocks(case.q, case.k, **case.keywords)
-    blocks = prefill.select_blocks(case.q, case.k, **case.keywords)
+    blocks = select(case.q, case.k, **case.keywords)
     assert blocks.dtype == torch.int32
     assert blocks.shape == (*expected.shape[:3], case.geometry.selected_blocks)
     wrong = (as_set(blocks, expected.shape[-1]) != expected).any(-1)
@@ -238,8 +244,8 @@ def test_padding_never_changes_a_sequence(case, left, right):
     keywords["key_mask"][:, left : left + length] = True
     k, v = (F.pad(x, (0, 0, left, right), value=torch.nan) for x in (case.k, case.v))
 
-    alone = prefill.select_blocks(case.q, case.k, **case.keywords)
-    padded = prefill.select_blocks(case.q, k, **keywords)
+    alone = select(case.q, case.k, **case.keywords)
+    padded = select(case.q, k, **keywords)
     assert torch.equal(alone, padded)
     for chosen in (alone, None):
         one = prefill.attention_forward(case.q, case.k, case.v, chosen, **case.keywords)
@@ -265,11 +271,11 @@ def test_a_prompt_may_come_in_chunks(case, cuts):
     keywords = {**case.keywords, "offset": 0, "dense_len": 0}
     m = case.geometry.query_block
     edges = sorted({0, length, *(cut // m * m for cut in cuts if cut < length)})
-    blocks = prefill.select_blocks(q, k, **keywords)
+    blocks = select(q, k, **keywords)
     out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
     for begin, end in itertools.pairwise(edges):
         keywords["offset"] = begin
-        part = prefill.select_blocks(q[:, :, begin:end], k[:, :, :end], **keywords)
+        part = select(q[:, :, begin:end], k[:, :, :end], **keywords)
         count = case.geometry.num_blocks(length)
         assert torch.equal(as_set(part, count), as_set(blocks[:, :, begin:end], count))
         part_out, part_lse = prefill.attention_forward(
@@ -375,7 +381,7 @@ def test_rows_shorter_than_dense_len_are_dense():
     key_mask[0, :21] = False  # 79 keys
     key_mask[1, :20] = False  # 80 keys
     keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0, "key_mask": key_mask, "dense_len": 80}
-    blocks = prefill.select_blocks(q, k, **keywords)
+    blocks = select(q, k, **keywords)
     assert (blocks[0] == -1).all()
     assert (blocks[1, :, 20:] >= 0).any(-1).all()
     assert (blocks[2] >= 0).any(-1).all()
@@ -392,7 +398,7 @@ def test_half_precision_is_as_good_as_dense():
     keywords = {"geometry": dataclasses.replace(SMALL, selected_blocks=100), "scale": 32**-0.5, "offset": 0}
     expected, _ = reference.attention(q, k, v, None, **keywords)
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    blocks = prefill.select_blocks(q, k, **keywords)
+    blocks = select(q, k, **keywords)
     out, _ = prefill.attention_forward(q, k, v, blocks, **keywords)
     assert relative_error(out, expected) <= 1.05 * relative_error(dense, expected)
 
@@ -411,7 +417,7 @@ def test_equal_keys_select_the_lowest_blocks(value, lse):
     geometry = dataclasses.replace(SMALL, lse=lse)
     q, k = torch.randn(1, 3, 200, 8), torch.full((1, 1, 200, 8), value)
     keywords = {"geometry": geometry, "scale": 1.0, "offset": 0}
-    blocks = prefill.select_blocks(q, k, **keywords)
+    blocks = select(q, k, **keywords)
     assert torch.equal(as_set(blocks, 25), reference.select_blocks(q, k, **keywords))
 
 
@@ -421,7 +427,7 @@ def test_candidates_without_a_score_come_before_blocks_out_of_the_window(dtype):
     geometry = BlockGeometry(64, 8, 8, init_blocks=1, local_blocks=1, selected_blocks=4)
     q, k = torch.randn(1, 3, 90, 8, dtype=dtype), torch.randn(1, 1, 90, 8, dtype=dtype)
     keywords = {"geometry": geometry, "scale": 1.0, "offset": 0, "window": 40}
-    blocks = prefill.select_blocks(q, k, **keywords)
+    blocks = select(q, k, **keywords)
     expected = reference.select_blocks(q, k, **keywords)
     assert (expected.sum(-1)[:, :, 48:] == 4).all()
     assert torch.equal(as_set(blocks, 12), expected)
@@ -441,7 +447,7 @@ def test_inputs_are_left_alone():
     q, k, v = (torch.randn(1, h, 200, 16) for h in (4, 2, 2))
     copies = [x.clone() for x in (q, k, v)]
     keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0}
-    blocks = prefill.select_blocks(q, k, **keywords)
+    blocks = select(q, k, **keywords)
     out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
     grad = torch.randn_like(out)
     kept = [x.clone() for x in (grad, out, lse, blocks)]
@@ -464,7 +470,7 @@ keywords = dict(geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale
 prefill.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
 keywords |= dict(PLACE)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-blocks = prefill.select_blocks(q, k, **keywords)
+blocks = prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
 out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
 prefill.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -483,17 +489,20 @@ def test_what_is_computed_in_c_plus_plus(dtype, layout, monkeypatch):
     numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0, "window": None}
     grouped, keys, values = q.view(1, 2, 2, 100, 8)[0], k[0], v[0]
     taken = dtype != torch.float64 and layout != "every other"
-    assert (native.select_sequence(grouped, keys, **numbers) is not None) == taken
+    windows = [torch.empty(2, count, 8, dtype=dtype) for count in (SMALL.num_compressed(100), SMALL.num_coarse(100))]
+    assert native.compress_sequence(keys, *windows, geometry=SMALL) == taken
+    assert (native.select_sequence(grouped, *windows, length=100, **numbers) is not None) == taken
     out, lse = torch.empty(100, 2, 2, 8, dtype=dtype).permute(1, 2, 0, 3), torch.empty(2, 2, 100)
     assert native.attend_sequence(grouped, keys, values, None, out, lse, mask=None, **numbers) == taken
-    on_meta = [x.to("meta") for x in (grouped, keys)]
-    assert native.select_sequence(*on_meta, **numbers) is None
+    on_meta = [x.to("meta") for x in (grouped, *windows)]
+    assert native.select_sequence(*on_meta, length=100, **numbers) is None
+    assert not native.compress_sequence(*on_meta, geometry=SMALL)
 
 
 def test_masks_and_blocks_in_any_layout():
     q, k, v = (torch.randn(2, heads, 300, 8) for heads in (4, 2, 2))
     numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0}
-    blocks = prefill.select_blocks(q, k, **numbers)
+    blocks = select(q, k, **numbers)
     mask = torch.rand(2, 300) < 0.7
     expected = prefill.attention_forward(q, k, v, blocks, key_mask=mask, **numbers)
     apart = torch.stack((mask, ~mask), -1)[..., 0], blocks.transpose(1, 2).contiguous().transpose(1, 2)

@@ -16,6 +16,7 @@ from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_
 from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.frontend.backend import SwitchableBackend
 from infllm_pass.lowering.ops import checks
+from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_of
 from infllm_pass.lowering.ops.positions import checked_positions
 from infllm_pass.rewrite.pipeline import Switch, run_pass
 from infllm_pass.runtime.position_checks import take_checks
@@ -43,11 +44,17 @@ def cuda(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
+class Refused(Exception):
+    """The Triton kernels leave a call to others."""
+
+
 def refuse(config=TILED, scale=0.25, **changes):
     """Check a call that is right but for the changes."""
     right = {name: cuda(2, heads, 40, 16) for name, heads in (("q", 6), ("k", 2), ("v", 2)) if name not in changes}
-    others = dict.fromkeys(("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "window"))
-    checks.check_tiled(**{**right, **others, **changes}, scale=scale, geometry=config.geometry)
+    given = right | changes
+    q, k, v = (given.pop(name) for name in "qkv")
+    if not checks.check_call(q, k, v, AttentionCall(scale, 0, config.geometry, **given)):
+        raise Refused(checks.refused_by_tiled(q, v, scale, config.geometry))
 
 
 def int32(*shape, device="cuda"):
@@ -68,7 +75,7 @@ def test_calls_in_range_pass(fake):
 
 
 CASES = {
-    "float64": (lambda: {n: cuda(2, 2, 40, 16, dtype=torch.float64) for n in "qkv"}, DtypeError, "take torch.float16"),
+    "float64": (lambda: {n: cuda(2, 2, 40, 16, dtype=torch.float64) for n in "qkv"}, Refused, "take torch.float16"),
     "mixed dtypes": (lambda: {"v": cuda(2, 2, 40, 16, dtype=torch.float16)}, DtypeError, "cast them to one dtype"),
     "head_dim": (lambda: {"v": cuda(2, 2, 40, 257)}, ShapeError, "v has head_dim 257"),
     "strides": (
@@ -109,17 +116,17 @@ CASES = {
     ),
     "block_size not of 16": (
         lambda: {"config": SparseAttentionConfig(block_size=24, kernel_size=8, kernel_stride=4, window_size=24)},
-        ShapeError,
+        Refused,
         "block_size=24",
     ),
     "large block_size": (
         lambda: {"config": SparseAttentionConfig(block_size=256)},
-        ShapeError,
+        Refused,
         "multiples of 16 from 16 to 128",
     ),
-    "query_block not of two": (lambda: {"config": SparseAttentionConfig(query_block=3)}, ShapeError, "powers of two"),
-    "large query_block": (lambda: {"config": SparseAttentionConfig(query_block=256)}, ShapeError, "powers of two"),
-    "negative scale": (lambda: {"scale": -0.25}, ShapeError, "scale=-0.25: the Triton kernels take positive"),
+    "query_block not of two": (lambda: {"config": SparseAttentionConfig(query_block=3)}, Refused, "powers of two"),
+    "large query_block": (lambda: {"config": SparseAttentionConfig(query_block=256)}, Refused, "powers of two"),
+    "negative scale": (lambda: {"scale": -0.25}, Refused, "scale=-0.25: the Triton kernels take positive"),
 }
 
 
@@ -131,14 +138,14 @@ def test_what_is_out_of_range_is_refused(fake, case):
 
 
 def test_only_cuda_devices_with_triton_for_nvidia(monkeypatch, fake):
-    with pytest.raises(DeviceError, match="q is on cpu: the Triton kernels run on CUDA devices"):
+    with pytest.raises(Refused, match="q is on cpu: the Triton kernels run on CUDA devices"):
         refuse(**{name: torch.empty(1, 1, 4, 16) for name in "qkv"})
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "6.4")
-        with pytest.raises(DeviceError, match="built for ROCm"):
+        with pytest.raises(Refused, match="built for ROCm"):
             refuse()
     monkeypatch.setattr(checks, "HAS_TRITON", False)
-    with pytest.raises(DeviceError, match="triton is not installed: pip install triton"):
+    with pytest.raises(Refused, match="triton is not installed: pip install triton"):
         refuse()
 
 
@@ -147,7 +154,7 @@ def test_only_cuda_devices_with_triton_for_nvidia(monkeypatch, fake):
 )
 def test_devices_before_ampere_are_refused(capability, taken, monkeypatch, fake):
     monkeypatch.setattr(checks, "compute_capability", lambda _: capability)
-    with contextlib.nullcontext() if taken else pytest.raises(DeviceError) as raised:
+    with contextlib.nullcontext() if taken else pytest.raises(Refused) as raised:
         refuse()
     if not taken:
         found = ".".join(map(str, capability))
@@ -249,31 +256,35 @@ def heads(length, batch=1):
 
 
 def calls(module: fx.GraphModule) -> list[fx.Node]:
-    """The calls of the Triton operator in a graph."""
-    target = torch.ops.infllm.tiled_attention.default
+    """The calls of attention in a graph."""
+    target = torch.ops.infllm.block_attention.default
     return [node for node in module.graph.nodes if node.target is target]
 
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """Let the pass choose the Triton operator on the CPU, for graphs that are looked at and not run."""
+    """Let the Triton kernels take CPU tensors, for graphs that are looked at and not run."""
     pytest.importorskip("triton")
     monkeypatch.setattr(checks, "_refusal", lambda *_: None)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_sparse_sites_become_one_operator(anywhere, dynamic):
+def test_sparse_sites_become_three_operators(anywhere, dynamic):
     module = capture(attend, *heads(100), dynamic=dynamic)
     (site,) = run_pass(module, TILED).sites
     (call,) = calls(module)
     assert (site.branch, site.kernels, site.refusal) == ("sparse", "triton", "")
-    q, k, v, *optional, scale, dense_len, select = call.args[:12]
+    q, k, v, selection, *optional, scale, dense_len, geometry = call.args
     assert [node.meta["example_value"].shape[1] for node in (q, k, v)] == [6, 2, 2]
     assert optional == [None] * 6
-    assert (scale, dense_len, select) == (0.25, 64, True)
+    assert (scale, dense_len, geometry_of(geometry)) == (0.25, 64, TILED.geometry)
+    select, compress = torch.ops.infllm.select_blocks.default, torch.ops.infllm.compress_keys.default
+    assert (selection.target, selection.args[2].target) == (select, compress)
+    assert selection.args == (q, k, selection.args[2], *call.args[4:])
+    assert selection.args[2].args == (q, k, *call.args[4:])
     (first,) = call.users
     assert first.meta["example_value"].shape == (1, 6, 100, 16)
-    assert not count_calls(module, torch.ops.infllm.block_attention.default)
+    assert [count_calls(module, target) for target in (compress, select)] == [1, 1]
 
 
 @pytest.mark.parametrize("length", [40, 100])
@@ -282,8 +293,8 @@ def test_padded_sites_pass_their_keys_on_both_sides(anywhere, length):
     (site,) = run_pass(module, TILED).sites
     (call,) = calls(module)
     assert (site.branch, site.kernels, site.mask_elided) == ("sparse" if length > 64 else "dense", "triton", True)
-    assert call.args[3].meta["example_value"].dtype == torch.bool
-    assert call.args[11] is (length > 64)
+    assert call.args[4].meta["example_value"].dtype == torch.bool
+    assert (call.args[3] != []) == (length > 64)
 
 
 def test_dense_sites_stay_with_sdpa(anywhere):
@@ -305,12 +316,12 @@ def test_operands_are_copied_where_their_last_stride_is_not_1(anywhere):
     assert count_calls(module, "contiguous") == 1
 
 
-def test_cpu_sites_never_see_the_triton_operator():
+def test_cpu_sites_never_see_the_triton_kernels():
     module = capture(attend, *heads(100))
     (site,) = run_pass(module, TILED).sites
     assert (site.kernels, site.refusal) == ("C++", "")
-    assert not calls(module)
-    assert count_calls(module, torch.ops.infllm.block_attention.default) == 1
+    (call,) = calls(module)
+    assert len(call.args[3].meta["example_value"]) == 1  # block numbers, and no tiles
     (site,) = run_pass(capture(attend, *(x.double() for x in heads(100))), TILED).sites
     assert (site.kernels, site.refusal) == ("torch operators", "")
 
@@ -437,9 +448,3 @@ def test_cuda_sites_without_triton_say_what_to_install(monkeypatch):
     report, (message,) = compile_refused(TILED)
     assert report.sites[0].refusal == "triton is not installed: pip install triton"
     assert "pip install triton" in message
-
-
-def test_compile_caches_depend_on_the_source_of_the_kernels():
-    tiled = pytest.importorskip("infllm_pass.lowering.ops.prefill_triton", exc_type=ImportError)
-    assert tiled.tiled_arguments(TILED.geometry)[-1] == tiled.SOURCES
-    assert len(tiled.SOURCES) == 16

@@ -12,8 +12,8 @@ from torch._inductor.codecache import CppCodeCache
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UncompiledKernelWarning
 from infllm_pass.kernels.cpu import native
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.ops import decode_cpu
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.lowering.ops import decode
+from infllm_pass.lowering.ops.attention_args import geometry_text
 from tests.support.decode_support import SMALL, Cache
 
 ODD = {
@@ -47,8 +47,8 @@ ODD = {
 
 
 def operator(*arguments):
-    *tensors, geometry = arguments
-    return decode_cpu.decode_attention(*tensors, *selection_arguments(geometry))
+    q, k, v, *state, geometry = arguments
+    return decode.decode_attention(q, k, v, state[:3], *state[3:], geometry_text(geometry))
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def test_what_is_cut_into_parts(dense_len, shared, in_c_plus_plus):
 def test_features_that_are_not_adjacent(in_c_plus_plus):
     given = arguments()
     turned = [x.mT.contiguous().mT for x in given[:3]]
-    state = [x.clone() for x in given[3:6]]
-    expected = decode_cpu.decode_attention(*given)
-    got = decode_cpu.decode_attention(*turned, *state, *given[6:])
+    state = [x.clone() for x in given[3]]
+    expected = decode.decode_attention(*given)
+    got = decode.decode_attention(*turned, state, *given[4:])
     torch.testing.assert_close(got, expected)
-    got = decode_cpu.decode_attention(turned[0], *given[1:])
+    got = decode.decode_attention(turned[0], *given[1:])
     torch.testing.assert_close(got, expected)
     assert in_c_plus_plus == [True, False, True]
 
@@ -174,12 +174,14 @@ def test_random_operations():
 def arguments(**changes):
     geometry = changes.pop("geometry", SMALL)
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 8)
-    k1, k2, filled = decode_cpu.new_state(k, geometry)
-    given = {"q": q, "k": k, "v": v, "k1": k1, "k2": k2, "filled": filled}
+    names = ("k1", "k2", "filled")
+    state = dict(zip(names, decode.new_state(k, geometry), strict=True))
+    state |= {name: changes.pop(name) for name in names if name in changes}
+    given = {"q": q, "k": k, "v": v, "state": list(state.values())}
     given |= {"lengths": torch.tensor([60, 50]), "starts": None, "key_mask": None}
     given |= {"window": None, "scale": 0.25, "dense_len": 0}
     assert not set(changes) - set(given)
-    return (*(given | changes).values(), *selection_arguments(geometry))
+    return (*(given | changes).values(), geometry_text(geometry))
 
 
 BAD = {
@@ -216,32 +218,35 @@ BAD = {
 def test_bad_arguments_are_refused_before_anything_is_written(case):
     changes, error, message = BAD[case]
     given = arguments(**changes)
-    for state in given[3:6]:
+    for state in given[3]:
         state.fill_(7)
     with pytest.raises(error, match=message):
-        decode_cpu.decode_attention(*given)
-    assert all(bool((state == 7).all()) for state in given[3:6] if state.device.type == "cpu")
+        decode.decode_attention(*given)
+    assert all(bool((state == 7).all()) for state in given[3] if state.device.type == "cpu")
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_opcheck(padded):
     changes = {"starts": torch.tensor([0, 9]), "key_mask": torch.rand(2, 64) < 0.8} if padded else {}
-    torch.library.opcheck(decode_cpu.decode_attention, arguments(**changes))
+    torch.library.opcheck(decode.decode_attention.default, arguments(**changes))
 
 
 def test_a_compiled_step_writes_the_state():
-    numbers = (None, None, None, 0.25, 0, *selection_arguments(SMALL))
+    numbers = (None, None, None, 0.25, 0, geometry_text(SMALL))
 
-    def step(*tensors):
-        return decode_cpu.decode_attention(*tensors, *numbers)
+    def step(q, k, v, lengths, *state):
+        return decode.decode_attention(q, k, v, list(state), lengths, *numbers)
 
-    given = arguments()[:7]
+    q, k, v, state, lengths = arguments()[:5]
+    given = (q, k, v, lengths, *state)
     expected = [tensor.clone() for tensor in given]
     result = step(*expected)
+    versions = [each._version for each in state]
     actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*given)
-    for mine, other in zip((*actual, given[5]), (*result, expected[5]), strict=True):
+    for mine, other in zip((*actual, *state), (*result, *expected[4:]), strict=True):
         assert torch.equal(mine, other)
-    assert given[5].tolist() == [60, 50]
+    assert state[2].tolist() == [60, 50]
+    assert all(each._version > before for each, before in zip(state, versions, strict=True))
 
 
 def test_the_default_geometry_at_length():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 import infllm_pass
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels import reference
-from infllm_pass.lowering.ops import prefill_cpu
+from infllm_pass.lowering.ops import prefill
+from infllm_pass.lowering.ops.attention_args import AttentionCall
 from infllm_pass.lowering.ops.cu_seqlens import segment_bounds
 from tests.support.common import SMALL, relative_error
 
@@ -69,9 +70,8 @@ class Call:
         ]
 
     def operands(self) -> tuple[Any, ...]:
-        """The operators' arguments from ``key_mask`` to ``dense_len``."""
-        names = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")
-        return (*(self.place.get(name) for name in names), 0.25, SMALL.dense_len)
+        """The operators' arguments from ``key_mask`` on."""
+        return AttentionCall(0.25, SMALL.dense_len, SMALL.geometry, **self.place).arguments
 
     def run(self, q, k, v):
         if self.arguments is not None:
@@ -92,6 +92,10 @@ class Call:
         start = 0 if "offsets" in self.place else self.length_k - self.length_q
         common = {"geometry": SMALL.geometry, "scale": 0.25, "dense_len": SMALL.dense_len, "offset": start}
         return common | self.place
+
+
+def select(q, k, call) -> list[torch.Tensor]:
+    return prefill.select_blocks(q, k, prefill.compress_keys(q, k, *call), *call)
 
 
 def rows(length_q=TOTAL, **arguments) -> Call:
@@ -147,15 +151,15 @@ def call(request) -> Call:
 def test_operators_pass_opcheck(name):
     call = CALLS[name]
     q, k, v = call.tensors(requires_grad=True)
-    selection = (q, k, *call.operands(), *prefill_cpu.selection_arguments(SMALL.geometry))
-    torch.library.opcheck(prefill_cpu.select_blocks, selection)
-    blocks = prefill_cpu.select_blocks(*selection)
-    rest = (blocks, *call.operands(), *prefill_cpu.attention_arguments(SMALL.geometry))
-    torch.library.opcheck(prefill_cpu.block_attention, (q, k, v, *rest))
+    torch.library.opcheck(prefill.compress_keys.default, (q, k, *call.operands()))
+    state = prefill.compress_keys(q, k, *call.operands())
+    torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call.operands()))
+    rest = (select(q, k, call.operands()), *call.operands())
+    torch.library.opcheck(prefill.block_attention.default, (q, k, v, *rest))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = prefill_cpu.block_attention(q, k, v, *rest)
+    out, lse = prefill.block_attention(q, k, v, *rest)
     backward = (torch.randn_like(out), q, k, v, out, lse, *rest)
-    torch.library.opcheck(prefill_cpu.block_attention_backward, backward)
+    torch.library.opcheck(prefill.block_attention_backward.default, backward)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -164,7 +168,7 @@ def test_results_and_gradients_are_those_of_the_oracle(call, dtype):
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     chosen = call.select(q.detach(), k.detach())
     if dtype != torch.float64:  # scores that rounding makes equal may select otherwise
-        blocks = prefill_cpu.select_blocks(q, k, *call.operands(), *prefill_cpu.selection_arguments(SMALL.geometry))
+        (blocks,) = select(q, k, call.operands())
         ours = (blocks[..., None] == torch.arange(chosen.shape[-1])).any(-2)
         assert torch.equal(ours.sum(-1), chosen.sum(-1))
         assert (ours == chosen).double().mean() > 0.99
@@ -219,9 +223,7 @@ def test_packing_never_changes_a_sequence(lengths, window):
 def test_blocks_before_the_window_are_not_visited():
     """Four blocks of the window compete with none before it, and the initial block is none of them."""
     q, k, _ = CALLS["window"].tensors()
-    blocks = prefill_cpu.select_blocks(
-        q, k, *CALLS["window"].operands(), *prefill_cpu.selection_arguments(SMALL.geometry)
-    )
+    (blocks,) = select(q, k, CALLS["window"].operands())
     first = (torch.arange(TOTAL) - 50 + 1).clamp(min=0) // 8
     assert ((blocks == -1) | (blocks >= first[:, None])).all()
     assert ((blocks >= 0).sum(-1)[:, :, 60:] == SMALL.geometry.selected_blocks).all()
@@ -290,15 +292,15 @@ def test_packed_tensors_have_three_dimensions():
 
 def test_a_packed_sequence_may_not_cross_rows():
     q, k, _ = (torch.randn(2, 2, 40, 16) for _ in range(3))
-    call = (None, None, None, int32(0, 30, 50, 80), None, None, 0.25, 0)
+    call = AttentionCall(0.25, 0, SMALL.geometry, cu_seqlens_k=int32(0, 30, 50, 80))
     with pytest.raises(ShapeError, match="has a sequence of keys 30 to 50: it crosses a row of 40 keys"):
-        prefill_cpu.select_blocks(q, k, *call, *prefill_cpu.selection_arguments(SMALL.geometry))
+        select(q, k, call.arguments)
 
 
 def test_query_bounds_need_key_bounds_and_one_row():
     q, k, v = (torch.randn(2, 2, 40, 16) for _ in range(3))
-    rest = (None, None, 0.25, 0, *prefill_cpu.attention_arguments(SMALL.geometry))
+    call = AttentionCall(0.25, 0, SMALL.geometry, cu_seqlens_q=int32(0, 40))
     with pytest.raises(ShapeError, match="cu_seqlens_q is given without cu_seqlens_k"):
-        prefill_cpu.block_attention(q, k, v, None, None, None, int32(0, 40), None, *rest)
+        prefill.block_attention(q, k, v, [], *call.arguments)
     with pytest.raises(ShapeError, match="equally many numbers and batch size 1"):
-        prefill_cpu.block_attention(q, k, v, None, None, None, int32(0, 40), int32(0, 40), *rest)
+        prefill.block_attention(q, k, v, [], *replace(call, cu_seqlens_k=int32(0, 40)).arguments)

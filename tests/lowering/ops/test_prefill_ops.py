@@ -6,7 +6,8 @@ import torch
 import infllm_pass
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels import reference
-from infllm_pass.lowering.ops import prefill_cpu
+from infllm_pass.lowering.ops import prefill
+from infllm_pass.lowering.ops.attention_args import AttentionCall
 from tests.support.common import SMALL, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -19,39 +20,39 @@ def qkv(batch=1, heads=6, heads_kv=2, length=77, dim=16, dtype=torch.float32, di
     ]
 
 
-def selection_arguments(config=SMALL, dense_len=0):
-    return (*[None] * 6, 0.25, dense_len, *prefill_cpu.selection_arguments(config.geometry))
+def arguments(config=SMALL, dense_len=0):
+    return AttentionCall(0.25, dense_len, config.geometry).arguments
 
 
-def attention_arguments(config=SMALL, dense_len=0):
-    return (*[None] * 6, 0.25, dense_len, *prefill_cpu.attention_arguments(config.geometry))
+def select(q, k):
+    return prefill.select_blocks(q, k, prefill.compress_keys(q, k, *arguments()), *arguments())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sparse", [True, False], ids=["blocks", "dense"])
 def test_opcheck(dtype, sparse):
     q, k, v = qkv(dtype=dtype, requires_grad=True)
-    torch.library.opcheck(prefill_cpu.select_blocks, (q, k, *selection_arguments()))
-    blocks = prefill_cpu.select_blocks(q, k, *selection_arguments()) if sparse else None
+    torch.library.opcheck(prefill.compress_keys.default, (q, k, *arguments()))
+    state = prefill.compress_keys(q, k, *arguments())
+    torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *arguments()))
+    selection = select(q, k) if sparse else []
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype != torch.float32 else {}
-    torch.library.opcheck(prefill_cpu.block_attention, (q, k, v, blocks, *attention_arguments()), **tolerance)
+    torch.library.opcheck(prefill.block_attention.default, (q, k, v, selection, *arguments()), **tolerance)
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["blocks", "dense"])
 def test_opcheck_of_the_backward(sparse):
     q, k, v = qkv()
-    blocks = prefill_cpu.select_blocks(q, k, *selection_arguments()) if sparse else None
-    out, lse = prefill_cpu.block_attention(q, k, v, blocks, *attention_arguments())
-    grad = torch.randn_like(out)
-    torch.library.opcheck(
-        prefill_cpu.block_attention_backward, (grad, q, k, v, out, lse, blocks, *attention_arguments())
-    )
+    selection = select(q, k) if sparse else []
+    out, lse = prefill.block_attention(q, k, v, selection, *arguments())
+    given = (torch.randn_like(out), q, k, v, out, lse, selection, *arguments())
+    torch.library.opcheck(prefill.block_attention_backward.default, given)
 
 
 def test_gradcheck_with_the_selection_held_fixed():
     q, k, v = qkv(length=43, dim=4, dtype=torch.float64, requires_grad=True)
-    blocks = prefill_cpu.select_blocks(q, k, *selection_arguments())
-    run = lambda q, k, v: prefill_cpu.block_attention(q, k, v, blocks, *attention_arguments())[0]  # noqa: E731
+    selection = select(q, k)
+    run = lambda q, k, v: prefill.block_attention(q, k, v, selection, *arguments())[0]  # noqa: E731
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
@@ -63,7 +64,7 @@ def test_gradients_match_the_oracle(dtype):
     grad = torch.randn_like(out)
     actual = torch.autograd.grad(out, (q, k, v), grad)
     common = {"geometry": config.geometry, "scale": 0.25, "offset": 0}
-    blocks = prefill_cpu.select_blocks(q, k, *selection_arguments())
+    (blocks,) = select(q, k)
     chosen = torch.zeros(2, 2, 91, 13, dtype=torch.bool)
     chosen.scatter_(-1, blocks.clamp(min=0).long(), blocks >= 0)
     chosen[..., 0] |= (blocks == 0).any(-1)
@@ -86,12 +87,13 @@ def test_calls_are_compiled_without_a_graph_break(dynamic):
 
 def test_nothing_is_differentiated_through_the_selection():
     q, k, _ = qkv(requires_grad=True)
-    assert not prefill_cpu.select_blocks(q, k, *selection_arguments()).requires_grad
+    state = prefill.compress_keys(q, k, *arguments())
+    assert not any(each.requires_grad for each in (*state, *select(q, k)))
 
 
 def test_log_sum_exp_is_not_differentiable():
     q, k, v = qkv(requires_grad=True)
-    assert not prefill_cpu.block_attention(q, k, v, None, *attention_arguments())[1].requires_grad
+    assert not prefill.block_attention(q, k, v, [], *arguments())[1].requires_grad
 
 
 def test_head_dim_of_values_may_differ():
