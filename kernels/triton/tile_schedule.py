@@ -278,6 +278,14 @@ def list_packed_sequences(
     return SequenceTable(sequences, packed=True)
 
 
+def panel_bound(shape: TileShape, packed: bool, sequences: Tensor, *, batch: int, length_q: int) -> int:
+    """Rows of the table of panels, for any place of the sequences."""
+    tokens = shape.panel_tokens
+    if packed:
+        return batch * length_q // tokens + 2 * sequences.shape[0]
+    return batch * ((length_q + tokens - 1) // tokens + 1)
+
+
 def cut_panels(shape: TileShape, table: SequenceTable, *, batch: int, length_q: int) -> TilePlan:
     """The tables of a call whose sequences are listed.
 
@@ -288,10 +296,7 @@ def cut_panels(shape: TileShape, table: SequenceTable, *, batch: int, length_q: 
         length_q: queries of a row.
     """
     sequences, tokens = table.sequences, shape.panel_tokens
-    if table.packed:
-        bound = batch * length_q // tokens + 2 * sequences.shape[0]
-    else:
-        bound = batch * ((length_q + tokens - 1) // tokens + 1)
+    bound = panel_bound(shape, table.packed, sequences, batch=batch, length_q=length_q)
     panels = torch.empty(bound, TABLE_WIDTH, dtype=torch.int32, device=sequences.device)
     wrap_triton(_panels_kernel)[(triton.cdiv(bound, _CHUNK),)](
         panels, sequences, sequences.shape[0], bound, PANEL_TOKENS=tokens, CHUNK=_CHUNK

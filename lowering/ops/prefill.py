@@ -187,7 +187,6 @@ block_attention_backward = Operator(
     BACKWARD,
     compute=_backward,
     fake=_backward_fake,
-    kernels=_recorded("block_attention_backward"),
     seen=lambda grad_out, q, k, v, out, lse, selection, call: _seen(q, v, call),
     doc="""Gradients of `block_attention` for q, k and v, with the selection held fixed.
 

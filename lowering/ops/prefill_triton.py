@@ -19,7 +19,13 @@ from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
 from infllm_pass.kernels.triton.prefill import compress, select
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import LEAD_SLOTS, SLACK_SLOTS, CompressedKeys, slots_of
-from infllm_pass.kernels.triton.tile_schedule import cut_panels, key_bounds, list_packed_sequences, list_sequences
+from infllm_pass.kernels.triton.tile_schedule import (
+    cut_panels,
+    key_bounds,
+    list_packed_sequences,
+    list_sequences,
+    panel_bound,
+)
 from infllm_pass.kernels.triton.tile_tables import SequenceTable, TileLists, TilePlan, TileShape
 
 from .attention_args import AttentionCall
@@ -29,6 +35,9 @@ STATE = 3
 
 SELECTION = 5
 """Tensors of a selection that is not empty."""
+
+LISTS = ("blocks", "tokens", "counts")
+"""Its first ones."""
 
 
 def compress_keys(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
@@ -136,11 +145,14 @@ def _selected(
     if not selection:
         return None, cut_panels(shape, _list_sequences(q, k, call), batch=q.shape[0], length_q=q.shape[2])
     blocks, tokens, counts, sequences, panels = selection
-    tiles = (panels.shape[0] * shape.tiles, k.shape[1])
-    for name, tensor in (("blocks", blocks), ("tokens", tokens), ("counts", counts)):
-        if tensor.shape[0] != tiles[0] or tensor.shape[1] != tiles[1]:
+    expected = panel_bound(shape, call.cu_seqlens_k is not None, sequences, batch=q.shape[0], length_q=q.shape[2])
+    for name, tensor, sizes in (
+        ("panels", panels, (expected, panels.shape[1])),
+        *((name, each, (expected * shape.tiles, k.shape[1])) for name, each in zip(LISTS, selection[:3], strict=True)),
+    ):
+        if tensor.shape[0] != sizes[0] or tensor.shape[1] != sizes[1]:
             raise ShapeError(
-                f"{name} has shape {tuple(tensor.shape)}: expected {tiles} first; give infllm::block_attention the "
+                f"{name} has shape {tuple(tensor.shape)}: expected {sizes} first; give infllm::block_attention the "
                 "selection that infllm::select_blocks made of the same queries"
             )
     packed = call.cu_seqlens_k is not None

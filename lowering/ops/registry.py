@@ -43,7 +43,7 @@ class Operator:
         signature: its arguments.
         compute: takes the signature's own arguments and the record of the others.
         fake: the same, for tensors without data.
-        kernels: the same, calling kernels in the form that compilers record.
+        kernels: the same, calling kernels in the form that compilers record; None: compilers never see them.
         seen: of the same arguments, what a compiler sees of the call; not asked in `torch.export`, where it sees the
             operator.
         backward: the operator of its gradient, for q, k and v; see `_differentiate`. None: it has none.
@@ -71,11 +71,11 @@ class Operator:
             _differentiate(self, backward)
         packet, _, overload = name.partition(".")
         self.default: torch._ops.OpOverload = getattr(getattr(torch.ops.infllm, packet), overload or "default")
-        if seen is not None and kernels is not None:
+        if seen is not None:
             # Tags belong to operators, not to calls: another overload is the one that CUDA graphs are kept from.
             self._register(f"{name}.on_host", (torch.Tag.cudagraph_unsafe,), compute, fake)
             self.on_host: torch._ops.OpOverload = getattr(torch.ops.infllm, name).on_host
-            self._register_rule(kernels, seen)
+            self._register_rule(seen, kernels)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the operator."""
@@ -98,7 +98,7 @@ class Operator:
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"infllm::{name}", run_fake, lib=LIBRARY)
 
-    def _register_rule(self, kernels: Callable[..., Any], seen: Callable[..., Seen]) -> None:
+    def _register_rule(self, seen: Callable[..., Seen], kernels: Callable[..., Any] | None) -> None:
         """Decide, where AOTAutograd makes a graph functional, what the graph holds of a call."""
 
         def rule(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ class Operator:
                 return mode.__torch_dispatch__(operator, types, args, kwargs)
             own, call = self.signature.read(self.signature.positional(args, kwargs or {}))
             choice = seen(*own, call)
-            if choice is Seen.KERNELS:
+            if choice is Seen.KERNELS and kernels is not None:
                 with mode:
                     return kernels(*own, call)
             target = self.on_host if choice is Seen.HOST_CALL else operator

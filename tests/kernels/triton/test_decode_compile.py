@@ -21,9 +21,9 @@ from infllm_pass.kernels.triton.decode.configs import generic_decode
 from infllm_pass.kernels.triton.decode.rows import DecodeShape
 from infllm_pass.kernels.triton.decode.select import _decode_score_kernel
 from infllm_pass.kernels.triton.decode.topk import decode_rank_kernel
-from infllm_pass.lowering.ops import checks, opaque
-from infllm_pass.lowering.ops.decode_cpu import new_state
-from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
+from infllm_pass.lowering.ops import checks, decode_triton
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.kernels.triton.test_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from tests.lowering.ops.test_checks import TILED
 from tests.support.cache_support import CachedAttention, GrowingAttention, caches, tokens
@@ -168,8 +168,8 @@ def test_decode_kernels_compile(variant, capability, record_property):
 def step(q, k, v, k1, k2, filled, lengths, starts, key_mask):
     """A decode step as a rewritten graph has it: the new key and value are written, then attended to."""
     k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
-    given = (q, k, v, k1, k2, filled, lengths, starts, key_mask, None, 0.25, 64, *tiled_decode_arguments(GEOMETRY))
-    return tiled_decode_attention(*given)
+    given = (q, k, v, [k1, k2, filled], lengths, starts, key_mask, None, 0.25, 64, geometry_text(GEOMETRY))
+    return decode_attention(*given)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
     Four kernels a site, or, where CUDA graphs record launches that overlap, the operator that launches them.
     """
     torch._dynamo.reset()
-    monkeypatch.setattr(opaque, "recording_drops_overlap", lambda *_: True)
+    monkeypatch.setattr(decode_triton, "recording_drops_overlap", lambda *_: True)
     recorder = Recorder()
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
     module = CachedAttention().float()
@@ -233,7 +233,7 @@ def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
     write_in_place(graph)
     kernels = kernels_of(recorder.graphs["fw"])
     assert [node.kwargs["tensors_to_clone"] for node in kernels] == [[] for _ in range(0 if graphs else 4)]
-    operators = [node for node in graph.nodes if node.args[:1] == (torch.ops.infllm.launched_decode_attention.default,)]
+    operators = [node for node in graph.nodes if node.args[:1] == (torch.ops.infllm.decode_attention.default,)]
     assert [node.meta["only_clone_these_tensors"] for node in operators] == [[] for _ in range(graphs)]
 
 

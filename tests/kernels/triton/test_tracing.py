@@ -1,4 +1,4 @@
-"""What compilers see of the Triton operators: kernels, not opaque calls; nothing cloned; no length pinned. No GPU."""
+"""What compilers see of the operators on CUDA: calls, or kernels where a graph leaves Python; no length pinned. No GPU."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ import infllm_pass
 from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
 from infllm_pass.kernels.triton.prefill.scattered import persistent
 from infllm_pass.lowering.inductor import mutation_cache
-from infllm_pass.lowering.ops import checks, opaque
+from infllm_pass.lowering.ops import checks
+from infllm_pass.lowering.ops.attention_args import name_of
 from tests.lowering.ops.test_checks import TILED
 from tests.support.triton_device import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter traces nothing")
 
 LENGTHS = [64, 65, 100, 127, 128, 1000, 4096, 8191, 131072, 1 << 20]
-KERNELS = {"fw": 5, "bw": 10}
-"""Kernels of a forward and of a backward, at least."""
+KERNELS = 5
+"""Kernels of a forward, at least."""
 
-STAGE = torch.ops.infllm.attend_tiles.default
+CALLS = {"fw": ["compress_keys", "select_blocks", "block_attention"], "bw": ["block_attention_backward"]}
+"""Operators of the same."""
 
 
 class _Traced(Exception):
@@ -81,19 +83,20 @@ class Recorder:
         return compiler
 
 
-def trace(function, *inputs, sparsified=False) -> Recorder:
+def trace(function, *inputs, sparsified=False, packaged=True) -> Recorder:
+    """The graphs that a compiler gets; `packaged`: for AOTInductor."""
     recorder = Recorder()
     compiled = torch.compile(function, backend=recorder.compile, fullgraph=True)
     if sparsified:
         compiled = infllm_pass.sparsify(compiled, TILED)
-    with pytest.raises(_Traced):
+    with pytest.raises(_Traced), V.set_aot_compilation(packaged):
         compiled(*inputs)
     return recorder
 
 
-def packed_heads(length=100):
-    """Queries, keys and values of one dynamic length, differentiable."""
-    x = torch.randn(1, 10, length, 16, requires_grad=True)
+def packed_heads(length=100, differentiable=False):
+    """Queries, keys and values of one dynamic length."""
+    x = torch.randn(1, 10, length, 16, requires_grad=differentiable)
     torch._dynamo.mark_dynamic(x, 2)
     return x
 
@@ -127,6 +130,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_graphs_under_python_call_the_operators(case):
+    """No kernel of a site is Inductor's business; one graph serves all lengths, forward and backward."""
+    function, tensors, sparsified = CASES[case]
+    recorder = trace(function, packed_heads(differentiable=True), *tensors, sparsified=sparsified, packaged=False)
+    assert recorder.graphs.keys() == CALLS.keys()
+    for name, module in recorder.graphs.items():
+        assert not kernels_of(module)
+        assert [each for each in map(name_of, module.graph.nodes) if each] == CALLS[name]
+    assert_serves_all_lengths(recorder)
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gathered", [False, True], ids=["", "gathering offered"])
 def test_compilers_see_kernels_that_write_only_their_results(case, gathered, caplog, monkeypatch):
     """And one graph serves all lengths; Inductor writes in place, and copies no buffer."""
@@ -136,32 +151,22 @@ def test_compilers_see_kernels_that_write_only_their_results(case, gathered, cap
     with caplog.at_level(logging.WARNING):
         recorder = trace(function, packed_heads(), *tensors, sparsified=sparsified)
     assert "identify_mutated_tensors" not in caplog.text
-    for name, module in recorder.graphs.items():
-        assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
-        kernels = kernels_of(module)
-        assert len(kernels) >= KERNELS[name] + 2 * (gathered and name == "fw")
-        written = {argument for node in kernels for argument in node.kwargs["tensors_to_clone"]}
-        assert not written & {"q", "k", "v", "grad_out", "key_mask", "offsets"}, name
-        write_in_place(module.graph)
-        assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels], name
+    (module,) = recorder.graphs.values()
+    assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
+    kernels = kernels_of(module)
+    assert len(kernels) >= KERNELS + 2 * gathered
+    written = {argument for node in kernels for argument in node.kwargs["tensors_to_clone"]}
+    assert not written & {"q", "k", "v", "key_mask", "offsets"}
+    write_in_place(module.graph)
+    assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels]
+    assert_serves_all_lengths(recorder)
+
+
+def assert_serves_all_lengths(recorder):
     symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
     for length in LENGTHS:
         sizes = dict.fromkeys(symbols, length)
         assert all(bool(guard.subs(sizes)) for guard in recorder.guards), length
-
-
-@pytest.mark.parametrize("packaged", [False, True], ids=["", "packaged"])
-def test_a_stage_whose_options_would_be_dropped_is_called(packaged, monkeypatch):
-    """As an operator that launches at once; a graph that runs without Python has the kernels."""
-    monkeypatch.setattr(opaque, "recording_drops_options", lambda *_: True)
-    with V.set_aot_compilation(packaged):
-        recorder = trace(attend, packed_heads(), sparsified=True)
-    called = [name for name, module in recorder.graphs.items() for node in module.graph.nodes if node.target is STAGE]
-    assert called == ([] if packaged else ["fw"])
-    assert len(kernels_of(recorder.graphs["fw"])) == KERNELS["fw"] - len(called)
-    symbols = {symbol for guard in recorder.guards for symbol in guard.free_symbols}
-    for length in LENGTHS:
-        assert all(bool(guard.subs(dict.fromkeys(symbols, length))) for guard in recorder.guards), length
 
 
 def kernels_of(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
@@ -205,7 +210,7 @@ def test_a_kernel_is_read_once_for_all_layers(monkeypatch):
     once = read.copy()
     read.clear()
     recorder = trace(two_layers, packed_heads(), sparsified=True)
-    assert len(once) >= sum(KERNELS.values())
+    assert len(once) >= KERNELS
     assert read == once
     first, second = (kernels_of(recorder.graphs["fw"])[part] for part in (slice(0, 5), slice(5, 10)))
     for one, other in zip(first, second, strict=True):
@@ -216,7 +221,7 @@ def test_sizes_that_a_compiler_made_dynamic_become_numbers():
     """Heads, head dimension and every number of the configuration, with ``dynamic=True``."""
     recorder = Recorder()
     compiled = torch.compile(infllm_pass.switchable_attention, backend=recorder.compile, dynamic=True, fullgraph=True)
-    q, k, v = (torch.randn(2, heads, 100, 16, requires_grad=True) for heads in (6, 2, 2))
-    with pytest.raises(_Traced):
+    q, k, v = (torch.randn(2, heads, 100, 16) for heads in (6, 2, 2))
+    with pytest.raises(_Traced), V.set_aot_compilation(True):
         compiled(q, k, v, TILED, window=40, offset=0)
-    assert len(kernels_of(recorder.graphs["fw"])) >= KERNELS["fw"]
+    assert len(kernels_of(recorder.graphs["fw"])) >= KERNELS

@@ -16,13 +16,14 @@ import infllm_pass
 from infllm_pass.errors import MissingDependencyError
 from infllm_pass.lowering.export import fused_op
 from infllm_pass.lowering.export.onnx.op_spec import DOMAIN, NAME, AttentionNode
-from infllm_pass.lowering.export.tensorrt.torch_tensorrt import is_convertible
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.lowering.export.tensorrt.torch_tensorrt import is_convertible, join
+from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
 from tests.support.common import SMALL
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-CALL = (None, None, None, None, 0.3, 64, *selection_arguments(SMALL.geometry))
+CALL = (None, None, None, None, 0.3, 64, geometry_text(SMALL.geometry))
 """key_mask, offsets, offset, window, scale, dense_len and the geometry."""
 
 
@@ -43,12 +44,16 @@ def registered(monkeypatch):
     registry.dynamo_tensorrt_converter = dynamo_tensorrt_converter
     utilities = ModuleType("torch_tensorrt.dynamo.conversion.converter_utils")
     utilities.get_trt_tensor = lambda context, value, name: (value, name)
+    passes = ModuleType("torch_tensorrt.dynamo.lowering.passes")
+    passes.added = []
+    passes._aten_lowering_pass = passes.added.append
     package = ModuleType("torch_tensorrt")
     package.__spec__ = SimpleNamespace()
     for name, module in (
         ("torch_tensorrt", package),
         ("torch_tensorrt.dynamo", ModuleType("torch_tensorrt.dynamo")),
         ("torch_tensorrt.dynamo.conversion", ModuleType("torch_tensorrt.dynamo.conversion")),
+        (passes.__name__, passes),
         (registry.__name__, registry),
         (utilities.__name__, utilities),
         ("tensorrt", trt),
@@ -68,20 +73,12 @@ class Network:
         return self.layer
 
 
-def tiled_call(**changed):
-    """The names and values of a call of ``infllm::tiled_attention``, of a causal site if nothing is changed."""
-    schema = torch.ops.infllm.tiled_attention.default._schema.arguments
-    given = dict.fromkeys((argument.name for argument in schema), None)
-    names = [argument.name for argument in fused_op.OPERATOR._schema.arguments][3:]
-    given.update(dict(zip(names, CALL, strict=True)), q="q", k="k", v="v", select=True)
-    return {**given, **changed}
-
-
 def test_each_operator_is_registered_once_for_dynamic_shapes(registered):
     targets = {str(target) for target in registered}
     assert "infllm.switchable_attention.default" in targets
     assert all(len(converters) == 1 for converters in registered.values())
     assert all(each.dynamic and each.validator is is_convertible for (each,) in registered.values())
+    assert sys.modules["torch_tensorrt.dynamo.lowering.passes"].added == [join]
     assert trt.get_plugin_registry().get_creator(NAME, "1", DOMAIN) is not None
 
 
@@ -102,36 +99,45 @@ def test_a_call_becomes_the_plugin_with_its_fields(registered):
     assert found == expected
 
 
-def test_calls_of_the_triton_kernels(registered):
-    pytest.importorskip("triton")
-    target = torch.ops.infllm.tiled_attention.default
-    (converter,) = registered[target]
-    for select, dense_len in ((True, 64), (False, fused_op.ALWAYS_DENSE)):
-        network = Network()
-        args = tuple(tiled_call(select=select).values())
-        assert converter.convert(SimpleNamespace(net=network), target, args, {}, "layer") == (("output", 0), None)
-        assert network.plugin.node.dense_len == dense_len
-        assert network.plugin.node.inputs == ("q", "k", "v")
-
-
-@pytest.mark.parametrize(
-    ("changed", "result", "taken"),
-    [
-        ({}, 0, True),
-        ({"offsets": "starts"}, 0, True),
-        ({}, 1, False),
-        ({"offset": 5}, 0, False),
-        ({"cu_seqlens_k": "bounds"}, 0, False),
-    ],
-)
-def test_calls_that_the_plugin_does_not_compute_stay_in_pytorch(changed, result, taken):
-    pytest.importorskip("infllm_pass.lowering.ops.prefill_triton")
+def site(result=0, select=True, **place):
+    """A graph with the operators of a site, of which one result is read, and the node that reads it."""
+    call = AttentionCall(0.3, 64, SMALL.geometry).arguments
     graph = fx.Graph()
-    q = graph.placeholder("q")
-    args = tuple(q if isinstance(value, str) and value == "q" else value for value in tiled_call(**changed).values())
-    call = graph.call_function(torch.ops.infllm.tiled_attention.default, args)
-    graph.output(graph.call_function(operator.getitem, (call, result)))
-    assert is_convertible(call) == taken
+    q, k, v = (graph.placeholder(name) for name in "qkv")
+    names = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset")
+    tensors = {name: graph.placeholder(name) if value == "tensor" else value for name, value in place.items()}
+    call = (*(tensors.get(name) for name in names), *call[5:])
+    selection = []
+    if select:
+        compressed = graph.call_function(compress_keys.default, (q, k, *call))
+        state = [graph.call_function(operator.getitem, (compressed, number)) for number in range(2)]
+        selected = graph.call_function(select_blocks.default, (q, k, state, *call))
+        selection = [graph.call_function(operator.getitem, (selected, 0))]
+    attention = graph.call_function(block_attention.default, (q, k, v, selection, *call))
+    graph.output(graph.call_function(operator.getitem, (attention, result)))
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_a_site_becomes_one_call(select):
+    module = join(site(select=select, offsets="tensor"))
+    (call,) = (node for node in module.graph.nodes if node.op == "call_function")
+    assert call.target is fused_op.OPERATOR
+    assert is_convertible(call)
+    assert [str(argument) for argument in call.args[:5]] == ["q", "k", "v", "None", "offsets"]
+    assert call.args[8] == (64 if select else fused_op.ALWAYS_DENSE)
+
+
+@pytest.mark.parametrize(("changed", "result"), [({}, 1), ({"cu_seqlens_k": "tensor"}, 0)])
+def test_calls_that_the_plugin_does_not_compute_stay_in_pytorch(changed, result):
+    module = site(result, **changed)
+    before = str(module.graph)
+    assert str(join(module).graph) == before
+
+
+def test_numbers_as_offsets_stay_in_pytorch():
+    (call,) = (node for node in join(site(offset=5)).graph.nodes if node.op == "call_function")
+    assert not is_convertible(call)
 
 
 def test_without_torch_tensorrt(monkeypatch):

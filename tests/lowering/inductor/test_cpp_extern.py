@@ -12,7 +12,6 @@ import torch
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.cpu import native
 from infllm_pass.lowering.inductor import cpp_extern
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
 from tests.support.common import SMALL, relative_error
 
 VARIANTS = {
@@ -61,12 +60,11 @@ class Wrapper:
 def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=None):
     """The kernel's result for tensors; where nothing is written it holds NaN."""
     first = (0 if offsets is not None else k.shape[2] - q.shape[2]) if offset is None else offset
-    geometry = selection_arguments(config.geometry)
     numbers = cpp_extern.call_numbers(
         *(tensor.shape for tensor in (q, k, v)),
         *(tensor.stride() for tensor in (q, k, v)),
         first,
-        cpp_extern.fixed_numbers(window, config.dense_len, *geometry),
+        cpp_extern.fixed_numbers(window, config.dense_len, config.geometry),
     )
     out = torch.full((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), torch.nan, dtype=q.dtype)
     index = torch.int64 if offsets is None else offsets.dtype

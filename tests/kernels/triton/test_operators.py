@@ -1,0 +1,140 @@
+"""The operators in Triton kernels: the results are the kernels' own, and opcheck has no objection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from infllm_pass.errors import ShapeError
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.decode.attention import decode_attend
+from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
+from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.prefill.attention import attention_forward
+from infllm_pass.kernels.triton.prefill.compress import compress_keys
+from infllm_pass.kernels.triton.prefill.select import select_tiles
+from infllm_pass.kernels.triton.tile_schedule import key_bounds, plan_tiles
+from infllm_pass.kernels.triton.tile_tables import TileShape
+from infllm_pass.lowering.ops import checks, decode_triton, prefill
+from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
+from tests.support.triton_device import DEVICE, arrange
+
+GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
+SCALE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def _on_any_device(monkeypatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(checks, "_refusal", lambda *_: None)
+
+
+def tensors(length=101, requires_grad=False):
+    return [torch.randn(1, n, length, 16, device=DEVICE, requires_grad=requires_grad) for n in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_prompt(sparse):
+    q, k, v = tensors()
+    plan = plan_tiles(TileShape.choose(2), batch=1, length_q=101, length_k=101, block_size=16, device=DEVICE, offset=0)
+    numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 0}
+    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
+    lists, selection = None, []
+    if sparse:
+        keys = compress_keys(k, plan, geometry=GEOMETRY)
+        lists = select_tiles(q, keys, plan, **numbers, length_k=101)
+        state = prefill.compress_keys(q, k, *call)
+        selection = prefill.select_blocks(q, k, state, *call)
+        assert torch.equal(selection[2], lists.counts)
+        torch.library.opcheck(prefill.compress_keys.default, (q, k, *call), test_utils=SHAPES)
+        torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call), test_utils=SHAPES)
+    expected = attention_forward(q, k, v, lists, plan, **numbers, every_query=True)
+    for mine, other in zip(prefill.block_attention(q, k, v, selection, *call), expected, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.stride() == other.stride()
+    torch.library.opcheck(prefill.block_attention.default, (q, k, v, selection, *call))
+    given = (torch.randn_like(expected[0]), q, k, v, *expected, selection, *call)
+    torch.library.opcheck(prefill.block_attention_backward.default, given)
+
+
+SHAPES = ("test_schema", "test_autograd_registration", "test_faketensor")
+"""Checks of results of which parts are not written: memory behind the last window, lists behind their ends."""
+
+
+@pytest.mark.parametrize("length", [0, 1, 101])
+def test_gradients_flow_to_q_k_and_v_only(length):
+    q, k, v = tensors(length, requires_grad=True)
+    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
+    state = prefill.compress_keys(q, k, *call)
+    selection = prefill.select_blocks(q, k, state, *call)
+    assert not any(each.requires_grad for each in (*state, *selection))
+    out, lse = prefill.block_attention(q, k, v, selection, *call)
+    assert (out.requires_grad, lse.requires_grad) == (True, False)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert [each.shape for each in gradients] == [each.shape for each in (q, k, v)]
+
+
+def test_empty_calls_give_what_others_give():
+    """The same number of tensors with the same dtypes."""
+    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
+    dtypes = []
+    for length in (0, 40):
+        q, k, v = tensors(length)
+        state = prefill.compress_keys(q, k, *call)
+        selection = prefill.select_blocks(q, k, state, *call)
+        results = prefill.block_attention(q, k, v, selection, *call)
+        dtypes.append([each.dtype for each in (*state, *selection, *results)])
+    assert dtypes[0] == dtypes[1]
+
+
+def test_a_state_or_selection_of_other_tensors_is_refused():
+    """Before a kernel reads past its end."""
+    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
+    (q, k, v), (short_q, short_k, _) = tensors(), tensors(40)
+    state = prefill.compress_keys(short_q, short_k, *call)
+    with pytest.raises(ShapeError, match="K1 has shape .* made of the same keys"):
+        prefill.select_blocks(q, k, state, *call)
+    with pytest.raises(ShapeError, match="state has 2 tensors: expected the 3"):
+        prefill.select_blocks(q, k, state[:2], *call)
+    selection = prefill.select_blocks(short_q, short_k, state, *call)
+    with pytest.raises(ShapeError, match="panels has shape .* made of the same queries"):
+        prefill.block_attention(q, k, v, selection, *call)
+    with pytest.raises(ShapeError, match="selection has 1 tensors: expected none, or the 5"):
+        prefill.block_attention(q, k, v, selection[:1], *call)
+
+
+def test_bounds_of_valid_keys():
+    mask = torch.rand(5, 9001, device=DEVICE) < 0.5
+    mask[0] = False
+    mask[1] = True
+    mask[2] = False
+    mask[2, 4097] = True
+    mask[3, :50] = False
+    mask[4, 20:] = False
+    for given in (mask, mask.T.contiguous().T):
+        for (first, end), row in zip(key_bounds(given).tolist(), mask, strict=True):
+            valid = row.nonzero()[:, 0].tolist() or [0, -1]
+            assert (first, end) == (valid[0], valid[-1] + 1)
+
+
+def test_a_decode_step(monkeypatch):
+    """The operator also writes the state; compilers call it, as where CUDA graphs record it."""
+    monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: True)
+    q, k, v = (torch.randn(2, heads, size, 16, device=DEVICE) for heads, size in ((4, 1), (2, 120), (2, 120)))
+    lengths, starts = torch.tensor([110, 70], device=DEVICE), torch.tensor([3, 0], device=DEVICE)
+    numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 80, "window": None}
+    states = [[tensor.zero_() for tensor in new_state(k, GEOMETRY)] for _ in range(2)]
+    rows = DecodeRows(lengths, starts)
+    blocks = decode_select(q, k, DecodeState(*states[0]), rows, **numbers)
+    expected = decode_attend(q, k, v, blocks, rows, None, **numbers)
+    given = (q, k, v, states[1], lengths, starts, None, None, SCALE, 80, geometry_text(GEOMETRY))
+    results = decode_attention(*given)
+    for mine, other in zip((*results, *states[1]), (*expected, *states[0]), strict=True):
+        assert torch.equal(mine, other)
+        assert mine.stride() == other.stride()
+    assert states[1][2].tolist() == [107, 70]
+    torch.library.opcheck(decode_attention.default, given)
+
+
+arrange(globals())
