@@ -27,8 +27,8 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.ops.decode_cpu import decode_attention, new_state
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_decode.json"
 
@@ -63,8 +63,8 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, object]:
 
     def sparse(number: int, dense_len: int = 0) -> tuple[Tensor, Tensor]:
         end = torch.tensor([length + number])
-        numbers = (None, None, None, dim**-0.5, dense_len, *selection_arguments(geometry))
-        return decode_attention(q[number], k, v, *state, end, *numbers)
+        numbers = (None, None, None, dim**-0.5, dense_len, geometry_text(geometry))
+        return decode_attention(q[number], k, v, state, end, *numbers)
 
     def dense(number: int) -> Tensor:
         end = length + number

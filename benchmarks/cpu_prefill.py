@@ -58,11 +58,15 @@ def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, 
     geometry = BlockGeometry()
     q, k, v = make_data(kind, length, heads, heads_kv, dim)
     keywords = {"geometry": geometry, "scale": dim**-0.5, "offset": 0}
-    blocks = prefill.select_blocks(q, k, **keywords)
+
+    def select_blocks() -> Tensor:
+        return prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
+
+    blocks = select_blocks()
     dense = milliseconds(
         lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), arguments.repeats
     )
-    select = milliseconds(lambda: prefill.select_blocks(q, k, **keywords), arguments.repeats)
+    select = milliseconds(select_blocks, arguments.repeats)
     attend = milliseconds(lambda: prefill.attention_forward(q, k, v, blocks, **keywords), arguments.repeats)
     return {
         "case": f"fwd/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}/{kind}",

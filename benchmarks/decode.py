@@ -39,8 +39,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.decode import attention, configs, select
 from infllm_pass.kernels.triton.decode.configs import DecodeLaunch
-from infllm_pass.lowering.ops.decode_cpu import new_state
-from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
 BANDWIDTH = 3.0e12
 MEMORY = 24e9
@@ -89,15 +89,15 @@ class Layers:
         self.caches = []
         for _ in range(count):
             k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-            self.caches.append((k, v, *new_state(k, geometry)))
+            self.caches.append((k, v, new_state(k, geometry)))
         self.q = torch.randn(batch, heads.queries, 1, heads.dim, device=device, dtype=torch.bfloat16)
 
     def sparse(self, length: int, dense_len: int) -> list[Callable[[], object]]:
         """A step of every layer at so many keys."""
         lengths = torch.tensor([length], device=self.device)
         scale = self.heads.dim**-0.5
-        arguments = (lengths, None, None, None, scale, dense_len, *tiled_decode_arguments(self.geometry))
-        return [lambda cache=cache: tiled_decode_attention(self.q, *cache, *arguments) for cache in self.caches]
+        arguments = (lengths, None, None, None, scale, dense_len, geometry_text(self.geometry))
+        return [lambda cache=cache: decode_attention(self.q, *cache, *arguments) for cache in self.caches]
 
     def dropped(self, length: int) -> list[Callable[[], object]]:
         """The same after the state was dropped."""
@@ -107,7 +107,7 @@ class Layers:
             return step()
 
         steps = self.sparse(length, 0)
-        return [lambda step=s, filled=c[4]: call(step, filled) for s, c in zip(steps, self.caches, strict=True)]
+        return [lambda step=s, filled=c[2][2]: call(step, filled) for s, c in zip(steps, self.caches, strict=True)]
 
     def dense(self, length: int, backend: SDPBackend) -> list[Callable[[], object]]:
         """Dense attention of every layer."""

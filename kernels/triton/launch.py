@@ -41,11 +41,7 @@ def launching_nothing() -> Iterator[None]:
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """The kernel in the form that `torch.library.triton_op` records, launched on the device of its tensors.
-
-    The name matters: PyTorch reads the source of an operator for calls of this name, to learn which kernels its compile
-    caches have to depend on.
-    """
+    """The kernel in the form that a compiler records where one traces, launched on the device of its tensors."""
     if not _launches.get():
         return _NOTHING
     if _at_once.get() or not isinstance(kernel, JITFunction | Autotuner):

@@ -15,7 +15,7 @@ from torch._inductor.virtualized import V
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
 from infllm_pass.kernels.triton.decode.select import decode_compress_kernel, decode_select
-from infllm_pass.kernels.triton.launch import device_guard, launching_at_once
+from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import recording_drops_overlap
 
 from .attention_args import DecodeCall
@@ -38,7 +38,7 @@ def decode_attention(
 
 def launched(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeCall) -> tuple[Tensor, Tensor]:
     """The kernels of a step, launched at once, with all of their options."""
-    with launching_at_once(), device_guard(q):
+    with launching_at_once():
         return decode_attention(q, k, v, state, call)
 
 

@@ -50,9 +50,9 @@ def _placed(call: AttentionCall, q: Tensor, k: Tensor) -> dict[str, Any]:
 
 def _launched(function: str, *arguments: Any) -> Any:
     """One of the Triton kernels' functions, whose launches run at once, with all of their options."""
-    from infllm_pass.kernels.triton.launch import device_guard, launching_at_once
+    from infllm_pass.kernels.triton.launch import launching_at_once
 
-    with launching_at_once(), device_guard(arguments[0]):
+    with launching_at_once():
         return getattr(_triton(), function)(*arguments)
 
 

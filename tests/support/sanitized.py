@@ -20,8 +20,8 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.scattered import persistent
-from infllm_pass.lowering.ops.decode import new_state
-from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
 CONFIG = SparseAttentionConfig(
     kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, init_blocks=1, dense_len=0
@@ -129,8 +129,8 @@ def decode(name: str, case: Case) -> bool:
     for count, others in ((1, (None, None, None)), (5, (starts, key_mask, None)), (1, (starts, None, 500))):
         lengths += count
         q = torch.randn(2, case.heads_q, count, case.dim, device="cuda", dtype=torch.bfloat16)
-        numbers = (case.dim**-0.5, DENSE_LEN, *tiled_decode_arguments(GEOMETRY))
-        out, _ = tiled_decode_attention(q, k, v, *state, lengths, *others, *numbers)
+        numbers = (case.dim**-0.5, DENSE_LEN, geometry_text(GEOMETRY))
+        out, _ = decode_attention(q, k, v, state, lengths, *others, *numbers)
         torch.cuda.synchronize()
         finite = bool(out.isfinite().all())
         print(f"{name} decode {count}: {'finite' if finite else 'NOT FINITE'}", flush=True)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering.ops.attention_args import geometry_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ def with_oracle(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a rewritten graph whose sparse attention is computed by `reference`, and differentiated by autograd."""
     module = copy.deepcopy(module)
     for node in _nodes(module):
-        if node.target is torch.ops.infllm.select_blocks.default:
+        if node.target is torch.ops.infllm.compress_keys.default:
+            node.target = _compress_keys
+        elif node.target is torch.ops.infllm.select_blocks.default:
             node.target = _select_blocks
         elif node.target is torch.ops.infllm.block_attention.default:
             node.target = _block_attention
@@ -54,14 +57,20 @@ def _bind(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return {argument.name: given.get(argument.name, argument.default_value) for argument in names}
 
 
+def _compress_keys(*args: Any, **kwargs: Any) -> list[Tensor]:
+    """Nothing: the oracle compresses where it selects."""
+    return []
+
+
 def _select_blocks(*args: Any, **kwargs: Any) -> _Selection:
     call = _bind(torch.ops.infllm.select_blocks.default, args, kwargs)
-    return _Selection(BlockGeometry(**{name: call[name] for name in BlockGeometry.__dataclass_fields__}))
+    return _Selection(geometry_of(call["geometry"]))
 
 
 def _block_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     call = _bind(torch.ops.infllm.block_attention.default, args, kwargs)
-    q, k, selection = (call[name] for name in ("q", "k", "blocks"))
+    q, k = call["q"], call["k"]
+    selection = call["selection"] or None
     shift = k.shape[2] - q.shape[2] if call["offset"] is None else call["offset"]
     shifts, length = [shift] * q.shape[0], k.shape[2]
     if call.get("offsets") is not None:  # the keys are a cache: its rows end at their last queries
@@ -100,14 +109,7 @@ def _attend(
     k, v = k[:, :, keys], v[:, :, keys]
     mask = call["key_mask"]
     common: dict[str, Any] = {
-        "geometry": BlockGeometry(
-            block_size=call["block_size"],
-            init_blocks=call["init_blocks"],
-            local_blocks=call["local_blocks"],
-            selected_blocks=call["init_blocks"] + call["local_blocks"] + 1,
-        )
-        if selection is None
-        else selection.geometry,
+        "geometry": geometry_of(call["geometry"]),
         "scale": call["scale"],
         "offset": offset,
         "key_mask": None if mask is None else mask[row : row + 1, keys],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +14,8 @@ from infllm_pass.kernels.triton.backward import block_to_query, dkv, dq, split_w
 from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
 from infllm_pass.kernels.triton.prefill import attention, choose, compress, select
 from infllm_pass.kernels.triton.prefill.scattered import persistent
-from infllm_pass.lowering.ops import checks
-from infllm_pass.lowering.ops import prefill_triton as tiled
+from infllm_pass.lowering.ops import checks, prefill
+from infllm_pass.lowering.ops.attention_args import AttentionCall
 from tests.support.triton_device import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about kernels that are compiled")
@@ -150,11 +148,10 @@ def specialised(batch, order, monkeypatch):
     monkeypatch.setattr(persistent, "gather_launch", lambda *_: MEASURED_GATHERING)
     monkeypatch.setattr(configs, "is_recorded", lambda _: False)
     q, k, v = (memory(order, batch, heads, 100) for heads in (8, 2, 2))
-    out, log_sum, *lists = tiled.tiled_attention(q, k, v, *[None] * 6, 0.25, 0, True, *tiled.tiled_arguments(GEOMETRY))
-    tiled.tiled_attention_backward(
-        torch.randn_like(out), q, k, v, out, log_sum, *lists, *[None] * 6, 0.25, 0, True,
-        *tiled.tiled_arguments(GEOMETRY),
-    )  # fmt: skip
+    call = AttentionCall(0.25, 0, GEOMETRY).arguments
+    selection = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *call), *call)
+    out, log_sum = prefill.block_attention(q, k, v, selection, *call)
+    prefill.block_attention_backward(torch.randn_like(out), q, k, v, out, log_sum, selection, *call)
     return found
 
 
@@ -175,17 +172,10 @@ def test_an_empty_call_gives_the_types_of_any_other(group, shape, monkeypatch):
     batch, length_q, length_k = shape
     q = torch.randn(batch, group, length_q, 16)
     k, v = (torch.randn(batch, 1, length_k, 16) for _ in range(2))
-    arguments = (*[None] * 6, 0.25, 0, True, *tiled.tiled_arguments(GEOMETRY))
-    _, _, blocks, tokens, counts = tiled.tiled_attention(q, k, v, *arguments)
+    call = AttentionCall(0.25, 0, GEOMETRY).arguments
+    selection = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *call), *call)
     expected = {1: torch.int64, 2: torch.int32, 16: torch.int16}[group]
-    assert (blocks.dtype, tokens.dtype, counts.dtype) == (torch.int16, expected, torch.int32)
-
-
-def test_launchers_are_what_operators_are_read_for():
-    """PyTorch finds the kernels of an operator by calls of this name in its source."""
-    from torch._library.triton import get_triton_kernels_for_op
-
-    names = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op("infllm::tiled_attention")}
-    assert {"_attention_forward_kernel", "_compress_kernel", "_select_kernel"} <= names
-    assert "wrap_triton" in inspect.getsource(attention.attention_forward)
-    assert isinstance(launch.wrap_triton(SimpleNamespace()), launch._OnDevice)
+    assert [each.dtype for each in selection] == [torch.int16, expected, *[torch.int32] * 3]
+    for chosen in (selection, []):
+        out, lse = prefill.block_attention(q, k, v, chosen, *call)
+        assert (out.shape, lse.shape) == (q.shape, q.shape[:3])

@@ -14,19 +14,17 @@ from infllm_pass.kernels.triton.prefill.select import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops import checks
-from infllm_pass.lowering.ops.decode_cpu import new_state
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.lowering.ops import prefill
+from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, INTERPRETED, arrange
 
 if INTERPRETED:
-    from infllm_pass.lowering.ops import decode_triton as tiled_decode
-    from infllm_pass.lowering.ops import prefill_triton as tiled
     from tests.support.triton_memory import within_tensors
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are seen under the interpreter")
 
 SMALL = BlockGeometry(8, 4, 16, init_blocks=1, local_blocks=1, selected_blocks=4)
-NAMES = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")
 KERNELS = {"_sequences_kernel", "_panels_kernel", "_compress_kernel", "_select_kernel", "_attention_forward_kernel"}
 GRADIENTS = {"_output_delta_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_transpose_kernel"}
 
@@ -61,8 +59,9 @@ CALLS = {
 
 
 def attend(q, k, v, geometry=SMALL, dense_len=0, **call):
-    options = [call.get(name) for name in NAMES]
-    return tiled.tiled_attention(q, k, v, *options, 0.25, dense_len, True, *tiled.tiled_arguments(geometry))
+    given = AttentionCall(0.25, dense_len, geometry, **call).arguments
+    selection = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *given), *given)
+    return prefill.block_attention(q, k, v, selection, *given)
 
 
 def run(call, batch=2, length=101, heads=(2, 1)):
@@ -111,12 +110,10 @@ def test_decoding_stays_within_its_tensors(queries):
     geometry = replace(SMALL, local_blocks=2, selected_blocks=5)
     q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, queries), (2, 120), (2, 120)))
     state = new_state(k, geometry)
-    numbers = (0.25, 80, *tiled_decode.tiled_decode_arguments(geometry))
+    numbers = (0.25, 80, geometry_text(geometry))
     for lengths, starts in (([110, 70], [3, 0]), ([1000, -5], [-7, 2000])):
         with within_tensors() as launched:
-            tiled_decode.tiled_decode_attention(
-                q, k, v, *state, torch.tensor(lengths), torch.tensor(starts), None, None, *numbers
-            )
+            decode_attention(q, k, v, state, torch.tensor(lengths), torch.tensor(starts), None, None, *numbers)
         assert {"decode_compress_kernel", "_decode_score_kernel"} <= set(launched)
 
 
@@ -168,10 +165,8 @@ def test_kernels_are_launched_under_the_device_of_their_tensors(monkeypatch):
     run({})
     geometry = replace(SMALL, local_blocks=2, selected_blocks=5)
     q, k, v = (torch.randn(1, h, n, 16) for h, n in ((4, 1), (2, 120), (2, 120)))
-    numbers = (0.25, 80, *selection_arguments(geometry), "")
-    tiled_decode.tiled_decode_attention(
-        q, k, v, *new_state(k, geometry), torch.tensor([110]), None, None, None, *numbers
-    )
+    numbers = (0.25, 80, geometry_text(geometry))
+    decode_attention(q, k, v, new_state(k, geometry), torch.tensor([110]), None, None, None, *numbers)
     assert {name for name, _ in launched} >= KERNELS | GRADIENTS | {"decode_compress_kernel"}
     assert all(devices == [DEVICE] for _, devices in launched)
     assert not entered
