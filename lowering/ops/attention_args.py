@@ -34,7 +34,9 @@ ARGUMENTS = {
     argument.name: argument
     for argument in (
         Argument("grad_out", "Tensor", "gradient of the output, ``[B, Hq, Lq, Dv]``"),
-        Argument("q", "Tensor", "``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i`` and sees no later key"),
+        Argument(
+            "q", "Tensor", "``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i`` and sees no later key"
+        ),
         Argument("k", "Tensor", "``[B, Hkv, Lk, D]``; ``Hq`` is a multiple of ``Hkv``"),
         Argument("v", "Tensor", "``[B, Hkv, Lk, Dv]``"),
         Argument("out", "Tensor", "the output of attention"),
@@ -246,9 +248,7 @@ class _Places:
 COMPRESS = Signature(("q", "k"), AttentionCall, "Tensor[]")
 SELECT = Signature(("q", "k", "state"), AttentionCall, "Tensor[]")
 ATTEND = Signature(("q", "k", "v", "selection"), AttentionCall, "(Tensor, Tensor)")
-BACKWARD = Signature(
-    ("grad_out", "q", "k", "v", "out", "lse", "selection"), AttentionCall, "(Tensor, Tensor, Tensor)"
-)
+BACKWARD = Signature(("grad_out", "q", "k", "v", "out", "lse", "selection"), AttentionCall, "(Tensor, Tensor, Tensor)")
 DECODE = Signature(("q", "k", "v", "state"), DecodeCall, "(Tensor, Tensor)", mutated="state")
 FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k"))
 

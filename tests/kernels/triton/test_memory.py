@@ -13,8 +13,7 @@ from infllm_pass.kernels.triton.prefill.compress import compress_keys
 from infllm_pass.kernels.triton.prefill.select import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
-from infllm_pass.lowering.ops import checks
-from infllm_pass.lowering.ops import prefill
+from infllm_pass.lowering.ops import checks, prefill
 from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, INTERPRETED, arrange

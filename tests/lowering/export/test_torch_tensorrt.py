@@ -9,7 +9,6 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 from torch import fx
 
 import infllm_pass
