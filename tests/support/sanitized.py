@@ -17,9 +17,8 @@ import torch
 
 from infllm_pass import SparseAttentionConfig, switchable_attention
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
+from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
 from infllm_pass.kernels.triton.prefill import attention
-from infllm_pass.kernels.triton.prefill.scattered import persistent
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
@@ -68,9 +67,10 @@ def always_gathering() -> Iterator[list[bool]]:
         done.append(bool(arguments[7][0]))
 
     original = attention.gather_far_blocks
-    launch = replace(MEASURED_GATHERING, above=-1.0, pool_bytes=1 << 18)
+    measured = find_config(ScatteredConfig, "scattered", 90, 2, 128)
+    assert measured is not None
     with (
-        mock.patch.object(persistent, "gather_launch", return_value=launch),
+        override(scattered=replace(measured, threshold=-1.0, pool_bytes=1 << 18)),
         mock.patch.object(attention, "gather_far_blocks", gather),
     ):
         yield done

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
 from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, transpose_lists
@@ -310,7 +310,7 @@ def key_gradients(
     )
     padded = max(16, triton.next_power_of_2(dim))
     padded_v = max(16, triton.next_power_of_2(dim_v))
-    launch = launch_for("attention_backward_keys", k, max(padded, padded_v))
+    launch = config_for(LaunchConfig, "key_gradients", k, max(padded, padded_v))
     tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()

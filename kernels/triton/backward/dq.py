@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import fixed_token_stride, precision, wrap_triton
 from ..tile_ops import (
     LOG2_E,
@@ -421,7 +421,7 @@ def query_gradient(
     grad_q = (q.new_empty if every_query else q.new_zeros)((batch, heads_q, length_q, dim))
     shape = plan.shape
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    launch = launch_for("query_gradient", q, max(block_d, block_dv))
+    launch = config_for(LaunchConfig, "query_gradient", q, max(block_d, block_dv))
     parts = shape.tokens * shape.padded_group // launch.rows
     wrap_triton(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
         grad_out,
@@ -464,7 +464,7 @@ def query_gradient(
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        HELD=launch.held,
+        HELD=launch.queries_in_registers,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
+from ..configs import DecodeConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
 from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
-from .configs import decode_launch
 from .rows import (
     LEAST_COLUMNS,
     DecodeRows,
@@ -256,7 +256,7 @@ def decode_attend(
     heads_q, dim, value_dim = int(q.shape[1]), int(q.shape[3]), int(v.shape[3])
     padded, padded_value = (max(LEAST_COLUMNS, triton.next_power_of_2(size)) for size in (dim, value_dim))
     shape = DecodeShape.choose(heads_q // int(heads), int(q.shape[2]), g.query_block, q.element_size())
-    launch = decode_launch(q, max(padded, padded_value))
+    launch = config_for(DecodeConfig, "decode", q, max(padded, padded_value))
     programs = batch * heads * shape.tiles
     available = multiprocessors(q.device)
     splits = (available * launch.programs + programs - 1) // programs
@@ -306,7 +306,7 @@ def decode_attend(
         HAS_STARTS=rows.starts is not None,
         PRECISION=precision(q),
         **dependent_launch(_decode_attention_kernel, q),
-        AHEAD=launch.ahead,
+        AHEAD=launch.prefetch_visits,
         num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,
     )

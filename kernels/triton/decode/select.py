@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import COARSE_FACTOR, BlockGeometry
+from ..configs import DecodeConfig, config_for
 from ..launch import precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
 from ..tile_ops import LOG2_E, UNBOUNDED
 from .compress import decode_compress_kernel, load_columns
-from .configs import decode_launch
 from .rows import (
     LEAST_COLUMNS,
     DecodeRows,
@@ -236,7 +236,7 @@ def decode_select(
     batch, heads, capacity = k.shape[:3]
     dim, padded = int(q.shape[3]), max(LEAST_COLUMNS, triton.next_power_of_2(int(q.shape[3])))
     shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block, q.element_size())
-    launch = decode_launch(q, padded)
+    launch = config_for(DecodeConfig, "decode", q, padded)
     exact = g.lse == "exact"
     owned = launch.chunk * COARSE_FACTOR  # fine windows of one program
     chunks = torch.sym_max(1, (state.k1.shape[2] + owned - 1) // owned)
@@ -270,9 +270,9 @@ def decode_select(
         "LOCAL": g.local_blocks,
         "HAS_WINDOW": window is not None,
         "WIDTH": triton.next_power_of_2(g.selected_blocks),
-        "RANKED": launch.ranked,
+        "RANKED": launch.rank_blocks,
     }
-    ranks = int(heads) <= launch.ranks and shape.length_q == 1
+    ranks = int(heads) <= launch.fused_rank_heads and shape.length_q == 1
     wrap_triton(decode_compress_kernel)[(chunks, pairs)](
         *rows.arguments,
         q,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import Launch, launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import fixed_token_stride, precision, wrap_triton
 from ..tile_ops import (
     LN_2,
@@ -355,10 +355,10 @@ def recording_drops_options(q: Tensor, v: Tensor) -> bool:
     return launch.as_launched(_attention_forward_kernel) is not launch
 
 
-def _launch(q: Tensor, v: Tensor) -> Launch:
+def _launch(q: Tensor, v: Tensor) -> LaunchConfig:
     """The configuration of the forward."""
     sizes = (max(16, triton.next_power_of_2(int(x.shape[3]))) for x in (q, v))
-    return launch_for("attention_forward", q, max(sizes))
+    return config_for(LaunchConfig, "attention_forward", q, max(sizes))
 
 
 def attention_forward(
@@ -455,7 +455,7 @@ def attention_forward(
         MAY_GATHER=gathering is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        SPLIT=launch.held and block_d >= 32,
+        SPLIT=launch.queries_in_registers and block_d >= 32,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import GatherLaunch
+from ..configs import ScatteredConfig
 from ..launch import wrap_triton
 from ..tile_ops import UNBOUNDED, count_forced
 from ..tile_tables import PANEL_BEGIN, PANEL_END, PANEL_POSITION, TABLE_COLUMNS, TileLists, TilePlan
@@ -57,7 +57,7 @@ def _choose_kernel(
 
 def choose_variant(
     state: Tensor,
-    launch: GatherLaunch,
+    launch: ScatteredConfig,
     lists: TileLists,
     plan: TilePlan,
     *,
@@ -82,7 +82,7 @@ def choose_variant(
         plan.num_tiles,
         lists.counts.shape[1],
         UNBOUNDED if window is None else window,
-        launch.above * shape.padded_group,
+        launch.threshold * shape.padded_group,
         TOKENS=shape.tokens,
         TILES=shape.tiles,
         BLOCK_SIZE=geometry.block_size,

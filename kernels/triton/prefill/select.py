@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import COARSE_FACTOR, BlockGeometry
-from ..configs import SelectionLaunch, selection_launch
+from ..configs import SelectionConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
 from ..tile_tables import TileLists, TilePlan, TileShape, load_panel
 from .compress import LEAD_SLOTS, CompressedKeys
@@ -350,7 +350,7 @@ def _select_kernel(
 
 
 def selection_constants(
-    shape: TileShape, geometry: BlockGeometry, dim: int, has_window: bool, launch: SelectionLaunch
+    shape: TileShape, geometry: BlockGeometry, dim: int, has_window: bool, launch: SelectionConfig
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for beside the number of programs and the precision."""
     g = geometry
@@ -377,7 +377,7 @@ def selection_constants(
         "FUSED_POOL": g.kernel_size // g.kernel_stride - 1 <= g.block_size // g.kernel_stride,
         "C": min(launch.columns, shape.panel_tokens * shape.padded_group),
         "BC": launch.windows,
-        "BN": launch.coarse,
+        "BN": launch.normaliser_keys,
         "RG": rows,
         "PEAKS": max(fetched, 4 if budget <= 48 else 8),
         "HELD": min(8, triton.cdiv(budget + budget // 4 + 32, 32)),
@@ -429,7 +429,7 @@ def select_tiles(
     list_counts = torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
     rows = shape.panel_tokens // g.query_block
-    launch = selection_launch(q, padded).for_panel(rows)
+    launch = config_for(SelectionConfig, "select", q, padded).for_panel(rows)
     constants = selection_constants(shape, g, dim, window is not None, launch)
     programs = multiprocessors(q.device) * launch.programs
     blocks = (g.num_blocks(length_k) + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE

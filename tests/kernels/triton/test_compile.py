@@ -15,14 +15,7 @@ from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kern
 from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
 from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
-from infllm_pass.kernels.triton.configs import (
-    MEASURED_GATHERING,
-    MEASURED_SELECTION,
-    GatherLaunch,
-    Launch,
-    generic_selection,
-    launch_on,
-)
+from infllm_pass.kernels.triton.configs import LaunchConfig, ScatteredConfig, SelectionConfig, find_config
 from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kernel
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
 from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
@@ -98,7 +91,7 @@ COMPRESSION = [
 ]
 
 
-def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+def tile_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
     """Arguments of the kernels that compute a tile of queries, whichever of them a kernel has."""
     shape = TileShape.choose(variant.group)
     return {
@@ -133,14 +126,14 @@ def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
         "far_gathered": torch.int32,
         "HAS_WINDOW": variant.window,
         "HAS_KEY_MASK": variant.key_mask,
-        "SPLIT": launch.held,
-        "HELD": launch.held,
+        "SPLIT": launch.queries_in_registers,
+        "HELD": launch.queries_in_registers,
         "PRECISION": "ieee",
         "ROWS": 32,
     }
 
 
-def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+def compression_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
     """Arguments of the kernel that averages keys, for sequences that fill a row each."""
     return {
         **dict.fromkeys(("k", "fine", "coarse"), variant.dtype),
@@ -155,7 +148,7 @@ def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]
     }
 
 
-def key_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+def key_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
     """Arguments of the kernels of the key gradients and of the transposed selection, whichever of them a kernel has."""
     shape = TileShape.choose(variant.group)
     tile_heads = min(shape.padded_group, launch.rows)
@@ -223,7 +216,7 @@ class Kernel:
     kernel: triton.JITFunction
     name: str
     variants: list[Variant]
-    arguments: Callable[[Variant, Launch], dict[str, object]] = tile_arguments
+    arguments: Callable[[Variant, LaunchConfig], dict[str, object]] = tile_arguments
 
 
 KERNELS = [
@@ -233,7 +226,7 @@ KERNELS = [
     Kernel(_block_table_kernel, "block_table", [Variant(window=True)], key_arguments),
     Kernel(_transpose_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
     Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
-    Kernel(_key_gradients_kernel, "attention_backward_keys", ATTENTION, key_arguments),
+    Kernel(_key_gradients_kernel, "key_gradients", ATTENTION, key_arguments),
     Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True)], key_arguments),
     Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
 ]
@@ -248,7 +241,9 @@ CASES = [
 
 @pytest.mark.parametrize(("kernel", "variant", "capability"), CASES)
 def test_compiles(kernel, variant, capability, record_property):
-    launch = launch_on(kernel.name, capability, variant.dtype.itemsize, variant.padded)
+    launch = (
+        find_config(LaunchConfig, kernel.name, capability, variant.dtype.itemsize, variant.padded) or LaunchConfig()
+    )
     known = kernel.arguments(variant, launch)
     arguments = {name: known.get(name, "i32:16") for name in kernel.kernel.arg_names}
     missing = [name for name in arguments if name not in known and "stride" not in name]
@@ -261,7 +256,7 @@ def test_compiles(kernel, variant, capability, record_property):
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
         # Where registers are limited, what only a program's start and end need may spill.
-        assert used["spilled"] <= (0 if launch.registers is None else 64)
+        assert used["spilled"] <= (0 if launch.max_registers is None else 64)
 
 
 SELECTION = [
@@ -286,7 +281,7 @@ SELECTION = [
 )
 def test_block_selection_compiles(variant, capability, record_property):
     size = variant.dtype.itemsize
-    launch = MEASURED_SELECTION.get((capability, size, variant.padded), generic_selection(size, variant.padded))
+    launch = find_config(SelectionConfig, "select", capability, size, variant.padded)
     shape = TileShape.choose(variant.group)
     launch = launch.for_panel(shape.panel_tokens)
     geometry = BlockGeometry(block_size=variant.block_size)
@@ -315,6 +310,8 @@ def test_block_selection_compiles(variant, capability, record_property):
         assert used["spilled"] <= 64
 
 
+SCATTERED = find_config(ScatteredConfig, "scattered", 90, 2, 128)
+
 GATHERING = [
     *(Variant(group=group) for group in (1, 2, 8)),
     Variant(group=4, hot=True),
@@ -326,8 +323,8 @@ GATHERING = [
 
 
 @pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
-@pytest.mark.parametrize("launch", [MEASURED_GATHERING, MEASURED_GATHERING.recorded], ids=["", "recorded"])
-def test_gathering_compiles(variant, launch: GatherLaunch, record_property):
+@pytest.mark.parametrize("launch", [SCATTERED, SCATTERED.recorded], ids=["", "recorded"])
+def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
     """Only for sm_90, where alone it is offered; all its programs are resident."""
     geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
     shape = TileShape.choose(variant.group)
@@ -351,13 +348,13 @@ def test_gathering_compiles(variant, launch: GatherLaunch, record_property):
         assert launch.programs * (used["shared"] + 1024) <= 228 * 1024
     if variant.hot:
         # Where registers are limited, numbers that outlive a ticket may spill.
-        assert used["spilled"] <= (0 if launch.registers is None else 128)
+        assert used["spilled"] <= (0 if launch.max_registers is None else 128)
         assert launch.programs * 128 * used["registers"] <= 1 << 16
 
 
 def test_the_choice_compiles():
     known = {
-        **tile_arguments(Variant(group=4), Launch()),
+        **tile_arguments(Variant(group=4), LaunchConfig()),
         **dict.fromkeys(("num_tiles", "heads"), "i32"),
         "state": torch.int32,
         "above": "fp32",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ....geometry import BlockGeometry
 from ...backward.block_to_query import block_bound
-from ...configs import GatherLaunch, gather_launch
+from ...configs import ScatteredConfig, optional_config
 from ...launch import fixed_token_stride, multiprocessors, precision, wrap_triton
 from ...tile_ops import LOG2_E, UNBOUNDED
 from ...tile_tables import TileLists, TilePlan, TileShape
@@ -338,7 +338,7 @@ def offer_gathering(
     geometry: BlockGeometry,
     length_k: int,
     window: int | None = None,
-) -> tuple[Tensor, GatherLaunch] | None:
+) -> tuple[Tensor, ScatteredConfig] | None:
     """What `gather_far_blocks` needs for a call, where it serves such calls.
 
     Args:
@@ -356,7 +356,7 @@ def offer_gathering(
     shape = plan.shape
     far = far_blocks(geometry, window is not None)
     block_size, padded = geometry.block_size, max(16, triton.next_power_of_2(max(int(q.shape[3]), int(v.shape[3]))))
-    launch = gather_launch(q, padded)
+    launch = optional_config(ScatteredConfig, "scattered", q, padded)
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
     # and a block's keys and values stay in shared memory, each in one piece.
     if (
@@ -376,7 +376,7 @@ def offer_gathering(
     return torch.zeros(size, dtype=torch.int32, device=q.device), launch
 
 
-def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
+def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: ScatteredConfig) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
     row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
     tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
@@ -384,7 +384,7 @@ def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherL
 
 
 def gather_constants(
-    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: GatherLaunch
+    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: ScatteredConfig
 ) -> dict[str, int | bool]:
     """The sizes for which the kernel is compiled, by their names."""
     far = far_blocks(geometry, has_window)
@@ -420,7 +420,7 @@ def gather_far_blocks(
     lists: TileLists,
     plan: TilePlan,
     state: Tensor,
-    launch: GatherLaunch,
+    launch: ScatteredConfig,
     *,
     geometry: BlockGeometry,
     scale: float,
