@@ -84,9 +84,23 @@ def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(
+def mask_scores(scores, keys, queries, window, valid, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Scores with -inf where the key is not `valid`, later than the query (CAUSAL) or before its sliding window.
+
+    Positions of `keys` and of `queries` lie along one axis of the scores each; `valid` broadcasts, True: all are.
+    """
+    seen = valid
+    if CAUSAL:
+        seen = (keys <= queries) & seen
+    if HAS_WINDOW:
+        seen = (keys > queries - window) & seen
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def mask_step(
     scores,  # [BM, BN]
-    key_positions,  # [BN]
+    keys,  # [BN] positions
     start,  # the first key position that the step is for
     position,  # of the tile's token 0
     positions,  # [BM]
@@ -96,15 +110,40 @@ def mask_scores(
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
 ):
-    """Scores with -inf where a key is later than the query, before its window, masked or no part of the step."""
+    """Scores of a tile and a step of keys, masked; causality and window cost something only in steps at an edge."""
     if start + scores.shape[1] > position + 1:
-        seen = (key_positions[None, :] <= positions[:, None]) & (key_positions >= start)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = mask_scores(scores, keys[None, :], positions[:, None], window, (keys >= start)[None, :], True, False)
     if HAS_WINDOW and start <= last - window:
-        scores = tl.where(key_positions[None, :] > positions[:, None] - window, scores, float("-inf"))
+        scores = mask_scores(scores, keys[None, :], positions[:, None], window, True, False, True)
     if HAS_KEY_MASK:
-        scores = tl.where((tl.load(key_mask) != 0)[None, :], scores, float("-inf"))
+        scores = mask_scores(scores, 0, 0, 0, (tl.load(key_mask) != 0)[None, :], False, False)
     return scores
+
+
+@triton.jit
+def softmax_weights(scores, scale_log2, lowest, AXIS: tl.constexpr):
+    """Weights ``2 ** (scores * scale_log2 - m)`` and ``m``, the scores' maximum along an axis, at least `lowest`."""
+    highest = tl.max(scores, AXIS) * scale_log2
+    if lowest is not None:
+        highest = tl.maximum(highest, lowest)
+    return tl.exp2(scores * scale_log2 - tl.expand_dims(highest, AXIS)), highest
+
+
+@triton.jit
+def online_softmax(scores, scale_log2, highest, total, rows, SOME: tl.constexpr, AXIS: tl.constexpr):
+    """One step of an online softmax along an axis: weights, running maximum and sum, and what earlier sums decay by.
+
+    The maximum starts at `LOWEST_SCORE`, the sum at 0, and they stay so while all scores are -inf. SOME: only `rows`
+    take the step, the others get weights of 0.
+    """
+    raised = tl.maximum(highest, tl.max(scores, AXIS) * scale_log2)
+    shift = raised
+    if SOME:
+        shift = tl.where(rows, raised, float("inf"))
+        raised = tl.where(rows, raised, highest)
+    weights = tl.exp2(scores * scale_log2 - tl.expand_dims(shift, AXIS))
+    decay = tl.exp2(highest - raised)
+    return weights, raised, total * decay + tl.sum(weights, AXIS), decay
 
 
 @triton.jit

@@ -15,9 +15,13 @@ from torch import Tensor
 from ...geometry import BlockGeometry
 from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
+from ..tile_ops import UNBOUNDED, mask_scores
 from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, transpose_lists
 from .split_work import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
+
+EVERY_KEY = tl.constexpr(UNBOUNDED)
+"""Position of a query that sees all keys of a call."""
 
 
 @triton.jit
@@ -219,12 +223,13 @@ def _key_gradients_kernel(
             if QUERY_BLOCK > 1 and HAS_LISTS:
                 listed = tl.load(queries + index, mask=(index >= run) & (index <= last), other=0)
                 own = tl.where(index < run, own, listed + shift)
-                seen = key + keys[:, None] <= own[None, :]
             else:
-                seen = (key + keys[:, None] <= own[None, :]) | (index >= run)[None, :]
-            scores = tl.where(seen & (index <= last)[None, :], scores, float("-inf"))
+                own = tl.where(index < run, own, EVERY_KEY)
+            own = tl.where(index <= last, own, -1)
+            scores = mask_scores(scores, key + keys[:, None], own[None, :], window, True, True, False)
         if HAS_WINDOW:
-            scores = tl.where(key + keys[:, None] > (row_query + shift - window)[None, :], scores, float("-inf"))
+            own = row_query + shift
+            scores = mask_scores(scores, key + keys[:, None], own[None, :], window, True, False, True)
         weights = tl.exp2(scores * scale_log2)
         sum_v = tl.dot(weights.to(g_tile.dtype), g_tile, sum_v, input_precision=PRECISION)
         sum_k = tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)

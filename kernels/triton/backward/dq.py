@@ -22,7 +22,7 @@ from ..tile_ops import (
     load_attention_tile,
     load_keys,
     load_visit,
-    mask_scores,
+    mask_step,
     reload_rows,
     row_addresses,
     row_mask,
@@ -122,12 +122,12 @@ def _add_step(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what the keys of a step give; `load_keys` and `mask_scores` explain what they are handed on."""
+    """Add what the keys of a step give; `load_keys` and `mask_step` explain what they are handed on."""
     numbers = tl.arange(0, k_rows.shape[0])
     k_step = load_keys(k_rows, numbers[:, None], dims, count, HEAD_DIM, dims.shape[1] == HEAD_DIM, SHORT)  # [BN, D]
     v_step = load_keys(v_rows, numbers[None, :], value_dims, count, VALUE_DIM, value_dims.shape[0] == VALUE_DIM, SHORT)
     scores = tl.dot(queries, tl.trans(k_step), input_precision=PRECISION)  # [BM, BN]
-    scores = mask_scores(
+    scores = mask_step(
         scores, key_positions, start, position, positions, last, window, key_mask, HAS_WINDOW, HAS_KEY_MASK
     )
     weights = tl.exp2(scores * scale_log2 - shift[:, None])

@@ -16,7 +16,7 @@ from ...geometry import BlockGeometry
 from ..configs import DecodeConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
+from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, mask_scores, online_softmax
 from .rows import (
     LEAST_COLUMNS,
     DecodeRows,
@@ -158,19 +158,12 @@ def _decode_attention_kernel(
             keys = tl.load(k_at, mask=there[None, :] & (dims < D)[:, None], other=0.0)  # [DP, STEP_KEYS]
             v_at = v_row + key.to(tl.int64)[:, None] * stride_vt + value_dims
             values = tl.load(v_at, mask=there[:, None] & (value_dims < VALUE_DIM), other=0.0)  # [STEP_KEYS, DV]
-            scores = tl.dot(queries, keys, input_precision=PRECISION) * scale_log2  # [M, STEP_KEYS]
-            seen = there[None, :] & (key[None, :] <= position[:, None])
-            seen &= (real & ((sparse == 0) | (line_of_row == line)))[:, None]
-            if HAS_WINDOW:
-                seen &= key[None, :] > position[:, None] - window
+            scores = tl.dot(queries, keys, input_precision=PRECISION)  # [M, STEP_KEYS]
+            valid = there[None, :] & (real & ((sparse == 0) | (line_of_row == line)))[:, None]
             if HAS_KEY_MASK:
-                seen &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-            raised = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - raised[:, None])
-            decay = tl.exp2(highest - raised)
-            highest = raised
-            total = total * decay + tl.sum(weights, 1)
+                valid &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
+            scores = mask_scores(scores, key[None, :], position[:, None], window, valid, True, HAS_WINDOW)
+            weights, highest, total, decay = online_softmax(scores, scale_log2, highest, total, True, False, 1)
             acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
 
         empty = total == 0.0

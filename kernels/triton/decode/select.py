@@ -17,7 +17,7 @@ from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import DecodeConfig, config_for
 from ..launch import precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..tile_ops import LOG2_E, UNBOUNDED
+from ..tile_ops import LOG2_E, LOWEST_SCORE, UNBOUNDED, online_softmax
 from .compress import decode_compress_kernel, load_columns
 from .rows import (
     LEAST_COLUMNS,
@@ -45,17 +45,14 @@ def _join_normalisers(
     real,  # [C]
 ):
     """Base-2 log-sum-exp of columns over all chunks; +inf, which makes scores 0, where no key is visible."""
-    peak = tl.full([column.shape[0]], float("-inf"), tl.float32)
+    highest = tl.full([column.shape[0]], LOWEST_SCORE, tl.float32)
     total = tl.zeros([column.shape[0]], tl.float32)
     for begin in range(0, count, DECODE_PARTS):
         chunk = begin + tl.arange(0, DECODE_PARTS)
         mask = (chunk < count)[:, None] & real[None, :]
         some = tl.load(parts_row + chunk[:, None] * stride + column[None, :], mask=mask, other=float("-inf"))
-        higher = tl.maximum(peak, tl.max(some, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(some - base[None, :]), 0)
-        peak = higher
-    return tl.where(total > 0.0, peak + tl.log2(total), float("inf"))
+        _, highest, total, _ = online_softmax(some, 1.0, highest, total, True, False, 0)
+    return tl.where(total > 0.0, highest + tl.log2(total), float("inf"))
 
 
 @triton.jit(do_not_specialize=["capacity", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])

@@ -29,10 +29,12 @@ from ..tile_ops import (
     load_attention_tile,
     load_keys,
     load_visit,
-    mask_scores,
+    mask_step,
+    online_softmax,
     reload_rows,
     row_addresses,
     row_mask,
+    softmax_weights,
 )
 from ..tile_tables import TileLists, TilePlan
 from .choose import choose_variant
@@ -234,7 +236,7 @@ def _attention_forward_kernel(
             True,
             PRECISION,
         )
-        scores = mask_scores(
+        scores = mask_step(
             scores,
             keys,
             0,
@@ -246,8 +248,7 @@ def _attention_forward_kernel(
             HAS_WINDOW,
             HAS_KEY_MASK,
         )
-        top = tl.maximum(tl.max(scores, 1) * scale_log2, LOWEST_SCORE)  # [BM]
-        weights = tl.exp2(scores * scale_log2 - top[:, None])  # [BM, BN]
+        weights, top = softmax_weights(scores, scale_log2, LOWEST_SCORE, 1)  # [BM, BN], [BM]
         v_rows = v + key * v_token_stride + v_offsets
         v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, True)
         _store_tile(
@@ -299,7 +300,7 @@ def _attention_forward_kernel(
             False,
             PRECISION,
         )
-        scores = mask_scores(
+        scores = mask_step(
             scores,
             moved + keys,
             start,
@@ -311,16 +312,12 @@ def _attention_forward_kernel(
             HAS_WINDOW,
             HAS_KEY_MASK,
         )
-        raised = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # [BM]
-        shift = raised
+        visiting = True
         if HAS_LISTS and TOKENS > 1:
-            visiting = (bits >> token) & 1 != 0
-            shift = tl.where(visiting, raised, float("inf"))
-            raised = tl.where(visiting, raised, highest)
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BM, BN]
-        decay = tl.exp2(highest - raised)
-        highest = raised
-        total = total * decay + tl.sum(weights, 1)
+            visiting = (bits >> token) & 1 != 0  # [BM]
+        weights, highest, total, decay = online_softmax(
+            scores, scale_log2, highest, total, visiting, HAS_LISTS and TOKENS > 1, 1
+        )
         acc = acc * decay[:, None]
         v_rows = v + key * v_token_stride + v_offsets
         v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import SelectionConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
+from ..tile_ops import LOWEST_SCORE, online_softmax
 from ..tile_tables import TileLists, TilePlan, TileShape, load_panel
 from .compress import LEAD_SLOTS, CompressedKeys
 from .topk import (
@@ -69,7 +70,7 @@ def _select_panel_normaliser(
     least = tl.min(visible, 0)
     origin = most.to(tl.int64) * 0
     # A maximum and a sum for each share of a row: threads exchange nothing until the loop has ended.
-    peak = tl.full([C, SHARES], float("-inf"), tl.float32)
+    highest = tl.full([C, SHARES], LOWEST_SCORE, tl.float32)
     total = tl.zeros([C, SHARES], tl.float32)
     for start in range(0, most, BN):
         index = start + tl.arange(0, BN)
@@ -79,14 +80,10 @@ def _select_panel_normaliser(
         if start + BN > least:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
         shares = tl.reshape(scores, [C, BN // SHARES, SHARES])
-        higher = tl.maximum(peak, tl.max(shares, 1) * scale_log2)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(shares * scale_log2 - base[:, None, :]), 1)
-        peak = higher
-    highest = tl.max(peak, 1)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    total_of_all = tl.sum(total * tl.exp2(peak - base[:, None]), 1)
-    return tl.where(visible > 0, highest + tl.log2(total_of_all), float("inf"))
+        _, highest, total, _ = online_softmax(shares, scale_log2, highest, total, True, False, 1)
+    norm = tl.max(highest, 1)
+    norm += tl.log2(tl.sum(total * tl.exp2(highest - norm[:, None]), 1))
+    return tl.where(visible > 0, norm, float("inf"))
 
 
 @triton.jit(do_not_specialize=["num_panels", "slots1", "slots2", "num_blocks", "capacity", "dense_len", "window"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...tile_ops import LN_2, LOWEST_SCORE, row_addresses, row_mask
+from ...tile_ops import LN_2, LOWEST_SCORE, mask_scores, row_addresses, row_mask, softmax_weights
 from ...tile_tables import PANEL_BATCH, PANEL_QUERY, TABLE_COLUMNS
 from .block_to_query import (
     PIECE_BATCH,
@@ -120,15 +120,12 @@ def gather_pieces(
             q_mask = (dims < HEAD_DIM)[None, :]
             queries = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=q_mask, other=0.0)
             scores = tl.dot(queries, k_tile, input_precision=PRECISION)  # [BM, BN]
-            if HAS_WINDOW:
-                own = key_shift + token  # [BM]
-                scores = tl.where((key + keys)[None, :] > (own - window)[:, None], scores, float("-inf"))
-            if HAS_KEY_MASK:
-                scores = tl.where((hidden != 0)[None, :], float("-inf"), scores)
-            highest = tl.max(scores, 1) * scale_log2  # [BM]
             if HAS_WINDOW or HAS_KEY_MASK:
-                highest = tl.maximum(highest, LOWEST_SCORE)
-            weights = tl.exp2(scores * scale_log2 - highest[:, None])
+                own = key_shift + token  # [BM]
+                valid = (hidden == 0)[None, :]
+                scores = mask_scores(scores, (key + keys)[None, :], own[:, None], window, valid, False, HAS_WINDOW)
+            lowest: tl.constexpr = LOWEST_SCORE if HAS_WINDOW or HAS_KEY_MASK else None
+            weights, highest = softmax_weights(scores, scale_log2, lowest, 1)  # [BM, BN], [BM]
             total = tl.sum(weights, 1)
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)  # [BM, Dv]
             divisor = total
