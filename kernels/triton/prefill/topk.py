@@ -69,15 +69,14 @@ def pool_scores(
     high,
     first,
     R: tl.constexpr,
-    W: tl.constexpr,
     RATIO: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Keys of blocks ``[low, high)`` from the scores of single windows, where scoring could not pool them."""
-    for column in range(low, high, W):
-        block = column + tl.arange(0, W)
+    for column in range(low, high, LANES):
+        block = column + tl.arange(0, LANES)
         inside = block < high
-        pooled = tl.full([R, W], -1.0, tl.float32)
+        pooled = tl.full([R, LANES], -1.0, tl.float32)
         for part in tl.static_range(RATIO + OVERLAP):
             index = block * RATIO + (part - OVERLAP)
             known = inside & (index >= first * RATIO)

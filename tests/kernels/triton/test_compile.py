@@ -19,8 +19,9 @@ from infllm_pass.kernels.triton.configs import LaunchConfig, ScatteredConfig, Se
 from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kernel
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
 from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
+from infllm_pass.kernels.triton.prefill.pooled import POOLED, _select_pooled_kernel
 from infllm_pass.kernels.triton.prefill.scattered.persistent import _gather_kernel, gather_constants
-from infllm_pass.kernels.triton.prefill.select import _select_kernel, selection_constants
+from infllm_pass.kernels.triton.prefill.select import selection_constants
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from tests.support.triton_device import INTERPRETED
 from tests.support.triton_support import compile_ahead
@@ -296,12 +297,13 @@ def test_block_selection_compiles(variant, capability, record_property):
         **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("dense_len", "window"), "i32"),
         **selection_constants(shape, geometry, variant.dim, window is not None, launch),
+        **POOLED.constants(shape, geometry, launch),
         "PROGRAMS": 264,
         "PRECISION": "ieee",
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        used = compile_ahead(_select_kernel, arguments, capability=capability, **launch.options)
+        used = compile_ahead(_select_pooled_kernel, arguments, capability=capability, **launch.options)
     for name, value in used.items():
         record_property(name, value)
     assert used["shared"] <= SHARED_MEMORY[capability]
