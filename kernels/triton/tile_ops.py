@@ -1,4 +1,4 @@
-"""What the kernels that walk the blocks of a tile share: where a tile lies, its blocks, its rows, keys and masks."""
+"""Device functions shared by the attention kernels: tile lookup, block iteration, addressing, masking, softmax."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOWEST_SCORE = tl.constexpr(-1e30)  # start of a running maximum: finite, so tha
 
 @triton.jit
 def load_attention_tile(panels, tile, TOKENS: tl.constexpr, TILES: tl.constexpr):
-    """Where a tile lies: its row of the batch, query and position of its token 0, its valid tokens, its keys."""
+    """A tile's batch row, query and position of its token 0, range of valid tokens, first key and number of keys."""
     batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, tile // TILES)
     skip = (tile % TILES) * TOKENS
     return batch, query + skip, begin - skip, tl.minimum(end - skip, TOKENS), position + skip, key_begin, length
@@ -51,7 +51,7 @@ def count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE: t
 
 
 @triton.jit
-def count_forced(
+def forced_visits(
     position,
     begin,
     end,
@@ -60,9 +60,9 @@ def count_forced(
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
 ):
-    """Blocks that all tokens of a tile visit by rule: how many, how many of them initial, `first` and `later`.
+    """Forced blocks of a tile: their number, the number of initial ones, `first` and `later`.
 
-    Visit ``e`` goes to block ``first + e`` if it is initial, else to ``later + e``. The tokens share their own block.
+    Visit ``e`` is of block ``first + e`` if it is initial, else of ``later + e``. The tokens share their own block.
     """
     first = tl.maximum(position + begin - window + 1, 0) // BLOCK_SIZE
     own = (position + end - 1) // BLOCK_SIZE
@@ -73,7 +73,7 @@ def count_forced(
 
 @triton.jit
 def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
-    """One of the blocks that a tile visits, and the bits of the tokens that do."""
+    """A block that a tile visits, and the mask of the tokens that do."""
     block = first + entry
     bits = -1
     if HAS_LISTS:
@@ -179,9 +179,9 @@ def load_keys(addresses, numbers, dims, count, DIM: tl.constexpr, FULL: tl.const
 
 @triton.jit
 def in_registers(vectors, PRECISION: tl.constexpr):
-    """The same vectors, ``[BM, SIZE]``, laid out as a product, which the next product takes as they are.
+    """The same vectors, ``[BM, SIZE]``, in the layout of a product's result, so that the next product takes registers.
 
-    What was loaded instead lies in shared memory, and a loop's products read it from there in every step.
+    A loaded operand is kept in shared memory instead, which the products of a loop read in every step.
     """
     numbers = tl.arange(0, vectors.shape[1])
     unit = (numbers[:, None] == numbers[None, :]).to(vectors.dtype)

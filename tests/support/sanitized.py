@@ -58,7 +58,7 @@ CASES = {
 
 
 @contextmanager
-def always_gathering() -> Iterator[list[bool]]:
+def always_scattered() -> Iterator[list[bool]]:
     """Gather whatever the data, in chunks of few tiles, so that rings of buffers come round; yields what was done."""
     done: list[bool] = []
 
@@ -66,12 +66,12 @@ def always_gathering() -> Iterator[list[bool]]:
         original(*arguments, **named)
         done.append(bool(arguments[7][0]))
 
-    original = attention.gather_far_blocks
+    original = attention.attend_scattered
     measured = find_config(ScatteredConfig, "scattered", 90, 2, 128)
     assert measured is not None
     with (
         override(scattered=replace(measured, threshold=-1.0, pool_bytes=1 << 18)),
-        mock.patch.object(attention, "gather_far_blocks", gather),
+        mock.patch.object(attention, "attend_scattered", gather),
     ):
         yield done
 
@@ -109,7 +109,7 @@ def attend(wanted: Callable[[str], bool]) -> bool:
         if not case.gathered:
             well &= run(name, case)
             continue
-        with always_gathering() as done:
+        with always_scattered() as done:
             well &= run(name, case)
         if not (done and all(done)):
             print(f"{name}: NOT GATHERED", flush=True)

@@ -1,8 +1,8 @@
-"""Gradients of keys and values: one program a key block, over the queries that visit it.
+"""Gradients of keys and values: one program a key block, over the queries that visit it (`block_to_query`).
 
-A block's queries (`KeyLists`) are taken 64 rows a step, tokens x heads of one key/value head, whether adjacent or
-listed. Some blocks have far more queries than others, the initial ones all of them, so their queries are cut into
-*pieces* whose fp32 sums go to slots of a bounded pool and are then added in order: every run gives the same bits.
+A step takes 64 rows, tokens x heads of one key/value head, whether the queries are adjacent or listed. Blocks with
+many queries, the initial ones above all, are split (`split_work`), and their fp32 partials reduced in a fixed order:
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
 from ..tile_ops import UNBOUNDED, mask_scores
 from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan
-from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, transpose_lists
+from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, invert_selection
 from .split_work import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
 
 EVERY_KEY = tl.constexpr(UNBOUNDED)
@@ -26,7 +26,7 @@ EVERY_KEY = tl.constexpr(UNBOUNDED)
 
 @triton.jit
 def _step_start(begin, step, turn, run, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
-    """Where a step begins in the block's queries: of the run, in whole steps, the first `turn` queries come last."""
+    """First query of a step; the run's steps are rotated by `turn`, so that concurrent programs share L2 lines."""
     start = begin + step // HEAD_CHUNKS * TOKENS
     turned = run // TOKENS * TOKENS
     moved = start - turn
@@ -279,7 +279,7 @@ def key_gradients(
         v: ``[B, Hkv, Lk, Dv]``.
         lse: natural log-sum-exp of the forward, float32 ``[B, Hq, Lq]``, contiguous.
         delta: row sums of ``grad_out * out``, float32 ``[B, Hq, Lq]``, contiguous.
-        lists: the selection of the forward (see `transpose_lists`); None: every sequence is dense.
+        lists: the selection of the forward (see `invert_selection`); None: every sequence is dense.
         plan: the tiles of the forward.
         geometry: the block geometry of the selection.
         scale: softmax scale, positive.
@@ -300,7 +300,7 @@ def key_gradients(
     # Of different shapes on purpose: a compiler merges two equal allocations, and then copies one of them.
     grad_k = torch.zeros(k.numel() // dim, dim, dtype=k.dtype, device=k.device)
     grad_v = torch.zeros(v.numel(), dtype=v.dtype, device=v.device)
-    key_lists = transpose_lists(
+    key_lists = invert_selection(
         lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
     )
     table = key_lists.table

@@ -1,7 +1,7 @@
-"""Backward of block attention on the side of the queries: row sums of ``dO * O``, and the gradient of q.
+"""Query side of the backward pass: row sums of ``dO * O`` (delta), and the gradient of q.
 
-The gradient of q walks the same lists as the forward, computes the weights again from the log-sum-exp, and leaves
-out the same rows. The gradients of keys and values are another file's.
+The gradient of q visits the blocks of the forward's lists, recomputes the weights from the log-sum-exp, and masks the
+same rows.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _query_gradient_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
-    HELD: tl.constexpr,
+    QUERIES_IN_REGISTERS: tl.constexpr,
     K_TOKEN_STRIDE: tl.constexpr,
     V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -259,7 +259,7 @@ def _query_gradient_kernel(
 
     q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, BLOCK_D)
     queries = tl.load(q_rows, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)  # [BM, D]
-    if HELD:
+    if QUERIES_IN_REGISTERS:
         queries = in_registers(queries, PRECISION)
     grad_rows = row_addresses(
         grad_out, batch, grad_batch_stride, row_head, grad_head_stride, row_query, grad_token_stride, BLOCK_DV
@@ -464,7 +464,7 @@ def query_gradient(
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        HELD=launch.queries_in_registers,
+        QUERIES_IN_REGISTERS=launch.queries_in_registers,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),

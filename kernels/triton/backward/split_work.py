@@ -1,8 +1,8 @@
-"""Cuts the work on key blocks into pieces of bounded size, and adds what the pieces computed.
+"""Split-K for dK and dV: splits long query lists across programs and reduces fp32 partials in a fixed order.
 
-A *unit* is a key block for one key/value head: unit ``u`` is block ``u // heads`` of head ``u % heads``. Units that
-more queries visit than a piece holds have a *slot* of a pool for every piece. How large a piece is follows on the
-device from the selection, so that the pool, whose size follows from shapes, suffices.
+A *unit* is a key block for one key/value head: unit ``u`` is block ``u // heads`` of head ``u % heads``. A unit with
+more queries than a piece holds has a *slot* of a pool for every piece. The piece size is computed on the device from
+the selection, so that the pool, whose size follows from shapes, suffices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..launch import wrap_triton
 from ..tile_tables import TABLE_COLUMNS
-from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_RUN, KeyLists
+from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_RUN, BlockQueries
 
 POOL_BYTES = 1 << 26
 """Memory for the sums of pieces."""
@@ -160,7 +160,7 @@ def _add_pieces_kernel(
 
 
 def plan_pieces(
-    lists: KeyLists, *, heads: int, length_q: int, smallest: int, slot_size: int, pool_bytes: int
+    lists: BlockQueries, *, heads: int, length_q: int, smallest: int, slot_size: int, pool_bytes: int
 ) -> Pieces:
     """Cut the units of a call.
 
@@ -199,7 +199,7 @@ def add_pieces(
     grad_k: Tensor,
     grad_v: Tensor,
     pieces: Pieces,
-    lists: KeyLists,
+    lists: BlockQueries,
     key_mask: Tensor | None,
     *,
     heads: int,

@@ -1,8 +1,8 @@
-"""Attention of a decode step: the keys of a tile of queries split over programs, and the merge of their parts.
+"""Decode attention: split-K over a tile's keys, and the merge of the partial results by log-sum-exp.
 
-A sparse tile visits the listed blocks of each of its lines, a dense one all blocks in order; how many *visits* that
-makes follows on the device from the row's length, and every program takes an equal share of them. The merge adds the
-parts in their order, so that every run gives the same bits.
+A sparse tile visits the listed blocks of each of its lines, a dense one all blocks; the number of *visits* follows on
+the device from the row's length, and every program takes an equal share. Partials are merged in a fixed order, so
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rows import (
     forced_block,
     last_of_line,
     line_of,
-    scored_blocks,
+    scored_range,
     tile_visits,
 )
 
@@ -126,7 +126,7 @@ def _decode_attention_kernel(
         for step in range(begin * STEPS, tl.where(sparse, tl.minimum(end, begin + AHEAD), begin) * STEPS):
             visit = step // STEPS
             last = last_of_line(first_line + visit // width, length, length_q, QUERY_BLOCK)
-            low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+            low, high, _ = scored_range(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
             block, known = forced_block(visit % width, last, window, low, high, BLOCK, INIT, LOCAL, HAS_WINDOW)
             key = block * BLOCK + step % STEPS * STEP_KEYS + tl.arange(0, STEP_KEYS)
             key = tl.where(known & (key < length), key, length - 1).to(tl.int64)

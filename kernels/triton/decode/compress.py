@@ -1,4 +1,4 @@
-"""Compressed keys of a decode step that became complete, and the queries' normaliser over the compressed keys.
+"""Decode: compresses newly completed windows, and the queries' partial normalisers over the compressed keys.
 
 Formulas: arXiv 2509.24663, section 3.2.
 """

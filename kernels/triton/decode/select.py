@@ -1,9 +1,7 @@
-"""Block selection of a decode step: compressed keys that became complete, normaliser, block scores, top-k.
+"""Decode block selection: compression and normalisers, block scores, top-k (arXiv 2509.24663, section 3.2).
 
-Two kernels for steps of one token over few heads: the last program that scores blocks of a row also ranks them. Else a
-third ranks.
-Grids follow from the cache's capacity; programs beyond a row's length end at once. Formulas: arXiv 2509.24663, section
-3.2.
+Two kernels for steps of one token over few heads, where the last program that scores a row's blocks also ranks them;
+else a third kernel ranks. Grids follow from the cache's capacity; programs beyond a row's length exit at once.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from .rows import (
     count_windows,
     last_of_line,
     line_of,
-    scored_blocks,
+    scored_range,
 )
 from .topk import decode_rank_kernel, list_chosen, list_forced
 
@@ -131,7 +129,7 @@ def _decode_score_kernel(
     else:
         last = base + line
         exists = (line < length_q) & (last >= 0)
-    low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+    low, high, _ = scored_range(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
     high = tl.where(length >= dense_len, high, low)
     exists = exists & (high > low)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -186,7 +184,7 @@ def _decode_score_kernel(
         inside = (block[:, None] >= low[None, :]) & (block[:, None] < high[None, :])
         tl.store(to, key, mask=inside & exists[None, :])
     if RANKS:
-        begin, end, taken = scored_blocks(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+        begin, end, taken = scored_range(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
         blocks_row = blocks + pair * BUDGET
         first = tl.program_id(0) == 0
         if first & (head == 0):

@@ -1,4 +1,4 @@
-"""Ranking of a decode step: the lists of blocks, from the scores as keys whose order is that of the scores."""
+"""Decode top-k: lists of blocks from scores as integer keys that order as they do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import await_previous
-from .rows import clip_row, forced_block, last_of_line, line_of, scored_blocks
+from .rows import clip_row, forced_block, last_of_line, line_of, scored_range
 
 DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
@@ -150,7 +150,7 @@ def decode_rank_kernel(
     last = last_of_line(line, length, length_q, QUERY_BLOCK)
     exists = (line_of(length - 1, length, length_q, QUERY_BLOCK) >= line) & (last >= 0)
     if exists & (length >= dense_len):
-        begin, end, taken = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+        begin, end, taken = scored_range(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
         row = pair * LINES + line
         blocks_row = blocks + row * BUDGET
         list_forced(blocks_row, last, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)

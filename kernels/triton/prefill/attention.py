@@ -1,11 +1,9 @@
-"""Attention over the blocks that tiles of queries visit: the forward kernel.
+"""Forward kernel of block-sparse attention: one program a tile, over the union of its tokens' blocks.
 
-One program computes one tile: the queries of a few adjacent tokens, for the heads of one key/value head. It walks
-the union of the blocks that its tokens selected, ascending, and leaves out of a block the rows of the tokens that
-did not select it. Only the blocks at an edge (the tile's own tokens, a sliding window) are masked key by key.
-
-Where the tokens of tiles share few blocks, which the device finds out, tiles visit only the blocks that all their
-tokens visit by rule, and `kernels.triton.prefill.scattered.persistent` adds the others.
+A tile is the queries of a few adjacent tokens for the heads of one key/value head. Its blocks are visited in
+ascending order; rows whose token did not select a block are masked as a whole, and only blocks at an edge (the tile's
+own tokens, a sliding window) are masked by element. Where the device finds that tokens of a tile share few blocks,
+tiles visit the forced blocks only, and `prefill.scattered` adds the scored ones.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from ..tile_ops import (
     LOG2_E,
     LOWEST_SCORE,
     UNBOUNDED,
-    count_forced,
     count_visits,
+    forced_visits,
     in_registers,
     load_attention_tile,
     load_keys,
@@ -38,7 +36,7 @@ from ..tile_ops import (
 )
 from ..tile_tables import TileLists, TilePlan
 from .choose import choose_variant
-from .scattered.persistent import gather_far_blocks, offer_gathering
+from .scattered.persistent import attend_scattered, offer_scattered
 
 
 @triton.jit
@@ -126,7 +124,7 @@ def _attention_forward_kernel(
     tokens,
     counts,
     key_mask,  # bool [B, Lk], HAS_KEY_MASK only
-    far_gathered,  # int32 [1], MAY_GATHER only: whether tiles leave the blocks that not all queries visit to others
+    is_scattered,  # int32 [1], SCATTERED_OFFERED only: whether tiles visit their forced blocks alone
     q_batch_stride,
     q_head_stride,
     q_token_stride,
@@ -161,7 +159,7 @@ def _attention_forward_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_LISTS: tl.constexpr,
-    MAY_GATHER: tl.constexpr,
+    SCATTERED_OFFERED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -184,10 +182,10 @@ def _attention_forward_kernel(
     by_rule = dense
     initial = 0
     later = first
-    if MAY_GATHER:
-        left = (tl.load(far_gathered) != 0) & (visits > 0) & (dense == 0)
+    if SCATTERED_OFFERED:
+        left = (tl.load(is_scattered) != 0) & (visits > 0) & (dense == 0)
         if left:
-            visits, initial, first, later = count_forced(
+            visits, initial, first, later = forced_visits(
                 position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
             )
         by_rule = dense | left
@@ -281,7 +279,7 @@ def _attention_forward_kernel(
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
         start_block = first
-        if MAY_GATHER:
+        if SCATTERED_OFFERED:
             start_block = tl.where(entry < initial, first, later)
         block, bits = load_visit(blocks, tokens, entry, start_block, by_rule, HAS_LISTS)
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
@@ -346,7 +344,7 @@ def _attention_forward_kernel(
     )
 
 
-def recording_drops_options(q: Tensor, v: Tensor) -> bool:
+def recording_drops_maxnreg(q: Tensor, v: Tensor) -> bool:
     """Whether a compiler is recording launches and would drop options of the forward's configuration."""
     launch = _launch(q, v)
     return launch.as_launched(_attention_forward_kernel) is not launch
@@ -406,7 +404,7 @@ def attention_forward(
     parts = shape.tokens * shape.padded_group // launch.rows
     gathering = None
     if lists is not None:
-        gathering = offer_gathering(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
+        gathering = offer_scattered(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
         if gathering is not None:
             choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
@@ -449,7 +447,7 @@ def attention_forward(
         VALUE_DIM=value_dim,
         BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
-        MAY_GATHER=gathering is not None,
+        SCATTERED_OFFERED=gathering is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
         SPLIT=launch.queries_in_registers and block_d >= 32,
@@ -460,5 +458,5 @@ def attention_forward(
     )
     if lists is not None and gathering is not None:
         common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
-        gather_far_blocks(q, k, v, out, lse, lists, plan, *gathering, **common)
+        attend_scattered(q, k, v, out, lse, lists, plan, *gathering, **common)
     return out.transpose(1, 2), lse

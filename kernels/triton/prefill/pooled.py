@@ -17,7 +17,7 @@ from ..tile_ops import LOWEST_SCORE, online_softmax
 from ..tile_tables import TileLists, TilePlan, TileShape
 from .compress import LEAD_SLOTS, CompressedKeys
 from .select import Constants, PanelScorer, block_keys, list_panel, panel_range, panel_scratch, select_blocks
-from .topk import far_range, pool_scores
+from .topk import pool_scores, scored_range
 
 SHARES = tl.constexpr(8)
 """Shares of a row of scores, every eighth element each: in the layout of a product one thread holds all of a share."""
@@ -110,7 +110,7 @@ def _select_pooled_kernel(
     BN: tl.constexpr,
     RG: tl.constexpr,
     PEAKS: tl.constexpr,
-    HELD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -129,7 +129,7 @@ def _select_pooled_kernel(
     CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
 
     slots_at, dense_at, norms_at, keys_at, marks_at, raw_at = panel_scratch(
-        scratch, num_blocks, T, PANEL, QUERY_BLOCK, RG, HELD, CHUNKS * C, R * RAW
+        scratch, num_blocks, T, PANEL, QUERY_BLOCK, RG, CANDIDATES, CHUNKS * C, R * RAW
     )
     raw_stride = num_blocks * RAW
     columns = tl.arange(0, C)
@@ -167,7 +167,7 @@ def _select_pooled_kernel(
         for piece in range(PIECES):
             piece_rows = piece * PR + tl.arange(0, PR)
             sees_row = tl.minimum(position + piece_rows * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
-            piece_begin, piece_end, _piece_wanted = far_range(
+            piece_begin, piece_end, _piece_wanted = scored_range(
                 piece_rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
             )
             if PARTS == 1:
@@ -237,7 +237,7 @@ def _select_pooled_kernel(
         if not FUSED_POOL:
             for group in range(R // RG):
                 row = group * RG + tl.arange(0, RG)
-                row_begin, row_end, _row_wanted = far_range(
+                row_begin, row_end, _row_wanted = scored_range(
                     row, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
                 )
                 pool_scores(
@@ -247,7 +247,7 @@ def _select_pooled_kernel(
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,
-            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, HELD, FETCHED, LISTED,
+            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED,
         )  # fmt: skip
         tl.debug_barrier()
 

@@ -21,7 +21,7 @@ from ...geometry import BlockGeometry
 from ..configs import SelectionConfig, config_for
 from ..launch import multiprocessors, precision
 from ..tile_tables import TileLists, TilePlan, TileShape, load_panel
-from .topk import LANES, SLOTS, below, bound_keys, cut_keys, far_range, gather_keys, mark_blocks, write_lists
+from .topk import LANES, SLOTS, below, bound_keys, compact_keys, cut_keys, mark_blocks, scored_range, write_lists
 
 FETCHED_KEYS = 128
 """Pieces of rows, of 32 keys each, that one step of a scan over keys fetches: they take 32 registers of a thread."""
@@ -61,7 +61,7 @@ def panel_scratch(
     PANEL: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     RG: tl.constexpr,
-    HELD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     FIXED: tl.constexpr,
     PER_BLOCK: tl.constexpr,
 ):
@@ -75,10 +75,10 @@ def panel_scratch(
     MASK: tl.constexpr = tl.int64 if T == 64 else tl.int32
     words: tl.constexpr = R + PER_BLOCK + MARKED * (MASK.primitive_bitwidth // 32)
     blocks_wide = tl.cast(num_blocks, tl.int64)
-    span = blocks_wide * words + (RG * (SLOTS + HELD) * LANES * 2 + FIXED)
+    span = blocks_wide * words + (RG * (SLOTS + CANDIDATES) * LANES * 2 + FIXED)
     slots_at = (scratch + tl.program_id(0) * span).to(tl.pointer_type(tl.int64))
     dense_at = slots_at + RG * SLOTS * LANES
-    fixed_at = (dense_at + RG * HELD * LANES).to(tl.pointer_type(tl.float32))
+    fixed_at = (dense_at + RG * CANDIDATES * LANES).to(tl.pointer_type(tl.float32))
     keys_at = (fixed_at + FIXED).to(tl.pointer_type(tl.int32))
     marks_at = (keys_at + blocks_wide * R).to(tl.pointer_type(MASK))
     per_block_at = (marks_at + blocks_wide * MARKED).to(tl.pointer_type(tl.float32))
@@ -109,22 +109,22 @@ def panel_range(
     batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, panel)
     end = tl.where(length < dense_len, 0, end)
     there = (rows * QUERY_BLOCK < end) & ((rows + 1) * QUERY_BLOCK > begin)
-    far_begin, far_end, wanted = far_range(
+    scored_begin, scored_end, wanted = scored_range(
         rows, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
     )
-    scored = tl.max(far_end - far_begin - wanted, 0) > 0
-    low = tl.where(scored, tl.min(tl.where(there, far_begin, 2147483647), 0), INIT)
-    high = tl.where(scored, tl.max(far_end, 0), INIT)
+    scored = tl.max(scored_end - scored_begin - wanted, 0) > 0
+    low = tl.where(scored, tl.min(tl.where(there, scored_begin, 2147483647), 0), INIT)
+    high = tl.where(scored, tl.max(scored_end, 0), INIT)
     return batch, query, begin, end, position, key_begin, length, scored, low, high
 
 
 @triton.jit
-def block_keys(scores, block, far_begin, far_end, HAS_WINDOW: tl.constexpr):
+def block_keys(scores, block, scored_begin, scored_end, HAS_WINDOW: tl.constexpr):
     """Scores as integers that order as they do: 0 for a negative score (no visible key), -1 for no far block."""
     keys = tl.where(scores >= 0.0, scores.to(tl.int32, bitcast=True) + 1, 0)
-    candidate = block < far_end
+    candidate = block < scored_end
     if HAS_WINDOW:
-        candidate = candidate & (block >= far_begin)
+        candidate = candidate & (block >= scored_begin)
     return tl.where(candidate, keys, -1)
 
 
@@ -160,7 +160,7 @@ def list_panel(
     HAS_WINDOW: tl.constexpr,
     RG: tl.constexpr,
     PEAKS: tl.constexpr,
-    HELD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
 ):
@@ -179,13 +179,13 @@ def list_panel(
     for group in range(R // RG):
         line = (group * RG + tl.arange(0, RG))[:, None]
         rows_at = keys_at + line * num_blocks
-        _line_begin, _line_end, line_wanted = far_range(
+        _line_begin, _line_end, line_wanted = scored_range(
             line + tl.zeros([RG, LANES], tl.int32), position, begin, end, length, window,
             QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW,
         )  # fmt: skip
         bound, top = bound_keys(rows_at, line_wanted, low, high, RG, PEAKS)
-        keys, blocks, rest = gather_keys(rows_at, slots_at, dense_at, bound, low, high, RG, HELD, FETCHED)
-        cut, equals = cut_keys(keys, rows_at, line_wanted, bound, top, rest, high, RG, HELD)
+        keys, blocks, rest = compact_keys(rows_at, slots_at, dense_at, bound, low, high, RG, CANDIDATES, FETCHED)
+        cut, equals = cut_keys(keys, rows_at, line_wanted, bound, top, rest, high, RG, CANDIDATES)
         if SHARED:
             bits = tl.full([RG, LANES], 1, MASK)
             row_marks = marks_at + line * 0
@@ -195,7 +195,7 @@ def list_panel(
                 [RG, LANES], MASK
             )
             row_marks = marks_at + (line_token // T).to(tl.int64) * num_blocks
-        mark_blocks(row_marks, bits, keys, blocks, rows_at, cut, equals, rest, high, RG, HELD)
+        mark_blocks(row_marks, bits, keys, blocks, rows_at, cut, equals, rest, high, RG, CANDIDATES)
     tl.debug_barrier()
     for pair in range(TILES // K):
         tile = pair * K + tl.arange(0, K)[:, None]
@@ -248,7 +248,7 @@ def selection_constants(
         "HAS_WINDOW": has_window,
         "RG": rows,
         "PEAKS": max(fetched, 4 if budget <= 48 else 8),
-        "HELD": min(8, triton.cdiv(budget + budget // 4 + 32, 32)),
+        "CANDIDATES": min(8, triton.cdiv(budget + budget // 4 + 32, 32)),
         "FETCHED": fetched,
         "LISTED": 512 if shape.tokens < 64 else 256,
     }
@@ -311,7 +311,7 @@ def select_blocks(
     programs = multiprocessors(q.device) * config.programs
     blocks = (g.num_blocks(length_k) + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
     marks = (1 if g.query_block > shape.tokens else shape.tiles) * (2 if shape.tokens == 64 else 1)
-    candidates = constants["RG"] * (SLOTS.value + constants["HELD"]) * LANES.value * 2
+    candidates = constants["RG"] * (SLOTS.value + constants["CANDIDATES"]) * LANES.value * 2
     scratch = torch.empty(
         programs * (blocks * (rows + marks + per_block) + candidates + fixed), dtype=torch.int32, device=q.device
     )

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kernel, _transpose_kernel
+from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kernel, _invert_kernel
 from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
 from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
@@ -20,7 +20,7 @@ from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kern
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
 from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
 from infllm_pass.kernels.triton.prefill.pooled import POOLED, _select_pooled_kernel
-from infllm_pass.kernels.triton.prefill.scattered.persistent import _gather_kernel, gather_constants
+from infllm_pass.kernels.triton.prefill.scattered.persistent import _scattered_kernel, scattered_constants
 from infllm_pass.kernels.triton.prefill.select import selection_constants
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from tests.support.triton_device import INTERPRETED
@@ -121,14 +121,14 @@ def tile_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
         "VALUE_DIM": variant.value_dim,
         "BLOCK_DV": max(16, triton.next_power_of_2(variant.value_dim)),
         "HAS_LISTS": variant.lists,
-        "MAY_GATHER": variant.lists and variant.group <= 8,
+        "SCATTERED_OFFERED": variant.lists and variant.group <= 8,
         "INIT_BLOCKS": 1,
         "LOCAL_BLOCKS": 32,
-        "far_gathered": torch.int32,
+        "is_scattered": torch.int32,
         "HAS_WINDOW": variant.window,
         "HAS_KEY_MASK": variant.key_mask,
         "SPLIT": launch.queries_in_registers,
-        "HELD": launch.queries_in_registers,
+        "QUERIES_IN_REGISTERS": launch.queries_in_registers,
         "PRECISION": "ieee",
         "ROWS": 32,
     }
@@ -162,7 +162,7 @@ def key_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
         "num_units",
         "num_blocks",
         "num_tiles",
-        "tiles_per_walk",
+        "tiles_per_part",
         "capacity",
         "bound",
         "limit",
@@ -225,7 +225,7 @@ KERNELS = [
     Kernel(_query_gradient_kernel, "query_gradient", ATTENTION),
     Kernel(_output_delta_kernel, "output_delta", [Variant()]),
     Kernel(_block_table_kernel, "block_table", [Variant(window=True)], key_arguments),
-    Kernel(_transpose_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
+    Kernel(_invert_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
     Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
     Kernel(_key_gradients_kernel, "key_gradients", ATTENTION, key_arguments),
     Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True)], key_arguments),
@@ -331,7 +331,7 @@ def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
     geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
     shape = TileShape.choose(variant.group)
     window = 4096 if variant.window else None
-    constants = gather_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
+    constants = scattered_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
     known = {
         **tile_arguments(variant, launch),
         **dict.fromkeys(("state", "scratch"), torch.int32),
@@ -340,10 +340,10 @@ def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
         **dict.fromkeys(("num_tiles", "num_blocks", "chunk_tiles", "ranges", "heads"), "i32"),
         **constants,
     }
-    arguments = {name: known.get(name, "i32:16") for name in _gather_kernel.arg_names}
+    arguments = {name: known.get(name, "i32:16") for name in _scattered_kernel.arg_names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        used = compile_ahead(_gather_kernel, arguments, capability=90, **launch.options)
+        used = compile_ahead(_scattered_kernel, arguments, capability=90, **launch.options)
     for figure, number in used.items():
         record_property(figure, number)
     if variant.dtype != torch.float32:
@@ -360,7 +360,7 @@ def test_the_choice_compiles():
         **dict.fromkeys(("num_tiles", "heads"), "i32"),
         "state": torch.int32,
         "above": "fp32",
-        "FAR": 31,
+        "SCORED": 31,
         "WIDTH": 2048,
     }
     arguments = {name: known[name] for name in _choose_kernel.arg_names}

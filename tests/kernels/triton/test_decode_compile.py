@@ -219,7 +219,7 @@ def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
     Four kernels a site, or, where CUDA graphs record launches that overlap, the operator that launches them.
     """
     torch._dynamo.reset()
-    monkeypatch.setattr(decode_triton, "recording_drops_overlap", lambda *_: True)
+    monkeypatch.setattr(decode_triton, "recording_drops_pdl", lambda *_: True)
     recorder = Recorder()
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
     module = CachedAttention().float()

@@ -31,8 +31,8 @@ def calls(monkeypatch):
         original(*arguments, **named)
         made.append(int(arguments[7][0]))
 
-    original = attention.gather_far_blocks
-    monkeypatch.setattr(attention, "gather_far_blocks", gather)
+    original = attention.attend_scattered
+    monkeypatch.setattr(attention, "attend_scattered", gather)
     with override(scattered=ALWAYS):
         yield made
 
@@ -124,7 +124,7 @@ def test_the_device_chooses(local):
     lists = lists_from_sets(sets[:, None], plan, 20)
     q, _, v = case.inputs()
     with override(scattered=ScatteredConfig()):
-        offered = persistent.offer_gathering(q, v, plan, geometry=case.geometry, length_k=320)
+        offered = persistent.offer_scattered(q, v, plan, geometry=case.geometry, length_k=320)
     assert offered is not None
     choose_variant(*offered, lists, plan, geometry=case.geometry)
     assert int(offered[0][0]) == (0 if local else 1)

@@ -15,7 +15,7 @@ from infllm_pass.kernels.triton.prefill.select import (
     panel_scratch,
     select_blocks,
 )
-from infllm_pass.kernels.triton.prefill.topk import far_range
+from infllm_pass.kernels.triton.prefill.topk import scored_range
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops.decode_cpu import new_state
@@ -59,7 +59,7 @@ def _select_mean_kernel(
     HAS_WINDOW: tl.constexpr,
     RG: tl.constexpr,
     PEAKS: tl.constexpr,
-    HELD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
     STEP: tl.constexpr,
@@ -68,7 +68,7 @@ def _select_mean_kernel(
 ):
     """Scores: the exponential of a query's product with a block's mean key, summed over the heads of a group."""
     slots_at, dense_at, _fixed_at, keys_at, marks_at, _per_block_at = panel_scratch(
-        scratch, num_blocks, T, PANEL, QUERY_BLOCK, RG, HELD, 0, 0
+        scratch, num_blocks, T, PANEL, QUERY_BLOCK, RG, CANDIDATES, 0, 0
     )
     row = tl.arange(0, PANEL)
     columns = tl.arange(0, PANEL * GP)
@@ -80,7 +80,7 @@ def _select_mean_kernel(
         batch, query, begin, end, position, _key_begin, length, scored, low, high = panel_range(
             panels, panel, dense_len, window, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
         )
-        far_begin, far_end, _wanted = far_range(
+        scored_begin, scored_end, _wanted = scored_range(
             row, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
         )
         real = (token >= begin) & (token < end) & (member < G)
@@ -93,12 +93,12 @@ def _select_mean_kernel(
             product = tl.dot(mean, turned, input_precision=PRECISION)
             weights = tl.where(real[None, :], tl.exp2(product * scale_log2), 0.0)
             scores = tl.sum(tl.reshape(weights, [STEP, PANEL, GP]), 2)
-            keys = block_keys(scores, block[:, None], far_begin[None, :], far_end[None, :], HAS_WINDOW)
+            keys = block_keys(scores, block[:, None], scored_begin[None, :], scored_end[None, :], HAS_WINDOW)
             tl.store(keys_at + row[None, :] * num_blocks + block[:, None], keys, mask=(block < high)[:, None])
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,
-            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, HELD, FETCHED, LISTED,
+            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED,
         )  # fmt: skip
         tl.debug_barrier()
 

@@ -1,4 +1,7 @@
-"""The queries that chose each key block, for `persistent`: counted, placed and listed by chunks of tiles."""
+"""Block-to-query index of a chunk of tiles: counted, placed and listed by phases of the persistent kernel.
+
+See `backward.block_to_query` for why the gradients build theirs in another way.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ PIECE_END = tl.constexpr(5)
 
 
 @triton.jit
-def _far_tokens(
+def _scored_tokens(
     block,  # [WIDTH]
     bits,  # [WIDTH]
     own,
@@ -63,7 +66,7 @@ def count_queries(
             at = start + tl.arange(0, WIDTH)
             block = tl.load(blocks + row * capacity + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
             bits = tl.load(tokens + row * capacity + at, mask=at < count, other=0)
-            listed = _far_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
+            listed = _scored_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
             number = tl.sum(listed, 1)  # [WIDTH]
             tl.atomic_add(unit_counts + base + block, number, mask=number > 0, sem="relaxed")
             tl.store(owners + base + block, block * 0 + tile // TILES, mask=number > 0)
@@ -124,7 +127,7 @@ def place_blocks(
 def list_queries(
     cursors,
     entries,
-    far_counts,
+    scored_counts,
     panels,
     blocks,
     tokens,
@@ -141,7 +144,7 @@ def list_queries(
     BLOCK_SIZE: tl.constexpr,
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
-    FAR: tl.constexpr,
+    SCORED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """List the queries of some tiles at the blocks that they chose, each as the place of its partial result.
@@ -161,12 +164,12 @@ def list_queries(
             at = start + tl.arange(0, WIDTH)
             block = tl.load(blocks + row * capacity + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
             bits = tl.load(tokens + row * capacity + at, mask=at < count, other=0)
-            listed = _far_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
+            listed = _scored_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
             number = tl.sum(listed, 1)  # [WIDTH]
             place = tl.atomic_add(cursors + base + block, number, mask=number > 0, sem="relaxed")
             place = place[:, None] + tl.cumsum(listed, 1) - listed  # [WIDTH, TOKENS]
             rank = chosen[None, :] + tl.cumsum(listed, 0) - listed
-            slot = tl.where(rank < FAR, local[None, :] * FAR + rank, -1)
+            slot = tl.where(rank < SCORED, local[None, :] * SCORED + rank, -1)
             tl.store(entries + place, slot, mask=(listed != 0) & (place < bound))
             chosen += tl.sum(listed, 0)
-        tl.store(far_counts + local, tl.minimum(chosen, FAR))
+        tl.store(scored_counts + local, tl.minimum(chosen, SCORED))

@@ -1,15 +1,15 @@
-"""Attention over scattered selections: for each key block, the queries that chose it are gathered.
+"""Persistent kernel for scattered selections: attention to the scored blocks, block by block.
 
-Neighbouring queries that choose different blocks make the tiles of `prefill.attention` visit many blocks for few of
-their tokens. There the tiles visit only what all tokens visit by rule, and one kernel of persistent programs does the
-rest, block by block: keys and values of a block stay put while the queries that chose it pass, 64 rows a step. The
-result of a query over one block is stored with its log-sum-exp at a place that the query and the block's rank among
-the query's blocks fix, and then merged with the others and with what the tile wrote: every run gives the same bits.
+Where neighbouring queries select different blocks, tiles of `prefill.attention` would visit many blocks for few
+tokens each. They then visit the forced blocks only, and this kernel does the rest key-stationary: a block's keys and
+values stay in shared memory while the queries that selected it pass, 64 rows a step. A query's partial result over
+one block is stored with its log-sum-exp in a slot that the query and the block's rank among the query's blocks
+determine, and then merged with the others and with the tile's result in a fixed order: every run gives the same bits.
 
-The partial results of all queries would take gigabytes, so the work is cut into *chunks*, adjacent tiles for one
-key/value head, which go through five phases in a ring of buffers: count the queries of each block, place the blocks,
-list the queries, gather, merge. Programs draw the items of all chunks and phases from one sequence and wait only for
-items drawn before their own, which some program is at work on already: they cannot wait for each other in a circle.
+The partial results of all queries would take gigabytes, so the work is cut into *chunks*, adjacent tiles of one
+key/value head, which pass through five phases over a ring of buffers: count the queries of each block, place the
+blocks, list the queries, attend, merge. Programs draw the items of all chunks and phases from one sequence of tickets
+and wait only for items with earlier tickets, which a program holds already, so they cannot deadlock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...launch import fixed_token_stride, multiprocessors, precision, wrap_trito
 from ...tile_ops import LOG2_E, UNBOUNDED
 from ...tile_tables import TileLists, TilePlan, TileShape
 from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
-from .partials import MERGED_ROWS, gather_pieces, merge_queries
+from .partials import MERGED_ROWS, attend_pieces, merge_queries
 
 _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
@@ -44,7 +44,7 @@ _PHASES = tl.constexpr(5)
 _COUNTED = tl.constexpr(0)
 _PLACED = tl.constexpr(1)
 _LISTED = tl.constexpr(2)
-_GATHERED = tl.constexpr(3)
+_ATTENDED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
 _DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
 _PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
@@ -73,7 +73,7 @@ def _await_items(counter, number):
         "window",
     ]
 )
-def _gather_kernel(
+def _scattered_kernel(
     q,
     k,
     v,
@@ -124,8 +124,8 @@ def _gather_kernel(
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    FAR: tl.constexpr,
-    PADDED_FAR: tl.constexpr,
+    SCORED: tl.constexpr,
+    PADDED_SCORED: tl.constexpr,
     PIECE: tl.constexpr,
     WIDTH: tl.constexpr,
     SMALL_RING: tl.constexpr,
@@ -142,7 +142,7 @@ def _gather_kernel(
     if V_TOKEN_STRIDE > 0:
         v_token_stride = V_TOKEN_STRIDE
     chunks = ranges * heads
-    bound = chunk_tiles * TOKENS * FAR  # entries of a chunk
+    bound = chunk_tiles * TOKENS * SCORED  # entries of a chunk
     most_pieces = num_blocks + bound // PIECE
     count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
     list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
@@ -160,7 +160,7 @@ def _gather_kernel(
         rest = item - (1 + list_items + count_items)
         busy = rest >= 0
         phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
-        phase = tl.where(busy, tl.where(rest % 2 == 0, _MERGED, _GATHERED), phase)
+        phase = tl.where(busy, tl.where(rest % 2 == 0, _MERGED, _ATTENDED), phase)
         item = tl.where(busy, rest // 2, tl.where(item <= list_items, item - 1, item - 1 - list_items))
         delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
         chunk -= delay
@@ -171,13 +171,13 @@ def _gather_kernel(
             small = chunk % SMALL_RING
             unit_counts = done + chunks * _PHASES + small * num_blocks
             lists = scratch + small.to(tl.int64) * (
-                1 + num_blocks * 2 + most_pieces * PIECE_WIDTH + bound + bound // FAR
+                1 + num_blocks * 2 + most_pieces * PIECE_WIDTH + bound + bound // SCORED
             )
             owners = lists + 1
             cursors = owners + num_blocks
             work = cursors + num_blocks
             entries = work + most_pieces * PIECE_WIDTH
-            far_counts = entries + bound
+            scored_counts = entries + bound
             pool_slot = (chunk % POOL_RING).to(tl.int64) * bound * GROUP
             mine = done + chunk * _PHASES
             if phase == _COUNTED:
@@ -225,7 +225,7 @@ def _gather_kernel(
                 list_queries(
                     cursors,
                     entries,
-                    far_counts,
+                    scored_counts,
                     panels,
                     blocks,
                     tokens,
@@ -242,10 +242,10 @@ def _gather_kernel(
                     BLOCK_SIZE,
                     INIT_BLOCKS,
                     LOCAL_BLOCKS,
-                    FAR,
+                    SCORED,
                     WIDTH,
                 )
-            elif phase == _GATHERED:
+            elif phase == _ATTENDED:
                 _await_items(mine + _LISTED, list_items)
                 if chunk >= POOL_RING:
                     _await_items(mine - POOL_RING * _PHASES + _MERGED, merge_items)
@@ -253,7 +253,7 @@ def _gather_kernel(
                 begin = pieces * item // merge_items
                 end = pieces * (item + 1) // merge_items
                 if begin < end:
-                    gather_pieces(
+                    attend_pieces(
                         q,
                         k,
                         v,
@@ -287,20 +287,20 @@ def _gather_kernel(
                         BLOCK_D,
                         VALUE_DIM,
                         BLOCK_DV,
-                        FAR,
+                        SCORED,
                         HAS_WINDOW,
                         HAS_KEY_MASK,
                         PRECISION,
                     )
             else:
-                _await_items(mine + _GATHERED, merge_items)
+                _await_items(mine + _ATTENDED, merge_items)
                 if item * MERGED_ROWS < (last - first) * TOKENS * PADDED_GROUP:
                     merge_queries(
                         out,
                         lse,
                         pool + pool_slot * VALUE_DIM,
                         sums + pool_slot,
-                        far_counts,
+                        scored_counts,
                         panels,
                         first,
                         item,
@@ -316,21 +316,21 @@ def _gather_kernel(
                         TILES,
                         VALUE_DIM,
                         BLOCK_DV,
-                        FAR,
-                        PADDED_FAR,
+                        SCORED,
+                        PADDED_SCORED,
                     )
             tl.debug_barrier()  # all threads have written before one of them says so
             tl.atomic_add(mine + phase, 1, sem="release")
         ticket = tl.atomic_add(state + 1, 1)
 
 
-def far_blocks(geometry: BlockGeometry, has_window: bool) -> int:
+def max_scored_blocks(geometry: BlockGeometry, has_window: bool) -> int:
     """Most blocks that a query visits beyond those visited by rule; a window may drop the initial blocks."""
     forced = geometry.local_blocks + 1 + (0 if has_window else geometry.init_blocks)
     return max(0, geometry.selected_blocks - forced)
 
 
-def offer_gathering(
+def offer_scattered(
     q: Tensor,
     v: Tensor,
     plan: TilePlan,
@@ -339,7 +339,7 @@ def offer_gathering(
     length_k: int,
     window: int | None = None,
 ) -> tuple[Tensor, ScatteredConfig] | None:
-    """What `gather_far_blocks` needs for a call, where it serves such calls.
+    """What `attend_scattered` needs for a call, where it serves such calls.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
@@ -354,7 +354,7 @@ def offer_gathering(
         the far blocks are to be gathered, and its launch.
     """
     shape = plan.shape
-    far = far_blocks(geometry, window is not None)
+    far = max_scored_blocks(geometry, window is not None)
     block_size, padded = geometry.block_size, max(16, triton.next_power_of_2(max(int(q.shape[3]), int(v.shape[3]))))
     launch = optional_config(ScatteredConfig, "scattered", q, padded)
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
@@ -369,7 +369,7 @@ def offer_gathering(
         or block_size * padded * q.element_size() > launch.block_bytes
     ):
         return None
-    launch = launch.as_launched(_gather_kernel)
+    launch = launch.as_launched(_scattered_kernel)
     ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
     num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
     size = _STATE.value + ranges * v.shape[1] * _PHASES.value + _SMALL_RING * num_blocks
@@ -383,11 +383,11 @@ def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: Scatter
     return tiles
 
 
-def gather_constants(
+def scattered_constants(
     shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: ScatteredConfig
 ) -> dict[str, int | bool]:
     """The sizes for which the kernel is compiled, by their names."""
-    far = far_blocks(geometry, has_window)
+    far = max_scored_blocks(geometry, has_window)
     return {
         "GROUP": shape.group,
         "PADDED_GROUP": shape.padded_group,
@@ -401,8 +401,8 @@ def gather_constants(
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
         "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
-        "FAR": far,
-        "PADDED_FAR": triton.next_power_of_2(far),
+        "SCORED": far,
+        "PADDED_SCORED": triton.next_power_of_2(far),
         "PIECE": _PIECE,
         "WIDTH": max(32, min(128, 2048 // shape.tokens)),
         "SMALL_RING": _SMALL_RING,
@@ -411,7 +411,7 @@ def gather_constants(
     }
 
 
-def gather_far_blocks(
+def attend_scattered(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -437,8 +437,8 @@ def gather_far_blocks(
         lse: float32 ``[B, Hq, Lq]``: its log-sum-exp; changed.
         lists: the selection.
         plan: the tiles.
-        state: from `offer_gathering`, its first number decided; changed.
-        launch: from `offer_gathering`.
+        state: from `offer_scattered`, its first number decided; changed.
+        launch: from `offer_scattered`.
         geometry: the block geometry.
         scale: softmax scale, positive.
         key_mask: bool ``[B, Lk]``, True where a key is valid.
@@ -446,7 +446,7 @@ def gather_far_blocks(
     """
     batch, heads, length_k = k.shape[:3]
     shape, dim, value_dim = plan.shape, int(k.shape[3]), int(v.shape[3])
-    far = far_blocks(geometry, window is not None)
+    far = max_scored_blocks(geometry, window is not None)
     chunk_tiles = _chunk_tiles(q, v, plan, far, launch)
     num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
     entries = chunk_tiles * shape.tokens * far
@@ -454,7 +454,7 @@ def gather_far_blocks(
     small = (
         1 + num_blocks * 2 + (num_blocks + entries // _PIECE) * PIECE_WIDTH.value + entries + chunk_tiles * shape.tokens
     )
-    wrap_triton(_gather_kernel)[(launch.programs * multiprocessors(q.device),)](
+    wrap_triton(_scattered_kernel)[(launch.programs * multiprocessors(q.device),)](
         q,
         k,
         v,
@@ -487,7 +487,7 @@ def gather_far_blocks(
         heads,
         UNBOUNDED if window is None else window,
         scale * LOG2_E,
-        **gather_constants(shape, geometry, dim, value_dim, window is not None, launch),
+        **scattered_constants(shape, geometry, dim, value_dim, window is not None, launch),
         HAS_KEY_MASK=key_mask is not None,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
