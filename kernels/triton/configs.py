@@ -95,12 +95,12 @@ class SelectionConfig(LaunchConfig):
 
 @dataclass(frozen=True)
 class ScatteredConfig(LaunchConfig):
-    """Key-stationary attention to the far blocks of scattered selections.
+    """Key-stationary attention to the scored blocks of scattered selections.
 
     Attributes:
         programs: persistent programs per multiprocessor.
-        threshold: the kernel runs where tiles visit more far blocks than this share, times the padded group, of those
-            that their tokens select.
+        threshold: the kernel runs where tiles visit more scored blocks than this share, times the padded group, of
+            those that their tokens select.
         pool_bytes: memory for partial results.
         block_bytes: most bytes of one block's keys, or values.
         recorded: as for `LaunchConfig`.

@@ -56,7 +56,7 @@ _SCANNED_BLOCKS = 1024
 """Blocks whose counts one step adds up."""
 
 _SCANNED_PARTS, _COLUMNS = 32, 32
-"""Walks and blocks of one step from counts to places."""
+"""Parts and blocks of one step of the prefix sums."""
 
 # Columns of `BlockQueries.table`. Key and query numbers index the tensors of the batch row.
 BLOCK_BATCH = tl.constexpr(0)
@@ -273,8 +273,8 @@ def invert_selection(
 
     tokens = plan.shape.tokens
     _, heads, capacity = lists.blocks.shape
-    far = torch.sym_min(capacity, max(1, geometry.selected_blocks - geometry.local_blocks - 1))
-    bound = plan.num_tiles * tokens * far
+    scored = torch.sym_min(capacity, max(1, geometry.selected_blocks - geometry.local_blocks - 1))
+    bound = plan.num_tiles * tokens * scored
     queries = torch.empty(heads, bound, dtype=torch.int32, device=device)
     parts = torch.sym_min(max(1, programs // heads), plan.num_tiles)
 

@@ -16,7 +16,7 @@ from ...geometry import BlockGeometry
 from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
 from ..tile_ops import UNBOUNDED, mask_scores
-from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan
+from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan, padded_dim
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, invert_selection
 from .split_work import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
 
@@ -313,12 +313,9 @@ def key_gradients(
         slot_size=block_size * (dim + dim_v),
         pool_bytes=pool_bytes,
     )
-    padded = max(16, triton.next_power_of_2(dim))
-    padded_v = max(16, triton.next_power_of_2(dim_v))
-    launch = config_for(LaunchConfig, "key_gradients", k, max(padded, padded_v))
+    launch = config_for(LaunchConfig, "key_gradients", k, padded_dim(max(dim, dim_v)))
     tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
-    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     wrap_triton(_key_gradients_kernel)[((pieces.limit + num_units) * (block_size // keys),)](
         grad_out,
         q,
@@ -340,7 +337,7 @@ def key_gradients(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *mask_strides,
+        *((0, 0) if key_mask is None else key_mask.stride()),
         heads,
         length_q,
         length_k,
@@ -356,8 +353,8 @@ def key_gradients(
         TOKENS=launch.rows // tile_heads,
         DIM=dim,
         DIM_V=dim_v,
-        PADDED=padded,
-        PADDED_V=padded_v,
+        PADDED=padded_dim(dim),
+        PADDED_V=padded_dim(dim_v),
         BLOCK_SIZE=block_size,
         KEYS=keys,
         QUERY_BLOCK=geometry.query_block,

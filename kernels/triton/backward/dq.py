@@ -27,7 +27,7 @@ from ..tile_ops import (
     row_addresses,
     row_mask,
 )
-from ..tile_tables import TileLists, TilePlan
+from ..tile_tables import TileLists, TilePlan, padded_dim
 
 _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
@@ -420,8 +420,7 @@ def query_gradient(
     heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
     grad_q = (q.new_empty if every_query else q.new_zeros)((batch, heads_q, length_q, dim))
     shape = plan.shape
-    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    launch = config_for(LaunchConfig, "query_gradient", q, max(block_d, block_dv))
+    launch = config_for(LaunchConfig, "query_gradient", q, padded_dim(max(dim, value_dim)))
     parts = shape.tokens * shape.padded_group // launch.rows
     wrap_triton(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
         grad_out,
@@ -442,25 +441,15 @@ def query_gradient(
         *v.stride()[:3],
         *grad_q.stride()[:3],
         *lse.stride()[:2],
-        0 if key_mask is None else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *((0, 0) if key_mask is None else key_mask.stride()),
         0 if lists is None else lists.blocks.stride(1),
         dense_len,
         UNBOUNDED if window is None else window,
         scale,
         scale * LOG2_E,
         LOG2_E,
-        GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TOKENS=shape.tokens,
-        TILES=shape.tiles,
-        BLOCK_M=launch.rows,
-        BLOCK_SIZE=geometry.block_size,
+        **shape.constants(geometry, dim, value_dim, launch.rows),
         BLOCK_N=launch.step_keys(geometry.block_size),
-        HEAD_DIM=dim,
-        BLOCK_D=block_d,
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,

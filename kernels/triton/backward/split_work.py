@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import wrap_triton
-from ..tile_tables import TABLE_COLUMNS
+from ..tile_tables import TABLE_COLUMNS, padded_dim
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_RUN, BlockQueries
 
 POOL_BYTES = 1 << 26
@@ -235,8 +235,8 @@ def add_pieces(
         lists.table.shape[0] * heads,
         DIM=dim,
         DIM_V=dim_v,
-        PADDED=max(16, triton.next_power_of_2(dim)),
-        PADDED_V=max(16, triton.next_power_of_2(dim_v)),
+        PADDED=padded_dim(dim),
+        PADDED_V=padded_dim(dim_v),
         BLOCK_SIZE=block_size,
         KEYS=_REDUCED_KEYS,
         HAS_MASK=key_mask is not None,

@@ -17,8 +17,8 @@ from ..configs import DecodeConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
 from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, mask_scores, online_softmax
+from ..tile_tables import padded_dim
 from .rows import (
-    LEAST_COLUMNS,
     DecodeRows,
     DecodeShape,
     clip_row,
@@ -247,7 +247,7 @@ def decode_attend(
     g = geometry
     batch, heads, capacity = k.shape[:3]
     heads_q, dim, value_dim = int(q.shape[1]), int(q.shape[3]), int(v.shape[3])
-    padded, padded_value = (max(LEAST_COLUMNS, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    padded, padded_value = (padded_dim(size) for size in (dim, value_dim))
     shape = DecodeShape.choose(heads_q // int(heads), int(q.shape[2]), g.query_block, q.element_size())
     launch = config_for(DecodeConfig, "decode", q, max(padded, padded_value))
     programs = batch * heads * shape.tiles

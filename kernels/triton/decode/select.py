@@ -16,9 +16,9 @@ from ..configs import DecodeConfig, config_for
 from ..launch import precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
 from ..tile_ops import LOG2_E, LOWEST_SCORE, UNBOUNDED, online_softmax
+from ..tile_tables import padded_dim
 from .compress import decode_compress_kernel, load_columns
 from .rows import (
-    LEAST_COLUMNS,
     DecodeRows,
     DecodeShape,
     DecodeState,
@@ -229,7 +229,7 @@ def decode_select(
     """
     g = geometry
     batch, heads, capacity = k.shape[:3]
-    dim, padded = int(q.shape[3]), max(LEAST_COLUMNS, triton.next_power_of_2(int(q.shape[3])))
+    dim, padded = int(q.shape[3]), padded_dim(int(q.shape[3]))
     shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block, q.element_size())
     launch = config_for(DecodeConfig, "decode", q, padded)
     exact = g.lse == "exact"

@@ -66,8 +66,8 @@ def list_chosen(
     """Write the ``taken`` blocks of ``[begin, end)`` with the highest keys, of equal ones the lower."""
     place = tl.arange(0, RANKED)
     # Those of more blocks than fit are loaded again each time.
-    held = tl.load(keys_row + begin + place, mask=begin + place < end, other=-1)
-    top = tl.max(held, 0)
+    first_keys = tl.load(keys_row + begin + place, mask=begin + place < end, other=-1)
+    top = tl.max(first_keys, 0)
     for first in range(begin + RANKED, end, RANKED):
         more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
         top = tl.maximum(top, tl.max(more, 0))
@@ -80,7 +80,7 @@ def list_chosen(
     while (most - least > 1) & (reached != taken):
         low, high = _next_bounds(least, most, span)
         span = tl.minimum(16 * span, 1 << 28)
-        counts = _count_reaching(held, low, high)
+        counts = _count_reaching(first_keys, low, high)
         for first in range(begin + RANKED, end, RANKED):
             more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
             counts += _count_reaching(more, low, high)

@@ -34,7 +34,7 @@ from ..tile_ops import (
     row_mask,
     softmax_weights,
 )
-from ..tile_tables import TileLists, TilePlan
+from ..tile_tables import TileLists, TilePlan, padded_dim
 from .choose import choose_variant
 from .scattered.persistent import attend_scattered, offer_scattered
 
@@ -345,15 +345,14 @@ def _attention_forward_kernel(
 
 
 def recording_drops_maxnreg(q: Tensor, v: Tensor) -> bool:
-    """Whether a compiler is recording launches and would drop options of the forward's configuration."""
+    """Whether a compiler is recording launches and would drop the forward's ``maxnreg``."""
     launch = _launch(q, v)
     return launch.as_launched(_attention_forward_kernel) is not launch
 
 
 def _launch(q: Tensor, v: Tensor) -> LaunchConfig:
     """The configuration of the forward."""
-    sizes = (max(16, triton.next_power_of_2(int(x.shape[3]))) for x in (q, v))
-    return config_for(LaunchConfig, "attention_forward", q, max(sizes))
+    return config_for(LaunchConfig, "attention_forward", q, padded_dim(max(int(x.shape[3]) for x in (q, v))))
 
 
 def attention_forward(
@@ -399,14 +398,13 @@ def attention_forward(
         out = q.new_zeros(out_shape)
         lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
     shape = plan.shape
-    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = _launch(q, v).as_launched(_attention_forward_kernel)
     parts = shape.tokens * shape.padded_group // launch.rows
-    gathering = None
+    offered = None
     if lists is not None:
-        gathering = offer_scattered(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
-        if gathering is not None:
-            choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
+        offered = offer_scattered(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
+        if offered is not None:
+            choose_variant(*offered, lists, plan, geometry=geometry, window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,
@@ -418,45 +416,34 @@ def attention_forward(
         plan.panels if lists is None else lists.tokens,
         plan.panels if lists is None else lists.counts,
         plan.panels if key_mask is None else key_mask,
-        plan.panels if gathering is None else gathering[0],
+        plan.panels if offered is None else offered[0],
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         out.stride(0),
         out.stride(2),
         out.stride(1),
-        lse.stride(0),
-        lse.stride(1),
-        0 if key_mask is None else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *lse.stride()[:2],
+        *((0, 0) if key_mask is None else key_mask.stride()),
         0 if lists is None else lists.blocks.stride(1),
         dense_len,
         UNBOUNDED if window is None else window,
         scale * LOG2_E,
-        GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TOKENS=shape.tokens,
-        TILES=shape.tiles,
-        BLOCK_M=launch.rows,
-        BLOCK_SIZE=geometry.block_size,
+        **shape.constants(geometry, dim, value_dim, launch.rows),
         BLOCK_N=launch.step_keys(geometry.block_size),
         INIT_BLOCKS=geometry.init_blocks,
         LOCAL_BLOCKS=geometry.local_blocks,
-        HEAD_DIM=dim,
-        BLOCK_D=block_d,
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
-        SCATTERED_OFFERED=gathering is not None,
+        SCATTERED_OFFERED=offered is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        SPLIT=launch.queries_in_registers and block_d >= 32,
+        SPLIT=launch.queries_in_registers and padded_dim(dim) >= 32,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),
         **launch.options,
     )
-    if lists is not None and gathering is not None:
+    if lists is not None and offered is not None:
         common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
-        attend_scattered(q, k, v, out, lse, lists, plan, *gathering, **common)
+        attend_scattered(q, k, v, out, lse, lists, plan, *offered, **common)
     return out.transpose(1, 2), lse

@@ -48,9 +48,9 @@ def _choose_kernel(
         end = tl.minimum(tl.load(row + PANEL_END, mask=ok, other=0) - skip, TOKENS)
         position = tl.load(row + PANEL_POSITION, mask=ok, other=0) + skip
         forced, _, _, _ = forced_visits(position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS)
-        far = tl.minimum(tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS - INIT_BLOCKS, 0), SCORED)
+        scored = tl.minimum(tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS - INIT_BLOCKS, 0), SCORED)
         visits += tl.where(ok, tl.maximum(count - forced, 0), 0)
-        wanted += tl.where(ok, (end - begin) * far, 0)
+        wanted += tl.where(ok, (end - begin) * scored, 0)
     scattered = tl.sum(visits, 0).to(tl.float32) > tl.sum(wanted, 0).to(tl.float32) * tl.cast(above, tl.float32)
     tl.store(state, scattered.to(tl.int32))
 
@@ -64,10 +64,10 @@ def choose_variant(
     geometry: BlockGeometry,
     window: int | None = None,
 ) -> None:
-    """Decide on the device whether gathering beats the union of a tile's blocks.
+    """Decide on the device whether key-stationary attention beats the union of a tile's blocks.
 
     Args:
-        state: from `offer_scattered`; its first number becomes 1 where far blocks are to be gathered, else 0.
+        state: from `offer_scattered`; its first number becomes 1 where `attend_scattered` is to run, else 0.
         launch: from it, too.
         lists: the selection.
         plan: the tiles.

@@ -126,7 +126,7 @@ def _select_pooled_kernel(
     OVERLAP: tl.constexpr = KERNEL // STRIDE - 1  # windows of earlier blocks that reach into a block
     RAW: tl.constexpr = 0 if FUSED_POOL else RATIO
     EARLY: tl.constexpr = 1 if OVERLAP > 0 else 0
-    CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of far blocks that may lie ahead of a query
+    CHECKED: tl.constexpr = KERNEL - STRIDE > LOCAL * BLOCK  # windows of scored blocks that may lie ahead of a query
 
     slots_at, dense_at, norms_at, keys_at, marks_at, raw_at = panel_scratch(
         scratch, num_blocks, T, PANEL, QUERY_BLOCK, RG, CANDIDATES, CHUNKS * C, R * RAW

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...geometry import BlockGeometry
 from ..configs import SelectionConfig, config_for
 from ..launch import multiprocessors, precision
-from ..tile_tables import TileLists, TilePlan, TileShape, load_panel
+from ..tile_tables import TileLists, TilePlan, TileShape, load_panel, padded_dim
 from .topk import LANES, SLOTS, below, bound_keys, compact_keys, cut_keys, mark_blocks, scored_range, write_lists
 
 FETCHED_KEYS = 128
@@ -36,7 +36,7 @@ Constants = dict[str, int | bool]
 class PanelScorer:
     """A block scorer as block selection runs it.
 
-    Its kernel's programs loop over panels and heads: `panel_range`, then a key (`block_keys`) for every row and far
+    Its kernel's programs loop over panels and heads: `panel_range`, then a key (`block_keys`) for every row and scored
     block at ``keys_at`` of `panel_scratch`, then `list_panel`. The kernel takes q, the state's tensors, the panels,
     scratch, the tensors of `TileLists`, the strides of q, ``scale_log2``, the number of panels and of key/value heads,
     the slots of each state tensor, the row length of scratch, the lists' capacity, dense_len and window; its constants
@@ -65,8 +65,8 @@ def panel_scratch(
     FIXED: tl.constexpr,
     PER_BLOCK: tl.constexpr,
 ):
-    """Scratch of this program: candidates as lanes find them and side by side, 64 bits each, FIXED words of the scorer,
-    keys ``[R, num_blocks]``, marks ``[MARKED, num_blocks]`` and PER_BLOCK words a block of the scorer.
+    """Scratch of this program: candidates by lane and compacted, 64 bits each, FIXED words of the scorer, keys
+    ``[R, num_blocks]``, marks ``[MARKED, num_blocks]`` and PER_BLOCK words a block of the scorer.
 
     What has a fixed size comes first: one register then addresses all of it.
     """
@@ -99,7 +99,7 @@ def panel_range(
     BUDGET: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """A panel's row of the table, whether some query leaves blocks out, and the far blocks of all as a range.
+    """A panel's row of the table, whether some query leaves blocks out, and the range of all scored blocks.
 
     Panels without a choice to make get an empty range, and run through the same loops with nothing to do in them: a
     branch around the products lets the assembler of Triton 3.6 reuse matrix descriptors that only the other arm has
@@ -120,7 +120,7 @@ def panel_range(
 
 @triton.jit
 def block_keys(scores, block, scored_begin, scored_end, HAS_WINDOW: tl.constexpr):
-    """Scores as integers that order as they do: 0 for a negative score (no visible key), -1 for no far block."""
+    """Scores as integers that order as they do: 0 for a negative score (no visible key), -1 for no scored block."""
     keys = tl.where(scores >= 0.0, scores.to(tl.int32, bitcast=True) + 1, 0)
     candidate = block < scored_end
     if HAS_WINDOW:
@@ -164,7 +164,7 @@ def list_panel(
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Rank the panel's far blocks ``[low, high)`` by their keys, row by row, and write the lists of its tiles."""
+    """Rank the panel's scored blocks ``[low, high)`` by their keys, row by row, and write the lists of its tiles."""
     R: tl.constexpr = PANEL // QUERY_BLOCK
     TILES: tl.constexpr = PANEL // T
     SHARED: tl.constexpr = QUERY_BLOCK > T  # one row for all tiles of the panel
@@ -237,7 +237,7 @@ def selection_constants(
         "G": shape.group,
         "GP": shape.padded_group,
         "D": dim,
-        "DP": max(16, triton.next_power_of_2(dim)),
+        "DP": padded_dim(dim),
         "T": shape.tokens,
         "PANEL": shape.panel_tokens,
         "QUERY_BLOCK": g.query_block,
@@ -256,9 +256,9 @@ def selection_constants(
 
 def list_capacity(plan: TilePlan, geometry: BlockGeometry, length_k: int) -> int:
     """Entries that the list of one tile can need: blocks that its tokens visit, or all that exist."""
-    far = plan.shape.tokens * (geometry.selected_blocks - geometry.local_blocks - 1)
+    scored = plan.shape.tokens * (geometry.selected_blocks - geometry.local_blocks - 1)
     spread = (plan.shape.tokens + geometry.query_block - 2) // geometry.block_size + 1  # blocks that tokens stand in
-    blocks = torch.sym_min(far + geometry.local_blocks + 1 + spread, geometry.num_blocks(length_k))
+    blocks = torch.sym_min(scored + geometry.local_blocks + 1 + spread, geometry.num_blocks(length_k))
     return torch.sym_max(blocks, 1)
 
 
@@ -304,7 +304,7 @@ def select_blocks(
     list_tokens = torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device)
     list_counts = torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device)
     rows = shape.panel_tokens // g.query_block
-    config = config_for(SelectionConfig, "select", q, max(16, triton.next_power_of_2(dim))).for_panel(rows)
+    config = config_for(SelectionConfig, "select", q, padded_dim(dim)).for_panel(rows)
     constants = selection_constants(shape, g, dim, window is not None, config)
     constants |= scorer.constants(shape, g, config)
     fixed, per_block = scorer.scratch(constants)

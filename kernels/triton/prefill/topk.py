@@ -187,7 +187,7 @@ def compact_keys(
 
 @triton.jit
 def count_row(keys, rows_at, least, rest, high, CANDIDATES: tl.constexpr):
-    """Per row how many keys reach `least`: those held, and those of blocks ``[rest, high)``."""
+    """Per row how many keys reach `least`: those in registers, and those of blocks ``[rest, high)``."""
     count = count_keys(keys, least, CANDIDATES)
     for start in range(rest, high, PIECES_AT_ONCE * LANES):
         count += count_keys(fetch_keys(rows_at, start, high, PIECES_AT_ONCE), least, PIECES_AT_ONCE)
@@ -206,7 +206,7 @@ def extent_of_keys(keys, least, most, lowest, highest, COUNT: tl.constexpr):
 
 @triton.jit
 def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, CANDIDATES: tl.constexpr):
-    """Per row a key that exactly `wanted` keys reach; where equal keys forbid that, the smallest key wanted, and how
+    """Per row a threshold that exactly `wanted` keys reach; with ties, the smallest key wanted, and how
     many of its equals are.
     """
     most = top
@@ -303,7 +303,7 @@ def write_lists(
     HAS_WINDOW: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The lists of some tiles: far blocks ``[low, high)`` as marked, and the blocks that every token visits.
+    """The lists of some tiles: scored blocks ``[low, high)`` as marked, and the forced blocks.
 
     Tokens are in the order of their positions, so those that see a block are neighbours, and so are those among them
     that visit it for its nearness: two masks of lower bits bound each.

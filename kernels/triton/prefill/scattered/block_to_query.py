@@ -29,12 +29,12 @@ def _scored_tokens(
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
 ):
-    """Which tokens of a tile chose the blocks of its entries, int32 ``[WIDTH, TOKENS]``: none where all visit one."""
+    """Which tokens of a tile selected the blocks of its entries, int32 ``[WIDTH, TOKENS]``: none for forced blocks."""
     bits = tl.where((block >= INIT_BLOCKS) & (block < own - LOCAL_BLOCKS), bits, 0)
     return ((bits[:, None] >> token[None, :]) & 1).to(tl.int32)
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def count_queries(
     unit_counts,
     owners,
@@ -54,7 +54,7 @@ def count_queries(
     LOCAL_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Add up how many queries of some tiles chose each block, and note a panel of the block's sequence."""
+    """Count the queries of some tiles that selected each block, and note a panel of the block's sequence."""
     token = tl.arange(0, TOKENS)
     for tile in range(begin, end):
         row = head.to(tl.int64) + tile * heads
@@ -72,7 +72,7 @@ def count_queries(
             tl.store(owners + base + block, block * 0 + tile // TILES, mask=number > 0)
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def place_blocks(
     unit_counts,
     owners,
@@ -123,7 +123,7 @@ def place_blocks(
     tl.store(pieces, first)
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def list_queries(
     cursors,
     entries,
@@ -147,7 +147,7 @@ def list_queries(
     SCORED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """List the queries of some tiles at the blocks that they chose, each as the place of its partial result.
+    """List the queries of some tiles under the blocks that they selected, each as the slot of its partial result.
 
     Programs list at the same time, so the order within a block differs from run to run; the places do not.
     """

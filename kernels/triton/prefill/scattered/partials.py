@@ -143,7 +143,7 @@ def attend_pieces(
             entry += ENTRIES
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def merge_queries(
     out,
     lse,
@@ -168,7 +168,7 @@ def merge_queries(
     SCORED: tl.constexpr,
     PADDED_SCORED: tl.constexpr,
 ):
-    """Add what some queries found in their far blocks to what their tile wrote."""
+    """Merge some queries' partial results into what their tile wrote."""
     row = tl.arange(0, MERGED_ROWS)
     local = item * (MERGED_ROWS // PADDED_GROUP) + row // PADDED_GROUP  # [BM], token of the chunk
     group_head = row % PADDED_GROUP

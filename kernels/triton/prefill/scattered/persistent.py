@@ -24,7 +24,7 @@ from ...backward.block_to_query import block_bound
 from ...configs import ScatteredConfig, optional_config
 from ...launch import fixed_token_stride, multiprocessors, precision, wrap_triton
 from ...tile_ops import LOG2_E, UNBOUNDED
-from ...tile_tables import TileLists, TilePlan, TileShape
+from ...tile_tables import TileLists, TilePlan, TileShape, padded_dim
 from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
 from .partials import MERGED_ROWS, attend_pieces, merge_queries
 
@@ -32,12 +32,12 @@ _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
 
 _POOL_RING = 3
-"""Chunks whose partial results exist at a time: one being gathered, one being merged, one between."""
+"""Chunks whose partial results exist at a time: one being attended to, one being merged, one between."""
 
 _PIECE = 256
-"""Most queries of a block that are gathered in one go."""
+"""Most queries of one piece of a block."""
 
-_STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to gather, the next ticket
+_STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to run, the next ticket
 _COUNT_TILES = tl.constexpr(4)  # tiles of one item of counting
 _LIST_TILES = tl.constexpr(2)
 _PHASES = tl.constexpr(5)
@@ -46,13 +46,13 @@ _PLACED = tl.constexpr(1)
 _LISTED = tl.constexpr(2)
 _ATTENDED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
-_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
+_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after attention
 _PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
 
 
 @triton.jit
 def _await_items(counter, number):
-    """Wait until so many items of a phase are done, and see what they wrote."""
+    """Wait until so many items of a phase are done and their writes visible."""
     reached = tl.atomic_add(counter, 0, sem="acquire")
     while reached < number:
         reached = tl.atomic_add(counter, 0, sem="acquire")
@@ -77,7 +77,7 @@ def _scattered_kernel(
     q,
     k,
     v,
-    out,  # [B, Hq, Lq, Dv], holds the attention to the blocks visited by rule
+    out,  # [B, Hq, Lq, Dv], holds the attention to the forced blocks
     lse,
     panels,
     blocks,
@@ -155,7 +155,7 @@ def _scattered_kernel(
         tl.debug_barrier()  # as in _await_items: all threads have read the ticket
         item = ticket % step_items
         chunk = ticket // step_items
-        # In the order of a step: place, list, count; then merge and gather, whose items alternate, as the one moves
+        # In the order of a step: place, list, count; then merge and attend, whose items alternate, as the one moves
         # bytes and the other multiplies.
         rest = item - (1 + list_items + count_items)
         busy = rest >= 0
@@ -325,7 +325,7 @@ def _scattered_kernel(
 
 
 def max_scored_blocks(geometry: BlockGeometry, has_window: bool) -> int:
-    """Most blocks that a query visits beyond those visited by rule; a window may drop the initial blocks."""
+    """Most scored blocks that a query visits; a window may drop the initial ones of the forced blocks."""
     forced = geometry.local_blocks + 1 + (0 if has_window else geometry.init_blocks)
     return max(0, geometry.selected_blocks - forced)
 
@@ -350,18 +350,18 @@ def offer_scattered(
         window: sliding window in keys.
 
     Returns:
-        None where gathering is not offered; else its memory of int32, all 0, whose first number is to become 1 where
-        the far blocks are to be gathered, and its launch.
+        None where the kernel does not serve the call; else its state, int32, all 0, whose first number is to become 1
+        where the kernel is to run, and its configuration.
     """
     shape = plan.shape
-    far = max_scored_blocks(geometry, window is not None)
-    block_size, padded = geometry.block_size, max(16, triton.next_power_of_2(max(int(q.shape[3]), int(v.shape[3]))))
+    scored = max_scored_blocks(geometry, window is not None)
+    block_size, padded = geometry.block_size, padded_dim(max(int(q.shape[3]), int(v.shape[3])))
     launch = optional_config(ScatteredConfig, "scattered", q, padded)
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
     # and a block's keys and values stay in shared memory, each in one piece.
     if (
         launch is None
-        or far == 0
+        or scored == 0
         or geometry.query_block > 1
         or shape.padded_group > 8
         or block_size % shape.tokens
@@ -370,15 +370,15 @@ def offer_scattered(
     ):
         return None
     launch = launch.as_launched(_scattered_kernel)
-    ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
+    ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, scored, launch))
     num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
     size = _STATE.value + ranges * v.shape[1] * _PHASES.value + _SMALL_RING * num_blocks
     return torch.zeros(size, dtype=torch.int32, device=q.device), launch
 
 
-def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: ScatteredConfig) -> int:
+def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, scored: int, launch: ScatteredConfig) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
-    row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
+    row = plan.shape.tokens * scored * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
     tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
     return tiles
 
@@ -387,22 +387,13 @@ def scattered_constants(
     shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: ScatteredConfig
 ) -> dict[str, int | bool]:
     """The sizes for which the kernel is compiled, by their names."""
-    far = max_scored_blocks(geometry, has_window)
+    scored = max_scored_blocks(geometry, has_window)
     return {
-        "GROUP": shape.group,
-        "PADDED_GROUP": shape.padded_group,
-        "TOKENS": shape.tokens,
-        "TILES": shape.tiles,
-        "BLOCK_M": launch.rows,
-        "BLOCK_SIZE": geometry.block_size,
+        **shape.constants(geometry, dim, value_dim, launch.rows),
         "INIT_BLOCKS": geometry.init_blocks,
         "LOCAL_BLOCKS": geometry.local_blocks,
-        "HEAD_DIM": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "VALUE_DIM": value_dim,
-        "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
-        "SCORED": far,
-        "PADDED_SCORED": triton.next_power_of_2(far),
+        "SCORED": scored,
+        "PADDED_SCORED": triton.next_power_of_2(scored),
         "PIECE": _PIECE,
         "WIDTH": max(32, min(128, 2048 // shape.tokens)),
         "SMALL_RING": _SMALL_RING,
@@ -427,13 +418,13 @@ def attend_scattered(
     key_mask: Tensor | None = None,
     window: int | None = None,
 ) -> None:
-    """Add the far blocks of every query to `out` and `lse`, if `state` says so.
+    """Add the scored blocks of every query to `out` and `lse`, if `state` says so.
 
     Args:
         q: ``[B, Hq, Lq, D]``, any strides with the last one 1, as for `k` and `v`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        out: ``[B, Lq, Hq, Dv]``: attention to the blocks that are visited by rule; changed.
+        out: ``[B, Lq, Hq, Dv]``: attention to the forced blocks; changed.
         lse: float32 ``[B, Hq, Lq]``: its log-sum-exp; changed.
         lists: the selection.
         plan: the tiles.
@@ -446,10 +437,10 @@ def attend_scattered(
     """
     batch, heads, length_k = k.shape[:3]
     shape, dim, value_dim = plan.shape, int(k.shape[3]), int(v.shape[3])
-    far = max_scored_blocks(geometry, window is not None)
-    chunk_tiles = _chunk_tiles(q, v, plan, far, launch)
+    scored = max_scored_blocks(geometry, window is not None)
+    chunk_tiles = _chunk_tiles(q, v, plan, scored, launch)
     num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
-    entries = chunk_tiles * shape.tokens * far
+    entries = chunk_tiles * shape.tokens * scored
     slots = _POOL_RING * entries * shape.group
     small = (
         1 + num_blocks * 2 + (num_blocks + entries // _PIECE) * PIECE_WIDTH.value + entries + chunk_tiles * shape.tokens
@@ -475,10 +466,8 @@ def attend_scattered(
         out.stride(0),
         out.stride(2),
         out.stride(1),
-        lse.stride(0),
-        lse.stride(1),
-        0 if key_mask is None else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *lse.stride()[:2],
+        *((0, 0) if key_mask is None else key_mask.stride()),
         lists.blocks.stride(1),
         plan.num_tiles,
         num_blocks,
