@@ -16,7 +16,16 @@ from ..launch import wrap_triton
 from ..tile_ops import LOWEST_SCORE, online_softmax
 from ..tile_tables import TileLists, TilePlan, TileShape
 from .compress import LEAD_SLOTS, CompressedKeys
-from .select import Constants, PanelScorer, block_keys, list_panel, panel_range, panel_scratch, select_blocks
+from .select import (
+    Constants,
+    PanelScorer,
+    block_keys,
+    clear_marks,
+    list_panel,
+    panel_range,
+    panel_scratch,
+    select_blocks,
+)
 from .topk import pool_scores, scored_range
 
 SHARES = tl.constexpr(8)
@@ -140,6 +149,7 @@ def _select_pooled_kernel(
         batch, query, begin, end, position, key_begin, length, scored, low, high = panel_range(
             panels, panel, dense_len, window, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
         )
+        clear_marks(marks_at, num_blocks, low, high, T, PANEL, QUERY_BLOCK, LISTED)
         head_q = q + batch * stride_qb + head.to(tl.int64) * G * stride_qh
         keys1 = k1 + ((batch * heads_kv + head) * slots1 + key_begin // STRIDE + LEAD_SLOTS) * D
         for chunk in tl.static_range(CHUNKS):
@@ -244,6 +254,7 @@ def _select_pooled_kernel(
                     raw_at + row * raw_stride, keys_at + row * num_blocks, row_begin, row_end, low, high, first,
                     RG, RATIO, OVERLAP,
                 )  # fmt: skip
+            tl.debug_barrier()
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,

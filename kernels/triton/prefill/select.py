@@ -36,11 +36,11 @@ Constants = dict[str, int | bool]
 class PanelScorer:
     """A block scorer as block selection runs it.
 
-    Its kernel's programs loop over panels and heads: `panel_range`, then a key (`block_keys`) for every row and scored
-    block at ``keys_at`` of `panel_scratch`, then `list_panel`. The kernel takes q, the state's tensors, the panels,
-    scratch, the tensors of `TileLists`, the strides of q, ``scale_log2``, the number of panels and of key/value heads,
-    the slots of each state tensor, the row length of scratch, the lists' capacity, dense_len and window; its constants
-    are those of `selection_constants` and of `constants`, PROGRAMS and PRECISION.
+    Its kernel's programs loop over panels and heads: `panel_range`, `clear_marks`, a key (`block_keys`) for every row
+    and scored block at ``keys_at`` of `panel_scratch`, then `list_panel`. The kernel takes q, the state's tensors, the
+    panels, scratch, the tensors of `TileLists`, the strides of q, ``scale_log2``, the number of panels and of key/value
+    heads, the slots of each state tensor, the row length of scratch, the lists' capacity, dense_len and window; its
+    constants are those of `selection_constants` and of `constants`, PROGRAMS and PRECISION.
 
     Attributes:
         name: as in `kernels.scorer.Scorer`.
@@ -129,6 +129,26 @@ def block_keys(scores, block, scored_begin, scored_end, HAS_WINDOW: tl.constexpr
 
 
 @triton.jit
+def clear_marks(
+    marks_at,
+    num_blocks,
+    low,
+    high,
+    T: tl.constexpr,
+    PANEL: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Clear the marks of the scored blocks; before the scores, where it costs no register."""
+    MARKED: tl.constexpr = 1 if QUERY_BLOCK > T else PANEL // T
+    MASK: tl.constexpr = tl.int64 if T == 64 else tl.int32
+    for start in range(low, high, LISTED):
+        marked = tl.arange(0, MARKED)[:, None] * num_blocks + (start + tl.arange(0, LISTED))[None, :]
+        inside = (start + tl.arange(0, LISTED) < high)[None, :] & (marked >= 0)
+        tl.store(marks_at + marked, tl.zeros([MARKED, LISTED], MASK), mask=inside)
+
+
+@triton.jit
 def list_panel(
     slots_at,
     dense_at,
@@ -164,18 +184,15 @@ def list_panel(
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Rank the panel's scored blocks ``[low, high)`` by their keys, row by row, and write the lists of its tiles."""
+    """Rank the panel's scored blocks ``[low, high)`` by their keys, row by row, and write the lists of its tiles.
+
+    Barriers come before and after: all threads have written keys and cleared marks, or read the scratch of this panel.
+    """
     R: tl.constexpr = PANEL // QUERY_BLOCK
     TILES: tl.constexpr = PANEL // T
     SHARED: tl.constexpr = QUERY_BLOCK > T  # one row for all tiles of the panel
-    MARKED: tl.constexpr = 1 if SHARED else TILES
     MASK: tl.constexpr = tl.int64 if T == 64 else tl.int32
     K: tl.constexpr = TILES if TILES < 2 else 2  # tiles whose lists are written at once
-    for start in range(low, high, LISTED):
-        marked = tl.arange(0, MARKED)[:, None] * num_blocks + (start + tl.arange(0, LISTED))[None, :]
-        inside = (start + tl.arange(0, LISTED) < high)[None, :] & (marked >= 0)
-        tl.store(marks_at + marked, tl.zeros([MARKED, LISTED], MASK), mask=inside)
-    tl.debug_barrier()
     for group in range(R // RG):
         line = (group * RG + tl.arange(0, RG))[:, None]
         rows_at = keys_at + line * num_blocks

@@ -10,6 +10,7 @@ from infllm_pass.kernels.scorer import PooledScorer, Scorer, StateTensor
 from infllm_pass.kernels.triton.prefill.select import (
     PanelScorer,
     block_keys,
+    clear_marks,
     list_panel,
     panel_range,
     panel_scratch,
@@ -80,6 +81,7 @@ def _select_mean_kernel(
         batch, query, begin, end, position, _key_begin, length, scored, low, high = panel_range(
             panels, panel, dense_len, window, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
         )
+        clear_marks(marks_at, num_blocks, low, high, T, PANEL, QUERY_BLOCK, LISTED)
         scored_begin, scored_end, _wanted = scored_range(
             row, position, begin, end, length, window, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW
         )
@@ -95,6 +97,7 @@ def _select_mean_kernel(
             scores = tl.sum(tl.reshape(weights, [STEP, PANEL, GP]), 2)
             keys = block_keys(scores, block[:, None], scored_begin[None, :], scored_end[None, :], HAS_WINDOW)
             tl.store(keys_at + row[None, :] * num_blocks + block[:, None], keys, mask=(block < high)[:, None])
+        tl.debug_barrier()
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,
