@@ -298,7 +298,7 @@ def select_blocks(
 
     Args:
         scorer: the scorer.
-        kernel: its kernel as `wrap_triton` returns it, called where PyTorch finds it (see there).
+        kernel: its kernel as `wrap_triton` returns it, for the device of its tensors.
         q: ``[B, Hq, Lq, D]``, float16, bfloat16 or float32, unit last stride.
         state: the scorer's tensors.
         slots: how many slots each of them has for a row and key/value head.

@@ -19,7 +19,7 @@ from infllm_pass.kernels.triton.prefill.select import (
 from infllm_pass.kernels.triton.prefill.topk import scored_range
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
-from infllm_pass.lowering.ops.decode_cpu import new_state
+from infllm_pass.lowering.ops.decode import new_state
 from tests.support.triton_device import DEVICE, arrange
 from tests.support.triton_support import sets_from_lists
 
