@@ -14,7 +14,7 @@ from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import CompressedKeys, compress_keys
-from infllm_pass.kernels.triton.prefill.select import select_tiles
+from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileLists, TilePlan, TileShape
 

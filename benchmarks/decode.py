@@ -37,8 +37,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.decode import attention, configs, select
-from infllm_pass.kernels.triton.decode.configs import DecodeLaunch
+from infllm_pass.kernels.triton import configs
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
@@ -195,20 +194,16 @@ def measure(heads: Heads, batch: int, length: int, blocks: int, device: torch.de
 def sweep(heads: Heads, batch: int, length: int, blocks: int, device: torch.device) -> list[Row]:
     """The step with one number of its launch configuration changed at a time."""
     layers = Layers(heads, batch, length, config_for(blocks).geometry, device)
-    usual = configs.decode_launch(layers.q, heads.dim)
+    usual = configs.config_for(configs.DecodeConfig, "decode", layers.q, heads.dim)
     changes: list[dict[str, Any]] = [{}, *({name: value} for name, values in SWEEP.items() for value in values)]
     rows = []
     for change in changes:
-        launch: DecodeLaunch = dataclasses.replace(usual, **change)
-        for module in (attention, select):
-            module.decode_launch = lambda *_, launch=launch: launch
         name = ", ".join(f"{key}={value}" for key, value in change.items()) or "as it is"
         row: Row = {"case": f"{heads}/{batch}: {name}"}
-        attempt(row, "step", lambda: replayed_ms(layers.sparse(length - 8, 0)))
-        attempt(row, "below", lambda: replayed_ms(layers.sparse(DENSE_LEN - 1, DENSE_LEN)))
-        rows.append({**row, "stages_us": stage_us(layers.sparse(length - 8, 0)) if row["step_ms"] else {}})
-    for module in (attention, select):
-        module.decode_launch = configs.decode_launch
+        with configs.override(decode=dataclasses.replace(usual, **change)):
+            attempt(row, "step", lambda: replayed_ms(layers.sparse(length - 8, 0)))
+            attempt(row, "below", lambda: replayed_ms(layers.sparse(DENSE_LEN - 1, DENSE_LEN)))
+            rows.append({**row, "stages_us": stage_us(layers.sparse(length - 8, 0)) if row["step_ms"] else {}})
     return rows
 
 

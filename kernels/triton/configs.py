@@ -1,12 +1,20 @@
-"""Launch configurations of the Triton kernels, and the measurement that chose each.
+"""Launch configurations: typed records, and the tuning tables (``tuning/*.json``) that they are read from.
 
-One row a kernel, architecture and size class; where no row fits, the generic configuration of the architecture
-holds, which is safe (it fits every sm_80 and later) but not tuned.
+``tuning/sm_90.json`` holds what was measured on that architecture, ``tuning/generic.json`` what fits every GPU from
+sm_80 on (99 KB of shared memory, what sm_86 and sm_89 have). A row names the kernel, the bytes of an element and the
+padded head dimensions that it is for (either may be absent: any), the configuration's fields that differ from the
+defaults below, and the measurement that chose them. The first row that matches holds; `benchmarks/tune.py` writes rows.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,181 +22,237 @@ from torch import Tensor
 
 from .launch import is_recorded
 
-AnyLaunch = TypeVar("AnyLaunch", bound="Launch")
+TUNING = Path(__file__).parent / "tuning"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What a launch adds to a kernel's arguments.
+class LaunchConfig:
+    """Launch options and tile sizes of one kernel.
 
     Attributes:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline.
-        max_keys: most keys, a power of two, that one step of a loop over key blocks takes.
-        rows: rows (queries x heads), a power of two, that a program or one step of a loop over queries takes.
-        held: whether a program keeps queries in registers rather than in shared memory (the forward: half of each).
-        registers: most registers of one thread; None: as many as the assembler likes.
-        recorded: what holds instead where a compiler records the launch itself, which drops `registers`.
+        max_keys: most keys of one step over key blocks, a power of two.
+        rows: rows (queries x heads) of a program or of one step over queries, a power of two.
+        queries_in_registers: whether the query operand stays in registers instead of shared memory (the forward kernel:
+            half of it).
+        max_registers: limit on registers per thread (``maxnreg``); None: the assembler's choice.
+        recorded: configuration used where a compiler records the launch, which drops `max_registers`.
     """
 
     num_warps: int = 4
     num_stages: int = 2
     max_keys: int = 64
     rows: int = 64
-    held: bool = False
-    registers: int | None = None
-    recorded: Launch | None = None
+    queries_in_registers: bool = False
+    max_registers: int | None = None
+    recorded: LaunchConfig | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
     def as_launched(self: AnyLaunch, kernel: Any) -> AnyLaunch:
-        """What holds for a launch of the kernel: `recorded`, if there is one and a compiler records the launch."""
+        """`recorded`, if there is one and a compiler records launches of the kernel; else this configuration."""
         if self.recorded is None or not is_recorded(kernel):
             return self
-        return cast(AnyLaunch, self.recorded)  # of the same kind
+        return cast(AnyLaunch, self.recorded)  # of the same class
 
     def step_keys(self, block_size: int) -> int:
         """Keys of one step: the largest power of two that divides the block, `max_keys` at most."""
         return min(block_size & -block_size, self.max_keys)
 
 
-MEASURED: dict[tuple[str, int, int, int], Launch] = {
-    ("attention_forward", 90, 2, 64): Launch(num_stages=3),
-    # Three programs a multiprocessor: 22.0 ms against 24.6 with two (128k tokens, 32 query and 2 key/value heads).
-    ("attention_forward", 90, 2, 128): Launch(held=True, registers=168, recorded=Launch(num_stages=3, held=True)),
-    ("query_gradient", 90, 2, 64): Launch(num_stages=3),
-    # 25.5 ms, against 28.7 where the queries lie in shared memory, which then holds two stages only.
-    ("query_gradient", 90, 2, 128): Launch(num_stages=3, held=True),
-    ("attention_backward_keys", 90, 2, 64): Launch(),
-    ("attention_backward_keys", 90, 2, 128): Launch(),
-}
-"""Configurations by kernel, compute capability (90 for sm_90), bytes of an element, padded head_dim."""
-
-GENERIC: dict[str | tuple[str, int, int], Launch] = {
-    "compress": Launch(num_stages=3),
-    ("attention_forward", 2, 256): Launch(num_warps=8, max_keys=32),
-    ("attention_forward", 4, 64): Launch(max_keys=32),
-    ("attention_forward", 4, 128): Launch(num_warps=8, max_keys=32),
-    ("attention_forward", 4, 256): Launch(num_warps=8, max_keys=16, rows=32),
-    ("query_gradient", 2, 256): Launch(max_keys=16),
-    ("query_gradient", 4, 64): Launch(max_keys=16),
-    ("query_gradient", 4, 128): Launch(num_warps=8, max_keys=16),
-    ("query_gradient", 4, 256): Launch(num_warps=8, num_stages=1, max_keys=16, rows=32),
-    ("attention_backward_keys", 2, 64): Launch(rows=32),
-    ("attention_backward_keys", 2, 128): Launch(rows=32),
-    ("attention_backward_keys", 2, 256): Launch(num_warps=8, max_keys=32, rows=32),
-    ("attention_backward_keys", 4, 64): Launch(num_warps=8, max_keys=32, rows=32),
-    ("attention_backward_keys", 4, 128): Launch(num_warps=8, num_stages=1, max_keys=32, rows=32),
-    ("attention_backward_keys", 4, 256): Launch(num_warps=8, num_stages=1, max_keys=16, rows=16),
-}
-"""Configurations where nothing was measured, by kernel, or by kernel, bytes of an element and the largest padded
-head_dim that the row covers (64, 128 or 256). They need at most 99 KB of shared memory, what sm_86 and sm_89 have."""
-
-
-def launch_for(kernel: str, tensor: Tensor, head_dim: int) -> Launch:
-    """The configuration of a kernel on the tensor's device, for its dtype and the padded head dimension."""
-    if tensor.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        return launch_on(kernel, 10 * major + minor, tensor.element_size(), head_dim)
-    return launch_on(kernel, 0, tensor.element_size(), head_dim)
-
-
-def launch_on(kernel: str, capability: int, element_size: int, head_dim: int) -> Launch:
-    """The configuration of a kernel where the device is known by its capability alone."""
-    measured = MEASURED.get((kernel, capability, element_size, head_dim))
-    if measured is not None:
-        return measured
-    covering = next(size for size in (64, 128, 256) if head_dim <= size)
-    return GENERIC.get((kernel, element_size, covering), GENERIC.get(kernel, Launch()))
+AnyLaunch = TypeVar("AnyLaunch", bound=LaunchConfig)
 
 
 @dataclass(frozen=True)
-class SelectionLaunch(Launch):
-    """Sizes of the selection kernel's products.
+class SelectionConfig(LaunchConfig):
+    """Block selection: tile sizes of scoring and ranking.
 
     Attributes:
         columns: tokens x heads of one product, at most.
-        windows: compressed keys of one step of scoring.
-        coarse: coarse keys of one step of the normaliser.
-        rows: queries whose blocks are ranked at once.
-        programs: persistent programs for each multiprocessor.
+        windows: compressed keys of one scoring step.
+        normaliser_keys: compressed keys of one step of the normaliser.
+        rows: queries ranked at once.
+        programs: persistent programs per multiprocessor.
     """
 
     columns: int = 128
     windows: int = 64
-    coarse: int = 64
+    normaliser_keys: int = 64
     rows: int = 32
     programs: int = 2
 
-    def for_panel(self, rows: int) -> SelectionLaunch:
-        """The same for a panel's number of rows: from 64 on, a single program of eight warps, which share the registers
-        that hold the rows' scores.
+    def for_panel(self, rows: int) -> SelectionConfig:
+        """The configuration for a panel of so many rows: from 64 on, one program of eight warps, since the rows' scores
+        are kept in registers.
         """
         return self if rows <= 32 else replace(self, num_warps=8, programs=1)
 
 
-MEASURED_SELECTION: dict[tuple[int, int, int], SelectionLaunch] = {
-    # H100, 32/8 heads, 128k tokens, 64 blocks: 4 warps with 64 windows 28 ms; 8 warps with 128 windows 36 ms; three
-    # programs a multiprocessor, which spill, 38 ms; 128 coarse keys a step 46 ms.
-    (90, 2, 64): SelectionLaunch(num_stages=3),
-    (90, 2, 128): SelectionLaunch(num_stages=3),
-    (90, 2, 256): SelectionLaunch(windows=32, coarse=32),
-}
-"""By compute capability, bytes of an element, padded head_dim."""
-
-
-def selection_launch(tensor: Tensor, head_dim: int) -> SelectionLaunch:
-    """The configuration of block selection on the tensor's device."""
-    if tensor.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        row = MEASURED_SELECTION.get((10 * major + minor, tensor.element_size(), head_dim))
-        if row is not None:
-            return row
-    return generic_selection(tensor.element_size(), head_dim)
-
-
-def generic_selection(size: int, head_dim: int) -> SelectionLaunch:
-    """A configuration that fits 99 KB of shared memory, by bytes of an element and padded head dimension."""
-    if size == 4:
-        return SelectionLaunch(num_warps=8, num_stages=1, columns=64, windows=32 if head_dim <= 128 else 16, coarse=16)
-    if head_dim > 128:
-        return SelectionLaunch(columns=64, windows=32, coarse=32)
-    return SelectionLaunch()
-
-
 @dataclass(frozen=True)
-class GatherLaunch(Launch):
-    """Sizes of the kernel that gathers the queries of a block.
+class ScatteredConfig(LaunchConfig):
+    """Key-stationary attention to the scored blocks of scattered selections.
 
     Attributes:
-        programs: persistent programs for each multiprocessor.
-        above: gathering is chosen where tiles visit more far blocks than this share, times the heads of a group, of
-            those that their tokens choose.
+        programs: persistent programs per multiprocessor.
+        threshold: the kernel runs where tiles visit more scored blocks than this share, times the padded group, of
+            those that their tokens select.
         pool_bytes: memory for partial results.
-        block_bytes: most bytes of a block's keys, or of its values.
-        recorded: as for `Launch`.
+        block_bytes: most bytes of one block's keys, or values.
+        recorded: as for `LaunchConfig`.
     """
 
     programs: int = 2
-    above: float = 0.0625
+    threshold: float = 0.0625
     pool_bytes: int = 1 << 28
     block_bytes: int = 1 << 14
-    recorded: GatherLaunch | None = None
+    recorded: ScatteredConfig | None = None
 
 
-# H100, 32/8 heads, 64 blocks, random data: tiles take 0.285 ms (128k tokens; 0.070 at 32k) for each far block that they
-# visit on average, gathering 35 (8.1) ms whatever the data; they meet at 123 (116) blocks, a quarter of what 16 tokens
-# choose. A choice costs gathering as many rows as a group has heads, and a tile always 64: hence the share by heads.
-# 46.2 ms at 128k with three programs of 168 registers; 47.2 with two, three stages and no limit of registers.
-MEASURED_GATHERING = GatherLaunch(programs=3, registers=168, recorded=GatherLaunch(num_stages=3))
+@dataclass(frozen=True)
+class DecodeConfig:
+    """The kernels of a decode step.
+
+    Attributes:
+        chunk: coarse keys per program of compression and normaliser; a multiple of 8.
+        keys: keys of one compression step.
+        compress_warps: warps of a compression program.
+        compress_stages: depth of its software pipeline.
+        blocks: key blocks per scoring program.
+        score_warps: warps of a scoring program.
+        score_stages: depth of its software pipeline.
+        fused_rank_heads: key/value heads up to which steps of one token rank in the scoring kernel: one launch less,
+            but scoring then uses more registers.
+        rank_blocks: blocks that ranking keeps in registers, a power of two.
+        rank_warps: warps of a ranking program.
+        step_keys: most keys, a power of two, of one attention step.
+        attend_warps: warps of an attention program.
+        attend_stages: depth of its software pipeline.
+        prefetch_visits: visits whose keys and values an attention program prefetches before it waits for the previous
+            kernel.
+        programs: attention programs per multiprocessor, about, where the work can be split so far.
+    """
+
+    chunk: int = 64
+    keys: int = 64
+    compress_warps: int = 4
+    compress_stages: int = 2
+    blocks: int = 32
+    score_warps: int = 4
+    score_stages: int = 4
+    fused_rank_heads: int = 4
+    rank_blocks: int = 2048
+    rank_warps: int = 4
+    step_keys: int = 64
+    attend_warps: int = 4
+    attend_stages: int = 2
+    prefetch_visits: int = 4
+    programs: int = 2
+
+    @staticmethod
+    def warps(usual: int, columns: int) -> int:
+        """Warps of a program with so many columns (or rows): more where one token's heads are more than 64."""
+        return usual if columns <= 64 else 8
 
 
-def gather_launch(tensor: Tensor, head_dim: int) -> GatherLaunch | None:
-    """The configuration of gathering on the tensor's device; None where it is not offered."""
-    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) == (9, 0) and head_dim <= 128:
-        return MEASURED_GATHERING
-    return None
+AnyConfig = TypeVar("AnyConfig", LaunchConfig, SelectionConfig, ScatteredConfig, DecodeConfig)
+
+CLASSES: dict[str, type[Any]] = {
+    "compress": LaunchConfig,
+    "select": SelectionConfig,
+    "attention_forward": LaunchConfig,
+    "scattered": ScatteredConfig,
+    "query_gradient": LaunchConfig,
+    "key_gradients": LaunchConfig,
+    "decode": DecodeConfig,
+}
+"""The class of a kernel's configuration, by the name that rows give the kernel."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a tuning table; None stands for any."""
+
+    kernel: str
+    element_size: int | None
+    head_dims: tuple[int, ...] | None
+    config: Any
+
+    def matches(self, kernel: str, element_size: int, head_dim: int) -> bool:
+        """Whether the row is for such a launch."""
+        return (
+            self.kernel == kernel
+            and self.element_size in (None, element_size)
+            and (self.head_dims is None or head_dim in self.head_dims)
+        )
+
+
+def read_table(file: Path) -> tuple[Row, ...]:
+    """The rows of a tuning table; none where there is no such file."""
+    if not file.exists():
+        return ()
+    rows = []
+    for row in json.loads(file.read_text())["rows"]:
+        kind, fields = CLASSES[row["kernel"]], dict(row["config"])
+        if "recorded" in fields:
+            fields["recorded"] = kind(**fields["recorded"])
+        dims = row.get("head_dims")
+        rows.append(Row(row["kernel"], row.get("element_size"), None if dims is None else tuple(dims), kind(**fields)))
+    return tuple(rows)
+
+
+_overrides: ContextVar[dict[str, Any]] = ContextVar("infllm_launch_configs", default={})  # noqa: B039
+
+
+@contextmanager
+def override(**configs: Any) -> Iterator[None]:
+    """Use the given configurations, by kernel name, for launches within: for tuning and for tests."""
+    token = _overrides.set({**_overrides.get(), **configs})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def find_config(
+    kind: type[AnyConfig], kernel: str, capability: int, element_size: int, head_dim: int
+) -> AnyConfig | None:
+    """The configuration of a kernel on devices of a compute capability; None where it is not offered there.
+
+    Args:
+        kind: the class that `CLASSES` has for the kernel.
+        kernel: the kernel's name in the tables.
+        capability: 90 for sm_90; 0 for the interpreter.
+        element_size: bytes of an element.
+        head_dim: the padded head dimension, the larger one of keys and values.
+    """
+    given = _overrides.get().get(kernel)
+    found = _look_up(kernel, capability, element_size, head_dim) if given is None else given
+    assert found is None or isinstance(found, kind)
+    return found
+
+
+@cache
+def _look_up(kernel: str, capability: int, element_size: int, head_dim: int) -> Any:
+    rows = (*read_table(TUNING / f"sm_{capability}.json"), *read_table(TUNING / "generic.json"))
+    return next((row.config for row in rows if row.matches(kernel, element_size, head_dim)), None)
+
+
+def optional_config(kind: type[AnyConfig], kernel: str, tensor: Tensor, head_dim: int) -> AnyConfig | None:
+    """As `find_config`, for the tensor's device and dtype."""
+    capability = 0
+    if tensor.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        capability = 10 * major + minor
+    return find_config(kind, kernel, capability, tensor.element_size(), head_dim)
+
+
+def config_for(kind: type[AnyConfig], kernel: str, tensor: Tensor, head_dim: int) -> AnyConfig:
+    """As `optional_config`, for kernels that every device runs."""
+    config = optional_config(kind, kernel, tensor, head_dim)
+    assert config is not None, f"tuning/generic.json has no row for {kernel} with head dimension {head_dim}"
+    return config

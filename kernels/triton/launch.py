@@ -21,7 +21,7 @@ _launches = ContextVar("infllm_launches", default=True)
 
 @contextmanager
 def launching_at_once() -> Iterator[None]:
-    """Within an operator that compilers call and do not look into: launches run, with all of their options."""
+    """For the body of an opaque operator: launches run at once, with all of their options."""
     token = _at_once.set(True)
     try:
         yield

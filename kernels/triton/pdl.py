@@ -1,8 +1,8 @@
-"""Beginning before the launch before has ended: what a kernel may do until then, and how launches ask for it.
+"""Programmatic dependent launch (sm_90 and later): launch option, wait and trigger helper, L2 prefetch before the wait.
 
-Programmatic dependent launch, from sm_90 on: programs start when all of the kernel before have called
-`gdc_launch_dependents`, and wait in `gdc_wait` until that kernel has ended and what it wrote is seen. A kernel here
-calls both, in the other order (`await_previous`): what kernels earlier still wrote is complete when its programs start.
+Programs start once all programs of the previous kernel have called `gdc_launch_dependents`; `gdc_wait` returns once
+that kernel has ended and its writes are visible. Kernels here wait first and trigger then (`await_previous`), so that
+what kernels before the previous one wrote is complete when their programs start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_BYTES = tl.constexpr(128)
 
 @triton.jit
 def await_previous():
-    """Wait for the launch before, and let the next one begin."""
+    """Wait for the previous kernel, then allow the next one to start."""
     gdc_wait()
     gdc_launch_dependents()
 
@@ -34,7 +34,7 @@ def prefetch_rows(
     rows,  # pointers [N] to the first numbers of rows
     LENGTH: tl.constexpr,  # numbers of a row, padded to a power of two
 ):
-    """Ask for rows to be fetched into the L2 cache. Nothing is read: what is written to them meanwhile is seen."""
+    """Prefetch rows into the L2 cache, which stays coherent: later writes to them are seen."""
     STEP: tl.constexpr = LINE_BYTES * 8 // rows.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = (LENGTH + STEP - 1) // STEP
     at = rows[:, None] + STEP * tl.arange(0, LINES)[None, :]
@@ -44,9 +44,9 @@ def prefetch_rows(
 
 
 def dependent_launch(kernel: Any, tensor: Tensor) -> dict[str, bool]:
-    """Arguments of a launch that begins while the kernel before it ends, where the tensor's device can.
+    """Launch arguments for programmatic dependent launch, where the tensor's device has it.
 
-    Not where a compiler records the launch, which drops the option. The kernel's constant ``DEPENDENT`` says which.
+    Not where a compiler records the launch, which drops the option; the kernel's constant ``DEPENDENT`` says which.
     """
     if tensor.device.type != "cuda" or not isinstance(kernel, JITFunction) or is_recorded(kernel):
         return {"DEPENDENT": False}
@@ -55,8 +55,8 @@ def dependent_launch(kernel: Any, tensor: Tensor) -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True}
 
 
-def recording_drops_overlap(kernel: Any, tensor: Tensor) -> bool:
-    """Whether a compiler is recording launches of a kernel which, launched at once, would begin early."""
+def recording_drops_pdl(kernel: Any, tensor: Tensor) -> bool:
+    """Whether a compiler is recording launches of a kernel that would otherwise use programmatic dependent launch."""
     if not is_recorded(kernel):
         return False
     with launching_at_once():

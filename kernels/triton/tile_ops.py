@@ -1,4 +1,4 @@
-"""What the kernels that walk the blocks of a tile share: where a tile lies, its blocks, its rows, keys and masks."""
+"""Device functions shared by the attention kernels: tile lookup, block iteration, addressing, masking, softmax."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOWEST_SCORE = tl.constexpr(-1e30)  # start of a running maximum: finite, so tha
 
 @triton.jit
 def load_attention_tile(panels, tile, TOKENS: tl.constexpr, TILES: tl.constexpr):
-    """Where a tile lies: its row of the batch, query and position of its token 0, its valid tokens, its keys."""
+    """A tile's batch row, query and position of its token 0, range of valid tokens, first key and number of keys."""
     batch, query, begin, end, position, key_begin, length, _ = load_panel(panels, tile // TILES)
     skip = (tile % TILES) * TOKENS
     return batch, query + skip, begin - skip, tl.minimum(end - skip, TOKENS), position + skip, key_begin, length
@@ -51,7 +51,7 @@ def count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE: t
 
 
 @triton.jit
-def count_forced(
+def forced_visits(
     position,
     begin,
     end,
@@ -60,9 +60,9 @@ def count_forced(
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
 ):
-    """Blocks that all tokens of a tile visit by rule: how many, how many of them initial, `first` and `later`.
+    """Forced blocks of a tile: their number, the number of initial ones, `first` and `later`.
 
-    Visit ``e`` goes to block ``first + e`` if it is initial, else to ``later + e``. The tokens share their own block.
+    Visit ``e`` is of block ``first + e`` if it is initial, else of ``later + e``. The tokens share their own block.
     """
     first = tl.maximum(position + begin - window + 1, 0) // BLOCK_SIZE
     own = (position + end - 1) // BLOCK_SIZE
@@ -73,7 +73,7 @@ def count_forced(
 
 @triton.jit
 def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
-    """One of the blocks that a tile visits, and the bits of the tokens that do."""
+    """A block that a tile visits, and the mask of the tokens that do."""
     block = first + entry
     bits = -1
     if HAS_LISTS:
@@ -84,9 +84,23 @@ def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(
+def mask_scores(scores, keys, queries, window, valid, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Scores with -inf where the key is not `valid`, later than the query (CAUSAL) or before its sliding window.
+
+    Positions of `keys` and of `queries` lie along one axis of the scores each; `valid` broadcasts, True: all are.
+    """
+    seen = valid
+    if CAUSAL:
+        seen = (keys <= queries) & seen
+    if HAS_WINDOW:
+        seen = (keys > queries - window) & seen
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def mask_step(
     scores,  # [BM, BN]
-    key_positions,  # [BN]
+    keys,  # [BN] positions
     start,  # the first key position that the step is for
     position,  # of the tile's token 0
     positions,  # [BM]
@@ -96,15 +110,40 @@ def mask_scores(
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
 ):
-    """Scores with -inf where a key is later than the query, before its window, masked or no part of the step."""
+    """Scores of a tile and a step of keys, masked; causality and window cost something only in steps at an edge."""
     if start + scores.shape[1] > position + 1:
-        seen = (key_positions[None, :] <= positions[:, None]) & (key_positions >= start)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = mask_scores(scores, keys[None, :], positions[:, None], window, (keys >= start)[None, :], True, False)
     if HAS_WINDOW and start <= last - window:
-        scores = tl.where(key_positions[None, :] > positions[:, None] - window, scores, float("-inf"))
+        scores = mask_scores(scores, keys[None, :], positions[:, None], window, True, False, True)
     if HAS_KEY_MASK:
-        scores = tl.where((tl.load(key_mask) != 0)[None, :], scores, float("-inf"))
+        scores = mask_scores(scores, 0, 0, 0, (tl.load(key_mask) != 0)[None, :], False, False)
     return scores
+
+
+@triton.jit
+def softmax_weights(scores, scale_log2, lowest, AXIS: tl.constexpr):
+    """Weights ``2 ** (scores * scale_log2 - m)`` and ``m``, the scores' maximum along an axis, at least `lowest`."""
+    highest = tl.max(scores, AXIS) * scale_log2
+    if lowest is not None:
+        highest = tl.maximum(highest, lowest)
+    return tl.exp2(scores * scale_log2 - tl.expand_dims(highest, AXIS)), highest
+
+
+@triton.jit
+def online_softmax(scores, scale_log2, highest, total, rows, SOME: tl.constexpr, AXIS: tl.constexpr):
+    """One step of an online softmax along an axis: weights, running maximum and sum, and what earlier sums decay by.
+
+    The maximum starts at `LOWEST_SCORE`, the sum at 0, and they stay so while all scores are -inf. SOME: only `rows`
+    take the step, the others get weights of 0.
+    """
+    raised = tl.maximum(highest, tl.max(scores, AXIS) * scale_log2)
+    shift = raised
+    if SOME:
+        shift = tl.where(rows, raised, float("inf"))
+        raised = tl.where(rows, raised, highest)
+    weights = tl.exp2(scores * scale_log2 - tl.expand_dims(shift, AXIS))
+    decay = tl.exp2(highest - raised)
+    return weights, raised, total * decay + tl.sum(weights, AXIS), decay
 
 
 @triton.jit
@@ -140,9 +179,9 @@ def load_keys(addresses, numbers, dims, count, DIM: tl.constexpr, FULL: tl.const
 
 @triton.jit
 def in_registers(vectors, PRECISION: tl.constexpr):
-    """The same vectors, ``[BM, SIZE]``, laid out as a product, which the next product takes as they are.
+    """The same vectors, ``[BM, SIZE]``, in the layout of a product's result, so that the next product takes registers.
 
-    What was loaded instead lies in shared memory, and a loop's products read it from there in every step.
+    A loaded operand is kept in shared memory instead, which the products of a loop read in every step.
     """
     numbers = tl.arange(0, vectors.shape[1])
     unit = (numbers[:, None] == numbers[None, :]).to(vectors.dtype)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..geometry import BlockGeometry
+
 PANEL_COLUMNS = 128
 """Columns (tokens x heads) of one product in block scoring: 128 keeps Hopper's matrix unit fed from shared memory."""
 
@@ -26,6 +28,11 @@ TABLE_WIDTH = 8
 """Columns of the tables below."""
 
 TABLE_COLUMNS = tl.constexpr(TABLE_WIDTH)
+
+
+def padded_dim(size: int) -> int:
+    """What products pad a head dimension to: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(size))
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,21 @@ class TileShape:
     def tiles(self) -> int:
         """Tiles of one panel."""
         return self.panel_tokens // self.tokens
+
+    def constants(self, geometry: BlockGeometry, dim: int, value_dim: int, rows: int) -> dict[str, int]:
+        """Sizes that the attention kernels are compiled for, with so many rows of a tile to a program or step."""
+        return {
+            "GROUP": self.group,
+            "PADDED_GROUP": self.padded_group,
+            "TOKENS": self.tokens,
+            "TILES": self.tiles,
+            "BLOCK_M": rows,
+            "BLOCK_SIZE": geometry.block_size,
+            "HEAD_DIM": dim,
+            "BLOCK_D": padded_dim(dim),
+            "VALUE_DIM": value_dim,
+            "BLOCK_DV": padded_dim(value_dim),
+        }
 
     @property
     def mask_dtype(self) -> torch.dtype:

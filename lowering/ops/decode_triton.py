@@ -16,7 +16,7 @@ from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
 from infllm_pass.kernels.triton.decode.select import decode_compress_kernel, decode_select
 from infllm_pass.kernels.triton.launch import launching_at_once
-from infllm_pass.kernels.triton.pdl import recording_drops_overlap
+from infllm_pass.kernels.triton.pdl import recording_drops_pdl
 
 from .attention_args import DecodeCall
 
@@ -45,4 +45,4 @@ def launched(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: Dec
 def is_recorded_in_graphs(q: Tensor) -> bool:
     """Whether Inductor lets CUDA graphs record a step, and the device overlaps launches, an option Inductor drops."""
     in_graphs = inductor_config.triton.cudagraphs and not V.aot_compilation
-    return in_graphs and recording_drops_overlap(decode_compress_kernel, q)
+    return in_graphs and recording_drops_pdl(decode_compress_kernel, q)

@@ -16,7 +16,7 @@ from torch import Tensor
 from infllm_pass.errors import ShapeError
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
-from infllm_pass.kernels.triton.prefill import compress, select
+from infllm_pass.kernels.triton.prefill import compress, pooled
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import LEAD_SLOTS, SLACK_SLOTS, CompressedKeys, slots_of
 from infllm_pass.kernels.triton.tile_schedule import (
@@ -73,7 +73,7 @@ def select_blocks(q: Tensor, k: Tensor, state: Sequence[Tensor], call: Attention
     # A table of its own: results of an operator are no views of what it was given.
     table = SequenceTable(sequences.clone(), call.cu_seqlens_k is not None)
     plan = cut_panels(shape, table, batch=q.shape[0], length_q=q.shape[2])
-    lists = select.select_tiles(
+    lists = pooled.select_tiles(
         q,
         CompressedKeys(fine, coarse, batch, heads, *slots),
         plan,

@@ -23,7 +23,7 @@ CONFIG = SparseAttentionConfig(
 )
 """Four blocks of sixteen: above 64 tokens the selection leaves keys out."""
 
-FAR = torch.device("cuda", 1)
+SCORED = torch.device("cuda", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +36,17 @@ def _first_device_is_current():
 def pairs(*shapes):
     """The same tensors on the first and on the second device, differentiable."""
     near = [torch.randn(shape, device="cuda:0", requires_grad=True) for shape in shapes]
-    return near, [x.detach().to(FAR).requires_grad_() for x in near]
+    return near, [x.detach().to(SCORED).requires_grad_() for x in near]
 
 
 def compare(function, near, far):
     """Results and gradients on the second device are those of the first."""
     outs = [function(*inputs) for inputs in (near, far)]
-    assert outs[1].device == FAR
+    assert outs[1].device == SCORED
     grad = torch.randn_like(outs[0])
     expected = torch.autograd.grad(outs[0], near, grad)
-    actual = torch.autograd.grad(outs[1], far, grad.to(FAR))
-    torch.cuda.synchronize(FAR)
+    actual = torch.autograd.grad(outs[1], far, grad.to(SCORED))
+    torch.cuda.synchronize(SCORED)
     for mine, other in zip((outs[1], *actual), (outs[0], *expected), strict=True):
         assert torch.equal(mine.cpu(), other.cpu())
 
@@ -81,7 +81,7 @@ def test_compiled(backend):
 def test_a_decode_step():
     outs = []
     near = [torch.randn(2, heads, size, 64, device="cuda:0") for heads, size in ((8, 1), (2, 300), (2, 300))]
-    for device in ("cuda:0", FAR):
+    for device in ("cuda:0", SCORED):
         q, k, v = (x.to(device) for x in near)
         lengths = torch.tensor([290, 70], device=device)
         numbers = (0.125, 80, *tiled_decode_arguments(CONFIG.geometry))
@@ -89,7 +89,7 @@ def test_a_decode_step():
         outs.append(tiled_decode_attention(q, k, v, *state, lengths, None, None, None, *numbers)[0].cpu())
         assert state[2].tolist() == [290, 70]
     assert torch.equal(*outs)
-    assert multiprocessors(FAR) > 2
+    assert multiprocessors(SCORED) > 2
 
 
 def split(model, devices):

@@ -17,7 +17,7 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.kernels import reference
-from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
+from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config
 from infllm_pass.lowering.ops import prefill_cpu
 from tests.support.common import SMALL, llama, oracle_attention, relative_error, tokens
 
@@ -546,7 +546,9 @@ def peak(function) -> int:
 def test_scratch_of_the_kernels_is_bounded(heads):
     """Beside its output the forward keeps lists, log-sum-exps and the pool of gathering; nothing grows as N x N."""
     length = 16384
-    pool = MEASURED_GATHERING.pool_bytes if heads == 8 else 0  # offered to small groups only
+    major, minor = torch.cuda.get_device_capability()
+    scattered = find_config(ScatteredConfig, "scattered", 10 * major + minor, 2, 128)
+    pool = scattered.pool_bytes if scattered and heads == 8 else 0  # offered to small groups only
     q, k, v = qkv(length, heads=(heads, 2, 2), dim=128, requires_grad=True)
     config = SparseAttentionConfig()
     switchable_attention(q, k, v, config)

@@ -17,9 +17,8 @@ import torch
 
 from infllm_pass import SparseAttentionConfig, switchable_attention
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
+from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
 from infllm_pass.kernels.triton.prefill import attention
-from infllm_pass.kernels.triton.prefill.scattered import persistent
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
@@ -59,7 +58,7 @@ CASES = {
 
 
 @contextmanager
-def always_gathering() -> Iterator[list[bool]]:
+def always_scattered() -> Iterator[list[bool]]:
     """Gather whatever the data, in chunks of few tiles, so that rings of buffers come round; yields what was done."""
     done: list[bool] = []
 
@@ -67,11 +66,12 @@ def always_gathering() -> Iterator[list[bool]]:
         original(*arguments, **named)
         done.append(bool(arguments[7][0]))
 
-    original = attention.gather_far_blocks
-    launch = replace(MEASURED_GATHERING, above=-1.0, pool_bytes=1 << 18)
+    original = attention.attend_scattered
+    measured = find_config(ScatteredConfig, "scattered", 90, 2, 128)
+    assert measured is not None
     with (
-        mock.patch.object(persistent, "gather_launch", return_value=launch),
-        mock.patch.object(attention, "gather_far_blocks", gather),
+        override(scattered=replace(measured, threshold=-1.0, pool_bytes=1 << 18)),
+        mock.patch.object(attention, "attend_scattered", gather),
     ):
         yield done
 
@@ -109,7 +109,7 @@ def attend(wanted: Callable[[str], bool]) -> bool:
         if not case.gathered:
             well &= run(name, case)
             continue
-        with always_gathering() as done:
+        with always_scattered() as done:
             well &= run(name, case)
         if not (done and all(done)):
             print(f"{name}: NOT GATHERED", flush=True)

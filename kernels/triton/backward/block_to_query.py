@@ -1,11 +1,18 @@
-"""The selection seen from the keys: which queries visit a key block.
+"""Block-to-query index of a call: which queries visit each key block, for the gradients of keys and values.
 
-The forward lists name the blocks that a tile of queries visits. The gradients of keys and values need the reverse, one
-key block at a time. What every query visits by rule needs no list: a *run* of adjacent queries, from the first one at
-or after the block's first key to the end of the local window (or of the sequence: initial blocks, dense sequences).
-Queries beyond the run that chose the block are *listed* one by one, so that products over them waste no rows.
+The forward's lists name the blocks that a tile visits; dK and dV need the reverse. Queries that visit a block by rule
+need no list: they are a *run* of adjacent queries, from the first one at or after the block's first key to the end of
+the local window (or of the sequence: initial blocks, dense sequences). Queries beyond the run that selected the block
+are *listed* one by one, so that products over them have no empty rows.
 
-Counting, prefix sums and filling walk the tiles in the same fixed order: no atomics, the same lists in every run.
+Counting, prefix sums and filling take the tiles in one fixed order, without atomics: the same lists in every run.
+
+The persistent kernel of scattered selections builds an index of its own (`prefill.scattered.block_to_query`), because
+the two need different things. Here a block's sums depend on the order of its queries, so the order must be fixed: one
+count for each block and range of tiles, 8 MB for 128k tokens and 8 key/value heads, and two passes in launches of
+their own. There a result's slot does not depend on the order, so atomics on one count a block do, within one kernel;
+and an index of the whole call would take 130 MB (128k tokens, 31 scored blocks, 8 heads), the ring of eight chunks
+takes 3 MB, which stay in the L2 cache.
 """
 
 from __future__ import annotations
@@ -36,22 +43,22 @@ from ..tile_tables import (
     TilePlan,
 )
 
-WALKERS = 1024
-"""Programs that walk the tiles, over all heads: some ten a multiprocessor hide the latency of their loads."""
+PROGRAMS = 1024
+"""Programs that go through the tiles, over all heads: some ten a multiprocessor hide the latency of their loads."""
 
 _ROWS = 256
 """Table rows that one program writes."""
 
 _LANES = 2048
-"""Entries times tokens that one step of a walk looks at."""
+"""List entries times tokens of one step."""
 
 _SCANNED_BLOCKS = 1024
 """Blocks whose counts one step adds up."""
 
-_SCANNED_WALKS, _COLUMNS = 32, 32
-"""Walks and blocks of one step from counts to places."""
+_SCANNED_PARTS, _COLUMNS = 32, 32
+"""Parts and blocks of one step of the prefix sums."""
 
-# Columns of `KeyLists.table`. Key and query numbers index the tensors of the batch row.
+# Columns of `BlockQueries.table`. Key and query numbers index the tensors of the batch row.
 BLOCK_BATCH = tl.constexpr(0)
 BLOCK_KEY = tl.constexpr(1)  # number of the block's first key
 BLOCK_KEYS = tl.constexpr(2)  # keys in the block; 0: no such block
@@ -61,7 +68,7 @@ BLOCK_SHIFT = tl.constexpr(5)  # key number minus query number of the same token
 
 
 @dataclass(frozen=True)
-class KeyLists:
+class BlockQueries:
     """The queries that visit each key block: the block's run, then its listed queries.
 
     Attributes:
@@ -122,9 +129,9 @@ def _block_table_kernel(
     tl.store(out + BLOCK_SHIFT, shift, mask=ok)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_per_walk", "num_blocks", "capacity", "bound"])
-def _transpose_kernel(
-    cursors,  # int32 [Hkv, walks, num_blocks]: counts of listed queries, or where the next one goes when FILL
+@triton.jit(do_not_specialize=["num_tiles", "tiles_per_part", "num_blocks", "capacity", "bound"])
+def _invert_kernel(
+    cursors,  # int32 [Hkv, parts, num_blocks]: counts of listed queries, or where the next one goes when FILL
     queries,
     table,
     panels,
@@ -132,7 +139,7 @@ def _transpose_kernel(
     tokens,
     counts,
     num_tiles,
-    tiles_per_walk,
+    tiles_per_part,
     num_blocks,
     capacity,
     bound,
@@ -141,12 +148,12 @@ def _transpose_kernel(
     WIDTH: tl.constexpr,
     FILL: tl.constexpr,
 ):
-    walk = tl.program_id(0)
+    part = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    cursors += (head * tl.num_programs(0) + walk).to(tl.int64) * num_blocks
+    cursors += (head * tl.num_programs(0) + part).to(tl.int64) * num_blocks
     token = tl.arange(0, TOKENS)
-    for tile in range(walk * tiles_per_walk, tl.minimum((walk + 1) * tiles_per_walk, num_tiles)):
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, num_tiles)):
         panel = panels + tile // TILES * TABLE_COLUMNS
         query = tl.load(panel + PANEL_QUERY) + tile % TILES * TOKENS + token  # [TOKENS]
         base = tl.load(panel + PANEL_BLOCK_BASE)
@@ -189,24 +196,24 @@ def _starts_kernel(starts, counts, num_blocks, BLOCKS: tl.constexpr):
         base += tl.sum(count, 0)
 
 
-@triton.jit(do_not_specialize=["walks", "num_blocks"])
+@triton.jit(do_not_specialize=["parts", "num_blocks"])
 def _cursors_kernel(
-    cursors,  # int32 [Hkv, walks, num_blocks]: counts, replaced by where each walk's first query goes
+    cursors,  # int32 [Hkv, parts, num_blocks]: counts, replaced by where each part's first query goes
     starts,
-    walks,
+    parts,
     num_blocks,
-    WALKS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     ok = block < num_blocks
     place = tl.load(starts + head * num_blocks + block, mask=ok, other=0)  # [BLOCKS]
-    for first in range(0, walks, WALKS):
-        walk = first + tl.arange(0, WALKS)
-        at = cursors + (head * walks + walk[:, None]) * num_blocks + block[None, :]
-        there = (walk[:, None] < walks) & ok[None, :]
-        count = tl.load(at, mask=there, other=0)  # [WALKS, BLOCKS]
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        at = cursors + (head * parts + part[:, None]) * num_blocks + block[None, :]
+        there = (part[:, None] < parts) & ok[None, :]
+        count = tl.load(at, mask=there, other=0)  # [PARTS, BLOCKS]
         tl.store(at, place[None, :] + tl.cumsum(count, 0) - count, mask=there)
         place += tl.sum(count, 0)
 
@@ -219,7 +226,7 @@ def block_bound(plan: TilePlan, *, batch: int, length_k: int, block_size: int) -
     return count * ((length_k + block_size - 1) // block_size)
 
 
-def transpose_lists(
+def invert_selection(
     lists: TileLists | None,
     plan: TilePlan,
     *,
@@ -228,8 +235,8 @@ def transpose_lists(
     length_k: int,
     dense_len: int,
     window: int | None = None,
-    walkers: int = WALKERS,
-) -> KeyLists:
+    programs: int = PROGRAMS,
+) -> BlockQueries:
     """The queries that visit each key block.
 
     Args:
@@ -241,7 +248,7 @@ def transpose_lists(
         length_k: keys of a row.
         dense_len: sequences with fewer keys are dense.
         window: the site's sliding window in keys.
-        walkers: programs that walk the tiles, over all heads.
+        programs: programs that go through the tiles, over all heads.
     """
     num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
     device = plan.sequences.device
@@ -262,17 +269,17 @@ def transpose_lists(
         ROWS=_ROWS,
     )
     if lists is None:
-        return KeyLists(table, None, None, None)
+        return BlockQueries(table, None, None, None)
 
     tokens = plan.shape.tokens
     _, heads, capacity = lists.blocks.shape
-    far = torch.sym_min(capacity, max(1, geometry.selected_blocks - geometry.local_blocks - 1))
-    bound = plan.num_tiles * tokens * far
+    scored = torch.sym_min(capacity, max(1, geometry.selected_blocks - geometry.local_blocks - 1))
+    bound = plan.num_tiles * tokens * scored
     queries = torch.empty(heads, bound, dtype=torch.int32, device=device)
-    walks = torch.sym_min(max(1, walkers // heads), plan.num_tiles)
+    parts = torch.sym_min(max(1, programs // heads), plan.num_tiles)
 
     def launch(cursors: Tensor, *, fill: bool) -> None:
-        wrap_triton(_transpose_kernel)[(walks, heads)](
+        wrap_triton(_invert_kernel)[(parts, heads)](
             cursors,
             queries,
             table,
@@ -281,7 +288,7 @@ def transpose_lists(
             lists.tokens,
             lists.counts,
             plan.num_tiles,
-            (plan.num_tiles + walks - 1) // walks,
+            (plan.num_tiles + parts - 1) // parts,
             num_blocks,
             capacity,
             bound,
@@ -293,16 +300,16 @@ def transpose_lists(
             num_stages=1,
         )
 
-    cursors = torch.zeros(heads, walks, num_blocks, dtype=torch.int32, device=device)
+    cursors = torch.zeros(heads, parts, num_blocks, dtype=torch.int32, device=device)
     launch(cursors, fill=False)
     # Kernels of our own add up: Inductor of torch 2.11 fails on cumulative sums along few, long rows.
     counts = cursors.sum(1, dtype=torch.int32)
     starts = torch.empty(heads, num_blocks, dtype=torch.int32, device=device)
     wrap_triton(_starts_kernel)[(heads,)](starts, counts, num_blocks, BLOCKS=_SCANNED_BLOCKS)
     wrap_triton(_cursors_kernel)[(heads, (num_blocks + _COLUMNS - 1) // _COLUMNS)](
-        cursors, starts, walks, num_blocks, WALKS=_SCANNED_WALKS, BLOCKS=_COLUMNS
+        cursors, starts, parts, num_blocks, PARTS=_SCANNED_PARTS, BLOCKS=_COLUMNS
     )
     launch(cursors, fill=True)
     # A selection of more blocks than promised, from queries that are not numbers, must not lead reads astray.
     starts = starts.clamp(max=bound)
-    return KeyLists(table, starts, torch.minimum(counts, bound - starts), queries)
+    return BlockQueries(table, starts, torch.minimum(counts, bound - starts), queries)

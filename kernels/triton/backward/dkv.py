@@ -1,8 +1,8 @@
-"""Gradients of keys and values: one program a key block, over the queries that visit it.
+"""Gradients of keys and values: one program a key block, over the queries that visit it (`block_to_query`).
 
-A block's queries (`KeyLists`) are taken 64 rows a step, tokens x heads of one key/value head, whether adjacent or
-listed. Some blocks have far more queries than others, the initial ones all of them, so their queries are cut into
-*pieces* whose fp32 sums go to slots of a bounded pool and are then added in order: every run gives the same bits.
+A step takes 64 rows, tokens x heads of one key/value head, whether the queries are adjacent or listed. Blocks with
+many queries, the initial ones above all, are split (`split_work`), and their fp32 partials reduced in a fixed order:
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
-from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan
-from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, transpose_lists
+from ..tile_ops import UNBOUNDED, mask_scores
+from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan, padded_dim
+from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, invert_selection
 from .split_work import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
+
+EVERY_KEY = tl.constexpr(UNBOUNDED)
+"""Position of a query that sees all keys of a call."""
 
 
 @triton.jit
 def _step_start(begin, step, turn, run, TOKENS: tl.constexpr, HEAD_CHUNKS: tl.constexpr):
-    """Where a step begins in the block's queries: of the run, in whole steps, the first `turn` queries come last."""
+    """First query of a step; the run's steps are rotated by `turn`, so that concurrent programs share L2 lines."""
     start = begin + step // HEAD_CHUNKS * TOKENS
     turned = run // TOKENS * TOKENS
     moved = start - turn
@@ -45,7 +49,16 @@ def _step_queries(first, listed, start, token, run, last):
 
 
 @triton.jit(
-    do_not_specialize=["stride_mb", "length_q", "length_k", "num_units", "num_blocks", "bound", "limit", "window"]
+    do_not_specialize=[
+        "key_mask_batch_stride",
+        "length_q",
+        "length_k",
+        "num_units",
+        "num_blocks",
+        "bound",
+        "limit",
+        "window",
+    ]
 )
 def _key_gradients_kernel(
     grad_out,
@@ -64,20 +77,20 @@ def _key_gradients_kernel(
     queries,
     slots,
     piece,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mn,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_token_stride,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_token_stride,
+    key_mask_batch_stride,
+    key_mask_token_stride,
     heads,
     length_q,
     length_k,
@@ -91,21 +104,21 @@ def _key_gradients_kernel(
     TILE_HEADS: tl.constexpr,
     HEAD_CHUNKS: tl.constexpr,
     TOKENS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    PADDED: tl.constexpr,
-    PADDED_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     HAS_LISTS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Pieces first: they are the longest.
-    task = tl.program_id(0) // (BLOCK_SIZE // KEYS)
-    part = tl.program_id(0) % (BLOCK_SIZE // KEYS)
+    task = tl.program_id(0) // (BLOCK_SIZE // BLOCK_N)
+    part = tl.program_id(0) % (BLOCK_SIZE // BLOCK_N)
     in_pool = task < limit
     unit = task - limit
     number = 0
@@ -122,11 +135,11 @@ def _key_gradients_kernel(
     block = unit // heads
     head = unit % heads
     row = table + block * TABLE_COLUMNS
-    if tl.load(row + BLOCK_KEYS) <= part * KEYS:
+    if tl.load(row + BLOCK_KEYS) <= part * BLOCK_N:
         return
     batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
-    key = tl.load(row + BLOCK_KEY) + part * KEYS
-    last_key = tl.load(row + BLOCK_KEYS) - part * KEYS - 1
+    key = tl.load(row + BLOCK_KEY) + part * BLOCK_N
+    last_key = tl.load(row + BLOCK_KEYS) - part * BLOCK_N - 1
     first = tl.load(row + BLOCK_QUERY)
     run = tl.load(row + BLOCK_RUN)
     shift = tl.load(row + BLOCK_SHIFT)
@@ -137,20 +150,32 @@ def _key_gradients_kernel(
     size = tl.load(piece)
     begin = number * size
     last = tl.minimum(end, begin + size) - 1
-    early = key + KEYS - 1 - shift - first  # queries before this one, in the block's order, may not see every key
+    early = key + BLOCK_N - 1 - shift - first  # queries before this one, in the block's order, may not see every key
     # Runs of neighbouring blocks overlap. Each starts where it has a multiple of its length, so that programs which
     # started together read the same queries at the same time.
     steps = tl.maximum(run // TOKENS, 1).to(tl.uint32)  # a remainder without signs takes fewer registers
     turn = tl.where(in_pool, 0, ((first // TOKENS).to(tl.uint32) % steps).to(tl.int32) * TOKENS)
 
-    keys = tl.arange(0, KEYS)
-    dims = tl.arange(0, PADDED)
-    dims_v = tl.arange(0, PADDED_V)
+    keys = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
     key_rows = (key + tl.minimum(keys, last_key)).to(tl.int64)  # the last key again where the block ends early
-    k_at = k + batch * stride_kb + head.to(tl.int64) * stride_kh + key_rows[:, None] * stride_kn + dims[None, :]
-    v_at = v + batch * stride_vb + head.to(tl.int64) * stride_vh + key_rows[:, None] * stride_vn + dims_v[None, :]
-    k_tile = tl.load(k_at) if DIM == PADDED else tl.load(k_at, mask=dims[None, :] < DIM, other=0.0)
-    v_tile = tl.load(v_at) if DIM_V == PADDED_V else tl.load(v_at, mask=dims_v[None, :] < DIM_V, other=0.0)
+    k_at = (
+        k
+        + batch * k_batch_stride
+        + head.to(tl.int64) * k_head_stride
+        + key_rows[:, None] * k_token_stride
+        + dims[None, :]
+    )
+    v_at = (
+        v
+        + batch * v_batch_stride
+        + head.to(tl.int64) * v_head_stride
+        + key_rows[:, None] * v_token_stride
+        + value_dims[None, :]
+    )
+    k_tile = tl.load(k_at) if HEAD_DIM == BLOCK_D else tl.load(k_at, mask=dims[None, :] < HEAD_DIM, other=0.0)
+    v_tile = tl.load(v_at) if VALUE_DIM == BLOCK_DV else tl.load(v_at, mask=value_dims[None, :] < VALUE_DIM, other=0.0)
 
     scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -158,8 +183,8 @@ def _key_gradients_kernel(
     scale_log2 = scale * LOG2E
     inverse_scale = 1.0 / scale
     heads_q = heads * GROUP
-    q += batch * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
-    grad_out += batch * stride_gb + (head * GROUP).to(tl.int64) * stride_gh
+    q += batch * q_batch_stride + (head * GROUP).to(tl.int64) * q_head_stride
+    grad_out += batch * grad_batch_stride + (head * GROUP).to(tl.int64) * grad_head_stride
     statistics = (batch * heads_q + head * GROUP) * length_q
     row_token = tl.arange(0, ROWS) // TILE_HEADS
     row_head = tl.arange(0, ROWS) % TILE_HEADS
@@ -183,8 +208,8 @@ def _key_gradients_kernel(
     if HAS_LISTS:
         lane_listed = _listed_queries(queries, following, lane_token, run, last)
 
-    sum_k = tl.zeros([KEYS, PADDED], tl.float32)
-    sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
+    sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    sum_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for step in range(tl.cdiv(last - begin + 1, TOKENS) * HEAD_CHUNKS):
         start = _step_start(begin, step, turn, run, TOKENS, HEAD_CHUNKS)
         following = _step_start(begin, step + 1, turn, run, TOKENS, HEAD_CHUNKS)
@@ -193,10 +218,16 @@ def _key_gradients_kernel(
         if HAS_LISTS:
             row_listed = _listed_queries(queries, following, row_token, run, last)
         head_q = tl.minimum(first_head + row_head, GROUP - 1).to(tl.int64)
-        q_at = q + (head_q * stride_qh + row_query.to(tl.int64) * stride_qn)[:, None] + dims[None, :]
-        g_at = grad_out + (head_q * stride_gh + row_query.to(tl.int64) * stride_gn)[:, None] + dims_v[None, :]
-        q_tile = tl.load(q_at) if DIM == PADDED else tl.load(q_at, mask=dims[None, :] < DIM, other=0.0)
-        g_tile = tl.load(g_at) if DIM_V == PADDED_V else tl.load(g_at, mask=dims_v[None, :] < DIM_V, other=0.0)
+        q_at = q + (head_q * q_head_stride + row_query.to(tl.int64) * q_token_stride)[:, None] + dims[None, :]
+        g_at = (
+            grad_out
+            + (head_q * grad_head_stride + row_query.to(tl.int64) * grad_token_stride)[:, None]
+            + value_dims[None, :]
+        )
+        q_tile = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=dims[None, :] < HEAD_DIM, other=0.0)
+        g_tile = (
+            tl.load(g_at) if VALUE_DIM == BLOCK_DV else tl.load(g_at, mask=value_dims[None, :] < VALUE_DIM, other=0.0)
+        )
         prepared = tl.where(lane_next == float("-inf"), float("inf"), lane_next)  # no visible key: weight 0
         score_start, grad_start = tl.split(tl.trans(tl.reshape(prepared * lane_factor, [2, ROWS])))
         next_head = tl.minimum((step + 1) % HEAD_CHUNKS * TILE_HEADS + lane_head, GROUP - 1)
@@ -208,43 +239,44 @@ def _key_gradients_kernel(
         if GROUP < TILE_HEADS * HEAD_CHUNKS:
             score_start = tl.where(first_head + row_head < GROUP, score_start, float("-inf"))
 
-        zeros = tl.zeros([KEYS, ROWS], tl.float32)
+        zeros = tl.zeros([BLOCK_N, ROWS], tl.float32)
         grad_weights = zeros + grad_start[None, :]
-        grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [KEYS, ROWS]
+        grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [BLOCK_N, ROWS]
         scores = zeros + score_start[None, :]
-        scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [KEYS, ROWS]
+        scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [BLOCK_N, ROWS]
         if (start < early) | (start + (TOKENS - 1) > last):
             index = start + row_token
             own = first + index + shift  # number of the query's own key
             if QUERY_BLOCK > 1 and HAS_LISTS:
                 listed = tl.load(queries + index, mask=(index >= run) & (index <= last), other=0)
                 own = tl.where(index < run, own, listed + shift)
-                seen = key + keys[:, None] <= own[None, :]
             else:
-                seen = (key + keys[:, None] <= own[None, :]) | (index >= run)[None, :]
-            scores = tl.where(seen & (index <= last)[None, :], scores, float("-inf"))
+                own = tl.where(index < run, own, EVERY_KEY)
+            own = tl.where(index <= last, own, -1)
+            scores = mask_scores(scores, key + keys[:, None], own[None, :], window, True, True, False)
         if HAS_WINDOW:
-            scores = tl.where(key + keys[:, None] > (row_query + shift - window)[None, :], scores, float("-inf"))
+            own = row_query + shift
+            scores = mask_scores(scores, key + keys[:, None], own[None, :], window, True, False, True)
         weights = tl.exp2(scores * scale_log2)
         sum_v = tl.dot(weights.to(g_tile.dtype), g_tile, sum_v, input_precision=PRECISION)
         sum_k = tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)
     sum_k *= scale
 
     if in_pool:
-        slot = pool + task.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
-        inside = (part * KEYS + keys)[:, None]
-        tl.store(slot + inside * DIM + dims[None, :], sum_k, mask=dims[None, :] < DIM)
-        slot += BLOCK_SIZE * DIM
-        tl.store(slot + inside * DIM_V + dims_v[None, :], sum_v, mask=dims_v[None, :] < DIM_V)
+        slot = pool + task.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
+        inside = (part * BLOCK_N + keys)[:, None]
+        tl.store(slot + inside * HEAD_DIM + dims[None, :], sum_k, mask=dims[None, :] < HEAD_DIM)
+        slot += BLOCK_SIZE * HEAD_DIM
+        tl.store(slot + inside * VALUE_DIM + value_dims[None, :], sum_v, mask=value_dims[None, :] < VALUE_DIM)
     else:
         valid = keys <= last_key
-        if HAS_MASK:
-            valid &= tl.load(key_mask + batch * stride_mb + key_rows * stride_mn) != 0
+        if HAS_KEY_MASK:
+            valid &= tl.load(key_mask + batch * key_mask_batch_stride + key_rows * key_mask_token_stride) != 0
         at_rows = ((batch * heads + head) * length_k + key + keys)[:, None]
-        out = grad_k + at_rows * DIM + dims[None, :]
-        tl.store(out, sum_k.to(grad_k.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < DIM))
-        out = grad_v + at_rows * DIM_V + dims_v[None, :]
-        tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (dims_v[None, :] < DIM_V))
+        out = grad_k + at_rows * HEAD_DIM + dims[None, :]
+        tl.store(out, sum_k.to(grad_k.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < HEAD_DIM))
+        out = grad_v + at_rows * VALUE_DIM + value_dims[None, :]
+        tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (value_dims[None, :] < VALUE_DIM))
 
 
 def key_gradients(
@@ -274,7 +306,7 @@ def key_gradients(
         v: ``[B, Hkv, Lk, Dv]``.
         lse: natural log-sum-exp of the forward, float32 ``[B, Hq, Lq]``, contiguous.
         delta: row sums of ``grad_out * out``, float32 ``[B, Hq, Lq]``, contiguous.
-        lists: the selection of the forward (see `transpose_lists`); None: every sequence is dense.
+        lists: the selection of the forward (see `invert_selection`); None: every sequence is dense.
         plan: the tiles of the forward.
         geometry: the block geometry of the selection.
         scale: softmax scale, positive.
@@ -288,14 +320,14 @@ def key_gradients(
         Contiguous gradients in the dtypes of `k` and `v`; 0 for keys that no query sees.
     """
     batch, heads, length_k = k.shape[:3]
-    dim, dim_v = int(k.shape[3]), int(v.shape[3])
+    dim, value_dim = int(k.shape[3]), int(v.shape[3])
     length_q = q.shape[2]
     shape = plan.shape
     block_size = geometry.block_size
     # Of different shapes on purpose: a compiler merges two equal allocations, and then copies one of them.
     grad_k = torch.zeros(k.numel() // dim, dim, dtype=k.dtype, device=k.device)
     grad_v = torch.zeros(v.numel(), dtype=v.dtype, device=v.device)
-    key_lists = transpose_lists(
+    key_lists = invert_selection(
         lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
     )
     table = key_lists.table
@@ -305,15 +337,12 @@ def key_gradients(
         heads=heads,
         length_q=length_q,
         smallest=piece_steps * shape.tokens,
-        slot_size=block_size * (dim + dim_v),
+        slot_size=block_size * (dim + value_dim),
         pool_bytes=pool_bytes,
     )
-    padded = max(16, triton.next_power_of_2(dim))
-    padded_v = max(16, triton.next_power_of_2(dim_v))
-    launch = launch_for("attention_backward_keys", k, max(padded, padded_v))
+    launch = config_for(LaunchConfig, "key_gradients", k, padded_dim(max(dim, value_dim)))
     tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
-    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     wrap_triton(_key_gradients_kernel)[((pieces.limit + num_units) * (block_size // keys),)](
         grad_out,
         q,
@@ -335,7 +364,7 @@ def key_gradients(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *mask_strides,
+        *((0, 0) if key_mask is None else key_mask.stride()),
         heads,
         length_q,
         length_k,
@@ -349,19 +378,19 @@ def key_gradients(
         TILE_HEADS=tile_heads,
         HEAD_CHUNKS=shape.padded_group // tile_heads,
         TOKENS=launch.rows // tile_heads,
-        DIM=dim,
-        DIM_V=dim_v,
-        PADDED=padded,
-        PADDED_V=padded_v,
+        HEAD_DIM=dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=padded_dim(dim),
+        BLOCK_DV=padded_dim(value_dim),
         BLOCK_SIZE=block_size,
-        KEYS=keys,
+        BLOCK_N=keys,
         QUERY_BLOCK=geometry.query_block,
         HAS_LISTS=lists is not None,
-        HAS_MASK=key_mask is not None,
+        HAS_KEY_MASK=key_mask is not None,
         HAS_WINDOW=window is not None,
         PRECISION=precision(k),
         **launch.options,
     )
-    sizes = {"heads": heads, "length_k": length_k, "dim": dim, "dim_v": dim_v, "block_size": block_size}
+    sizes = {"heads": heads, "length_k": length_k, "dim": dim, "value_dim": value_dim, "block_size": block_size}
     add_pieces(grad_k, grad_v, pieces, key_lists, key_mask, **sizes)
     return grad_k.view(k.shape), grad_v.view(v.shape)

@@ -1,7 +1,7 @@
-"""Backward of block attention on the side of the queries: row sums of ``dO * O``, and the gradient of q.
+"""Query side of the backward pass: row sums of ``dO * O`` (delta), and the gradient of q.
 
-The gradient of q walks the same lists as the forward, computes the weights again from the log-sum-exp, and leaves
-out the same rows. The gradients of keys and values are another file's.
+The gradient of q visits the blocks of the forward's lists, recomputes the weights from the log-sum-exp, and masks the
+same rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import fixed_token_stride, precision, wrap_triton
 from ..tile_ops import (
     LOG2_E,
@@ -22,12 +22,12 @@ from ..tile_ops import (
     load_attention_tile,
     load_keys,
     load_visit,
-    mask_scores,
+    mask_step,
     reload_rows,
     row_addresses,
     row_mask,
 )
-from ..tile_tables import TileLists, TilePlan
+from ..tile_tables import TileLists, TilePlan, padded_dim
 
 _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
@@ -122,12 +122,12 @@ def _add_step(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what the keys of a step give; `load_keys` and `mask_scores` explain what they are handed on."""
+    """Add what the keys of a step give; `load_keys` and `mask_step` explain what they are handed on."""
     numbers = tl.arange(0, k_rows.shape[0])
     k_step = load_keys(k_rows, numbers[:, None], dims, count, HEAD_DIM, dims.shape[1] == HEAD_DIM, SHORT)  # [BN, D]
     v_step = load_keys(v_rows, numbers[None, :], value_dims, count, VALUE_DIM, value_dims.shape[0] == VALUE_DIM, SHORT)
     scores = tl.dot(queries, tl.trans(k_step), input_precision=PRECISION)  # [BM, BN]
-    scores = mask_scores(
+    scores = mask_step(
         scores, key_positions, start, position, positions, last, window, key_mask, HAS_WINDOW, HAS_KEY_MASK
     )
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
@@ -224,7 +224,7 @@ def _query_gradient_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
-    HELD: tl.constexpr,
+    QUERIES_IN_REGISTERS: tl.constexpr,
     K_TOKEN_STRIDE: tl.constexpr,
     V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -259,7 +259,7 @@ def _query_gradient_kernel(
 
     q_rows = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, row_query, q_token_stride, BLOCK_D)
     queries = tl.load(q_rows, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)  # [BM, D]
-    if HELD:
+    if QUERIES_IN_REGISTERS:
         queries = in_registers(queries, PRECISION)
     grad_rows = row_addresses(
         grad_out, batch, grad_batch_stride, row_head, grad_head_stride, row_query, grad_token_stride, BLOCK_DV
@@ -420,8 +420,7 @@ def query_gradient(
     heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
     grad_q = (q.new_empty if every_query else q.new_zeros)((batch, heads_q, length_q, dim))
     shape = plan.shape
-    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    launch = launch_for("query_gradient", q, max(block_d, block_dv))
+    launch = config_for(LaunchConfig, "query_gradient", q, padded_dim(max(dim, value_dim)))
     parts = shape.tokens * shape.padded_group // launch.rows
     wrap_triton(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
         grad_out,
@@ -442,29 +441,19 @@ def query_gradient(
         *v.stride()[:3],
         *grad_q.stride()[:3],
         *lse.stride()[:2],
-        0 if key_mask is None else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *((0, 0) if key_mask is None else key_mask.stride()),
         0 if lists is None else lists.blocks.stride(1),
         dense_len,
         UNBOUNDED if window is None else window,
         scale,
         scale * LOG2_E,
         LOG2_E,
-        GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TOKENS=shape.tokens,
-        TILES=shape.tiles,
-        BLOCK_M=launch.rows,
-        BLOCK_SIZE=geometry.block_size,
+        **shape.constants(geometry, dim, value_dim, launch.rows),
         BLOCK_N=launch.step_keys(geometry.block_size),
-        HEAD_DIM=dim,
-        BLOCK_D=block_d,
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        HELD=launch.held,
+        QUERIES_IN_REGISTERS=launch.queries_in_registers,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),

@@ -1,8 +1,8 @@
-"""Cuts the work on key blocks into pieces of bounded size, and adds what the pieces computed.
+"""Split-K for dK and dV: splits long query lists across programs and reduces fp32 partials in a fixed order.
 
-A *unit* is a key block for one key/value head: unit ``u`` is block ``u // heads`` of head ``u % heads``. Units that
-more queries visit than a piece holds have a *slot* of a pool for every piece. How large a piece is follows on the
-device from the selection, so that the pool, whose size follows from shapes, suffices.
+A *unit* is a key block for one key/value head: unit ``u`` is block ``u // heads`` of head ``u % heads``. A unit with
+more queries than a piece holds has a *slot* of a pool for every piece. The piece size is computed on the device from
+the selection, so that the pool, whose size follows from shapes, suffices.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import wrap_triton
-from ..tile_tables import TABLE_COLUMNS
-from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_RUN, KeyLists
+from ..tile_tables import TABLE_COLUMNS, padded_dim
+from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_RUN, BlockQueries
 
 POOL_BYTES = 1 << 26
 """Memory for the sums of pieces."""
@@ -106,7 +106,7 @@ def unit_of_slot(slots, num_units, slot):
     return low
 
 
-@triton.jit(do_not_specialize=["stride_mb", "length_k", "num_units"])
+@triton.jit(do_not_specialize=["key_mask_batch_stride", "length_k", "num_units"])
 def _add_pieces_kernel(
     grad_k,
     grad_v,
@@ -114,18 +114,18 @@ def _add_pieces_kernel(
     key_mask,
     table,
     slots,
-    stride_mb,
-    stride_mn,
+    key_mask_batch_stride,
+    key_mask_token_stride,
     heads,
     length_k,
     num_units,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    PADDED: tl.constexpr,
-    PADDED_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
 ):
     """One program a slot and KEYS keys; the first slot of a unit adds them all."""
     slot = tl.program_id(0)
@@ -137,30 +137,33 @@ def _add_pieces_kernel(
     row = table + unit // heads * TABLE_COLUMNS
     keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     valid = keys < tl.load(row + BLOCK_KEYS)
-    dims = tl.arange(0, PADDED)[None, :]
-    dims_v = tl.arange(0, PADDED_V)[None, :]
-    ok_k = valid[:, None] & (dims < DIM)
-    ok_v = valid[:, None] & (dims_v < DIM_V)
-    sum_k = tl.zeros([KEYS, PADDED], tl.float32)
-    sum_v = tl.zeros([KEYS, PADDED_V], tl.float32)
-    part = pool + slot.to(tl.int64) * BLOCK_SIZE * (DIM + DIM_V)
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    value_dims = tl.arange(0, BLOCK_DV)[None, :]
+    ok_k = valid[:, None] & (dims < HEAD_DIM)
+    ok_v = valid[:, None] & (value_dims < VALUE_DIM)
+    sum_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    sum_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    part = pool + slot.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
     for _ in range(slot, tl.load(slots + unit + 1)):
-        sum_k += tl.load(part + keys[:, None] * DIM + dims, mask=ok_k, other=0.0)
-        sum_v += tl.load(part + BLOCK_SIZE * DIM + keys[:, None] * DIM_V + dims_v, mask=ok_v, other=0.0)
-        part += BLOCK_SIZE * (DIM + DIM_V)
+        sum_k += tl.load(part + keys[:, None] * HEAD_DIM + dims, mask=ok_k, other=0.0)
+        sum_v += tl.load(part + BLOCK_SIZE * HEAD_DIM + keys[:, None] * VALUE_DIM + value_dims, mask=ok_v, other=0.0)
+        part += BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
     batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
     key_rows = (tl.load(row + BLOCK_KEY) + keys).to(tl.int64)
-    if HAS_MASK:
-        seen = tl.load(key_mask + batch * stride_mb + key_rows * stride_mn, mask=valid, other=0) != 0
+    if HAS_KEY_MASK:
+        seen = (
+            tl.load(key_mask + batch * key_mask_batch_stride + key_rows * key_mask_token_stride, mask=valid, other=0)
+            != 0
+        )
         ok_k &= seen[:, None]
         ok_v &= seen[:, None]
     at_rows = ((batch * heads + unit % heads) * length_k + key_rows)[:, None]
-    tl.store(grad_k + at_rows * DIM + dims, sum_k.to(grad_k.dtype.element_ty), mask=ok_k)
-    tl.store(grad_v + at_rows * DIM_V + dims_v, sum_v.to(grad_v.dtype.element_ty), mask=ok_v)
+    tl.store(grad_k + at_rows * HEAD_DIM + dims, sum_k.to(grad_k.dtype.element_ty), mask=ok_k)
+    tl.store(grad_v + at_rows * VALUE_DIM + value_dims, sum_v.to(grad_v.dtype.element_ty), mask=ok_v)
 
 
 def plan_pieces(
-    lists: KeyLists, *, heads: int, length_q: int, smallest: int, slot_size: int, pool_bytes: int
+    lists: BlockQueries, *, heads: int, length_q: int, smallest: int, slot_size: int, pool_bytes: int
 ) -> Pieces:
     """Cut the units of a call.
 
@@ -199,13 +202,13 @@ def add_pieces(
     grad_k: Tensor,
     grad_v: Tensor,
     pieces: Pieces,
-    lists: KeyLists,
+    lists: BlockQueries,
     key_mask: Tensor | None,
     *,
     heads: int,
     length_k: int,
     dim: int,
-    dim_v: int,
+    value_dim: int,
     block_size: int,
 ) -> None:
     """Write the gradients of the units that were cut.
@@ -219,7 +222,7 @@ def add_pieces(
         heads: ``Hkv``.
         length_k: ``Lk``.
         dim: ``D``.
-        dim_v: ``Dv``.
+        value_dim: ``Dv``.
         block_size: tokens in a key block.
     """
     wrap_triton(_add_pieces_kernel)[(pieces.limit, block_size // _REDUCED_KEYS)](
@@ -233,11 +236,11 @@ def add_pieces(
         heads,
         length_k,
         lists.table.shape[0] * heads,
-        DIM=dim,
-        DIM_V=dim_v,
-        PADDED=max(16, triton.next_power_of_2(dim)),
-        PADDED_V=max(16, triton.next_power_of_2(dim_v)),
+        HEAD_DIM=dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=padded_dim(dim),
+        BLOCK_DV=padded_dim(value_dim),
         BLOCK_SIZE=block_size,
         KEYS=_REDUCED_KEYS,
-        HAS_MASK=key_mask is not None,
+        HAS_KEY_MASK=key_mask is not None,
     )

@@ -1,8 +1,8 @@
-"""Attention of a decode step: the keys of a tile of queries split over programs, and the merge of their parts.
+"""Decode attention: split-K over a tile's keys, and the merge of the partial results by log-sum-exp.
 
-A sparse tile visits the listed blocks of each of its lines, a dense one all blocks in order; how many *visits* that
-makes follows on the device from the row's length, and every program takes an equal share of them. The merge adds the
-parts in their order, so that every run gives the same bits.
+A sparse tile visits the listed blocks of each of its lines, a dense one all blocks; the number of *visits* follows on
+the device from the row's length, and every program takes an equal share. Partials are merged in a fixed order, so
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
+from ..configs import DecodeConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED
-from .configs import decode_launch
+from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, mask_scores, online_softmax
+from ..tile_tables import padded_dim
 from .rows import (
-    LEAST_COLUMNS,
     DecodeRows,
     DecodeShape,
     clip_row,
@@ -26,7 +26,7 @@ from .rows import (
     forced_block,
     last_of_line,
     line_of,
-    scored_blocks,
+    scored_range,
     tile_visits,
 )
 
@@ -126,7 +126,7 @@ def _decode_attention_kernel(
         for step in range(begin * STEPS, tl.where(sparse, tl.minimum(end, begin + AHEAD), begin) * STEPS):
             visit = step // STEPS
             last = last_of_line(first_line + visit // width, length, length_q, QUERY_BLOCK)
-            low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+            low, high, _ = scored_range(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
             block, known = forced_block(visit % width, last, window, low, high, BLOCK, INIT, LOCAL, HAS_WINDOW)
             key = block * BLOCK + step % STEPS * STEP_KEYS + tl.arange(0, STEP_KEYS)
             key = tl.where(known & (key < length), key, length - 1).to(tl.int64)
@@ -158,19 +158,12 @@ def _decode_attention_kernel(
             keys = tl.load(k_at, mask=there[None, :] & (dims < D)[:, None], other=0.0)  # [DP, STEP_KEYS]
             v_at = v_row + key.to(tl.int64)[:, None] * stride_vt + value_dims
             values = tl.load(v_at, mask=there[:, None] & (value_dims < VALUE_DIM), other=0.0)  # [STEP_KEYS, DV]
-            scores = tl.dot(queries, keys, input_precision=PRECISION) * scale_log2  # [M, STEP_KEYS]
-            seen = there[None, :] & (key[None, :] <= position[:, None])
-            seen &= (real & ((sparse == 0) | (line_of_row == line)))[:, None]
-            if HAS_WINDOW:
-                seen &= key[None, :] > position[:, None] - window
+            scores = tl.dot(queries, keys, input_precision=PRECISION)  # [M, STEP_KEYS]
+            valid = there[None, :] & (real & ((sparse == 0) | (line_of_row == line)))[:, None]
             if HAS_KEY_MASK:
-                seen &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-            raised = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - raised[:, None])
-            decay = tl.exp2(highest - raised)
-            highest = raised
-            total = total * decay + tl.sum(weights, 1)
+                valid &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
+            scores = mask_scores(scores, key[None, :], position[:, None], window, valid, True, HAS_WINDOW)
+            weights, highest, total, decay = online_softmax(scores, scale_log2, highest, total, True, False, 1)
             acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
 
         empty = total == 0.0
@@ -254,9 +247,9 @@ def decode_attend(
     g = geometry
     batch, heads, capacity = k.shape[:3]
     heads_q, dim, value_dim = int(q.shape[1]), int(q.shape[3]), int(v.shape[3])
-    padded, padded_value = (max(LEAST_COLUMNS, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    padded, padded_value = (padded_dim(size) for size in (dim, value_dim))
     shape = DecodeShape.choose(heads_q // int(heads), int(q.shape[2]), g.query_block, q.element_size())
-    launch = decode_launch(q, max(padded, padded_value))
+    launch = config_for(DecodeConfig, "decode", q, max(padded, padded_value))
     programs = batch * heads * shape.tiles
     available = multiprocessors(q.device)
     splits = (available * launch.programs + programs - 1) // programs
@@ -306,7 +299,7 @@ def decode_attend(
         HAS_STARTS=rows.starts is not None,
         PRECISION=precision(q),
         **dependent_launch(_decode_attention_kernel, q),
-        AHEAD=launch.ahead,
+        AHEAD=launch.prefetch_visits,
         num_warps=launch.warps(launch.attend_warps, shape.columns),
         num_stages=launch.attend_stages,
     )

@@ -1,4 +1,4 @@
-"""Compressed keys of a decode step that became complete, and the queries' normaliser over the compressed keys.
+"""Decode: compresses newly completed windows, and the queries' partial normalisers over the compressed keys.
 
 Formulas: arXiv 2509.24663, section 3.2.
 """
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import await_previous
+from ..tile_ops import LOWEST_SCORE, online_softmax
 from .rows import DECODE_FACTOR, clip_row, count_windows, last_of_line, line_of
 
 DECODE_FINE = tl.constexpr(8)
@@ -199,18 +200,15 @@ def decode_compress_kernel(
         )
         line = line_of(tl.maximum(position, 0), length, length_q, QUERY_BLOCK)
         visible = count_windows(last_of_line(line, length, length_q, QUERY_BLOCK) + 1, SIZE, STEP)  # [C]
-        peak = tl.full([C], float("-inf"), tl.float32)
+        highest = tl.full([C], LOWEST_SCORE, tl.float32)
         total = tl.zeros([C], tl.float32)
         for begin in range(chunk * OWNED, tl.minimum(chunk * OWNED + OWNED, complete), CHUNK):
             index = begin + tl.arange(0, CHUNK)
             there = (index < complete)[:, None] & (dims < D)
             at = keys_row + index.to(tl.int64)[:, None] * keys_stride + dims
             keys = tl.load(at, mask=there, other=0.0)  # [CHUNK, DP]
-            scores = tl.dot(keys, turned, input_precision=PRECISION) * scale_log2  # [CHUNK, C]
+            scores = tl.dot(keys, turned, input_precision=PRECISION)  # [CHUNK, C]
             scores = tl.where(index[:, None] < visible[None, :], scores, float("-inf"))
-            higher = tl.maximum(peak, tl.max(scores, 0))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(scores - base[None, :]), 0)
-            peak = higher
+            _, highest, total, _ = online_softmax(scores, scale_log2, highest, total, True, False, 0)
         at = parts + (pair * chunks + chunk) * tiles * C + tile * C + columns
-        tl.store(at, tl.where(total > 0.0, peak + tl.log2(total), float("-inf")))
+        tl.store(at, tl.where(total > 0.0, highest + tl.log2(total), float("-inf")))

@@ -1,8 +1,8 @@
-"""What the decode kernels share: where a row's keys lie, which queries share a list of blocks, what a list holds.
+"""Layout of a decode step, shared by its kernels: rows, lines (lists of blocks), tiles, and what a list contains.
 
 A *row* of the batch has its valid keys in slots ``[start, start + length)`` of the cache; its queries are the last of
-them. A *line* is one list of blocks: of a query, or of the queries that one group of QUERY_BLOCK positions holds. A
-*tile* is a few adjacent queries (TOKENS) with all heads of a group, PADDED_GROUP columns or rows each.
+them. A *line* is one list of blocks: of a query, or of the queries in one group of QUERY_BLOCK positions. A *tile* is
+a few adjacent queries (TOKENS) with all heads of a group, PADDED_GROUP columns or rows each.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def first_block(last, window, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def scored_blocks(
+def scored_range(
     last,
     window,
     BLOCK: tl.constexpr,

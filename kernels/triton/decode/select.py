@@ -1,9 +1,7 @@
-"""Block selection of a decode step: compressed keys that became complete, normaliser, block scores, top-k.
+"""Decode block selection: compression and normalisers, block scores, top-k (arXiv 2509.24663, section 3.2).
 
-Two kernels for steps of one token over few heads: the last program that scores blocks of a row also ranks them. Else a
-third ranks.
-Grids follow from the cache's capacity; programs beyond a row's length end at once. Formulas: arXiv 2509.24663, section
-3.2.
+Two kernels for steps of one token over few heads, where the last program that scores a row's blocks also ranks them;
+else a third kernel ranks. Grids follow from the cache's capacity; programs beyond a row's length exit at once.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import COARSE_FACTOR, BlockGeometry
+from ..configs import DecodeConfig, config_for
 from ..launch import precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..tile_ops import LOG2_E, UNBOUNDED
+from ..tile_ops import LOG2_E, LOWEST_SCORE, UNBOUNDED, online_softmax
+from ..tile_tables import padded_dim
 from .compress import decode_compress_kernel, load_columns
-from .configs import decode_launch
 from .rows import (
-    LEAST_COLUMNS,
     DecodeRows,
     DecodeShape,
     DecodeState,
@@ -28,7 +26,7 @@ from .rows import (
     count_windows,
     last_of_line,
     line_of,
-    scored_blocks,
+    scored_range,
 )
 from .topk import decode_rank_kernel, list_chosen, list_forced
 
@@ -45,17 +43,14 @@ def _join_normalisers(
     real,  # [C]
 ):
     """Base-2 log-sum-exp of columns over all chunks; +inf, which makes scores 0, where no key is visible."""
-    peak = tl.full([column.shape[0]], float("-inf"), tl.float32)
+    highest = tl.full([column.shape[0]], LOWEST_SCORE, tl.float32)
     total = tl.zeros([column.shape[0]], tl.float32)
     for begin in range(0, count, DECODE_PARTS):
         chunk = begin + tl.arange(0, DECODE_PARTS)
         mask = (chunk < count)[:, None] & real[None, :]
         some = tl.load(parts_row + chunk[:, None] * stride + column[None, :], mask=mask, other=float("-inf"))
-        higher = tl.maximum(peak, tl.max(some, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(some - base[None, :]), 0)
-        peak = higher
-    return tl.where(total > 0.0, peak + tl.log2(total), float("inf"))
+        _, highest, total, _ = online_softmax(some, 1.0, highest, total, True, False, 0)
+    return tl.where(total > 0.0, highest + tl.log2(total), float("inf"))
 
 
 @triton.jit(do_not_specialize=["capacity", "chunks", "num_blocks", "dense_len", "window", "length_q", "tiles"])
@@ -134,7 +129,7 @@ def _decode_score_kernel(
     else:
         last = base + line
         exists = (line < length_q) & (last >= 0)
-    low, high, _ = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+    low, high, _ = scored_range(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
     high = tl.where(length >= dense_len, high, low)
     exists = exists & (high > low)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -189,7 +184,7 @@ def _decode_score_kernel(
         inside = (block[:, None] >= low[None, :]) & (block[:, None] < high[None, :])
         tl.store(to, key, mask=inside & exists[None, :])
     if RANKS:
-        begin, end, taken = scored_blocks(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+        begin, end, taken = scored_range(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
         blocks_row = blocks + pair * BUDGET
         first = tl.program_id(0) == 0
         if first & (head == 0):
@@ -234,9 +229,9 @@ def decode_select(
     """
     g = geometry
     batch, heads, capacity = k.shape[:3]
-    dim, padded = int(q.shape[3]), max(LEAST_COLUMNS, triton.next_power_of_2(int(q.shape[3])))
+    dim, padded = int(q.shape[3]), padded_dim(int(q.shape[3]))
     shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block, q.element_size())
-    launch = decode_launch(q, padded)
+    launch = config_for(DecodeConfig, "decode", q, padded)
     exact = g.lse == "exact"
     owned = launch.chunk * COARSE_FACTOR  # fine windows of one program
     chunks = torch.sym_max(1, (state.k1.shape[2] + owned - 1) // owned)
@@ -270,9 +265,9 @@ def decode_select(
         "LOCAL": g.local_blocks,
         "HAS_WINDOW": window is not None,
         "WIDTH": triton.next_power_of_2(g.selected_blocks),
-        "RANKED": launch.ranked,
+        "RANKED": launch.rank_blocks,
     }
-    ranks = int(heads) <= launch.ranks and shape.length_q == 1
+    ranks = int(heads) <= launch.fused_rank_heads and shape.length_q == 1
     wrap_triton(decode_compress_kernel)[(chunks, pairs)](
         *rows.arguments,
         q,

@@ -1,4 +1,4 @@
-"""Ranking of a decode step: the lists of blocks, from the scores as keys whose order is that of the scores."""
+"""Decode top-k: lists of blocks from scores as integer keys that order as they do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import await_previous
-from .rows import clip_row, forced_block, last_of_line, line_of, scored_blocks
+from .rows import clip_row, forced_block, last_of_line, line_of, scored_range
 
 DECODE_SPAN = tl.constexpr(1 << 23)
 """Distance of two keys whose scores differ by a factor of two."""
@@ -66,8 +66,8 @@ def list_chosen(
     """Write the ``taken`` blocks of ``[begin, end)`` with the highest keys, of equal ones the lower."""
     place = tl.arange(0, RANKED)
     # Those of more blocks than fit are loaded again each time.
-    held = tl.load(keys_row + begin + place, mask=begin + place < end, other=-1)
-    top = tl.max(held, 0)
+    first_keys = tl.load(keys_row + begin + place, mask=begin + place < end, other=-1)
+    top = tl.max(first_keys, 0)
     for first in range(begin + RANKED, end, RANKED):
         more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
         top = tl.maximum(top, tl.max(more, 0))
@@ -80,7 +80,7 @@ def list_chosen(
     while (most - least > 1) & (reached != taken):
         low, high = _next_bounds(least, most, span)
         span = tl.minimum(16 * span, 1 << 28)
-        counts = _count_reaching(held, low, high)
+        counts = _count_reaching(first_keys, low, high)
         for first in range(begin + RANKED, end, RANKED):
             more = tl.load(keys_row + first + place, mask=first + place < end, other=-1)
             counts += _count_reaching(more, low, high)
@@ -150,7 +150,7 @@ def decode_rank_kernel(
     last = last_of_line(line, length, length_q, QUERY_BLOCK)
     exists = (line_of(length - 1, length, length_q, QUERY_BLOCK) >= line) & (last >= 0)
     if exists & (length >= dense_len):
-        begin, end, taken = scored_blocks(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+        begin, end, taken = scored_range(last, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
         row = pair * LINES + line
         blocks_row = blocks + row * BUDGET
         list_forced(blocks_row, last, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)

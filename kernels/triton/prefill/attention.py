@@ -1,11 +1,9 @@
-"""Attention over the blocks that tiles of queries visit: the forward kernel.
+"""Forward kernel of block-sparse attention: one program a tile, over the union of its tokens' blocks.
 
-One program computes one tile: the queries of a few adjacent tokens, for the heads of one key/value head. It walks
-the union of the blocks that its tokens selected, ascending, and leaves out of a block the rows of the tokens that
-did not select it. Only the blocks at an edge (the tile's own tokens, a sliding window) are masked key by key.
-
-Where the tokens of tiles share few blocks, which the device finds out, tiles visit only the blocks that all their
-tokens visit by rule, and `kernels.triton.prefill.scattered.persistent` adds the others.
+A tile is the queries of a few adjacent tokens for the heads of one key/value head. Its blocks are visited in
+ascending order; rows whose token did not select a block are masked as a whole, and only blocks at an edge (the tile's
+own tokens, a sliding window) are masked by element. Where the device finds that tokens of a tile share few blocks,
+tiles visit the forced blocks only, and `prefill.scattered` adds the scored ones.
 """
 
 from __future__ import annotations
@@ -16,27 +14,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import Launch, launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import fixed_token_stride, precision, wrap_triton
 from ..tile_ops import (
     LN_2,
     LOG2_E,
     LOWEST_SCORE,
     UNBOUNDED,
-    count_forced,
     count_visits,
+    forced_visits,
     in_registers,
     load_attention_tile,
     load_keys,
     load_visit,
-    mask_scores,
+    mask_step,
+    online_softmax,
     reload_rows,
     row_addresses,
     row_mask,
+    softmax_weights,
 )
-from ..tile_tables import TileLists, TilePlan
+from ..tile_tables import TileLists, TilePlan, padded_dim
 from .choose import choose_variant
-from .scattered.persistent import gather_far_blocks, offer_gathering
+from .scattered.persistent import attend_scattered, offer_scattered
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _attention_forward_kernel(
     tokens,
     counts,
     key_mask,  # bool [B, Lk], HAS_KEY_MASK only
-    far_gathered,  # int32 [1], MAY_GATHER only: whether tiles leave the blocks that not all queries visit to others
+    is_scattered,  # int32 [1], SCATTERED_OFFERED only: whether tiles visit their forced blocks alone
     q_batch_stride,
     q_head_stride,
     q_token_stride,
@@ -159,7 +159,7 @@ def _attention_forward_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_LISTS: tl.constexpr,
-    MAY_GATHER: tl.constexpr,
+    SCATTERED_OFFERED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -182,10 +182,10 @@ def _attention_forward_kernel(
     by_rule = dense
     initial = 0
     later = first
-    if MAY_GATHER:
-        left = (tl.load(far_gathered) != 0) & (visits > 0) & (dense == 0)
+    if SCATTERED_OFFERED:
+        left = (tl.load(is_scattered) != 0) & (visits > 0) & (dense == 0)
         if left:
-            visits, initial, first, later = count_forced(
+            visits, initial, first, later = forced_visits(
                 position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
             )
         by_rule = dense | left
@@ -234,7 +234,7 @@ def _attention_forward_kernel(
             True,
             PRECISION,
         )
-        scores = mask_scores(
+        scores = mask_step(
             scores,
             keys,
             0,
@@ -246,8 +246,7 @@ def _attention_forward_kernel(
             HAS_WINDOW,
             HAS_KEY_MASK,
         )
-        top = tl.maximum(tl.max(scores, 1) * scale_log2, LOWEST_SCORE)  # [BM]
-        weights = tl.exp2(scores * scale_log2 - top[:, None])  # [BM, BN]
+        weights, top = softmax_weights(scores, scale_log2, LOWEST_SCORE, 1)  # [BM, BN], [BM]
         v_rows = v + key * v_token_stride + v_offsets
         v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, True)
         _store_tile(
@@ -280,7 +279,7 @@ def _attention_forward_kernel(
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
         start_block = first
-        if MAY_GATHER:
+        if SCATTERED_OFFERED:
             start_block = tl.where(entry < initial, first, later)
         block, bits = load_visit(blocks, tokens, entry, start_block, by_rule, HAS_LISTS)
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
@@ -299,7 +298,7 @@ def _attention_forward_kernel(
             False,
             PRECISION,
         )
-        scores = mask_scores(
+        scores = mask_step(
             scores,
             moved + keys,
             start,
@@ -311,16 +310,12 @@ def _attention_forward_kernel(
             HAS_WINDOW,
             HAS_KEY_MASK,
         )
-        raised = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # [BM]
-        shift = raised
+        visiting = True
         if HAS_LISTS and TOKENS > 1:
-            visiting = (bits >> token) & 1 != 0
-            shift = tl.where(visiting, raised, float("inf"))
-            raised = tl.where(visiting, raised, highest)
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BM, BN]
-        decay = tl.exp2(highest - raised)
-        highest = raised
-        total = total * decay + tl.sum(weights, 1)
+            visiting = (bits >> token) & 1 != 0  # [BM]
+        weights, highest, total, decay = online_softmax(
+            scores, scale_log2, highest, total, visiting, HAS_LISTS and TOKENS > 1, 1
+        )
         acc = acc * decay[:, None]
         v_rows = v + key * v_token_stride + v_offsets
         v_step = load_keys(v_rows, keys[:, None], value_dims, length, VALUE_DIM, VALUE_DIM == BLOCK_DV, False)
@@ -349,16 +344,15 @@ def _attention_forward_kernel(
     )
 
 
-def recording_drops_options(q: Tensor, v: Tensor) -> bool:
-    """Whether a compiler is recording launches and would drop options of the forward's configuration."""
+def recording_drops_maxnreg(q: Tensor, v: Tensor) -> bool:
+    """Whether a compiler is recording launches and would drop the forward's ``maxnreg``."""
     launch = _launch(q, v)
     return launch.as_launched(_attention_forward_kernel) is not launch
 
 
-def _launch(q: Tensor, v: Tensor) -> Launch:
+def _launch(q: Tensor, v: Tensor) -> LaunchConfig:
     """The configuration of the forward."""
-    sizes = (max(16, triton.next_power_of_2(int(x.shape[3]))) for x in (q, v))
-    return launch_for("attention_forward", q, max(sizes))
+    return config_for(LaunchConfig, "attention_forward", q, padded_dim(max(int(x.shape[3]) for x in (q, v))))
 
 
 def attention_forward(
@@ -404,14 +398,13 @@ def attention_forward(
         out = q.new_zeros(out_shape)
         lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
     shape = plan.shape
-    block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     launch = _launch(q, v).as_launched(_attention_forward_kernel)
     parts = shape.tokens * shape.padded_group // launch.rows
-    gathering = None
+    offered = None
     if lists is not None:
-        gathering = offer_gathering(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
-        if gathering is not None:
-            choose_variant(*gathering, lists, plan, geometry=geometry, window=window)
+        offered = offer_scattered(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
+        if offered is not None:
+            choose_variant(*offered, lists, plan, geometry=geometry, window=window)
     wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
         q,
         k,
@@ -423,45 +416,34 @@ def attention_forward(
         plan.panels if lists is None else lists.tokens,
         plan.panels if lists is None else lists.counts,
         plan.panels if key_mask is None else key_mask,
-        plan.panels if gathering is None else gathering[0],
+        plan.panels if offered is None else offered[0],
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         out.stride(0),
         out.stride(2),
         out.stride(1),
-        lse.stride(0),
-        lse.stride(1),
-        0 if key_mask is None else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *lse.stride()[:2],
+        *((0, 0) if key_mask is None else key_mask.stride()),
         0 if lists is None else lists.blocks.stride(1),
         dense_len,
         UNBOUNDED if window is None else window,
         scale * LOG2_E,
-        GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TOKENS=shape.tokens,
-        TILES=shape.tiles,
-        BLOCK_M=launch.rows,
-        BLOCK_SIZE=geometry.block_size,
+        **shape.constants(geometry, dim, value_dim, launch.rows),
         BLOCK_N=launch.step_keys(geometry.block_size),
         INIT_BLOCKS=geometry.init_blocks,
         LOCAL_BLOCKS=geometry.local_blocks,
-        HEAD_DIM=dim,
-        BLOCK_D=block_d,
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dv,
         HAS_LISTS=lists is not None,
-        MAY_GATHER=gathering is not None,
+        SCATTERED_OFFERED=offered is not None,
         HAS_WINDOW=window is not None,
         HAS_KEY_MASK=key_mask is not None,
-        SPLIT=launch.held and block_d >= 32,
+        SPLIT=launch.queries_in_registers and padded_dim(dim) >= 32,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
         PRECISION=precision(q),
         **launch.options,
     )
-    if lists is not None and gathering is not None:
+    if lists is not None and offered is not None:
         common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
-        gather_far_blocks(q, k, v, out, lse, lists, plan, *gathering, **common)
+        attend_scattered(q, k, v, out, lse, lists, plan, *offered, **common)
     return out.transpose(1, 2), lse

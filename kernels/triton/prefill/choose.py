@@ -1,7 +1,7 @@
-"""Which algorithm takes the far blocks, those beyond what every query visits by rule: the device decides, call by call.
+"""Chooses the algorithm for the scored blocks on the device, call by call: by tiles, or key-stationary.
 
-Tiles take them where neighbouring queries choose much the same blocks, `prefill.scattered` where choices scatter. The
-lengths of the tiles' lists tell which it is; the host never waits for the answer.
+Tiles suit neighbouring queries that select much the same blocks, `prefill.scattered` scattered selections. The
+lengths of the tiles' lists decide; the host does not wait for the result.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ..configs import GatherLaunch
+from ..configs import ScatteredConfig
 from ..launch import wrap_triton
-from ..tile_ops import UNBOUNDED, count_forced
+from ..tile_ops import UNBOUNDED, forced_visits
 from ..tile_tables import PANEL_BEGIN, PANEL_END, PANEL_POSITION, TABLE_COLUMNS, TileLists, TilePlan
-from .scattered.persistent import far_blocks
+from .scattered.persistent import max_scored_blocks
 
 
 @triton.jit(do_not_specialize=["num_tiles", "heads", "window"])
@@ -32,7 +32,7 @@ def _choose_kernel(
     BLOCK_SIZE: tl.constexpr,
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
-    FAR: tl.constexpr,
+    SCORED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     visits = tl.zeros([WIDTH], tl.int64)
@@ -47,27 +47,27 @@ def _choose_kernel(
         begin = tl.maximum(tl.load(row + PANEL_BEGIN, mask=ok, other=0) - skip, 0)
         end = tl.minimum(tl.load(row + PANEL_END, mask=ok, other=0) - skip, TOKENS)
         position = tl.load(row + PANEL_POSITION, mask=ok, other=0) + skip
-        forced, _, _, _ = count_forced(position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS)
-        far = tl.minimum(tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS - INIT_BLOCKS, 0), FAR)
+        forced, _, _, _ = forced_visits(position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS)
+        scored = tl.minimum(tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS - INIT_BLOCKS, 0), SCORED)
         visits += tl.where(ok, tl.maximum(count - forced, 0), 0)
-        wanted += tl.where(ok, (end - begin) * far, 0)
+        wanted += tl.where(ok, (end - begin) * scored, 0)
     scattered = tl.sum(visits, 0).to(tl.float32) > tl.sum(wanted, 0).to(tl.float32) * tl.cast(above, tl.float32)
     tl.store(state, scattered.to(tl.int32))
 
 
 def choose_variant(
     state: Tensor,
-    launch: GatherLaunch,
+    launch: ScatteredConfig,
     lists: TileLists,
     plan: TilePlan,
     *,
     geometry: BlockGeometry,
     window: int | None = None,
 ) -> None:
-    """Decide on the device whether gathering beats the union of a tile's blocks.
+    """Decide on the device whether key-stationary attention beats the union of a tile's blocks.
 
     Args:
-        state: from `offer_gathering`; its first number becomes 1 where far blocks are to be gathered, else 0.
+        state: from `offer_scattered`; its first number becomes 1 where `attend_scattered` is to run, else 0.
         launch: from it, too.
         lists: the selection.
         plan: the tiles.
@@ -82,13 +82,13 @@ def choose_variant(
         plan.num_tiles,
         lists.counts.shape[1],
         UNBOUNDED if window is None else window,
-        launch.above * shape.padded_group,
+        launch.threshold * shape.padded_group,
         TOKENS=shape.tokens,
         TILES=shape.tiles,
         BLOCK_SIZE=geometry.block_size,
         INIT_BLOCKS=geometry.init_blocks,
         LOCAL_BLOCKS=geometry.local_blocks,
-        FAR=far_blocks(geometry, window is not None),
+        SCORED=max_scored_blocks(geometry, window is not None),
         WIDTH=2048,
         num_warps=8,
     )

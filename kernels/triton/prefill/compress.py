@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import COARSE_FACTOR, BlockGeometry
-from ..configs import launch_for
+from ..configs import LaunchConfig, config_for
 from ..launch import wrap_triton
 from ..tile_schedule import find_sequence
-from ..tile_tables import SEQ_BATCH, SEQ_KEY_BEGIN, SEQ_KEY_END, TABLE_COLUMNS, SequenceTable
+from ..tile_tables import SEQ_BATCH, SEQ_KEY_BEGIN, SEQ_KEY_END, TABLE_COLUMNS, SequenceTable, padded_dim
 
 _FINE_ROWS = 48
 """``K1`` windows of one program. With a quarter as many ``K2`` windows they fill the 64 rows of one matrix
@@ -169,8 +169,8 @@ def compress_keys(k: Tensor, plan: SequenceTable, *, geometry: BlockGeometry) ->
     fine_slots, coarse_slots = slots_of(length, geometry)
     around = LEAD_SLOTS.value + SLACK_SLOTS
     fine, coarse = (k.new_empty(batch * heads * n + around, dim) for n in (fine_slots, coarse_slots))
-    padded = max(16, triton.next_power_of_2(dim))
-    launch = launch_for("compress", k, padded)
+    padded = padded_dim(dim)
+    launch = config_for(LaunchConfig, "compress", k, padded)
     wrap_triton(_compress_kernel)[(triton.cdiv(fine_slots, _FINE_ROWS), batch * heads)](
         k,
         fine,

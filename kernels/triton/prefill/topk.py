@@ -1,9 +1,9 @@
-"""Ranking of key blocks within the selection kernel: the blocks that compete, and those that each query takes.
+"""Top-k of block selection: the range of scored blocks, an exact threshold search, and the lists of tiles.
 
-A row is a query, or a group of queries that share a selection. Its blocks' scores come as *keys*: the bits of the
-float plus one, which order as the scores do; 0 where no compressed key of the block is visible, -1 for no candidate.
+A row is a query, or a group of queries that share a selection. Its scores come as integer *keys* that order as they do:
+the bits of the float plus one; 0 where no compressed key of the block is visible, -1 where the block is no candidate.
 
-Tensors of rows have 32 columns, one a lane, so that a warp holds whole rows: sums and maxima of a row are then single
+Tensors of rows have 32 columns, one a lane, so that a warp holds whole rows: reductions over a row are single
 instructions, and no value of a row is exchanged between warps.
 """
 
@@ -33,7 +33,7 @@ ALL = tl.constexpr(2147483647)
 
 
 @triton.jit
-def far_range(
+def scored_range(
     row,
     position,
     begin,
@@ -47,44 +47,43 @@ def far_range(
     BUDGET: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Per row of a panel: its far blocks, which compete by score, as a range, and how many of them it visits."""
+    """Per row of a panel: the range of its scored blocks, those that are not forced, and how many of them it visits."""
     last = tl.minimum(position + row * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
     reach = row * 0  # the first block that the sliding window touches
     if HAS_WINDOW:
         reach = tl.maximum(last - window + 1, 0) // BLOCK
-    far_begin = tl.maximum(reach, INIT)
+    scored_begin = tl.maximum(reach, INIT)
     there = (row * QUERY_BLOCK < end) & ((row + 1) * QUERY_BLOCK > begin)
-    far_end = tl.where(there, last // BLOCK - LOCAL, 0)
-    wanted = tl.minimum(tl.maximum(far_end - far_begin, 0), BUDGET - tl.maximum(INIT - reach, 0))
-    return far_begin, far_end, wanted
+    scored_end = tl.where(there, last // BLOCK - LOCAL, 0)
+    wanted = tl.minimum(tl.maximum(scored_end - scored_begin, 0), BUDGET - tl.maximum(INIT - reach, 0))
+    return scored_begin, scored_end, wanted
 
 
 @triton.jit
 def pool_scores(
     raw_at,
     keys_at,
-    far_begin,
-    far_end,
+    scored_begin,
+    scored_end,
     low,
     high,
     first,
     R: tl.constexpr,
-    W: tl.constexpr,
     RATIO: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Keys of blocks ``[low, high)`` from the scores of single windows, where scoring could not pool them."""
-    for column in range(low, high, W):
-        block = column + tl.arange(0, W)
+    for column in range(low, high, LANES):
+        block = column + tl.arange(0, LANES)
         inside = block < high
-        pooled = tl.full([R, W], -1.0, tl.float32)
+        pooled = tl.full([R, LANES], -1.0, tl.float32)
         for part in tl.static_range(RATIO + OVERLAP):
             index = block * RATIO + (part - OVERLAP)
             known = inside & (index >= first * RATIO)
             value = tl.load(raw_at[:, None] + index[None, :], mask=known[None, :], other=-1.0)
             pooled = tl.maximum(pooled, value)
         key = tl.where(pooled >= 0.0, pooled.to(tl.int32, bitcast=True) + 1, 0)
-        mine = (block[None, :] >= far_begin[:, None]) & (block[None, :] < far_end[:, None])
+        mine = (block[None, :] >= scored_begin[:, None]) & (block[None, :] < scored_end[:, None])
         tl.store(keys_at[:, None] + block[None, :], tl.where(mine, key, -1), mask=inside[None, :])
 
 
@@ -140,13 +139,13 @@ def bound_keys(rows_at, wanted, low, high, R: tl.constexpr, PEAKS: tl.constexpr)
 
 
 @triton.jit
-def gather_keys(
-    rows_at, slots_at, dense_at, least, low, high, R: tl.constexpr, HELD: tl.constexpr, COUNT: tl.constexpr
+def compact_keys(
+    rows_at, slots_at, dense_at, least, low, high, R: tl.constexpr, CANDIDATES: tl.constexpr, COUNT: tl.constexpr
 ):
-    """The keys that reach `least` and their blocks, side by side, as two tuples of HELD pieces; missing keys are -1.
+    """Stream compaction: the keys that reach `least` and their blocks, two tuples of CANDIDATES pieces, padded with -1.
 
-    Also the first block of those that the pieces do not hold: `high`, or, where a row or a lane has more candidates
-    than fit, `low`, and then the pieces hold nothing.
+    Also the first block that the pieces do not cover: `high`, or, where a row or a lane has more candidates than fit,
+    `low`, and then the pieces are empty.
     """
     lane = tl.arange(0, LANES)[None, :]
     row = tl.arange(0, R)[:, None]
@@ -163,7 +162,7 @@ def gather_keys(
     tl.debug_barrier()
     total = tl.sum(count, 1)[:, None]
     deepest = tl.max(tl.max(count, 1), 0)
-    fit = (deepest <= SLOTS) & (tl.max(tl.max(total, 1), 0) <= HELD * LANES)
+    fit = (deepest <= SLOTS) & (tl.max(tl.max(total, 1), 0) <= CANDIDATES * LANES)
     rest = tl.where(fit, high, low)
     place = tl.cumsum(count, 1) - count
     for depth in range(0, tl.where(fit, deepest, 0), PIECES_AT_ONCE):
@@ -173,23 +172,23 @@ def gather_keys(
             entries = entries + (tl.load(at, mask=depth + part < count, other=0),)  # noqa: RUF005
         for part in tl.static_range(PIECES_AT_ONCE):
             index = tl.max_contiguous(place + (depth + part), [1, 2])
-            tl.store(dense_at + row * (HELD * LANES) + index, entries[part], mask=depth + part < count)
+            tl.store(dense_at + row * (CANDIDATES * LANES) + index, entries[part], mask=depth + part < count)
     tl.debug_barrier()
     total = tl.where(fit, total, 0)
     keys = ()
     blocks = ()
-    for part in tl.static_range(HELD):
+    for part in tl.static_range(CANDIDATES):
         index = part * LANES + lane
-        entry = tl.load(dense_at + row * (HELD * LANES) + index, mask=index < total, other=-1)
+        entry = tl.load(dense_at + row * (CANDIDATES * LANES) + index, mask=index < total, other=-1)
         keys = keys + ((entry >> 32).to(tl.int32),)  # noqa: RUF005
         blocks = blocks + (entry.to(tl.int32),)  # noqa: RUF005
     return keys, blocks, rest
 
 
 @triton.jit
-def count_row(keys, rows_at, least, rest, high, HELD: tl.constexpr):
-    """Per row how many keys reach `least`: those held, and those of blocks ``[rest, high)``."""
-    count = count_keys(keys, least, HELD)
+def count_row(keys, rows_at, least, rest, high, CANDIDATES: tl.constexpr):
+    """Per row how many keys reach `least`: those in registers, and those of blocks ``[rest, high)``."""
+    count = count_keys(keys, least, CANDIDATES)
     for start in range(rest, high, PIECES_AT_ONCE * LANES):
         count += count_keys(fetch_keys(rows_at, start, high, PIECES_AT_ONCE), least, PIECES_AT_ONCE)
     return tl.sum(count, 1)[:, None]
@@ -206,8 +205,8 @@ def extent_of_keys(keys, least, most, lowest, highest, COUNT: tl.constexpr):
 
 
 @triton.jit
-def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, HELD: tl.constexpr):
-    """Per row a key that exactly `wanted` keys reach; where equal keys forbid that, the smallest key wanted, and how
+def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Per row a threshold that exactly `wanted` keys reach; with ties, the smallest key wanted, and how
     many of its equals are.
     """
     most = top
@@ -219,12 +218,12 @@ def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, HEL
         for _ in range(SEARCH_STEPS):
             middle = least + tl.minimum((most - least) // 2, 1 << near)
             near = min(near + 1, 30)
-            excess = count_row(keys, rows_at, middle, rest, high, HELD) - wanted
+            excess = count_row(keys, rows_at, middle, rest, high, CANDIDATES) - wanted
             least = tl.where(excess >= 0, middle, least)
             spare = tl.where(excess >= 0, excess, spare)
             most = tl.where(excess >= 0, most, middle)
         lowest, highest = extent_of_keys(
-            keys, least, most, tl.full([R, LANES], ALL, tl.int32), tl.full([R, LANES], -1, tl.int32), HELD
+            keys, least, most, tl.full([R, LANES], ALL, tl.int32), tl.full([R, LANES], -1, tl.int32), CANDIDATES
         )
         for start in range(rest, high, PIECES_AT_ONCE * LANES):
             more = fetch_keys(rows_at, start, high, PIECES_AT_ONCE)
@@ -233,24 +232,26 @@ def cut_keys(keys, rows_at, wanted, least, top, rest, high, R: tl.constexpr, HEL
         last = tl.max(highest, 1)[:, None]
         least = tl.where(first < most, first, least)
         most = tl.where(first < most, last + 1, least + 1)
-    spare = count_row(keys, rows_at, least, rest, high, HELD) - wanted
-    above = count_row(keys, rows_at, least + 1, rest, high, HELD)
+    spare = count_row(keys, rows_at, least, rest, high, CANDIDATES) - wanted
+    above = count_row(keys, rows_at, least + 1, rest, high, CANDIDATES)
     return least, tl.where(spare > 0, wanted - above, ALL)
 
 
 @triton.jit
-def mark_blocks(marks_at, bits, keys, blocks, rows_at, cut, equals, rest, high, R: tl.constexpr, HELD: tl.constexpr):
+def mark_blocks(
+    marks_at, bits, keys, blocks, rows_at, cut, equals, rest, high, R: tl.constexpr, CANDIDATES: tl.constexpr
+):
     """Set the row's bits at the blocks that it takes; of the blocks whose key equals the cut, the first `equals`."""
     last = tl.where(equals < ALL, -1, ALL) + tl.zeros([R, LANES], tl.int32)  # the last of these
     left = tl.where((equals < ALL) & (rest == high), equals, 0)
     while tl.max(tl.max(left, 1), 0) > 0:
         following = tl.full([R, LANES], ALL, tl.int32)
-        for part in tl.static_range(HELD):
+        for part in tl.static_range(CANDIDATES):
             equal = (keys[part] == cut) & (blocks[part] > last)
             following = tl.minimum(following, tl.where(equal, blocks[part], ALL))
         last = tl.where(left > 0, tl.min(following, 1)[:, None], last)
         left -= 1
-    for part in tl.static_range(HELD):
+    for part in tl.static_range(CANDIDATES):
         taken = (keys[part] > cut) | ((keys[part] == cut) & (blocks[part] <= last))
         mark_at = tl.max_contiguous(marks_at + blocks[part], [1, 2])
         tl.atomic_or(mark_at, bits, mask=taken & (keys[part] >= 0), sem="relaxed", scope="cta")
@@ -302,7 +303,7 @@ def write_lists(
     HAS_WINDOW: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The lists of some tiles: far blocks ``[low, high)`` as marked, and the blocks that every token visits.
+    """The lists of some tiles: scored blocks ``[low, high)`` as marked, and the forced blocks.
 
     Tokens are in the order of their positions, so those that see a block are neighbours, and so are those among them
     that visit it for its nearness: two masks of lower bits bound each.

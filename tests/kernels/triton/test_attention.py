@@ -12,10 +12,8 @@ from torch import Tensor
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.backward import dq
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
-from infllm_pass.kernels.triton.configs import Launch
-from infllm_pass.kernels.triton.prefill import attention
+from infllm_pass.kernels.triton.configs import LaunchConfig, override
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.tile_schedule import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TilePlan, TileShape
@@ -231,10 +229,10 @@ def test_tiles_match_the_oracle(case):
         case("dims 40 and 16", dim=40, length_q=60, group=3),
     ],
 )
-def test_queries_in_registers(case, monkeypatch):
-    for module in (attention, dq):
-        monkeypatch.setattr(module, "launch_for", lambda *_: Launch(held=True))
-    check_last_queries(case)
+def test_queries_in_registers(case):
+    config = LaunchConfig(queries_in_registers=True)
+    with override(attention_forward=config, query_gradient=config):
+        check_last_queries(case)
 
 
 @pytest.mark.parametrize(("dense_len", "holes"), [(60, False), (0, True)], ids=["short rows dense", "holes"])

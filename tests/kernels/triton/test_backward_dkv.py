@@ -8,7 +8,7 @@ import torch
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.backward.block_to_query import transpose_lists
+from infllm_pass.kernels.triton.backward.block_to_query import invert_selection
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.tile_schedule import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
@@ -286,8 +286,8 @@ def test_packed_sequences(chunked):
     compare(actual, expected, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize(("group", "walkers"), [(1, 5), (4, 1), (4, 5), (16, 1024)])
-def test_transposed_lists(group, walkers):
+@pytest.mark.parametrize(("group", "programs"), [(1, 5), (4, 1), (4, 5), (16, 1024)])
+def test_transposed_lists(group, programs):
     """Every block's run and list together are exactly the queries that see one of its keys."""
     length, heads, dense_len = 210, 2, 150
     _, q, k, _ = inputs(2, heads * group, heads, length, length, 16, 16, torch.float32)
@@ -307,8 +307,8 @@ def test_transposed_lists(group, walkers):
         key_bounds=bounds,
     )
     lists = lists_from_sets(selected, plan, selected.shape[-1], dense_len=dense_len)
-    found = transpose_lists(
-        lists, plan, geometry=GEOMETRY, batch=2, length_k=length, dense_len=dense_len, walkers=walkers
+    found = invert_selection(
+        lists, plan, geometry=GEOMETRY, batch=2, length_k=length, dense_len=dense_len, programs=programs
     )
 
     wanted = []  # (row, first key, keys, head) -> queries

@@ -11,23 +11,17 @@ import torch
 import triton
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kernel, _transpose_kernel
+from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kernel, _invert_kernel
 from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
 from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
-from infllm_pass.kernels.triton.configs import (
-    MEASURED_GATHERING,
-    MEASURED_SELECTION,
-    GatherLaunch,
-    Launch,
-    generic_selection,
-    launch_on,
-)
+from infllm_pass.kernels.triton.configs import LaunchConfig, ScatteredConfig, SelectionConfig, find_config
 from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kernel
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
 from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
-from infllm_pass.kernels.triton.prefill.scattered.persistent import _gather_kernel, gather_constants
-from infllm_pass.kernels.triton.prefill.select import _select_kernel, selection_constants
+from infllm_pass.kernels.triton.prefill.pooled import POOLED, _select_pooled_kernel
+from infllm_pass.kernels.triton.prefill.scattered.persistent import _scattered_kernel, scattered_constants
+from infllm_pass.kernels.triton.prefill.select import selection_constants
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from tests.support.triton_device import INTERPRETED
 from tests.support.triton_support import compile_ahead
@@ -98,7 +92,7 @@ COMPRESSION = [
 ]
 
 
-def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+def tile_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
     """Arguments of the kernels that compute a tile of queries, whichever of them a kernel has."""
     shape = TileShape.choose(variant.group)
     return {
@@ -127,20 +121,20 @@ def tile_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
         "VALUE_DIM": variant.value_dim,
         "BLOCK_DV": max(16, triton.next_power_of_2(variant.value_dim)),
         "HAS_LISTS": variant.lists,
-        "MAY_GATHER": variant.lists and variant.group <= 8,
+        "SCATTERED_OFFERED": variant.lists and variant.group <= 8,
         "INIT_BLOCKS": 1,
         "LOCAL_BLOCKS": 32,
-        "far_gathered": torch.int32,
+        "is_scattered": torch.int32,
         "HAS_WINDOW": variant.window,
         "HAS_KEY_MASK": variant.key_mask,
-        "SPLIT": launch.held,
-        "HELD": launch.held,
+        "SPLIT": launch.queries_in_registers,
+        "QUERIES_IN_REGISTERS": launch.queries_in_registers,
         "PRECISION": "ieee",
         "ROWS": 32,
     }
 
 
-def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+def compression_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
     """Arguments of the kernel that averages keys, for sequences that fill a row each."""
     return {
         **dict.fromkeys(("k", "fine", "coarse"), variant.dtype),
@@ -155,7 +149,7 @@ def compression_arguments(variant: Variant, launch: Launch) -> dict[str, object]
     }
 
 
-def key_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
+def key_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
     """Arguments of the kernels of the key gradients and of the transposed selection, whichever of them a kernel has."""
     shape = TileShape.choose(variant.group)
     tile_heads = min(shape.padded_group, launch.rows)
@@ -168,14 +162,14 @@ def key_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
         "num_units",
         "num_blocks",
         "num_tiles",
-        "tiles_per_walk",
+        "tiles_per_part",
         "capacity",
         "bound",
         "limit",
         "window",
         "dense_len",
-        "stride_mb",
-        "stride_mn",
+        "key_mask_batch_stride",
+        "key_mask_token_stride",
     ]
     return {
         **dict.fromkeys(("grad_out", "q", "k", "v", "grad_k", "grad_v"), variant.dtype),
@@ -190,15 +184,16 @@ def key_arguments(variant: Variant, launch: Launch) -> dict[str, object]:
         "TILE_HEADS": tile_heads,
         "HEAD_CHUNKS": shape.padded_group // tile_heads,
         "TOKENS": launch.rows // tile_heads,
-        "DIM": variant.dim,
-        "DIM_V": variant.value_dim,
-        "PADDED": max(16, triton.next_power_of_2(variant.dim)),
-        "PADDED_V": max(16, triton.next_power_of_2(variant.value_dim)),
+        "HEAD_DIM": variant.dim,
+        "VALUE_DIM": variant.value_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(variant.dim)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(variant.value_dim)),
         "BLOCK_SIZE": variant.block_size,
-        "KEYS": launch.step_keys(variant.block_size),
+        "KEYS": 16,
+        "BLOCK_N": launch.step_keys(variant.block_size),
         "QUERY_BLOCK": 1,
         "HAS_LISTS": variant.lists,
-        "HAS_MASK": variant.key_mask,
+        "HAS_KEY_MASK": variant.key_mask,
         "HAS_WINDOW": variant.window,
         "PRECISION": "ieee",
         "INIT_BLOCKS": 1,
@@ -223,7 +218,7 @@ class Kernel:
     kernel: triton.JITFunction
     name: str
     variants: list[Variant]
-    arguments: Callable[[Variant, Launch], dict[str, object]] = tile_arguments
+    arguments: Callable[[Variant, LaunchConfig], dict[str, object]] = tile_arguments
 
 
 KERNELS = [
@@ -231,9 +226,9 @@ KERNELS = [
     Kernel(_query_gradient_kernel, "query_gradient", ATTENTION),
     Kernel(_output_delta_kernel, "output_delta", [Variant()]),
     Kernel(_block_table_kernel, "block_table", [Variant(window=True)], key_arguments),
-    Kernel(_transpose_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
+    Kernel(_invert_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
     Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
-    Kernel(_key_gradients_kernel, "attention_backward_keys", ATTENTION, key_arguments),
+    Kernel(_key_gradients_kernel, "key_gradients", ATTENTION, key_arguments),
     Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True)], key_arguments),
     Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
 ]
@@ -248,7 +243,9 @@ CASES = [
 
 @pytest.mark.parametrize(("kernel", "variant", "capability"), CASES)
 def test_compiles(kernel, variant, capability, record_property):
-    launch = launch_on(kernel.name, capability, variant.dtype.itemsize, variant.padded)
+    launch = (
+        find_config(LaunchConfig, kernel.name, capability, variant.dtype.itemsize, variant.padded) or LaunchConfig()
+    )
     known = kernel.arguments(variant, launch)
     arguments = {name: known.get(name, "i32:16") for name in kernel.kernel.arg_names}
     missing = [name for name in arguments if name not in known and "stride" not in name]
@@ -261,7 +258,7 @@ def test_compiles(kernel, variant, capability, record_property):
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
         # Where registers are limited, what only a program's start and end need may spill.
-        assert used["spilled"] <= (0 if launch.registers is None else 64)
+        assert used["spilled"] <= (0 if launch.max_registers is None else 64)
 
 
 SELECTION = [
@@ -286,7 +283,7 @@ SELECTION = [
 )
 def test_block_selection_compiles(variant, capability, record_property):
     size = variant.dtype.itemsize
-    launch = MEASURED_SELECTION.get((capability, size, variant.padded), generic_selection(size, variant.padded))
+    launch = find_config(SelectionConfig, "select", capability, size, variant.padded)
     shape = TileShape.choose(variant.group)
     launch = launch.for_panel(shape.panel_tokens)
     geometry = BlockGeometry(block_size=variant.block_size)
@@ -301,12 +298,13 @@ def test_block_selection_compiles(variant, capability, record_property):
         **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("dense_len", "window"), "i32"),
         **selection_constants(shape, geometry, variant.dim, window is not None, launch),
+        **POOLED.constants(shape, geometry, launch),
         "PROGRAMS": 264,
         "PRECISION": "ieee",
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        used = compile_ahead(_select_kernel, arguments, capability=capability, **launch.options)
+        used = compile_ahead(_select_pooled_kernel, arguments, capability=capability, **launch.options)
     for name, value in used.items():
         record_property(name, value)
     assert used["shared"] <= SHARED_MEMORY[capability]
@@ -314,6 +312,8 @@ def test_block_selection_compiles(variant, capability, record_property):
         # What only a panel's start and end need may spill.
         assert used["spilled"] <= 64
 
+
+SCATTERED = find_config(ScatteredConfig, "scattered", 90, 2, 128)
 
 GATHERING = [
     *(Variant(group=group) for group in (1, 2, 8)),
@@ -326,13 +326,13 @@ GATHERING = [
 
 
 @pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
-@pytest.mark.parametrize("launch", [MEASURED_GATHERING, MEASURED_GATHERING.recorded], ids=["", "recorded"])
-def test_gathering_compiles(variant, launch: GatherLaunch, record_property):
+@pytest.mark.parametrize("launch", [SCATTERED, SCATTERED.recorded], ids=["", "recorded"])
+def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
     """Only for sm_90, where alone it is offered; all its programs are resident."""
     geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
     shape = TileShape.choose(variant.group)
     window = 4096 if variant.window else None
-    constants = gather_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
+    constants = scattered_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
     known = {
         **tile_arguments(variant, launch),
         **dict.fromkeys(("state", "scratch"), torch.int32),
@@ -341,27 +341,27 @@ def test_gathering_compiles(variant, launch: GatherLaunch, record_property):
         **dict.fromkeys(("num_tiles", "num_blocks", "chunk_tiles", "ranges", "heads"), "i32"),
         **constants,
     }
-    arguments = {name: known.get(name, "i32:16") for name in _gather_kernel.arg_names}
+    arguments = {name: known.get(name, "i32:16") for name in _scattered_kernel.arg_names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        used = compile_ahead(_gather_kernel, arguments, capability=90, **launch.options)
+        used = compile_ahead(_scattered_kernel, arguments, capability=90, **launch.options)
     for figure, number in used.items():
         record_property(figure, number)
     if variant.dtype != torch.float32:
         assert launch.programs * (used["shared"] + 1024) <= 228 * 1024
     if variant.hot:
         # Where registers are limited, numbers that outlive a ticket may spill.
-        assert used["spilled"] <= (0 if launch.registers is None else 128)
+        assert used["spilled"] <= (0 if launch.max_registers is None else 128)
         assert launch.programs * 128 * used["registers"] <= 1 << 16
 
 
 def test_the_choice_compiles():
     known = {
-        **tile_arguments(Variant(group=4), Launch()),
+        **tile_arguments(Variant(group=4), LaunchConfig()),
         **dict.fromkeys(("num_tiles", "heads"), "i32"),
         "state": torch.int32,
         "above": "fp32",
-        "FAR": 31,
+        "SCORED": 31,
         "WIDTH": 2048,
     }
     arguments = {name: known[name] for name in _choose_kernel.arg_names}

@@ -15,9 +15,9 @@ from triton.runtime import driver
 
 import infllm_pass
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.configs import DecodeConfig, find_config
 from infllm_pass.kernels.triton.decode.attention import MAX_SPLITS, _decode_attention_kernel, _decode_merge_kernel
 from infllm_pass.kernels.triton.decode.compress import decode_compress_kernel
-from infllm_pass.kernels.triton.decode.configs import generic_decode
 from infllm_pass.kernels.triton.decode.rows import DecodeShape
 from infllm_pass.kernels.triton.decode.select import _decode_score_kernel
 from infllm_pass.kernels.triton.decode.topk import decode_rank_kernel
@@ -88,7 +88,7 @@ def arguments(variant: Variant, capability: int) -> dict[str, object]:
     """A value for every parameter of the kernels."""
     shape = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize)
     padded, padded_value = (max(16, triton.next_power_of_2(size)) for size in (variant.dim, variant.value_dim))
-    launch = generic_decode(variant.dtype.itemsize, max(padded, padded_value))
+    launch = find_config(DecodeConfig, "decode", 0, variant.dtype.itemsize, max(padded, padded_value))
     owned = launch.chunk * 4
     strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv12" for axis in "bht"}
     strides |= {"stride_mb": "i32:16", "stride_mt": "i32"}
@@ -128,20 +128,20 @@ def arguments(variant: Variant, capability: int) -> dict[str, object]:
         "NORM_STRIDE": 16 if variant.exact else 64,
         "BLOCKS": launch.blocks,
         "RANKS": variant.length_q == 1,
-        "RANKED": launch.ranked,
+        "RANKED": launch.rank_blocks,
         "STEP_KEYS": min(variant.block_size & -variant.block_size, launch.step_keys),
         "MOST": MAX_SPLITS,
         "DIMS": min(32, padded_value),
         "PRECISION": "ieee",
         "DEPENDENT": capability >= 90,
-        "AHEAD": launch.ahead,
+        "AHEAD": launch.prefetch_visits,
     }
 
 
 def kernels(variant: Variant) -> dict[str, tuple[triton.JITFunction, int, int]]:
     """The kernels, each with its warps and stages."""
     dim = max(16, triton.next_power_of_2(max(variant.dim, variant.value_dim)))
-    launch = generic_decode(variant.dtype.itemsize, dim)
+    launch = find_config(DecodeConfig, "decode", 0, variant.dtype.itemsize, dim)
     columns = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize).columns
     return {
         "compress": (decode_compress_kernel, launch.warps(launch.compress_warps, columns), launch.compress_stages),
@@ -219,7 +219,7 @@ def test_a_rewritten_step_updates_its_state_in_place(graphs, monkeypatch):
     Four kernels a site, or, where CUDA graphs record launches that overlap, the operator that launches them.
     """
     torch._dynamo.reset()
-    monkeypatch.setattr(decode_triton, "recording_drops_overlap", lambda *_: True)
+    monkeypatch.setattr(decode_triton, "recording_drops_pdl", lambda *_: True)
     recorder = Recorder()
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
     module = CachedAttention().float()

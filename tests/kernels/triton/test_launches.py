@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton import configs, launch, tile_schedule
 from infllm_pass.kernels.triton.backward import block_to_query, dkv, dq, split_work
-from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
-from infllm_pass.kernels.triton.prefill import attention, choose, compress, select
+from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
+from infllm_pass.kernels.triton.prefill import attention, choose, compress, pooled
 from infllm_pass.kernels.triton.prefill.scattered import persistent
 from infllm_pass.lowering.ops import checks, prefill
 from infllm_pass.lowering.ops.attention_args import AttentionCall
@@ -21,7 +21,7 @@ from tests.support.triton_device import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about kernels that are compiled")
 
 GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
-MODULES = (attention, block_to_query, choose, compress, dkv, dq, persistent, select, split_work, tile_schedule)
+MODULES = (attention, block_to_query, choose, compress, dkv, dq, persistent, pooled, split_work, tile_schedule)
 
 
 @dataclass
@@ -145,12 +145,12 @@ def specialised(batch, order, monkeypatch):
     for module in MODULES:
         monkeypatch.setattr(module, "wrap_triton", Recorded)
     monkeypatch.setattr(checks, "_refusal", lambda *_: None)
-    monkeypatch.setattr(persistent, "gather_launch", lambda *_: MEASURED_GATHERING)
     monkeypatch.setattr(configs, "is_recorded", lambda _: False)
     q, k, v = (memory(order, batch, heads, 100) for heads in (8, 2, 2))
     call = AttentionCall(0.25, 0, GEOMETRY).arguments
     selection = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *call), *call)
-    out, log_sum = prefill.block_attention(q, k, v, selection, *call)
+    with override(scattered=find_config(ScatteredConfig, "scattered", 90, 2, 128)):
+        out, log_sum = prefill.block_attention(q, k, v, selection, *call)
     prefill.block_attention_backward(torch.randn_like(out), q, k, v, out, log_sum, selection, *call)
     return found
 
@@ -159,7 +159,7 @@ def specialised(batch, order, monkeypatch):
 def test_batch_sizes_share_their_kernels(order, monkeypatch):
     one, other = (specialised(batch, order, monkeypatch) for batch in (2, 3))
     assert len(one) > 9
-    assert ("_gather_kernel", 0) in one
+    assert ("_scattered_kernel", 0) in one
     assert one == other
 
 

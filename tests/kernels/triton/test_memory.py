@@ -10,7 +10,7 @@ import torch
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton import launch
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
-from infllm_pass.kernels.triton.prefill.select import select_tiles
+from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops import checks, prefill
@@ -24,8 +24,14 @@ if INTERPRETED:
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are seen under the interpreter")
 
 SMALL = BlockGeometry(8, 4, 16, init_blocks=1, local_blocks=1, selected_blocks=4)
-KERNELS = {"_sequences_kernel", "_panels_kernel", "_compress_kernel", "_select_kernel", "_attention_forward_kernel"}
-GRADIENTS = {"_output_delta_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_transpose_kernel"}
+KERNELS = {
+    "_sequences_kernel",
+    "_panels_kernel",
+    "_compress_kernel",
+    "_select_pooled_kernel",
+    "_attention_forward_kernel",
+}
+GRADIENTS = {"_output_delta_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_invert_kernel"}
 
 
 @pytest.fixture(autouse=True)

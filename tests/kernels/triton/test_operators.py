@@ -12,7 +12,7 @@ from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
 from infllm_pass.kernels.triton.decode.select import decode_select
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
-from infllm_pass.kernels.triton.prefill.select import select_tiles
+from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import key_bounds, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops import checks, decode_triton, prefill

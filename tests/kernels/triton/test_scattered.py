@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infllm_pass.kernels.triton.configs import GatherLaunch
+from infllm_pass.kernels.triton.configs import ScatteredConfig, override
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.choose import choose_variant
@@ -18,7 +18,7 @@ from tests.kernels.triton.test_attention import Case, Sequence, _poisoned, check
 from tests.support.triton_device import DEVICE, arrange, gpu
 from tests.support.triton_support import lists_from_sets
 
-ALWAYS = GatherLaunch(above=-1.0, pool_bytes=1 << 16)
+ALWAYS = ScatteredConfig(threshold=-1.0, pool_bytes=1 << 16)
 """Gather whatever the data, in chunks of few tiles."""
 
 
@@ -31,10 +31,10 @@ def calls(monkeypatch):
         original(*arguments, **named)
         made.append(int(arguments[7][0]))
 
-    original = attention.gather_far_blocks
-    monkeypatch.setattr(attention, "gather_far_blocks", gather)
-    monkeypatch.setattr(persistent, "gather_launch", lambda *_: ALWAYS)
-    return made
+    original = attention.attend_scattered
+    monkeypatch.setattr(attention, "attend_scattered", gather)
+    with override(scattered=ALWAYS):
+        yield made
 
 
 def case(name: str, **sizes):
@@ -112,7 +112,7 @@ def test_packed_queries_and_keys(calls):
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["same blocks", "other blocks"])
-def test_the_device_chooses(local, monkeypatch):
+def test_the_device_chooses(local):
     """Tiles whose tokens choose the same blocks visit them themselves."""
     case = Case(length_q=320, length_k=320, selected_blocks=5)
     blocks = torch.arange(20, device=DEVICE)
@@ -123,8 +123,8 @@ def test_the_device_chooses(local, monkeypatch):
     plan = case.plan(0)
     lists = lists_from_sets(sets[:, None], plan, 20)
     q, _, v = case.inputs()
-    monkeypatch.setattr(persistent, "gather_launch", lambda *_: GatherLaunch())
-    offered = persistent.offer_gathering(q, v, plan, geometry=case.geometry, length_k=320)
+    with override(scattered=ScatteredConfig()):
+        offered = persistent.offer_scattered(q, v, plan, geometry=case.geometry, length_k=320)
     assert offered is not None
     choose_variant(*offered, lists, plan, geometry=case.geometry)
     assert int(offered[0][0]) == (0 if local else 1)
@@ -145,9 +145,9 @@ def long_case(name: str, dim: int, **sizes):
         long_case("group 8, blocks of 16, window", 64, group=8, block_size=16, window=300),
     ],
 )
-def test_long_inputs(case, dtype, calls, monkeypatch):
-    monkeypatch.setattr(persistent, "gather_launch", lambda *_: replace(ALWAYS, pool_bytes=1 << 23))
-    tiles.check_last_queries(replace(case, dtype=dtype))
+def test_long_inputs(case, dtype, calls):
+    with override(scattered=replace(ALWAYS, pool_bytes=1 << 23)):
+        tiles.check_last_queries(replace(case, dtype=dtype))
     assert all(calls)
     assert calls
 

@@ -8,7 +8,7 @@ import torch
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
-from infllm_pass.kernels.triton.prefill.select import select_tiles
+from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileLists, TilePlan, TileShape
 from tests.support.triton_device import DEVICE, arrange, gpu

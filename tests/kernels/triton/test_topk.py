@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infllm_pass.kernels.triton.prefill.topk import LANES, SLOTS, bound_keys, cut_keys, gather_keys, mark_blocks
+from infllm_pass.kernels.triton.prefill.topk import LANES, SLOTS, bound_keys, compact_keys, cut_keys, mark_blocks
 from tests.support.triton_device import DEVICE, arrange
 
 LENGTH = 1100
@@ -26,17 +26,17 @@ def _rank_kernel(
     length,
     R: tl.constexpr,
     PEAKS: tl.constexpr,
-    HELD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
 ):
     row = tl.arange(0, R)[:, None]
     rows_at = keys + row * length
     share = tl.load(wanted + row) + tl.zeros([R, LANES], tl.int32)
     bound, top = bound_keys(rows_at, share, low, high, R, PEAKS)
-    held, blocks, rest = gather_keys(rows_at, slots, dense, bound, low, high, R, HELD, FETCHED)
-    cut, equals = cut_keys(held, rows_at, share, bound, top, rest, high, R, HELD)
+    held, blocks, rest = compact_keys(rows_at, slots, dense, bound, low, high, R, CANDIDATES, FETCHED)
+    cut, equals = cut_keys(held, rows_at, share, bound, top, rest, high, R, CANDIDATES)
     bits = tl.full([R, LANES], 1, tl.int32)
-    mark_blocks(marks + row * length, bits, held, blocks, rows_at, cut, equals, rest, high, R, HELD)
+    mark_blocks(marks + row * length, bits, held, blocks, rows_at, cut, equals, rest, high, R, CANDIDATES)
 
 
 def draw(kind: str, rows: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_rows_take_their_largest_keys(kind, rows, peaks, held, fetched):
         LENGTH,
         R=rows,
         PEAKS=peaks,
-        HELD=held,
+        CANDIDATES=held,
         FETCHED=fetched,
     )
     order = keys[:, low:high].sort(dim=1, descending=True, stable=True).indices + low

@@ -18,8 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import infllm_pass
-from infllm_pass.kernels.triton.configs import MEASURED_GATHERING
-from infllm_pass.kernels.triton.prefill.scattered import persistent
+from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
 from infllm_pass.lowering.inductor import mutation_cache
 from infllm_pass.lowering.ops import checks
 from infllm_pass.lowering.ops.attention_args import name_of
@@ -143,12 +142,11 @@ def test_graphs_under_python_call_the_operators(case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("gathered", [False, True], ids=["", "gathering offered"])
-def test_compilers_see_kernels_that_write_only_their_results(case, gathered, caplog, monkeypatch):
+def test_compilers_see_kernels_that_write_only_their_results(case, gathered, caplog):
     """And one graph serves all lengths; Inductor writes in place, and copies no buffer."""
-    if gathered:
-        monkeypatch.setattr(persistent, "gather_launch", lambda *_: MEASURED_GATHERING)
+    config = find_config(ScatteredConfig, "scattered", 90, 2, 128) if gathered else None
     function, tensors, sparsified = CASES[case]
-    with caplog.at_level(logging.WARNING):
+    with override(scattered=config), caplog.at_level(logging.WARNING):
         recorder = trace(function, packed_heads(), *tensors, sparsified=sparsified)
     assert "identify_mutated_tensors" not in caplog.text
     (module,) = recorder.graphs.values()

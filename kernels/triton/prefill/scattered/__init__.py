@@ -1,1 +1,1 @@
-"""Far blocks of scattered selections: the queries of a block are gathered instead of the blocks of a tile."""
+"""Key-stationary attention to the scored blocks of scattered selections."""

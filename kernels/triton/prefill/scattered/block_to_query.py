@@ -1,4 +1,7 @@
-"""The queries that chose each key block, for `persistent`: counted, placed and listed by chunks of tiles."""
+"""Block-to-query index of a chunk of tiles: counted, placed and listed by phases of the persistent kernel.
+
+See `backward.block_to_query` for why the gradients build theirs in another way.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ PIECE_END = tl.constexpr(5)
 
 
 @triton.jit
-def _far_tokens(
+def _scored_tokens(
     block,  # [WIDTH]
     bits,  # [WIDTH]
     own,
@@ -26,12 +29,12 @@ def _far_tokens(
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
 ):
-    """Which tokens of a tile chose the blocks of its entries, int32 ``[WIDTH, TOKENS]``: none where all visit one."""
+    """Which tokens of a tile selected the blocks of its entries, int32 ``[WIDTH, TOKENS]``: none for forced blocks."""
     bits = tl.where((block >= INIT_BLOCKS) & (block < own - LOCAL_BLOCKS), bits, 0)
     return ((bits[:, None] >> token[None, :]) & 1).to(tl.int32)
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def count_queries(
     unit_counts,
     owners,
@@ -51,7 +54,7 @@ def count_queries(
     LOCAL_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Add up how many queries of some tiles chose each block, and note a panel of the block's sequence."""
+    """Count the queries of some tiles that selected each block, and note a panel of the block's sequence."""
     token = tl.arange(0, TOKENS)
     for tile in range(begin, end):
         row = head.to(tl.int64) + tile * heads
@@ -63,13 +66,13 @@ def count_queries(
             at = start + tl.arange(0, WIDTH)
             block = tl.load(blocks + row * capacity + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
             bits = tl.load(tokens + row * capacity + at, mask=at < count, other=0)
-            listed = _far_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
+            listed = _scored_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
             number = tl.sum(listed, 1)  # [WIDTH]
             tl.atomic_add(unit_counts + base + block, number, mask=number > 0, sem="relaxed")
             tl.store(owners + base + block, block * 0 + tile // TILES, mask=number > 0)
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def place_blocks(
     unit_counts,
     owners,
@@ -120,11 +123,11 @@ def place_blocks(
     tl.store(pieces, first)
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def list_queries(
     cursors,
     entries,
-    far_counts,
+    scored_counts,
     panels,
     blocks,
     tokens,
@@ -141,10 +144,10 @@ def list_queries(
     BLOCK_SIZE: tl.constexpr,
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
-    FAR: tl.constexpr,
+    SCORED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """List the queries of some tiles at the blocks that they chose, each as the place of its partial result.
+    """List the queries of some tiles under the blocks that they selected, each as the slot of its partial result.
 
     Programs list at the same time, so the order within a block differs from run to run; the places do not.
     """
@@ -161,12 +164,12 @@ def list_queries(
             at = start + tl.arange(0, WIDTH)
             block = tl.load(blocks + row * capacity + at, mask=at < count, other=0).to(tl.int32) & 0xFFFF
             bits = tl.load(tokens + row * capacity + at, mask=at < count, other=0)
-            listed = _far_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
+            listed = _scored_tokens(block, bits, own, token, INIT_BLOCKS, LOCAL_BLOCKS)
             number = tl.sum(listed, 1)  # [WIDTH]
             place = tl.atomic_add(cursors + base + block, number, mask=number > 0, sem="relaxed")
             place = place[:, None] + tl.cumsum(listed, 1) - listed  # [WIDTH, TOKENS]
             rank = chosen[None, :] + tl.cumsum(listed, 0) - listed
-            slot = tl.where(rank < FAR, local[None, :] * FAR + rank, -1)
+            slot = tl.where(rank < SCORED, local[None, :] * SCORED + rank, -1)
             tl.store(entries + place, slot, mask=(listed != 0) & (place < bound))
             chosen += tl.sum(listed, 0)
-        tl.store(far_counts + local, tl.minimum(chosen, FAR))
+        tl.store(scored_counts + local, tl.minimum(chosen, SCORED))

@@ -1,11 +1,11 @@
-"""Attention of the queries that chose a key block, and the sum over a query's blocks, for `persistent`."""
+"""Partial attention of the queries that selected a block, and the merge of a query's partial results by log-sum-exp."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ...tile_ops import LN_2, LOWEST_SCORE, row_addresses, row_mask
+from ...tile_ops import LN_2, LOWEST_SCORE, mask_scores, row_addresses, row_mask, softmax_weights
 from ...tile_tables import PANEL_BATCH, PANEL_QUERY, TABLE_COLUMNS
 from .block_to_query import (
     PIECE_BATCH,
@@ -34,7 +34,7 @@ def _load_piece(row):
 
 
 @triton.jit
-def gather_pieces(
+def attend_pieces(
     q,
     k,
     v,
@@ -68,7 +68,7 @@ def gather_pieces(
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    FAR: tl.constexpr,
+    SCORED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -114,21 +114,18 @@ def gather_pieces(
             following = tl.load(entries + tl.minimum(entry + ENTRIES, end - 1))  # a step ahead
             exists = (entry < end) & (group_head < GROUP) & (slot >= 0)
             slot = tl.maximum(slot, 0)
-            token = slot // FAR
+            token = slot // SCORED
             query = (query_shift + token).to(tl.int64)
             q_at = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, query, q_token_stride, BLOCK_D)
             q_mask = (dims < HEAD_DIM)[None, :]
             queries = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=q_mask, other=0.0)
             scores = tl.dot(queries, k_tile, input_precision=PRECISION)  # [BM, BN]
-            if HAS_WINDOW:
-                own = key_shift + token  # [BM]
-                scores = tl.where((key + keys)[None, :] > (own - window)[:, None], scores, float("-inf"))
-            if HAS_KEY_MASK:
-                scores = tl.where((hidden != 0)[None, :], float("-inf"), scores)
-            highest = tl.max(scores, 1) * scale_log2  # [BM]
             if HAS_WINDOW or HAS_KEY_MASK:
-                highest = tl.maximum(highest, LOWEST_SCORE)
-            weights = tl.exp2(scores * scale_log2 - highest[:, None])
+                own = key_shift + token  # [BM]
+                valid = (hidden == 0)[None, :]
+                scores = mask_scores(scores, (key + keys)[None, :], own[:, None], window, valid, False, HAS_WINDOW)
+            lowest: tl.constexpr = LOWEST_SCORE if HAS_WINDOW or HAS_KEY_MASK else None
+            weights, highest = softmax_weights(scores, scale_log2, lowest, 1)  # [BM, BN], [BM]
             total = tl.sum(weights, 1)
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)  # [BM, Dv]
             divisor = total
@@ -146,13 +143,13 @@ def gather_pieces(
             entry += ENTRIES
 
 
-@triton.jit(noinline=True)  # keeps its registers out of the gathering
+@triton.jit(noinline=True)  # keeps its registers out of `attend_pieces`
 def merge_queries(
     out,
     lse,
     pool,
     sums,
-    far_counts,
+    scored_counts,
     panels,
     first,  # tile of the chunk
     item,
@@ -168,14 +165,14 @@ def merge_queries(
     TILES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    FAR: tl.constexpr,
-    PADDED_FAR: tl.constexpr,
+    SCORED: tl.constexpr,
+    PADDED_SCORED: tl.constexpr,
 ):
-    """Add what some queries found in their far blocks to what their tile wrote."""
+    """Merge some queries' partial results into what their tile wrote."""
     row = tl.arange(0, MERGED_ROWS)
     local = item * (MERGED_ROWS // PADDED_GROUP) + row // PADDED_GROUP  # [BM], token of the chunk
     group_head = row % PADDED_GROUP
-    number = tl.load(far_counts + local)
+    number = tl.load(scored_counts + local)
     number = tl.where(group_head < GROUP, number, 0)  # [BM]
     most = tl.max(number, 0)
     if most > 0:
@@ -187,8 +184,8 @@ def merge_queries(
         exists = number > 0
         lse_at = lse + batch * lse_batch_stride + row_head * lse_head_stride + query
         near = tl.load(lse_at, mask=exists, other=float("-inf")) * (1.0 / LN_2)
-        place = local * FAR * GROUP + group_head  # [BM], of the first rank
-        rank = tl.arange(0, PADDED_FAR)
+        place = local * SCORED * GROUP + group_head  # [BM], of the first rank
+        rank = tl.arange(0, PADDED_SCORED)
         listed = rank[None, :] < number[:, None]
         logs = tl.load(sums + place[:, None] + rank[None, :] * GROUP, mask=listed, other=float("-inf"))
         highest = tl.maximum(tl.maximum(near, tl.max(logs, 1)), LOWEST_SCORE)

@@ -1,15 +1,15 @@
-"""Attention over scattered selections: for each key block, the queries that chose it are gathered.
+"""Persistent kernel for scattered selections: attention to the scored blocks, block by block.
 
-Neighbouring queries that choose different blocks make the tiles of `prefill.attention` visit many blocks for few of
-their tokens. There the tiles visit only what all tokens visit by rule, and one kernel of persistent programs does the
-rest, block by block: keys and values of a block stay put while the queries that chose it pass, 64 rows a step. The
-result of a query over one block is stored with its log-sum-exp at a place that the query and the block's rank among
-the query's blocks fix, and then merged with the others and with what the tile wrote: every run gives the same bits.
+Where neighbouring queries select different blocks, tiles of `prefill.attention` would visit many blocks for few
+tokens each. They then visit the forced blocks only, and this kernel does the rest key-stationary: a block's keys and
+values stay in shared memory while the queries that selected it pass, 64 rows a step. A query's partial result over
+one block is stored with its log-sum-exp in a slot that the query and the block's rank among the query's blocks
+determine, and then merged with the others and with the tile's result in a fixed order: every run gives the same bits.
 
-The partial results of all queries would take gigabytes, so the work is cut into *chunks*, adjacent tiles for one
-key/value head, which go through five phases in a ring of buffers: count the queries of each block, place the blocks,
-list the queries, gather, merge. Programs draw the items of all chunks and phases from one sequence and wait only for
-items drawn before their own, which some program is at work on already: they cannot wait for each other in a circle.
+The partial results of all queries would take gigabytes, so the work is cut into *chunks*, adjacent tiles of one
+key/value head, which pass through five phases over a ring of buffers: count the queries of each block, place the
+blocks, list the queries, attend, merge. Programs draw the items of all chunks and phases from one sequence of tickets
+and wait only for items with earlier tickets, which a program holds already, so they cannot deadlock.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from torch import Tensor
 
 from ....geometry import BlockGeometry
 from ...backward.block_to_query import block_bound
-from ...configs import GatherLaunch, gather_launch
+from ...configs import ScatteredConfig, optional_config
 from ...launch import fixed_token_stride, multiprocessors, precision, wrap_triton
 from ...tile_ops import LOG2_E, UNBOUNDED
-from ...tile_tables import TileLists, TilePlan, TileShape
+from ...tile_tables import TileLists, TilePlan, TileShape, padded_dim
 from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
-from .partials import MERGED_ROWS, gather_pieces, merge_queries
+from .partials import MERGED_ROWS, attend_pieces, merge_queries
 
 _SMALL_RING = 8
 """Chunks whose lists of queries exist at a time; a power of two above the number of steps that a chunk takes."""
 
 _POOL_RING = 3
-"""Chunks whose partial results exist at a time: one being gathered, one being merged, one between."""
+"""Chunks whose partial results exist at a time: one being attended to, one being merged, one between."""
 
 _PIECE = 256
-"""Most queries of a block that are gathered in one go."""
+"""Most queries of one piece of a block."""
 
-_STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to gather, the next ticket
+_STATE = tl.constexpr(2)  # numbers in `state` before the counters: whether to run, the next ticket
 _COUNT_TILES = tl.constexpr(4)  # tiles of one item of counting
 _LIST_TILES = tl.constexpr(2)
 _PHASES = tl.constexpr(5)
 _COUNTED = tl.constexpr(0)
 _PLACED = tl.constexpr(1)
 _LISTED = tl.constexpr(2)
-_GATHERED = tl.constexpr(3)
+_ATTENDED = tl.constexpr(3)
 _MERGED = tl.constexpr(4)
-_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after gathering
+_DELAY = tl.constexpr(5)  # steps between the counting of a chunk and its merging; less than _POOL_RING after attention
 _PLACED_BLOCKS = tl.constexpr(1024)  # blocks placed at once
 
 
 @triton.jit
 def _await_items(counter, number):
-    """Wait until so many items of a phase are done, and see what they wrote."""
+    """Wait until so many items of a phase are done and their writes visible."""
     reached = tl.atomic_add(counter, 0, sem="acquire")
     while reached < number:
         reached = tl.atomic_add(counter, 0, sem="acquire")
@@ -73,11 +73,11 @@ def _await_items(counter, number):
         "window",
     ]
 )
-def _gather_kernel(
+def _scattered_kernel(
     q,
     k,
     v,
-    out,  # [B, Hq, Lq, Dv], holds the attention to the blocks visited by rule
+    out,  # [B, Hq, Lq, Dv], holds the attention to the forced blocks
     lse,
     panels,
     blocks,
@@ -124,8 +124,8 @@ def _gather_kernel(
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    FAR: tl.constexpr,
-    PADDED_FAR: tl.constexpr,
+    SCORED: tl.constexpr,
+    PADDED_SCORED: tl.constexpr,
     PIECE: tl.constexpr,
     WIDTH: tl.constexpr,
     SMALL_RING: tl.constexpr,
@@ -142,7 +142,7 @@ def _gather_kernel(
     if V_TOKEN_STRIDE > 0:
         v_token_stride = V_TOKEN_STRIDE
     chunks = ranges * heads
-    bound = chunk_tiles * TOKENS * FAR  # entries of a chunk
+    bound = chunk_tiles * TOKENS * SCORED  # entries of a chunk
     most_pieces = num_blocks + bound // PIECE
     count_items = (chunk_tiles + _COUNT_TILES - 1) // _COUNT_TILES
     list_items = (chunk_tiles + _LIST_TILES - 1) // _LIST_TILES
@@ -155,12 +155,12 @@ def _gather_kernel(
         tl.debug_barrier()  # as in _await_items: all threads have read the ticket
         item = ticket % step_items
         chunk = ticket // step_items
-        # In the order of a step: place, list, count; then merge and gather, whose items alternate, as the one moves
+        # In the order of a step: place, list, count; then merge and attend, whose items alternate, as the one moves
         # bytes and the other multiplies.
         rest = item - (1 + list_items + count_items)
         busy = rest >= 0
         phase = tl.where(item <= list_items, tl.where(item == 0, _PLACED, _LISTED), _COUNTED)
-        phase = tl.where(busy, tl.where(rest % 2 == 0, _MERGED, _GATHERED), phase)
+        phase = tl.where(busy, tl.where(rest % 2 == 0, _MERGED, _ATTENDED), phase)
         item = tl.where(busy, rest // 2, tl.where(item <= list_items, item - 1, item - 1 - list_items))
         delay = tl.where(phase == _COUNTED, 0, tl.where(phase == _MERGED, _DELAY, phase))
         chunk -= delay
@@ -171,13 +171,13 @@ def _gather_kernel(
             small = chunk % SMALL_RING
             unit_counts = done + chunks * _PHASES + small * num_blocks
             lists = scratch + small.to(tl.int64) * (
-                1 + num_blocks * 2 + most_pieces * PIECE_WIDTH + bound + bound // FAR
+                1 + num_blocks * 2 + most_pieces * PIECE_WIDTH + bound + bound // SCORED
             )
             owners = lists + 1
             cursors = owners + num_blocks
             work = cursors + num_blocks
             entries = work + most_pieces * PIECE_WIDTH
-            far_counts = entries + bound
+            scored_counts = entries + bound
             pool_slot = (chunk % POOL_RING).to(tl.int64) * bound * GROUP
             mine = done + chunk * _PHASES
             if phase == _COUNTED:
@@ -225,7 +225,7 @@ def _gather_kernel(
                 list_queries(
                     cursors,
                     entries,
-                    far_counts,
+                    scored_counts,
                     panels,
                     blocks,
                     tokens,
@@ -242,10 +242,10 @@ def _gather_kernel(
                     BLOCK_SIZE,
                     INIT_BLOCKS,
                     LOCAL_BLOCKS,
-                    FAR,
+                    SCORED,
                     WIDTH,
                 )
-            elif phase == _GATHERED:
+            elif phase == _ATTENDED:
                 _await_items(mine + _LISTED, list_items)
                 if chunk >= POOL_RING:
                     _await_items(mine - POOL_RING * _PHASES + _MERGED, merge_items)
@@ -253,7 +253,7 @@ def _gather_kernel(
                 begin = pieces * item // merge_items
                 end = pieces * (item + 1) // merge_items
                 if begin < end:
-                    gather_pieces(
+                    attend_pieces(
                         q,
                         k,
                         v,
@@ -287,20 +287,20 @@ def _gather_kernel(
                         BLOCK_D,
                         VALUE_DIM,
                         BLOCK_DV,
-                        FAR,
+                        SCORED,
                         HAS_WINDOW,
                         HAS_KEY_MASK,
                         PRECISION,
                     )
             else:
-                _await_items(mine + _GATHERED, merge_items)
+                _await_items(mine + _ATTENDED, merge_items)
                 if item * MERGED_ROWS < (last - first) * TOKENS * PADDED_GROUP:
                     merge_queries(
                         out,
                         lse,
                         pool + pool_slot * VALUE_DIM,
                         sums + pool_slot,
-                        far_counts,
+                        scored_counts,
                         panels,
                         first,
                         item,
@@ -316,21 +316,21 @@ def _gather_kernel(
                         TILES,
                         VALUE_DIM,
                         BLOCK_DV,
-                        FAR,
-                        PADDED_FAR,
+                        SCORED,
+                        PADDED_SCORED,
                     )
             tl.debug_barrier()  # all threads have written before one of them says so
             tl.atomic_add(mine + phase, 1, sem="release")
         ticket = tl.atomic_add(state + 1, 1)
 
 
-def far_blocks(geometry: BlockGeometry, has_window: bool) -> int:
-    """Most blocks that a query visits beyond those visited by rule; a window may drop the initial blocks."""
+def max_scored_blocks(geometry: BlockGeometry, has_window: bool) -> int:
+    """Most scored blocks that a query visits; a window may drop the initial ones of the forced blocks."""
     forced = geometry.local_blocks + 1 + (0 if has_window else geometry.init_blocks)
     return max(0, geometry.selected_blocks - forced)
 
 
-def offer_gathering(
+def offer_scattered(
     q: Tensor,
     v: Tensor,
     plan: TilePlan,
@@ -338,8 +338,8 @@ def offer_gathering(
     geometry: BlockGeometry,
     length_k: int,
     window: int | None = None,
-) -> tuple[Tensor, GatherLaunch] | None:
-    """What `gather_far_blocks` needs for a call, where it serves such calls.
+) -> tuple[Tensor, ScatteredConfig] | None:
+    """What `attend_scattered` needs for a call, where it serves such calls.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
@@ -350,18 +350,18 @@ def offer_gathering(
         window: sliding window in keys.
 
     Returns:
-        None where gathering is not offered; else its memory of int32, all 0, whose first number is to become 1 where
-        the far blocks are to be gathered, and its launch.
+        None where the kernel does not serve the call; else its state, int32, all 0, whose first number is to become 1
+        where the kernel is to run, and its configuration.
     """
     shape = plan.shape
-    far = far_blocks(geometry, window is not None)
-    block_size, padded = geometry.block_size, max(16, triton.next_power_of_2(max(int(q.shape[3]), int(v.shape[3]))))
-    launch = gather_launch(q, padded)
+    scored = max_scored_blocks(geometry, window is not None)
+    block_size, padded = geometry.block_size, padded_dim(max(int(q.shape[3]), int(v.shape[3])))
+    launch = optional_config(ScatteredConfig, "scattered", q, padded)
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
     # and a block's keys and values stay in shared memory, each in one piece.
     if (
         launch is None
-        or far == 0
+        or scored == 0
         or geometry.query_block > 1
         or shape.padded_group > 8
         or block_size % shape.tokens
@@ -369,40 +369,31 @@ def offer_gathering(
         or block_size * padded * q.element_size() > launch.block_bytes
     ):
         return None
-    launch = launch.as_launched(_gather_kernel)
-    ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, far, launch))
+    launch = launch.as_launched(_scattered_kernel)
+    ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, scored, launch))
     num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
     size = _STATE.value + ranges * v.shape[1] * _PHASES.value + _SMALL_RING * num_blocks
     return torch.zeros(size, dtype=torch.int32, device=q.device), launch
 
 
-def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, far: int, launch: GatherLaunch) -> int:
+def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, scored: int, launch: ScatteredConfig) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
-    row = plan.shape.tokens * far * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
+    row = plan.shape.tokens * scored * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
     tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
     return tiles
 
 
-def gather_constants(
-    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: GatherLaunch
+def scattered_constants(
+    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: ScatteredConfig
 ) -> dict[str, int | bool]:
     """The sizes for which the kernel is compiled, by their names."""
-    far = far_blocks(geometry, has_window)
+    scored = max_scored_blocks(geometry, has_window)
     return {
-        "GROUP": shape.group,
-        "PADDED_GROUP": shape.padded_group,
-        "TOKENS": shape.tokens,
-        "TILES": shape.tiles,
-        "BLOCK_M": launch.rows,
-        "BLOCK_SIZE": geometry.block_size,
+        **shape.constants(geometry, dim, value_dim, launch.rows),
         "INIT_BLOCKS": geometry.init_blocks,
         "LOCAL_BLOCKS": geometry.local_blocks,
-        "HEAD_DIM": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "VALUE_DIM": value_dim,
-        "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
-        "FAR": far,
-        "PADDED_FAR": triton.next_power_of_2(far),
+        "SCORED": scored,
+        "PADDED_SCORED": triton.next_power_of_2(scored),
         "PIECE": _PIECE,
         "WIDTH": max(32, min(128, 2048 // shape.tokens)),
         "SMALL_RING": _SMALL_RING,
@@ -411,7 +402,7 @@ def gather_constants(
     }
 
 
-def gather_far_blocks(
+def attend_scattered(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -420,25 +411,25 @@ def gather_far_blocks(
     lists: TileLists,
     plan: TilePlan,
     state: Tensor,
-    launch: GatherLaunch,
+    launch: ScatteredConfig,
     *,
     geometry: BlockGeometry,
     scale: float,
     key_mask: Tensor | None = None,
     window: int | None = None,
 ) -> None:
-    """Add the far blocks of every query to `out` and `lse`, if `state` says so.
+    """Add the scored blocks of every query to `out` and `lse`, if `state` says so.
 
     Args:
         q: ``[B, Hq, Lq, D]``, any strides with the last one 1, as for `k` and `v`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        out: ``[B, Lq, Hq, Dv]``: attention to the blocks that are visited by rule; changed.
+        out: ``[B, Lq, Hq, Dv]``: attention to the forced blocks; changed.
         lse: float32 ``[B, Hq, Lq]``: its log-sum-exp; changed.
         lists: the selection.
         plan: the tiles.
-        state: from `offer_gathering`, its first number decided; changed.
-        launch: from `offer_gathering`.
+        state: from `offer_scattered`, its first number decided; changed.
+        launch: from `offer_scattered`.
         geometry: the block geometry.
         scale: softmax scale, positive.
         key_mask: bool ``[B, Lk]``, True where a key is valid.
@@ -446,15 +437,15 @@ def gather_far_blocks(
     """
     batch, heads, length_k = k.shape[:3]
     shape, dim, value_dim = plan.shape, int(k.shape[3]), int(v.shape[3])
-    far = far_blocks(geometry, window is not None)
-    chunk_tiles = _chunk_tiles(q, v, plan, far, launch)
+    scored = max_scored_blocks(geometry, window is not None)
+    chunk_tiles = _chunk_tiles(q, v, plan, scored, launch)
     num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
-    entries = chunk_tiles * shape.tokens * far
+    entries = chunk_tiles * shape.tokens * scored
     slots = _POOL_RING * entries * shape.group
     small = (
         1 + num_blocks * 2 + (num_blocks + entries // _PIECE) * PIECE_WIDTH.value + entries + chunk_tiles * shape.tokens
     )
-    wrap_triton(_gather_kernel)[(launch.programs * multiprocessors(q.device),)](
+    wrap_triton(_scattered_kernel)[(launch.programs * multiprocessors(q.device),)](
         q,
         k,
         v,
@@ -475,10 +466,8 @@ def gather_far_blocks(
         out.stride(0),
         out.stride(2),
         out.stride(1),
-        lse.stride(0),
-        lse.stride(1),
-        0 if key_mask is None else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *lse.stride()[:2],
+        *((0, 0) if key_mask is None else key_mask.stride()),
         lists.blocks.stride(1),
         plan.num_tiles,
         num_blocks,
@@ -487,7 +476,7 @@ def gather_far_blocks(
         heads,
         UNBOUNDED if window is None else window,
         scale * LOG2_E,
-        **gather_constants(shape, geometry, dim, value_dim, window is not None, launch),
+        **scattered_constants(shape, geometry, dim, value_dim, window is not None, launch),
         HAS_KEY_MASK=key_mask is not None,
         K_TOKEN_STRIDE=fixed_token_stride(k),
         V_TOKEN_STRIDE=fixed_token_stride(v),
