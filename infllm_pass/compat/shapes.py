@@ -11,6 +11,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     free_unbacked_symbols,
+    is_concrete_int,
     statically_known_true,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "expression_of",
     "free_unbacked_symbols",
     "hint_of",
+    "is_concrete_int",
     "statically_known_true",
 ]
 

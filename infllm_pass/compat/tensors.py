@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = [
+    "FakeTensor",
     "FakeTensorMode",
+    "FunctionalTensor",
     "TorchDispatchMode",
     "base_of",
+    "current_mode",
     "detect_fake_mode",
     "fake_mode_of",
     "storage_id",
@@ -24,6 +28,11 @@ without_modes = _disable_current_modes
 """Context in which tensor operators run for real: fake tensor modes and tracers that surround the call are off.
 
 The same in torch 2.11 to 2.15. Nothing public; `torch.utils._python_dispatch` is where modes are defined."""
+
+current_mode = _get_current_dispatch_mode
+"""The innermost mode that sees tensor operators, a tracer's or another; None where operators just run.
+
+The same in torch 2.11 to 2.15. Nothing public."""
 
 
 def storage_id(tensor: Tensor) -> int:

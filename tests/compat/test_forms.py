@@ -113,9 +113,13 @@ def unwrap_functorch():
 
 
 @checks("tensors.without_modes", "tensors.FakeTensorMode", "tensors.fake_mode_of", "tensors.detect_fake_mode")
+@checks("tensors.FakeTensor", "tensors.current_mode")
 def modes():
+    assert tensors.current_mode() is None
     with tensors.FakeTensorMode() as mode:
         fake = torch.ones(2)
+        assert isinstance(fake, tensors.FakeTensor)
+        assert tensors.current_mode() is mode
         with tensors.without_modes():
             assert float(torch.ones(2).sum()) == 2.0
     assert tensors.fake_mode_of(fake) is mode is tensors.detect_fake_mode([fake])
@@ -136,6 +140,19 @@ def dispatch_mode():
     assert torch.ops.aten.add.Tensor in seen
 
 
+@checks("tensors.FunctionalTensor")
+def functional_tensors():
+    seen = []
+
+    @torch.library.triton_op("infllm_test::traced", mutates_args=())
+    def traced_operator(x: torch.Tensor) -> torch.Tensor:
+        seen.append(type(x))
+        return x.clone()
+
+    torch.compile(lambda x: traced_operator(x) + 1, backend="aot_eager")(torch.ones(2))
+    assert tensors.FunctionalTensor in seen, seen
+
+
 # shapes
 
 
@@ -146,10 +163,12 @@ def symbols():
     assert shapes.hint_of(size) == 5
 
 
-@checks("shapes.free_unbacked_symbols", "shapes.statically_known_true")
+@checks("shapes.free_unbacked_symbols", "shapes.statically_known_true", "shapes.is_concrete_int")
 def knowledge():
     size = symbolic_size()
     assert not shapes.free_unbacked_symbols(size)
+    assert shapes.is_concrete_int(3)
+    assert not shapes.is_concrete_int(size)
     assert shapes.statically_known_true(size >= 0)
     assert not shapes.statically_known_true(size >= 100)
 
