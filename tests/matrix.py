@@ -102,16 +102,17 @@ def main(arguments: list[str] | None = None) -> int:
 def make_environment(row: Row, existing: str | None) -> Path:
     """The interpreter of an environment with the row's packages and this checkout, made where there is none."""
     place = FOLDER / row.name
-    python = place / "bin" / "python"
-    if not python.exists():
+    python, ready = place / "bin" / "python", place / ".ready"
+    if not ready.exists():
         base = Path(existing) / "bin" / "python" if existing else find_python(row.python)
-        run(base, "-m", "venv", place)
+        run(base, "-m", "venv", "--clear", place)
         if existing:
             packages = json.loads(run(base, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"))
             (site_packages(python) / "existing.pth").write_text("\n".join(packages) + "\n")
         else:
             run(python, "-m", "pip", "install", "--quiet", *requirements(row))
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "-e", ROOT)
+        ready.touch()
     return python
 
 
