@@ -117,7 +117,7 @@ def static_cache(model, rows=1, capacity=60, dtype=torch.float32, device="cpu"):
     ids=str,
 )
 def test_a_cache_that_does_not_fit_is_named(misfit, error, length, tiny):
-    """Before keys and values are written. Torch 2.15 runs what it cannot trace up to the error, and moves the position."""
+    """Before keys and values are written. Torch 2.15 runs what it cannot trace up to the error, and moves positions."""
     cache = static_cache(tiny, **misfit)
     with pytest.raises(error, match=r"^(past_key_values|cache).layers\[0\].keys (is|has)"):
         sparsified(tiny)(tokens(length), past_key_values=cache)
