@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help install demo test test-kernels test-gpu zoo sanitize lint bench bench-gpu lock clean
+.PHONY: help install demo test test-kernels test-gpu test-matrix zoo sanitize lint bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
 	@echo "make test   the test suite"
 	@echo "make test-kernels  of these, the Triton kernels in Triton's interpreter"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-matrix  the compiler part of the suite with other versions of Python, PyTorch and transformers"
 	@echo "make sanitize  the kernels under compute-sanitizer"
 	@echo "make zoo    every causal architecture through the pass: docs/zoo.md and the record that tests compare with"
 	@echo "make lint   ruff and mypy"
@@ -42,6 +43,10 @@ test-kernels: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# Downloads some 3 GB for each version of PyTorch; `python -m tests.matrix --help` tells how to use environments that exist.
+test-matrix: install
+	$(BIN)/python -m tests.matrix
 
 # Out-of-bounds accesses and shared-memory races of the kernels; needs compute-sanitizer of the CUDA toolkit.
 sanitize: install
@@ -73,4 +78,4 @@ lock:
 	rm -rf $(VENV)-lock
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from infllm_pass.compat.tensors import FakeTensor, FunctionalTensor
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import infllm_pass
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +48,12 @@ def test_every_module_of_the_tree_is_in_the_wheel(wheel):
     assert {"infllm_pass/py.typed", *headers} <= names
 
 
+def test_the_wheel_has_the_version_of_the_module(wheel):
+    (metadata,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    assert f"\nVersion: {infllm_pass.__version__}\n" in wheel.read(metadata).decode()
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_entry_points_and_licence(wheel):
     names = wheel.namelist()
     (points,) = [name for name in names if name.endswith("entry_points.txt")]
@@ -67,4 +75,4 @@ def test_importing_the_package_needs_no_optional_dependency():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "0.1.0"
+    assert done.stdout.strip() == infllm_pass.__version__

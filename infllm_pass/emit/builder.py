@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from infllm_pass.compat.shapes import hint_of
 from infllm_pass.graph.facts import example_of
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.graph.subgraphs import fake_mode_of
@@ -192,7 +193,7 @@ _MOVING = (Kind.TRANSPOSE, Kind.PERMUTE, Kind.UNSQUEEZE, Kind.GETITEM)
 
 def _hint(stride: int | torch.SymInt) -> int:
     """A stride as the traced call had it; comparing symbols would guard on them."""
-    return stride if isinstance(stride, int) else stride.node.hint or 0
+    return stride if isinstance(stride, int) else hint_of(stride) or 0
 
 
 def _value(argument: Any) -> Any:

@@ -14,7 +14,7 @@ from infllm_pass.emit.builder import Emitter
 from infllm_pass.graph.facts import example_of, size, storage
 from infllm_pass.graph.op_table import read_update
 from infllm_pass.graph.subgraphs import input_name
-from infllm_pass.lowering.ops.positions import checked_positions
+from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS
 from infllm_pass.masks import BATCH, HEAD, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
 from infllm_pass.masks.codegen import Site, build
 from infllm_pass.plan.planner import SitePlan
@@ -118,7 +118,7 @@ class MaskOperands:
                 if host is not None:
                     sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
                     name = self._name_of(site.key_heads.node)
-                    checked = self._call(site, checked_positions._opoverload, host, *sizes, name)
+                    checked = self._call(site, CHECKED_POSITIONS, host, *sizes, name)
                     if host is offsets:
                         self._checked[offsets, tokens, capacity] = checked
         return self._checked[offsets, tokens, capacity]

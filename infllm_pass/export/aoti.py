@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export._tree_utils import reorder_kwargs
-from torch.utils import _pytree as pytree
 
+from infllm_pass.compat import inductor
+from infllm_pass.compat.trees import reorder_kwargs, tree_leaves, treespec_loads
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ExportError, InputSizeError
 from infllm_pass.export.export import export_with_report
@@ -91,7 +91,7 @@ class Package:
         if written is None:
             raise ExportError("the package was not written by infllm_pass.package")
         self._sizes: list[list[Any]] = json.loads(written)
-        self._structure = pytree.treespec_loads(model.loader.get_call_spec()[0])
+        self._structure = treespec_loads(model.loader.get_call_spec()[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -101,7 +101,7 @@ class Package:
             ValueError: the keywords are not those that the model was exported with.
         """
         kwargs = reorder_kwargs(kwargs, self._structure)
-        values = [value for value in pytree.tree_leaves((args, kwargs)) if value is not None]
+        values = [value for value in tree_leaves((args, kwargs)) if value is not None]
         for place, (value, sizes) in enumerate(zip(values, self._sizes, strict=False)):
             if isinstance(value, Tensor):
                 _check_sizes(place, value, sizes)
@@ -118,7 +118,7 @@ def load_package(path: str | PathLike[str]) -> Package:
         ExportError: there is no such file, or it is no such package.
     """
     try:
-        model = torch._inductor.aoti_load_package(str(path))
+        model = inductor.load_package(str(path))
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{path} cannot be loaded: {error}") from error
     return Package(model)

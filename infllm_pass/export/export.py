@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
+from infllm_pass.compat.dynamo import UserError, uncompiled
+from infllm_pass.compat.shapes import ConstraintViolationError
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ExportError, NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.graph.op_table import written_arguments
@@ -159,7 +159,7 @@ def _program(
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be exported: give an nn.Module or a torch.export.ExportedProgram"
         )
-    original = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    original = uncompiled(model)
     try:
         with torch.no_grad():
             return torch.export.export(original, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from infllm_pass.compat.dynamo import bound_backend
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, DenseSiteError, InternalError
-from infllm_pass.frontend.compile_settings import bound_compiler
 from infllm_pass.graph.subgraphs import held_tensors
 from infllm_pass.kv_cache.inputs import CacheInputs, may_read_a_cache
 from infllm_pass.kv_cache.store import CachedGraph, CacheStore
@@ -162,7 +162,7 @@ def _split_options(mode: str | None = None, options: Mapping[str, Any] | None = 
     name = rest.pop("backend", "inductor")
     if name == "infllm":
         raise ConfigError("backend", name, "the name of another Dynamo backend, such as 'inductor'")
-    return policy, bound_compiler(name, mode, rest or None)
+    return policy, bound_backend(name, mode, rest or None)
 
 
 def compiler_behind(compiler: Compiler) -> Compiler:

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.eval_frame import OptimizeContext, _TorchDynamoContext, innermost_backend
 
+from infllm_pass.compat import dynamo
 from infllm_pass.errors import UnsupportedModelError
 
 
@@ -45,68 +43,26 @@ def settings_of(model: object) -> tuple[Callable[..., Any], CompileSettings]:
             f"expected a torch.nn.Module or a function, plain or from torch.compile, got "
             f"{'the class ' + model.__name__ if isinstance(model, type) else type(model).__name__}"
         )
-    if isinstance(model, OptimizedModule):
-        return model._orig_mod, _read_context(model.dynamo_ctx)
-    context = _context_of_function(model)
+    context = dynamo.compile_context(model)
     if context is not None:
-        return model._torchdynamo_orig_callable, _read_context(context)  # type: ignore[attr-defined]
-    if getattr(model, "_torchdynamo_disable", False):
+        return dynamo.uncompiled(model), _read_context(context)
+    if dynamo.is_disabled(model):
         raise UnsupportedModelError("the function is marked with torch.compiler.disable: pass the plain function")
-    if isinstance(model, nn.Module) and model._compiled_call_impl is not None:
+    if isinstance(model, nn.Module) and dynamo.is_compiled_in_place(model):
         raise UnsupportedModelError(
             "the module was compiled in place by module.compile(): pass torch.compile(module), made from a "
             "module on which compile() was not called"
         )
-    return model, CompileSettings(bound_compiler("inductor"))
-
-
-def bound_compiler(name: str, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """A registered backend with mode and options bound, the way ``torch.compile`` binds them."""
-    wrappers: Any = torch
-    if name == "inductor":
-        return wrappers._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-any-return]
-    return wrappers._TorchCompileWrapper(lookup_backend(name), mode, options, None)  # type: ignore[no-any-return]
-
-
-def _context_of_function(function: Callable[..., Any]) -> _TorchDynamoContext | None:
-    """The context that ``torch.compile`` closed over when it wrapped a function; None for a plain one."""
-    if not hasattr(function, "_torchdynamo_orig_callable") or not inspect.isfunction(function):
-        return None
-    context = inspect.getclosurevars(function).nonlocals.get("self")
-    return context if isinstance(context, _TorchDynamoContext) else None
+    return model, CompileSettings(dynamo.bound_backend("inductor"))
 
 
 def _read_context(context: object) -> CompileSettings:
-    if not isinstance(context, OptimizeContext) or context.export:
+    if not dynamo.repeats(context):
         raise UnsupportedModelError(
             f"the model was wrapped by {type(context).__name__} (torch.compiler.disable, torch.export or "
             "torch.compile(disable=True)): pass the plain model or torch.compile(model)"
         )
-    callback: Any = context.callback
-    arguments: dict[str, Any] = {
-        "fullgraph": bool(getattr(context, "fullgraph", False)),
-        "dynamic": context._dynamic,
-    }
-    shapes = getattr(context, "_shapes_spec", None)
-    if shapes is not None:
-        arguments["shapes_spec"] = shapes
-    limit = _recompile_limit(callback)
-    if limit is not None:
-        arguments["recompile_limit"] = limit
-    hooks = getattr(context, "_hooks", None)
-    if hooks is not None and hooks.guard_filter_fn is not None:
-        arguments["options"] = {"guard_filter_fn": hooks.guard_filter_fn}
-    return CompileSettings(innermost_backend(callback), arguments)
-
-
-def _recompile_limit(callback: Any) -> int | None:
-    """The model's own recompilation limit, kept by one of the layers around its backend."""
-    while callback is not None:
-        limit = getattr(callback, "_recompile_limit", None)
-        if isinstance(limit, int):
-            return limit
-        callback = getattr(callback, "_torchdynamo_orig_backend", None)
-    return None
+    return CompileSettings(dynamo.backend_of(context), dynamo.repeated_arguments(context))
 
 
 def compile_with(
@@ -126,6 +82,6 @@ def compile_with(
     if "isolate_recompiles" in known:
         arguments["isolate_recompiles"] = True
     if "recompile_limit" in known:
-        limit = arguments.get("recompile_limit") or torch._dynamo.config.recompile_limit
+        limit = arguments.get("recompile_limit") or dynamo.recompile_limit()
         arguments["recompile_limit"] = 4 * limit
     return torch.compile(original, backend=backend, **arguments)

@@ -15,6 +15,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infllm_pass.compat.tensors import version_of
+from infllm_pass.compat.transformers import cache_among, generation_hooks
 from infllm_pass.errors import CachePositionError, UncompiledGenerateWarning
 
 Call = Callable[..., Any]
@@ -52,7 +54,7 @@ class GeneratingView:
         return lambda *args, **kwargs: call(*args, **self._without_idle_mask(kwargs))
 
     @staticmethod
-    def create_masks_for_generate(*, attention_mask: Tensor | None, past_key_values: Any, **_unused: Any) -> Any:
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **inputs: Any) -> Any:
         """The 2-D mask for a cache of fixed capacity, from which the model then makes its own inside the graph.
 
         Transformers makes the 4-D mask out here instead, and what a mask was made of cannot be proved from a tensor.
@@ -60,7 +62,7 @@ class GeneratingView:
         """
         if attention_mask is None or _hides_nothing(attention_mask):
             return None
-        layers = getattr(past_key_values, "layers", ())
+        layers = getattr(cache_among(inputs)[1], "layers", ())
         capacity = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
         return F.pad(attention_mask, (0, max(0, capacity - attention_mask.shape[1])))
 
@@ -70,30 +72,10 @@ class GeneratingView:
         Where there is no cache the mask is kept: without it, transformers reads packed sequences off the positions.
         """
         mask = inputs.get("attention_mask")
-        if not isinstance(mask, Tensor) or inputs.get("past_key_values") is None:
+        if not isinstance(mask, Tensor) or cache_among(inputs)[1] is None:
             return inputs
         of_encoder = getattr(getattr(self, "config", None), "is_encoder_decoder", False)
         return inputs if of_encoder or not _hides_nothing(mask) else {**inputs, "attention_mask": None}
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Grow the inputs by a token, as transformers does; a mask that hid nothing grows by a one."""
-        before = model_kwargs.get("attention_mask")
-        known = isinstance(before, Tensor) and _is_known_idle(before)
-        grown: dict[str, Any] = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
-            outputs, model_kwargs, *args, **kwargs
-        )
-        after = grown.get("attention_mask")
-        if known and isinstance(after, Tensor) and after is not before:
-            _remember_idle(after)
-        return grown
-
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a static cache with its memory in place, which is otherwise taken inside the first compiled graph."""
-        if kwargs.get("prefill_chunk_size", 0) is None:
-            kwargs["prefill_chunk_size"] = kwargs.get("max_cache_len", 1)  # what transformers takes memory early for
-        return super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
 
 
 def generating_view(
@@ -117,12 +99,33 @@ def generating_view(
         "infllm_call": staticmethod(call),
         "infllm_compiled_as": staticmethod(compiled_as),
         "forward": staticmethod(forward),
+        **generation_hooks(kind, grow=_grown_inputs, prepare=_static_cache_in_place),
     }
     if hasattr(kind, "prepare_inputs_for_generation"):
         members["prepare_inputs_for_generation"] = _with_room(kind.prepare_inputs_for_generation)
     view: nn.Module = object.__new__(type(kind.__name__, (GeneratingView, kind), members))
     object.__setattr__(view, "__dict__", original.__dict__)
     return view
+
+
+def _grown_inputs(
+    _: GeneratingView, grow: Call, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Grow the inputs by a token, as transformers does; a mask that hid nothing grows by a one."""
+    before = model_kwargs.get("attention_mask")
+    known = isinstance(before, Tensor) and _is_known_idle(before)
+    grown: dict[str, Any] = grow(outputs, model_kwargs, *args, **kwargs)
+    after = grown.get("attention_mask")
+    if known and isinstance(after, Tensor) and after is not before:
+        _remember_idle(after)
+    return grown
+
+
+def _static_cache_in_place(_: GeneratingView, prepare: Call, *args: Any, **kwargs: Any) -> Any:
+    """Make a static cache with its memory in place, which is otherwise taken inside the first compiled graph."""
+    if kwargs.get("prefill_chunk_size", 0) is None:
+        kwargs["prefill_chunk_size"] = kwargs.get("max_cache_len", 1)  # what transformers takes memory early for
+    return prepare(*args, **kwargs)
 
 
 def generating_methods(
@@ -196,11 +199,11 @@ def _with_room(prepare: Call) -> Call:
     def prepared(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         length = input_ids.shape[1]
         tokens = kwargs.get("next_sequence_length") or length
-        for place, layer in enumerate(getattr(kwargs.get("past_key_values"), "layers", ())):
+        name, cache = cache_among(kwargs)
+        for place, layer in enumerate(getattr(cache, "layers", ())):
             capacity = getattr(layer, "max_cache_len", None)
             if isinstance(capacity, int) and length > capacity and not getattr(layer, "is_sliding", False):
-                name = f"past_key_values.layers[{place}].keys"
-                raise CachePositionError(name, 0, length - tokens, tokens, capacity)
+                raise CachePositionError(f"{name}.layers[{place}].keys", 0, length - tokens, tokens, capacity)
         return prepare(self, input_ids, *args, **kwargs)
 
     return prepared
@@ -221,9 +224,9 @@ _KNOWN_IDLE = "_infllm_idle_at_version"
 
 
 def _is_known_idle(mask: Tensor) -> bool:
-    return not mask.is_inference() and getattr(mask, _KNOWN_IDLE, None) == mask._version
+    return not mask.is_inference() and getattr(mask, _KNOWN_IDLE, None) == version_of(mask)
 
 
 def _remember_idle(mask: Tensor) -> None:
     if not mask.is_inference():  # tensors of inference mode do not count what is written to them
-        setattr(mask, _KNOWN_IDLE, mask._version)
+        setattr(mask, _KNOWN_IDLE, version_of(mask))

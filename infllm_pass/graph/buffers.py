@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
+
+from infllm_pass.compat.tensors import version_of, without_modes
 
 _ROWS_AT_ONCE = 1024
 _MOST_RUNS = 4
@@ -51,13 +52,13 @@ class Reading:
 
     def still_holds(self, tensor: object) -> bool:
         """Whether this is the tensor that was read, and nothing has been written to it since."""
-        return tensor is self.tensor() and isinstance(tensor, Tensor) and tensor._version == self.version
+        return tensor is self.tensor() and isinstance(tensor, Tensor) and version_of(tensor) == self.version
 
     def holds_again(self, tensor: object) -> bool:
         """Whether another or a changed tensor has the same closed form; if so, it is the one watched from now on."""
         if not isinstance(tensor, Tensor) or not _may_be_read(tensor) or closed_form(tensor) != self.form:
             return False
-        self.tensor, self.version = weakref.ref(tensor), tensor._version
+        self.tensor, self.version = weakref.ref(tensor), version_of(tensor)
         return True
 
 
@@ -82,7 +83,7 @@ class HeldTensors:
             form = closed_form(tensor)
             if form is None:
                 return None
-            self.readings[node] = Reading(form, weakref.ref(tensor), tensor._version)
+            self.readings[node] = Reading(form, weakref.ref(tensor), version_of(tensor))
         return self.readings[node].form
 
 
@@ -98,7 +99,7 @@ def closed_form(tensor: Tensor) -> ClosedForm | None:
     if tensor.numel() == 0 or tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
         return None
     dims = tuple(dim for dim, extent in enumerate(tensor.shape) if extent > 1)
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         values = tensor.detach()
         while len(dims) > 1 and _is_repeated(values, dims[0]):
             values, dims = values.narrow(dims[0], 0, 1), dims[1:]

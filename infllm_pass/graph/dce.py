@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from infllm_pass.compat.aten import OpOverload, is_mutable, returns_values
 from infllm_pass.graph.facts import storage
 from infllm_pass.graph.op_table import Kind, read, read_in_place
 
@@ -63,9 +64,9 @@ def pure(node: fx.Node) -> bool:
     if call is not None:
         return call.kind is not Kind.DROPOUT or call.args.get("training", True) is False or call.args.get("p") == 0
     overload = node.target
-    if isinstance(overload, torch._ops.OpOverload) and overload.namespace == "aten":
+    if isinstance(overload, OpOverload) and overload.namespace == "aten":
         seeded = torch.Tag.nondeterministic_seeded in overload.tags
-        return bool(overload._schema.returns) and not overload._schema.is_mutable and not seeded
+        return returns_values(overload) and not is_mutable(overload) and not seeded
     written = read_in_place(node)
     target = None if written is None else written.args.get("input")
     return isinstance(target, fx.Node) and target.op != "placeholder" and list(target.users) == [node]

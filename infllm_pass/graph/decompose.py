@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from infllm_pass.compat.aten import is_mutable
+from infllm_pass.compat.fx import is_erased, make_fx
 from infllm_pass.graph.facts import example_of
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.graph.subgraphs import fake_mode_of
@@ -47,7 +48,7 @@ class Expansion:
     def accept(self) -> None:
         """Erase the call."""
         for node in (*self.call.users, self.call):
-            if not node._erased:  # a rewriting erases what nothing uses any more
+            if not is_erased(node):  # a rewriting erases what nothing uses any more
                 self.graph.erase_node(node)
 
     def withdraw(self) -> None:
@@ -117,17 +118,12 @@ def _trace(call: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:
 
     with fake_mode_of(call) or _first_mode(inputs) or nullcontext(), torch.no_grad():
         traced = make_fx(body, pre_dispatch=True)(*map(example_of, inputs))
-    traced.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+    traced.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or is_mutable(node.target))
     return traced
 
 
 def _first_mode(inputs: list[fx.Node]) -> Any:
     return next((mode for node in inputs if (mode := fake_mode_of(node)) is not None), None)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _copy(graph: fx.Graph, call: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch import fx
 
+from infllm_pass.compat.shapes import expression_of
+from infllm_pass.compat.tensors import storage_id, unwrap_functorch
 from infllm_pass.graph.buffers import HeldTensors
 from infllm_pass.graph.op_table import Kind, read, written_arguments
 
@@ -29,7 +31,7 @@ def hidden_axis(name: str) -> sympy.Symbol:
 def size(value: int | torch.SymInt) -> sympy.Expr:
     """A tensor size as sympy sees it; sizes of one graph share Dynamo's own symbols."""
     if isinstance(value, torch.SymInt):
-        return value.node.expr
+        return expression_of(value)
     return sympy.Integer(int(value))
 
 
@@ -113,10 +115,7 @@ def storage(node: fx.Node) -> int | None:
     value = example_of(node)
     if not isinstance(value, torch.Tensor):
         return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)  # a tensor under vmap has no memory of its own
-    cell: int = value.untyped_storage()._cdata
-    return cell
+    return storage_id(unwrap_functorch(value))  # a tensor under vmap has no memory of its own
 
 
 def overwritten_storages(root: fx.Graph, nested: Iterable[fx.Graph]) -> dict[int, fx.Node | None]:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from infllm_pass.compat import aten as private
+
 
 class Kind(Enum):
     """What an operator computes."""
@@ -152,12 +154,12 @@ _spell(
     "query key value attn_mask dropout_p is_causal scale enable_gqa",
     [
         F.scaled_dot_product_attention,
-        torch._C._nn.scaled_dot_product_attention,
+        private.ATTENTION_BUILTIN,
         aten.scaled_dot_product_attention.default,
     ],
 )
 _spell(Kind.ARANGE, "*bounds", [torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step])
-_spell(Kind.SCALAR_TENSOR, "data", [torch._refs.tensor])  # what Dynamo writes for a dynamic number
+_spell(Kind.SCALAR_TENSOR, "data", [private.SCALAR_TENSOR])
 _spell(Kind.FULL, "*size", [torch.ones, aten.ones.default], fill_value=1)
 _spell(Kind.FULL, "*size", [torch.zeros, aten.zeros.default], fill_value=0)
 _spell(Kind.FULL, "size fill_value", [torch.full, aten.full.default])
@@ -326,11 +328,11 @@ _spell(
 )
 _spell(Kind.TRIL, "input diagonal", [torch.tril, "tril", aten.tril.default])
 _spell(Kind.TRIU, "input diagonal", [torch.triu, "triu", aten.triu.default])
-_spell(Kind.PAD, "input pad mode value", [F.pad, torch._C._nn.pad, aten.pad.default])
+_spell(Kind.PAD, "input pad mode value", [F.pad, private.PAD_BUILTIN, aten.pad.default])
 _spell(Kind.PAD, "input pad value", [aten.constant_pad_nd.default])
 _spell(Kind.GETITEM, "input indices", [aten.index], _tensors_as_index)
-_spell(Kind.HIDE_DIM, "input dim level", [torch._functorch.predispatch._add_batch_dim])
-_spell(Kind.SHOW_DIM, "input level size dim", [torch._functorch.predispatch._remove_batch_dim])
+_spell(Kind.HIDE_DIM, "input dim level", [private.ADD_BATCH_DIM])
+_spell(Kind.SHOW_DIM, "input level size dim", [private.REMOVE_BATCH_DIM])
 
 _IN_PLACE: dict[object, Kind] = {}
 """In-place spellings, by the kind that computes the same into new memory; see `read_in_place`."""
@@ -442,10 +444,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
     Overloads declare what they write to. Elsewhere names tell: see `_written_argument`.
     """
-    if isinstance(node.target, torch._ops.OpOverload):
-        declared = zip(node.target._schema.arguments, node.args, strict=False)
-        named = ((argument, node.kwargs.get(argument.name)) for argument in node.target._schema.arguments)
-        written = [value for argument, value in (*declared, *named) if argument.is_write]
+    if isinstance(node.target, private.OpOverload):
+        written = private.written_values(node.target, node.args, node.kwargs)
         flat = [item for value in written for item in (value if isinstance(value, (list, tuple)) else [value])]
         return [item for item in flat if isinstance(item, fx.Node)]
     found = _written_argument(node)

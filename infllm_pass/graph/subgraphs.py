@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from infllm_pass.compat import dynamo, tensors
 from infllm_pass.graph.buffers import HeldTensors
 from infllm_pass.graph.facts import GraphFacts, example_of, overwritten_storages
 
@@ -62,7 +63,7 @@ def held_tensors(root: fx.GraphModule, inputs: Sequence[object]) -> HeldTensors:
     found: dict[fx.Node, torch.Tensor] = {}
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
-        if isinstance(value, torch.Tensor) and _is_held_by_module(node):
+        if isinstance(value, torch.Tensor) and dynamo.is_held_by_module(node):
             found[node] = value
     for node in root.graph.nodes:
         value = _attribute(root, node)
@@ -71,19 +72,12 @@ def held_tensors(root: fx.GraphModule, inputs: Sequence[object]) -> HeldTensors:
     return HeldTensors(found)
 
 
-def _is_held_by_module(node: fx.Node) -> bool:
-    """Whether Dynamo reached an input through a module; an argument may be another tensor at every call."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    return "NN_MODULE" in getattr(getattr(source, "guard_source", None), "name", "")
-
-
 def input_name(node: fx.Node) -> str:
     """What the caller knows an input of a Dynamo graph by, such as ``past_key_values.layers[0].keys``."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None:
+    name = dynamo.source_name(node)
+    if name is None:
         return str(node.target)
-    name = source.name() if callable(source.name) else source.name  # a method before torch 2.13
-    name = re.sub(r"^L\['(\w+)'\]", r"\1", str(name))
+    name = re.sub(r"^L\['(\w+)'\]", r"\1", name)
     name = re.sub(r"^kwargs\['(\w+)'\]", r"\1", name)
     return re.sub(r"\._(?:modules|buffers|parameters)\['(\w+)'\]", r".\1", name)
 
@@ -133,6 +127,6 @@ def _attribute(module: fx.GraphModule, node: fx.Node) -> object:
     return value
 
 
-def fake_mode_of(node: fx.Node) -> torch._subclasses.FakeTensorMode | None:
+def fake_mode_of(node: fx.Node) -> tensors.FakeTensorMode | None:
     """The fake tensor mode that a node's example tensor belongs to."""
-    return getattr(example_of(node), "fake_mode", None)
+    return tensors.fake_mode_of(example_of(node))

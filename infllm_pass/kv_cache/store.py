@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from infllm_pass.compat.tensors import base_of, version_of
 from infllm_pass.errors import UncountedCacheWarning
 from infllm_pass.kv_cache.dynamic import DynamicCacheSpec, with_room
 from infllm_pass.kv_cache.inputs import CacheSpec
@@ -160,7 +161,7 @@ class CacheStore:
                 'torch.compile(mode="reduce-overhead") record the CUDA graph instead'
             )
             return None
-        return cache._version
+        return version_of(cache)
 
     def _warn(self, message: str) -> None:
         """Warn once."""
@@ -178,7 +179,7 @@ def is_being_captured(tensor: Tensor) -> bool:
 
 def _owner(cache: Tensor) -> Tensor:
     """The tensor that a state is tied to: views that are made for a call share one."""
-    return cache if cache._base is None else cache._base
+    return base_of(cache)
 
 
 def _place(cache: Tensor) -> tuple[Any, ...]:

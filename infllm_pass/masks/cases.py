@@ -10,8 +10,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from infllm_pass.compat.tensors import without_modes
 from infllm_pass.masks.symbolic import NotFollowed
 
 _MOST_CASES = 12
@@ -131,7 +131,7 @@ def rounded_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Basic:
     if dtype == torch.bool:
         return sympy.true if number != 0 else sympy.false
     if dtype.is_floating_point:
-        with _disable_current_modes():
+        with without_modes():
             return exact(float(torch.tensor(float(number), dtype=torch.float64).to(dtype)))
     if dtype.is_complex or not number.is_finite:
         raise NotFollowed(f"{dtype} does not hold {number}")
@@ -153,7 +153,7 @@ def computed(operation: Callable[..., Any], dtype: torch.dtype, a: sympy.Expr, b
     """
     if not dtype.is_floating_point:
         return rounded_to(exact(operation(int(a), int(b))), dtype)
-    with _disable_current_modes():
+    with without_modes():
         wide = [torch.tensor(float(x), dtype=torch.float64) for x in (a, b)]
         narrow = [x.to(dtype) for x in wide]
         results = [float(operation(*wide).to(dtype)), float(operation(*narrow))]

@@ -16,8 +16,8 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from infllm_pass.compat.shapes import free_unbacked_symbols
 from infllm_pass.graph.facts import GraphFacts, size
 from infllm_pass.graph.op_table import read
 from infllm_pass.masks.cases import exact

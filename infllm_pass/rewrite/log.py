@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from infllm_pass.compat.dynamo import input_example
 from infllm_pass.rewrite.report import GraphReport, Report
 
 logger = logging.getLogger("infllm_pass")
@@ -108,6 +109,6 @@ def _parameters(module: fx.GraphModule) -> Iterable[torch.Tensor]:
     yield from module.parameters()
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            example = getattr(node.meta.get("grapharg"), "example", None)
+            example = input_example(node)
             if isinstance(example, torch.nn.Parameter):
                 yield example

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from infllm_pass.compat.dynamo import copy_source
 from infllm_pass.errors import MaskBufferChangedWarning
 from infllm_pass.graph.buffers import Reading
 
@@ -74,8 +75,7 @@ def unchanged_copy(module: fx.GraphModule) -> fx.GraphModule:
         vars(copied).setdefault(name, value)
     copied.meta = module.meta
     for node, twin in zip(module.graph.nodes, copied.graph.nodes, strict=True):
-        if hasattr(node, "_dynamo_source"):
-            twin._dynamo_source = node._dynamo_source
+        copy_source(node, twin)
     for name, part in module.named_children():
         if isinstance(part, fx.GraphModule):
             setattr(copied, name, unchanged_copy(part))

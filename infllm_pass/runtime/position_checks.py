@@ -21,7 +21,7 @@ from infllm_pass.graph.dce import pure
 from infllm_pass.graph.facts import example_of, size, storage
 from infllm_pass.graph.op_table import Write, read_update, written_arguments
 from infllm_pass.graph.subgraphs import all_graphs, input_name
-from infllm_pass.lowering.ops.positions import checked_positions
+from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.cache_writes import written_slots
 
@@ -116,7 +116,7 @@ def take_checks(module: fx.GraphModule, inputs: int) -> fx.GraphModule | None:
         A graph of these inputs that runs the checks; None if there are none.
     """
     graph = module.graph
-    found = {node: _made_from_inputs(node) for node in graph.nodes if node.target is checked_positions._opoverload}
+    found = {node: _made_from_inputs(node) for node in graph.nodes if node.target is CHECKED_POSITIONS}
     taken = {check: makers for check, makers in found.items() if makers is not None}
     needed = {node for makers in taken.values() for node in makers}
     writes = [] if taken else list(_checkable_writes(graph))
@@ -217,7 +217,7 @@ def _made_from_inputs(made: fx.Node) -> set[fx.Node] | None:
         node = pending.pop()
         if node in found or node.op == "placeholder":
             continue
-        if node.target is not checked_positions._opoverload and not pure(node):
+        if node.target is not CHECKED_POSITIONS and not pure(node):
             return None
         found.add(node)
         pending.extend(node.all_input_nodes)

@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 
+from infllm_pass.compat.aten import SET_GRAD_ENABLED
 from infllm_pass.graph.facts import GraphFacts, axis, size, storage
 from infllm_pass.graph.op_table import Call, Kind, read, read_in_place, written_arguments
 from infllm_pass.masks.interpreter import Interpreter
@@ -76,9 +77,7 @@ class Layouts:
             (number, storage(target)) for node, number in self._positions.items() for target in written_arguments(node)
         ]
         self._switches: list[tuple[int, Any]] = [
-            (number, node.args[0])
-            for node, number in self._positions.items()
-            if node.target is torch._C._set_grad_enabled
+            (number, node.args[0]) for node, number in self._positions.items() if node.target is SET_GRAD_ENABLED
         ]
 
     def example(self, node: Any) -> Any:

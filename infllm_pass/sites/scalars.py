@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from infllm_pass.compat.shapes import free_unbacked_symbols
 from infllm_pass.graph.facts import GraphFacts
 from infllm_pass.graph.op_table import Kind, read
 

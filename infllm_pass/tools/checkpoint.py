@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infllm_pass.compat.transformers import supports_sdpa
 from infllm_pass.errors import CheckpointError, MissingDependencyError
 
 TOPIC_CHARACTERS = 2000
@@ -170,14 +171,12 @@ def load_local(path: str | Path, *, layers: int | None = None) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
         if layers is not None:
             config = _with_layers(config, layers)
-        kind = (
-            transformers.AutoModelForCausalLM
-            if type(config) in transformers.AutoModelForCausalLM._model_mapping
-            else transformers.AutoModel
-        )
-        built = kind._model_mapping.get(type(config), ())
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING if causal else transformers.MODEL_MAPPING
+        built = mapping.get(type(config), ())
         classes = built if isinstance(built, tuple) else (built,)
-        fused = all(getattr(model_class, "_supports_sdpa", False) for model_class in classes)
+        fused = all(map(supports_sdpa, classes))
         model: nn.Module = kind.from_config(config, attn_implementation="sdpa" if fused else "eager")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())

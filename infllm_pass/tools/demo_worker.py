@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 import infllm_pass
+from infllm_pass.compat.dynamo import compile_seconds
+from infllm_pass.compat.transformers import cache_name
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import InfLLMError, MeasurementError
 from infllm_pass.plan.length_guard import Branch
@@ -116,16 +118,16 @@ def measure_side(job: Job, side: Branch, tell: Tell) -> SideResult:
     with torch.no_grad():
         tell("compiling it, then reading the text", 0, 0)
         first_call_s, out = _timed(job.device, prefill)
-        compile_s = _compile_seconds()
+        compile_s = compile_seconds()
         forward_s = first_call_s - compile_s
         if job.device == "cuda":
             # Loading and tuning kernels is part of a GPU's first call and of no compile time.
             forward_s, out = _timed(job.device, prefill)
         peak = _peak_memory(job.device)
         losses, top1 = _score(model.lm_head, out.last_hidden_state[0], ids[0], tell)
-        generated = (
-            _continue(model, out.past_key_values, ids, top1, job.generate, tell) if side is Branch.SPARSE else ()
-        )
+        generated: tuple[int, ...] = ()
+        if side is Branch.SPARSE:
+            generated = _continue(model, out[cache_name(model.model)], ids, top1, job.generate, tell)
     return SideResult(
         losses=tuple(losses.tolist()),
         top1=tuple(top1.tolist()),
@@ -165,11 +167,12 @@ def _continue(model: Any, cache: Any, ids: Tensor, top1: Tensor, count: int, tel
     """
     start = ids.shape[1] - count
     cache.crop(-count)  # how many to remove
+    given = {cache_name(model): cache}
     token = top1[start - 1].reshape(1, 1)
     generated = [int(token)]
     while len(generated) < count:
         tell("generating", len(generated), count)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **given).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         generated.append(int(token))
     return tuple(generated)
@@ -205,13 +208,6 @@ def _timed(device: str, call: Callable[[], Any]) -> tuple[float, Any]:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin, result
-
-
-def _compile_seconds() -> float:
-    """Seconds that this process has spent compiling, from tracing to loaded code."""
-    from torch._dynamo.utils import calculate_time_spent
-
-    return calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def _peak_memory(device: str) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 import infllm_pass
+from infllm_pass.compat.tensors import FakeTensorMode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CheckpointError, InfLLMError
 from infllm_pass.tools.checkpoint import load_local
@@ -160,11 +160,10 @@ def _call(module: str, attribute: str) -> _Target:
 def _lose_data(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace a module's parameters and buffers by tensors without data."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = _without_data(buffer, mode)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, _without_data(buffer, mode))
 
 
 def _without_data(value: Any, mode: FakeTensorMode) -> Any:

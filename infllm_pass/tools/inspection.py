@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from infllm_pass.compat.tensors import TorchDispatchMode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.frontend.backend import SwitchableBackend

@@ -50,7 +50,7 @@ def row_product(x: Tensor, w: Tensor) -> Tensor:
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() * w.shape[0] >= MIN_ONEDNN_WORK
-        and torch._C._has_mkldnn
+        and torch.backends.mkldnn.is_available()
     ):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return result

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infllm_pass.compat.inductor import compiled_cpp, cpp_errors
 from infllm_pass.errors import UncompiledKernelWarning
 
 from ..geometry import BlockGeometry
@@ -286,12 +287,9 @@ def _int64s(numbers: list[int]) -> Any:
 @cache
 def _library(dtype: torch.dtype, name: str) -> ctypes.CDLL | None:
     """The compiled kernels for a dtype; None where they cannot be compiled."""
-    from torch._inductor import exc
-    from torch._inductor.codecache import CppCodeCache
-
     try:
-        return CppCodeCache.load(header(name) + _NUMBERS.format(number=DTYPES[dtype]) + _FUNCTIONS[name])  # type: ignore[no-any-return]
-    except (exc.InvalidCxxCompiler, exc.CppCompileError, OSError) as error:
+        return compiled_cpp(header(name) + _NUMBERS.format(number=DTYPES[dtype]) + _FUNCTIONS[name])
+    except cpp_errors() as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         warnings.warn(
             f"attention on the CPU runs through torch operators, correct but slower, as {name} cannot be compiled: "

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from triton import JITFunction
 from triton.runtime import Autotuner
+
+from infllm_pass.compat.shapes import is_concrete_int
 
 from ..tracing import is_traced
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
-from torch.utils import _pytree as pytree
+
+from infllm_pass.compat.fx import rename
+from infllm_pass.compat.trees import tree_structure
 
 WRITTEN = "_out"
 """What the name of an output adds to the name of the input whose new value it is."""
@@ -55,7 +57,7 @@ def _flat_call(inputs: list[InputSpec], outputs: list[OutputSpec]) -> ModuleCall
     """The program's signature as a call: its inputs one after the other, a tuple of its outputs."""
     given = [spec.arg for spec in inputs if spec.kind is InputKind.USER_INPUT]
     gives = [spec.arg for spec in outputs]
-    structure = pytree.tree_structure(((0,) * len(given), {})), pytree.tree_structure((0,) * len(gives))
+    structure = tree_structure(((0,) * len(given), {})), tree_structure((0,) * len(gives))
     return ModuleCallEntry("", ModuleCallSignature(given, gives, *structure))
 
 
@@ -71,7 +73,7 @@ def _with_inputs(graph: fx.Graph, specs: list[InputSpec], buffers: set[str]) -> 
         node = placeholders[spec.arg.name]
         last.append(node)
         last = node
-        node._rename(str(spec.target).replace(".", "_"))
+        rename(node, str(spec.target).replace(".", "_"))
         node.target = node.name
         moved.append(InputSpec(InputKind.USER_INPUT, replace(spec.arg, name=node.name), None))
     return [*kept, *moved]

@@ -18,12 +18,10 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 from torch import Tensor
-from torch._higher_order_ops import triton_kernel_wrap
+
+from infllm_pass.compat.inductor import kernel_readers
 
 Reader: TypeAlias = Callable[[Any, dict[str, Any], Mapping[str, Any]], Any]
-
-READERS = ("identify_accessed_tensors", "identify_mutated_tensors")
-"""PyTorch's functions of kernel, arguments and tensor descriptors that read a kernel: torch 2.13, torch 2.11."""
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, sympy.Basic)
 
@@ -57,10 +55,11 @@ def remembered_accesses() -> Iterator[None]:
 def _install() -> None:
     """Put a remembering function in the place of each of PyTorch's readers, once in a process."""
     with _installing:
-        for name in READERS:
-            reader = getattr(triton_kernel_wrap, name, None)
-            if reader is not None and not hasattr(reader, _REMEMBERS):
-                setattr(triton_kernel_wrap, name, _remembering(reader))
+        module, names = kernel_readers()
+        for name in names:
+            reader = getattr(module, name)
+            if not hasattr(reader, _REMEMBERS):
+                setattr(module, name, _remembering(reader))
 
 
 _REMEMBERS = "_infllm_remembers"

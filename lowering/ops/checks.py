@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from infllm_pass.compat.tensors import current_mode
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels.cpu.rows import sequences
 from infllm_pass.kernels.geometry import BlockGeometry
@@ -287,7 +287,7 @@ def _may_read(tensor: Tensor) -> bool:
 
     Not where a compiler traces or a CUDA graph is captured, neither of which has them.
     """
-    if is_traced(tensor) or _get_current_dispatch_mode() is not None:
+    if is_traced(tensor) or current_mode() is not None:
         return False
     if not tensor.is_cuda:
         return True

@@ -30,3 +30,7 @@ def checked_positions(positions: Tensor, tokens: int, capacity: int, cache: str)
 @checked_positions.register_fake
 def _checked_positions_fake(positions: Tensor, tokens: int, capacity: int, cache: str) -> Tensor:
     return torch.empty_like(positions)
+
+
+CHECKED_POSITIONS = torch.ops.infllm.checked_positions.default
+"""The overload of `checked_positions` that graphs call."""

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import lowering
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import infllm_pass
+from infllm_pass.compat.inductor import kernel_readers
 from infllm_pass.errors import DtypeError, ExportError, InputSizeError, NoAttentionSiteError
 from infllm_pass.lowering.export import fused_op
-from infllm_pass.lowering.inductor import cpp_extern, mutation_cache, package
+from infllm_pass.lowering.inductor import cpp_extern, package
 from tests.support import ROOT
 from tests.support.common import SMALL, llama, relative_error, tokens
 
@@ -283,13 +283,13 @@ def test_packaging_leaves_alone_what_others_compile(tmp_path, monkeypatch):
 
 def test_packaging_reads_each_kernel_once(tmp_path, monkeypatch):
     """For all layers, as compiling does."""
-    read, name = [], next(name for name in mutation_cache.READERS if hasattr(triton_kernel_wrap, name))
-    monkeypatch.setattr(triton_kernel_wrap, name, lambda kernel, *_: read.append(kernel))
+    read, (module, (name,)) = [], kernel_readers()
+    monkeypatch.setattr(module, name, lambda kernel, *_: read.append(kernel))
     kernel = object()
 
     def compile_and_package(*_program, **_arguments):
         for _ in range(2):
-            getattr(triton_kernel_wrap, name)(kernel, {"SIZE": 1}, {})
+            getattr(module, name)(kernel, {"SIZE": 1}, {})
         raise torch._inductor.exc.InductorError(RuntimeError("no"), None)
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)

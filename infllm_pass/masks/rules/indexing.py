@@ -8,8 +8,8 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from infllm_pass.compat.shapes import statically_known_true
 from infllm_pass.graph.facts import axis
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.rules.arithmetic import cast

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import detect_fake_mode
-from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._inductor.fx_passes import reinplace
 from torch._inductor.virtualized import V
@@ -18,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import infllm_pass
+from infllm_pass.compat.inductor import kernel_readers
 from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
-from infllm_pass.lowering.inductor import mutation_cache
 from infllm_pass.lowering.ops import checks
 from infllm_pass.lowering.ops.attention_args import name_of
 from tests.lowering.ops.test_checks import TILED
@@ -199,11 +198,11 @@ def recording(reader, read):
 def test_a_kernel_is_read_once_for_all_layers(monkeypatch):
     """And says the same of the second layer as of the first."""
     read = []
-    for name in mutation_cache.READERS:
-        reader = getattr(triton_kernel_wrap, name, None)
-        if reader is not None:
-            reader = getattr(reader, "__wrapped__", reader)  # PyTorch's own, whatever was compiled before
-            monkeypatch.setattr(triton_kernel_wrap, name, recording(reader, read))
+    module, names = kernel_readers()
+    for name in names:
+        reader = getattr(module, name)
+        reader = getattr(reader, "__wrapped__", reader)  # PyTorch's own, whatever was compiled before
+        monkeypatch.setattr(module, name, recording(reader, read))
     trace(attend, packed_heads(), sparsified=True)
     once = read.copy()
     read.clear()

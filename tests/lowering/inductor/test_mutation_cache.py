@@ -5,20 +5,19 @@ import threading
 
 import pytest
 import torch
-from torch._higher_order_ops import triton_kernel_wrap
 
-from infllm_pass.lowering.inductor import mutation_cache
+from infllm_pass.compat.inductor import kernel_readers
 from infllm_pass.lowering.inductor.mutation_cache import remembered_accesses
 
-NAME = next(name for name in mutation_cache.READERS if hasattr(triton_kernel_wrap, name))
+MODULE, (NAME,) = kernel_readers()
 
 
 @pytest.fixture
 def read(monkeypatch):
     """Calls PyTorch's reader, whatever stands in its place: for it, a count of how often it was called."""
     calls = []
-    monkeypatch.setattr(triton_kernel_wrap, NAME, lambda kernel, arguments, _: calls.append(arguments) or len(calls))
-    return lambda *arguments: getattr(triton_kernel_wrap, NAME)(*arguments)
+    monkeypatch.setattr(MODULE, NAME, lambda kernel, arguments, _: calls.append(arguments) or len(calls))
+    return lambda *arguments: getattr(MODULE, NAME)(*arguments)
 
 
 def test_what_was_read_of_a_kernel_holds_for_the_same_types_and_numbers(read):

@@ -1,0 +1,87 @@
+"""Operators: what their schemas say, and functions of PyTorch that graphs call under a private name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._functorch import predispatch
+from torch._ops import OpOverload
+
+__all__ = [
+    "ADD_BATCH_DIM",
+    "ATTENTION_BUILTIN",
+    "PAD_BUILTIN",
+    "REMOVE_BATCH_DIM",
+    "SCALAR_TENSOR",
+    "SET_GRAD_ENABLED",
+    "OpOverload",
+    "argument_names",
+    "is_mutable",
+    "operator_name",
+    "plain_function",
+    "returns_values",
+    "written_values",
+]
+
+ATTENTION_BUILTIN: Any = torch._C._nn.scaled_dot_product_attention
+"""What ``F.scaled_dot_product_attention`` is in Dynamo's graphs. The same object as the public name in torch 2.11 to
+2.15, where that is a builtin; another one as soon as it is wrapped in Python."""
+
+PAD_BUILTIN: Any = torch._C._nn.pad
+"""What ``F.pad`` is in Dynamo's graphs, which see through its Python wrapper. In torch 2.11 to 2.15."""
+
+SCALAR_TENSOR: Any = torch._refs.tensor
+"""What Dynamo writes for ``torch.tensor`` of a dynamic number. In torch 2.11 to 2.15."""
+
+ADD_BATCH_DIM: Any = predispatch._add_batch_dim
+"""The call by which graphs hide a dimension inside ``vmap``. In torch 2.11 to 2.15."""
+
+REMOVE_BATCH_DIM: Any = predispatch._remove_batch_dim
+"""The call by which graphs show again a dimension hidden by `ADD_BATCH_DIM`. In torch 2.11 to 2.15."""
+
+SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
+"""The call that ``torch.no_grad()`` and its kind leave in Dynamo's graphs. In torch 2.11 to 2.15."""
+
+
+def argument_names(overload: Any) -> list[str]:
+    """The names of an operator's arguments, in order.
+
+    ``OpOverload._schema``, the same in torch 2.11 to 2.15, as for the functions below. A public reader of schemas,
+    ``torch.library.infer_schema``, takes Python functions only.
+    """
+    return [argument.name for argument in overload._schema.arguments]
+
+
+def written_values(overload: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The values among a call's arguments that its operator declares to write to; see `argument_names`."""
+    declared = overload._schema.arguments
+    positional = [value for argument, value in zip(declared, args, strict=False) if argument.is_write]
+    return positional + [kwargs.get(argument.name) for argument in declared if argument.is_write]
+
+
+def is_mutable(target: object) -> bool:
+    """Whether a target is an operator that declares to write to an argument; see `argument_names`."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def returns_values(overload: OpOverload) -> bool:
+    """Whether an operator declares results; see `argument_names`."""
+    return bool(overload._schema.returns)
+
+
+def operator_name(overload: OpOverload) -> str:
+    """An operator's name without namespace and overload; see `argument_names`."""
+    name: str = overload._schema.name
+    return name.partition("::")[2]
+
+
+def plain_function(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """The Python function that ``torch.library.custom_op`` was put on.
+
+    ``CustomOpDef._init_fn``, the same in torch 2.11 to 2.15. Nothing public.
+    """
+    function: Callable[..., Any] = definition._init_fn  # type: ignore[attr-defined]
+    return function

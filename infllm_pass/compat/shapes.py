@@ -1,0 +1,45 @@
+"""Symbolic sizes: the expressions behind them, and what is known of these.
+
+``torch.fx.experimental`` is no underscored name, but its members move between releases: they are imported here only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx.experimental.symbolic_shapes import (
+    ConstraintViolationError,
+    free_unbacked_symbols,
+    is_concrete_int,
+    statically_known_true,
+)
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "ConstraintViolationError",
+    "expression_of",
+    "free_unbacked_symbols",
+    "hint_of",
+    "is_concrete_int",
+    "statically_known_true",
+]
+
+
+def expression_of(size: torch.SymInt) -> sympy.Expr:
+    """A symbolic size as an expression of sympy.
+
+    ``SymInt.node.expr``, the same in torch 2.11 to 2.15. Nothing public; ``str(size)`` prints it.
+    """
+    return size.node.expr
+
+
+def hint_of(size: torch.SymInt) -> int | None:
+    """The value that a symbolic size had in the traced call, without a guard on it; None where it had none.
+
+    ``SymInt.node.hint``, the same in torch 2.11 to 2.15. ``int(size)`` would guard on the value.
+    """
+    hint = size.node.hint
+    return None if hint is None else int(hint)

@@ -1,0 +1,64 @@
+"""Models of transformers: methods that generation calls under a private name, and names that releases changed.
+
+transformers itself is not imported: what is asked is whatever model is given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Method = Callable[..., Any]
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument that a model takes its cache by, which is also the name in its outputs: transformers 5.24, 5.17 to 5.23.
+
+Public names, but 5.24 warns of the second at every use, and its own code passes the first."""
+
+
+def cache_among(inputs: Mapping[str, Any]) -> tuple[str, Any]:
+    """The cache among a model's inputs, with the name that it has there; None for a call without one."""
+    return next(((name, inputs[name]) for name in CACHE_NAMES if inputs.get(name) is not None), (CACHE_NAMES[0], None))
+
+
+def cache_name(model: Callable[..., Any]) -> str:
+    """The name that a model takes and gives its cache by."""
+    known = inspect.signature(getattr(model, "forward", model)).parameters
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+
+
+def generation_hooks(kind: type, *, grow: Method, prepare: Method) -> dict[str, Method]:
+    """Methods for a subclass of a model's class, by the names that ``generate`` calls them by.
+
+    ``_update_model_kwargs_for_generation(outputs, model_kwargs, …)`` makes the inputs of the next step from those of
+    the last; ``_prepare_static_cache(…, max_cache_len, …, prefill_chunk_size)`` makes a static cache. Both in
+    transformers 5.17 to 5.24. ``prepare_inputs_for_generation`` is public and comes too late for either.
+
+    Args:
+        kind: the model's class.
+        grow: called with the model, the class's own method, bound, and the arguments; gives the method's result.
+        prepare: the same for a static cache.
+
+    Returns:
+        The methods that the class has.
+    """
+    wrapped = {"_update_model_kwargs_for_generation": grow, "_prepare_static_cache": prepare}
+    return {name: _around(getattr(kind, name), hook) for name, hook in wrapped.items() if hasattr(kind, name)}
+
+
+def _around(method: Method, hook: Method) -> Method:
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return hook(self, functools.partial(method, self), *args, **kwargs)
+
+    return called
+
+
+def supports_sdpa(model_class: type) -> bool:
+    """Whether a class of transformers' models can attend by ``F.scaled_dot_product_attention``.
+
+    ``PreTrainedModel._supports_sdpa``, the same in transformers 5.17 to 5.24. ``attn_implementation="sdpa"`` raises
+    where it is False.
+    """
+    return bool(getattr(model_class, "_supports_sdpa", False))

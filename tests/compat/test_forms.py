@@ -1,0 +1,469 @@
+"""Each private API that ``infllm_pass/compat`` wraps has the form that is relied on, in the versions installed."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from infllm_pass.compat import aten, dynamo, inductor, shapes, tensors, transformers, trees
+from infllm_pass.compat import fx as graphs
+from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS, checked_positions
+from tests.support import ROOT
+
+COMPAT = ROOT / "infllm_pass" / "compat"
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def checks(*names: str):
+    """Register a check of functions of compat, by ``module.name``."""
+
+    def register(function):
+        CHECKS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def public_names() -> set[str]:
+    """What the modules of compat offer: functions, and what ``__all__`` lists besides."""
+    found = set()
+    for path in COMPAT.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found.add(f"{path.stem}.{node.name}")
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                found |= {f"{path.stem}.{name}" for name in ast.literal_eval(node.value)}
+    return found
+
+
+def traced(function, *args, look=lambda module: module, **options):
+    """The graph that Dynamo makes of a call, or what `look` sees there while it is compiled."""
+    seen = []
+
+    def backend(module, inputs):
+        seen.append(look(module))
+        return module.forward
+
+    torch.compile(function, backend=backend, **options)(*args)
+    return seen[0]
+
+
+def placeholders(module):
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def symbolic_size():
+    module = traced(lambda x: x + x.shape[0], torch.ones(5), dynamic=True)
+    return next(value for node in placeholders(module) if isinstance(value := node.meta["example_value"], torch.SymInt))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor([1.0, 2.0]))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+# tensors
+
+
+@checks("tensors.storage_id")
+def storage_id():
+    x = torch.ones(4)
+    with tensors.FakeTensorMode():
+        fake = torch.ones(4)
+        assert tensors.storage_id(fake) == tensors.storage_id(fake[1:]) != tensors.storage_id(torch.ones(4))
+    assert tensors.storage_id(x) == tensors.storage_id(x.view(2, 2)) != tensors.storage_id(x.clone())
+
+
+@checks("tensors.version_of")
+def version_of():
+    x = torch.ones(4)
+    before = tensors.version_of(x)
+    x[1:].add_(1)
+    assert tensors.version_of(x) == before + 1
+
+
+@checks("tensors.base_of")
+def base_of():
+    x = torch.ones(4)
+    assert tensors.base_of(x) is x
+    assert tensors.base_of(x[1:][1:]) is x
+
+
+@checks("tensors.unwrap_functorch")
+def unwrap_functorch():
+    x, seen = torch.ones(3, 2), []
+
+    def inner(row):
+        seen.append((type(row), tensors.storage_id(tensors.unwrap_functorch(row))))
+        return row
+
+    torch.vmap(torch.vmap(inner))(x)
+    assert seen[0][1] == tensors.storage_id(x)
+    assert tensors.unwrap_functorch(x) is x
+
+
+@checks("tensors.without_modes", "tensors.FakeTensorMode", "tensors.fake_mode_of", "tensors.detect_fake_mode")
+@checks("tensors.FakeTensor", "tensors.current_mode")
+def modes():
+    assert tensors.current_mode() is None
+    with tensors.FakeTensorMode() as mode:
+        fake = torch.ones(2)
+        assert isinstance(fake, tensors.FakeTensor)
+        assert tensors.current_mode() is mode
+        with tensors.without_modes():
+            assert float(torch.ones(2).sum()) == 2.0
+    assert tensors.fake_mode_of(fake) is mode is tensors.detect_fake_mode([fake])
+    assert tensors.fake_mode_of(torch.ones(2)) is None is tensors.detect_fake_mode([torch.ones(2)])
+
+
+@checks("tensors.TorchDispatchMode")
+def dispatch_mode():
+    seen = []
+
+    class Recorder(tensors.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        torch.ones(2).add(1)
+    assert torch.ops.aten.add.Tensor in seen
+
+
+@checks("tensors.FunctionalTensor")
+def functional_tensors():
+    seen = []
+
+    @torch.library.triton_op("infllm_test::traced", mutates_args=())
+    def traced_operator(x: torch.Tensor) -> torch.Tensor:
+        seen.append(type(x))
+        return x.clone()
+
+    torch.compile(lambda x: traced_operator(x) + 1, backend="aot_eager")(torch.ones(2))
+    assert tensors.FunctionalTensor in seen, seen
+
+
+# shapes
+
+
+@checks("shapes.expression_of", "shapes.hint_of")
+def symbols():
+    size = symbolic_size()
+    assert shapes.expression_of(size).is_Symbol
+    assert shapes.hint_of(size) == 5
+
+
+@checks("shapes.free_unbacked_symbols", "shapes.statically_known_true", "shapes.is_concrete_int")
+def knowledge():
+    size = symbolic_size()
+    assert not shapes.free_unbacked_symbols(size)
+    assert shapes.is_concrete_int(3)
+    assert not shapes.is_concrete_int(size)
+    assert shapes.statically_known_true(size >= 0)
+    assert not shapes.statically_known_true(size >= 100)
+
+
+@checks("shapes.ConstraintViolationError", "dynamo.UserError")
+def refused_exports():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x + torch.ones(4)
+
+    with pytest.raises((shapes.ConstraintViolationError, dynamo.UserError)):
+        torch.export.export(Fixed(), (torch.ones(4),), dynamic_shapes=({0: torch.export.Dim("n", max=9)},))
+
+
+# fx
+
+
+@checks("fx.is_erased", "fx.rename")
+def nodes():
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    graphs.rename(x, "z")
+    assert x.name == "z"
+    assert not graphs.is_erased(y)
+    graph.erase_node(y)
+    assert graphs.is_erased(y)
+
+
+@checks("fx.make_fx")
+def make_fx():
+    module = graphs.make_fx(lambda x: F.relu(x) + 1, pre_dispatch=True)(torch.ones(2))
+    assert torch.ops.aten.add.Tensor in [node.target for node in module.graph.nodes]
+
+
+# trees
+
+
+@checks("trees.reorder_kwargs", "trees.tree_leaves", "trees.tree_structure", "trees.treespec_loads")
+def structures():
+    from torch.utils._pytree import treespec_dumps
+
+    spec = trees.tree_structure(((1,), {"a": 2, "b": [3, 4]}))
+    assert trees.treespec_loads(treespec_dumps(spec)) == spec
+    assert list(trees.reorder_kwargs({"b": [3, 4], "a": 2}, spec)) == ["a", "b"]
+    assert trees.tree_leaves(((1,), {"a": 2})) == [1, 2]
+
+
+# aten
+
+
+@checks("aten.ATTENTION_BUILTIN", "aten.PAD_BUILTIN", "aten.SCALAR_TENSOR", "aten.SET_GRAD_ENABLED")
+def functions_of_dynamo():
+    def calls(x, number):
+        with torch.no_grad():
+            x = x + torch.tensor(number)
+        return F.pad(F.scaled_dot_product_attention(x, x, x), (0, 1))
+
+    module = traced(calls, torch.ones(1, 1, 4, 8), 2.5, dynamic=True)
+    targets = [node.target for node in module.graph.nodes]
+    for target in (aten.ATTENTION_BUILTIN, aten.PAD_BUILTIN, aten.SCALAR_TENSOR, aten.SET_GRAD_ENABLED):
+        assert target in targets, f"{target} is not among {targets}"
+
+
+@checks("aten.ADD_BATCH_DIM", "aten.REMOVE_BATCH_DIM")
+def functions_of_vmap():
+    module = traced(torch.vmap(lambda x: x + 1), torch.ones(3))
+    targets = [node.target for node in module.graph.nodes]
+    assert aten.ADD_BATCH_DIM in targets, targets
+    assert aten.REMOVE_BATCH_DIM in targets, targets
+
+
+@checks("aten.argument_names", "aten.operator_name", "aten.returns_values", "aten.is_mutable", "aten.OpOverload")
+def schemas():
+    overload = torch.ops.aten.add_.Tensor
+    assert isinstance(overload, aten.OpOverload)
+    assert aten.argument_names(overload) == ["self", "other", "alpha"]
+    assert aten.operator_name(overload) == "add_"
+    assert aten.returns_values(overload)
+    assert not aten.returns_values(torch.ops.aten._assert_async.msg)
+    assert aten.is_mutable(overload)
+    assert not aten.is_mutable(torch.ops.aten.add.Tensor)
+    assert not aten.is_mutable(torch.relu)
+
+
+@checks("aten.written_values")
+def written():
+    assert aten.written_values(torch.ops.aten.add_.Tensor, ("x", "y"), {}) == ["x", None]
+    assert aten.written_values(torch.ops.aten.add.out, ("x", "y"), {"out": "z"}) == ["z"]
+
+
+@checks("aten.plain_function")
+def definitions():
+    assert aten.plain_function(checked_positions).__name__ == "checked_positions"
+    assert CHECKED_POSITIONS.name() == "infllm::checked_positions"
+
+
+# dynamo
+
+
+@checks("dynamo.OptimizedModule", "dynamo.uncompiled", "dynamo.compile_context", "dynamo.repeats", "dynamo.backend_of")
+def wrappers():
+    def plain(x):
+        return x + 1
+
+    def backend(module, inputs):
+        return module.forward
+
+    module = nn.Linear(2, 2)
+    for original in (plain, module):
+        assert dynamo.compile_context(original) is None
+        assert dynamo.uncompiled(original) is original
+        compiled = torch.compile(original, backend=backend)
+        context = dynamo.compile_context(compiled)
+        assert dynamo.uncompiled(compiled) is original
+        assert dynamo.repeats(context)
+        assert dynamo.backend_of(context).compiler_fn is backend
+    assert isinstance(torch.compile(module), dynamo.OptimizedModule)
+    assert not dynamo.repeats(dynamo.compile_context(torch.compile(plain, disable=True)) or object())
+
+
+@checks("dynamo.repeated_arguments", "dynamo.recompile_limit")
+def arguments():
+    def keep(entries):
+        return [True for _ in entries]
+
+    options = {"fullgraph": True, "dynamic": True}
+    known = torch.compile.__kwdefaults__ or {}
+    if "recompile_limit" in known:
+        options["recompile_limit"] = 3
+    compiled = torch.compile(lambda x: x + 1, options={"guard_filter_fn": keep}, **options)
+    found = dynamo.repeated_arguments(dynamo.compile_context(compiled))
+    assert found == {**options, "options": {"guard_filter_fn": keep}}
+    for name in ("shapes_spec", "dynamic_shapes"):
+        if name in known:
+            shaped = torch.compile(lambda x: x + 1, **{name: {"x": {0: torch.export.Dim.DYNAMIC}}})
+            assert name in dynamo.repeated_arguments(dynamo.compile_context(shaped))
+    assert dynamo.recompile_limit() > 0
+
+
+@checks("dynamo.is_disabled", "dynamo.is_compiled_in_place")
+def marks():
+    assert dynamo.is_disabled(torch.compiler.disable(lambda x: x))
+    assert not dynamo.is_disabled(marks)
+    module = nn.Linear(2, 2)
+    assert not dynamo.is_compiled_in_place(module)
+    module.compile()
+    assert dynamo.is_compiled_in_place(module)
+
+
+@checks("dynamo.bound_backend")
+def bound():
+    assert dynamo.bound_backend("inductor").config == {}
+    settings = dynamo.bound_backend("inductor", "reduce-overhead", {"max_autotune": True}).config
+    assert settings["triton.cudagraphs"]
+    assert settings["max_autotune"]
+    module = traced(lambda x: x + 1, torch.ones(2))
+    assert dynamo.bound_backend("eager")(module, [torch.ones(2)])(torch.ones(2))[0].tolist() == [2.0, 2.0]
+
+
+@checks("dynamo.traced_input", "dynamo.input_example", "dynamo.is_held_by_module", "dynamo.source_name")
+def noted_on_inputs():
+    module = Scaled()
+
+    def look(graph):
+        return {
+            dynamo.source_name(node): (dynamo.is_held_by_module(node), dynamo.input_example(node))
+            for node in placeholders(graph)
+        }
+
+    seen = traced(module, torch.ones(2), look=look)
+    assert seen.pop("L['x']")[0] is False
+    ((name, (held, example)),) = seen.items()
+    assert "factor" in name
+    assert held
+    assert example is module.factor
+    untraced = fx.Graph().placeholder("x")
+    assert dynamo.traced_input(untraced) is dynamo.input_example(untraced) is dynamo.source_name(untraced) is None
+
+
+@checks("dynamo.add_static_input", "dynamo.copy_source")
+def static_inputs():
+    x = torch.ones(3)
+    torch._dynamo.mark_static_address(x, guard=False)
+    (marked,) = placeholders(traced(lambda x: x + 1, x))
+    added = fx.Graph().placeholder("x")
+    dynamo.add_static_input(added, x)
+    assert marked.meta["tensor_dict"].items() >= added.meta["tensor_dict"].items()
+    dynamo.copy_source(marked, added)
+    assert added._dynamo_source is marked._dynamo_source is not None
+
+
+@checks("dynamo.compile_seconds")
+def compile_seconds():
+    before = dynamo.compile_seconds()
+    torch.compile(lambda x: x * 3, backend="eager")(torch.ones(2))
+    assert dynamo.compile_seconds() > before
+
+
+# inductor
+
+
+@checks("inductor.compiles_ahead_of_time", "inductor.records_cuda_graphs")
+def compilation_that_runs():
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    assert not inductor.compiles_ahead_of_time()
+    with V.set_aot_compilation(True):
+        assert inductor.compiles_ahead_of_time()
+    assert not inductor.records_cuda_graphs()
+    with config.patch({"triton.cudagraphs": True}):
+        assert inductor.records_cuda_graphs()
+
+
+@checks("inductor.find_cpp_compiler", "inductor.compiled_cpp", "inductor.cpp_errors")
+def cpp():
+    assert shutil.which(inductor.find_cpp_compiler())
+    library = inductor.compiled_cpp('extern "C" int answer() { return 42; }')
+    assert library.answer() == 42
+    with pytest.raises(inductor.cpp_errors()):
+        inductor.compiled_cpp('extern "C" int answer() { return }')
+
+
+@checks("inductor.compile_package", "inductor.package_errors", "inductor.load_package")
+def packages():
+    assert all(issubclass(error, Exception) for error in inductor.package_errors())
+    assert callable(torch._inductor.aoti_compile_and_package)
+    with pytest.raises((RuntimeError, OSError)):
+        inductor.load_package(str(COMPAT / "missing.pt2"))
+
+
+@checks("inductor.kernel_readers")
+def kernel_readers():
+    module, names = inductor.kernel_readers()
+    assert len(names) == 1
+    assert len(getattr(module, names[0]).__code__.co_varnames) >= 3
+
+
+@checks("inductor_ir.ir", "inductor_ir.register_lowering", "inductor_ir.DTYPE_TO_CPP")
+def classes_of_inductor():
+    from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering
+    from infllm_pass.lowering.inductor import cpp_extern
+
+    assert DTYPE_TO_CPP[torch.float32] == "float"
+    for name in ("ExternKernel", "ExternKernelOut", "FixedLayout", "TensorBox", "IRNode"):
+        assert isinstance(getattr(ir, name), type)
+    assert callable(register_lowering)
+    assert issubclass(cpp_extern.SwitchableAttention, ir.ExternKernelOut)
+
+
+# transformers
+
+
+@checks("transformers.cache_among")
+def cache_among():
+    assert transformers.cache_among({"cache": 1, "x": 2}) == ("cache", 1)
+    assert transformers.cache_among({"past_key_values": 1, "cache": None}) == ("past_key_values", 1)
+    assert transformers.cache_among({"x": 2})[1] is None
+
+
+@checks("transformers.cache_name", "transformers.generation_hooks", "transformers.supports_sdpa")
+def models():
+    hf = pytest.importorskip("transformers")
+    kind = hf.LlamaForCausalLM
+    assert transformers.cache_name(kind) in transformers.CACHE_NAMES
+    assert transformers.supports_sdpa(kind)
+    assert not transformers.supports_sdpa(nn.Linear)
+    called = []
+
+    def hook(model, method, *args, **kwargs):
+        called.append(method.func.__name__)
+        return method(*args, **kwargs)
+
+    hooks = transformers.generation_hooks(kind, grow=hook, prepare=hook)
+    assert set(hooks) == {"_update_model_kwargs_for_generation", "_prepare_static_cache"}
+    config = hf.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=32
+    )
+    model = type("Hooked", (kind,), hooks)(config).eval()
+    model.generate(
+        torch.ones(1, 3, dtype=torch.int64), max_new_tokens=3, do_sample=False, cache_implementation="static"
+    )
+    assert set(called) == set(hooks), f"generate called {set(called)} alone"
+
+
+@pytest.mark.parametrize("name", sorted(CHECKS))
+def test_form(name):
+    try:
+        CHECKS[name]()
+    except Exception as error:
+        raise AssertionError(
+            f"infllm_pass.compat.{name} relies on a private API that has another form in torch {torch.__version__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def test_every_function_has_a_check():
+    assert set(CHECKS) == public_names()
