@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -23,8 +24,10 @@ PLAIN_WIDTH = 120
 _LEAST_FOLDED = 16
 """Characters that a column of text keeps, however narrow the table."""
 
-_FRAME = 3
-"""Characters that rich's default box adds to each column; one more closes the line."""
+_LINED: dict[str, Any] = {"box": box.HEAVY_HEAD, "padding": (0, 1)}
+_OPEN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
+_STYLES = ((_LINED, 3, 1), (_OPEN, 2, 0))
+"""How a table is drawn, widest first: options of rich, characters added to each column, and to the line."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,17 @@ class FittedTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         cells = {column: [column.cell(row) for row in self.rows] for column in self.columns}
         shown = {column: texts for column, texts in cells.items() if any(texts) or not column.drop_empty}
-        widths = _fitted([_natural_and_least(*item) for item in shown.items()], options.max_width)
-        if widths is None:
-            yield from self._blocks(shown, options.max_width)
-            return
-        table = Table(title=Text(self.title, overflow="fold") if self.title else None, title_justify="left")
+        bounds = [_natural_and_least(*item) for item in shown.items()]
+        for style, each, line in _STYLES:
+            widths = _fitted(bounds, options.max_width - each * len(shown) - line)
+            if widths is not None:
+                yield self._table(shown, widths, style)
+                return
+        yield from self._blocks(shown, options.max_width)
+
+    def _table(self, shown: Mapping[Column, Sequence[str]], widths: Sequence[int], style: Mapping[str, Any]) -> Table:
+        title = Text(self.title, overflow="fold") if self.title else None
+        table = Table(title=title, title_justify="left", **style)
         for column, width in zip(shown, widths, strict=True):
             table.add_column(
                 Text(column.heading), width=width, justify="right" if column.right else "left", overflow="fold"
@@ -86,7 +95,7 @@ class FittedTable:
         for texts in zip(*shown.values(), strict=True):
             folded = (_folded(*cell) for cell in zip(shown, texts, widths, strict=True))
             table.add_row(*(Text("\n".join(lines)) for lines in folded))
-        yield table
+        return table
 
     def _blocks(self, shown: Mapping[Column, Sequence[str]], width: int) -> Iterable[Text]:
         indent = min(max(len(column.heading) for column in shown), max(width // 3, 8)) + 2
@@ -147,9 +156,8 @@ def _natural_and_least(column: Column, texts: Sequence[str]) -> tuple[int, int]:
     return natural, least
 
 
-def _fitted(columns: Sequence[tuple[int, int]], width: int) -> list[int] | None:
+def _fitted(columns: Sequence[tuple[int, int]], room: int) -> list[int] | None:
     """Widths between natural and least that fit into one line, the widest narrowed first; None where there are none."""
-    room = width - _FRAME * len(columns) - 1
     if sum(least for _, least in columns) > room:
         return None
     widths = [natural for natural, _ in columns]
