@@ -1,4 +1,4 @@
-"""What building the site adds to mkdocs: pages of files at the root of the repository, and a check of what pages load."""
+"""What building the site adds to mkdocs: pages of files at the repository's root, and a check of what pages load."""
 
 from __future__ import annotations
 
