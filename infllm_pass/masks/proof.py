@@ -127,8 +127,9 @@ class _Reader:
         return 0 if self.interpreter.tensors_in(limit.distance) else 1
 
     def _without_impossible(self, part: sympy.Basic) -> sympy.Basic:
-        """A disjunction without the limits that the limits read so far rule out, nor those that another implies; True if
-        two of its limits leave nothing out.
+        """A disjunction without the limits that those read so far rule out, nor those that another one implies.
+
+        True if two of its limits leave no key out.
         """
         if not isinstance(part, sympy.Or):
             return part
