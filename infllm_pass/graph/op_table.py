@@ -1,4 +1,4 @@
-"""The one table of what graph targets compute.
+"""The table of operator spellings: from a graph target to what it computes (`Kind`) and its arguments by name.
 
 The same computation has many spellings: ``torch.add``, ``operator.add``, ``Tensor.add`` in Dynamo graphs,
 ``aten.add.Tensor`` in graphs of ``torch.export``. Every other module asks `read` what a node computes and sees one
