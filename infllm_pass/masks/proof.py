@@ -1,4 +1,4 @@
-"""From the symbolic value of a site's masks to their normal form.
+"""Proof of a mask: splits the symbolic value of a site's mask terms and reads each part into the normal form.
 
 The value is split at its top-level ``and``. Where a part says that two positions have one number of a cumulative sum,
 what follows from it is put into the other parts; then each part must be a causal limit, a window, such an equality
