@@ -1,4 +1,4 @@
-"""What the pass did, as data: one row for every attention site of every compiled graph."""
+"""The report: one row for each attention site of each compiled graph, as a table or as data."""
 
 from __future__ import annotations
 
