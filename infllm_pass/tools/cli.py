@@ -1,4 +1,4 @@
-"""The command ``infllm-pass``: the demo, an analysis of a model folder, and the benchmarks."""
+"""The command ``infllm-pass``: ``demo``, ``explain``, ``export`` and ``bench``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: a small public model, dense and sparse side by side, on text that every Python has."""
+"""The demo: SmolLM2-135M, dense and sparse, on text from the standard library."""
 
 from __future__ import annotations
 
