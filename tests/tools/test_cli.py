@@ -17,6 +17,7 @@ from infllm_pass.tools import demo, demo_worker, export_command
 from infllm_pass.tools.cli import main
 from infllm_pass.tools.demo import DemoOptions, write_atomically
 from infllm_pass.tools.export_command import TARGETS
+from tests.support import ROOT
 from tests.support.common import tiny_config
 
 transformers = pytest.importorskip("transformers")
@@ -375,6 +376,13 @@ def die(tell):
     os._exit(9)
 
 
+@pytest.fixture
+def importable_tests(monkeypatch):
+    """Lets a process that is started find the functions of this file."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.mark.usefixtures("importable_tests")
 def test_measurements_run_in_processes_and_caches_of_their_own():
     told = []
     process, cache, result = demo_worker.run_apart(double_slowly, 21, tell=lambda *args: told.append(args))
@@ -384,6 +392,7 @@ def test_measurements_run_in_processes_and_caches_of_their_own():
     assert not Path(cache).exists()
 
 
+@pytest.mark.usefixtures("importable_tests")
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [(refuse, CheckpointError, "nothing to load"), (die, demo_worker.MeasurementError, "exit code 9")],
