@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help install demo test test-kernels test-gpu test-matrix zoo sanitize lint bench bench-gpu lock clean
+.PHONY: help install demo test test-kernels test-gpu test-matrix zoo sanitize lint docs bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-matrix  the compiler part of the suite with other versions of Python, PyTorch and transformers"
 	@echo "make sanitize  the kernels under compute-sanitizer"
 	@echo "make zoo    every causal architecture through the pass: docs/zoo.md and the record that tests compare with"
+	@echo "make docs   the site of the documentation, in out/site/; warnings fail"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, results in benchmarks/results/"
 	@echo "make bench-gpu  the benchmarks that need a CUDA device"
@@ -62,6 +63,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p infllm_pass
+
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/infllm-pass bench cpu_prefill cpu_decode

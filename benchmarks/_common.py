@@ -9,12 +9,15 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from infllm_pass.tables import Column, FittedTable
 from infllm_pass.tools.demo import write_atomically
+from infllm_pass.tools.output import OutputFormat, notes_console, print_table
 
 
 def results_header() -> dict[str, Any]:
@@ -32,15 +35,48 @@ def results_header() -> dict[str, Any]:
 
 
 def write_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write header and rows as JSON, and say where."""
+    """Write header and rows as JSON, and say where on standard error."""
     dump_results(path, header, rows)
-    print(f"written to {path}")
+    print(f"written to {path}", file=sys.stderr)
 
 
 def dump_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write header and rows as JSON; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps({"header": header, "rows": rows}, indent=2) + "\n").encode())
+
+
+def show(
+    form: OutputFormat,
+    rows: list[dict[str, Any]],
+    columns: dict[str, str],
+    formats: dict[str, str] | None = None,
+    *,
+    title: str = "",
+    default: str = ".2f",
+) -> None:
+    """Print rows as a table for people, or in full for programs.
+
+    Args:
+        form: which.
+        rows: each with a ``case``.
+        columns: the keys of a row that the table shows, and their headings; what a row does not have stays empty.
+        formats: formats of numbers by key.
+        title: a line above the table.
+        default: format of numbers without one of their own.
+    """
+    texts = {key for row in rows for key in columns if isinstance(row.get(key), str)}
+    shown = [Column("case", "case", right=False)]
+    for key, heading in columns.items():
+        shown.append(
+            Column(key, heading, (formats or {}).get(key, default), folds=key in texts, right=key not in texts)
+        )
+    print_table(form, FittedTable(shown, rows, title), rows)
+
+
+def note(form: OutputFormat, line: str) -> None:
+    """Print a line for people: below a table, or on standard error where standard output holds data."""
+    notes_console(form).print(line, markup=False, highlight=False)
 
 
 def cpu_model() -> str:

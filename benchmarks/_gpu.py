@@ -17,10 +17,9 @@ import triton
 from _common import results_header, write_results
 from _data import Heads
 from _work import Ceilings, Work
-from rich.console import Console
-from rich.table import Column, Table
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results"
 LOCAL_BLOCKS = 32
@@ -42,6 +41,7 @@ def gpu_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="where a folder named after the device goes"
     )
+    add_format_options(parser)
     return parser
 
 
@@ -209,19 +209,6 @@ def reason(error: BaseException) -> str:
     """The first line of an error, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-
-
-def show(console: Console, rows: list[Row], columns: dict[str, str], formats: dict[str, str] | None = None) -> None:
-    """Print rows as a table; `columns` maps a row's keys to headings, and what a row does not have stays empty."""
-    table = Table(Column("case", no_wrap=True), *(Column(title, justify="right") for title in columns.values()))
-    for row in rows:
-        cells = (_cell(row.get(key), (formats or {}).get(key, ".2f")) for key in columns)
-        table.add_row(str(row["case"]), *cells)
-    console.print(table)
-
-
-def _cell(value: object, form: str) -> str:
-    return format(value, form) if isinstance(value, (int, float)) else "" if value is None else str(value)
 
 
 def save(script: str, folder: Path, header: dict[str, Any], rows: list[Row]) -> Path:

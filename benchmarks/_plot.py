@@ -1,4 +1,4 @@
-"""Draws the README's plot of the CPU prefill benchmark from its results; run after ``cpu_prefill.py``."""
+"""Draws the plot in docs/benchmarks.md of the CPU prefill benchmark from its results; run after ``cpu_prefill.py``."""
 
 from __future__ import annotations
 

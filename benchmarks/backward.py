@@ -12,6 +12,7 @@ from functools import partial
 import _baselines as baselines
 import _stages as stages
 import torch
+from _common import show
 from _data import LENGTHS, MAIN, Heads, make_data
 from _gpu import (
     Row,
@@ -29,7 +30,6 @@ from _gpu import (
     require_gpu,
     save,
     scratch_gb,
-    show,
 )
 from _work import Ceilings, backward_work
 from rich.console import Console
@@ -100,7 +100,7 @@ def main() -> None:
     for heads, length in track(cases, "measuring", console=Console(stderr=True)):
         rows.append(measure(heads, arguments.blocks, length, arguments.data, ceilings, device))
         torch.cuda.empty_cache()
-    show(Console(), rows, COLUMNS, FORMATS)
+    show(arguments.format, rows, COLUMNS, FORMATS)
     save("backward", arguments.results, gpu_header(device, ceilings), rows)
 
 

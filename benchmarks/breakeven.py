@@ -11,7 +11,7 @@ import argparse
 import _baselines as baselines
 import _stages as stages
 import torch
-from _common import break_even
+from _common import break_even, note, show
 from _data import Heads, make_data
 from _gpu import (
     Row,
@@ -27,7 +27,6 @@ from _gpu import (
     positive_option,
     require_gpu,
     save,
-    show,
 )
 from _work import Ceilings, attention_work, selection_work
 from rich.console import Console
@@ -71,10 +70,9 @@ def main() -> None:
     for length in track(sorted(arguments.lengths), "measuring", console=Console(stderr=True)):
         rows.append(measure(heads, arguments.blocks, length, arguments.data, ceilings, device))
         torch.cuda.empty_cache()
-    console = Console()
-    show(console, rows, COLUMNS, {"ratio": ".3f"})
+    show(arguments.format, rows, COLUMNS, {"ratio": ".3f"})
     even = break_even(rows)
-    console.print(f"break-even length: {even}")
+    note(arguments.format, f"break-even length: {even}")
     save("breakeven", arguments.results, gpu_header(device, ceilings) | {"break_even": even}, rows)
 
 

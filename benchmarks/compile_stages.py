@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import results_header, write_results
-from rich.console import Console
-from rich.table import Table
+from _common import results_header, show, write_results
+
+from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "compile_stages.json"
 LENGTH = 16384
@@ -126,20 +126,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    add_format_options(parser)
     arguments = parser.parse_args()
     if arguments.job:
         print(json.dumps(run_case(*json.loads(arguments.job))))
         return
-    console, rows = Console(), []
-    table = Table("mode", "graph", "caches", "first s", *STAGES, "triton in process", "second s")
+    rows: list[dict[str, Any]] = []
     for mode in arguments.modes:
         for case in arguments.cases:
             for row in measure(case, mode == "training", arguments):
                 rows.append(row)
-                numbers = [row["first_s"], *row["stages"].values(), row["triton_in_process_s"], row["second_s"]]
-                table.add_row(mode, case, row["cache"], *(f"{number:.2f}" for number in numbers))
-                print(mode, case, row["cache"], f"{row['first_s']:.1f} s", flush=True)
-    console.print(table)
+                print(mode, case, row["cache"], f"{row['first_s']:.1f} s", file=sys.stderr, flush=True)
+    columns = {"mode": "mode", "cache": "caches", "first_s": "first s", **dict(zip(STAGES, STAGES, strict=True))}
+    columns |= {"triton_in_process_s": "triton in process", "second_s": "second s"}
+    show(arguments.format, [row | row["stages"] for row in rows], columns)
     write_results(arguments.output, results_header(), rows)
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import results_header, write_results
+from _common import results_header, show, write_results
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import fx, nn
 
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.rewrite.pipeline import run_pass
+from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "compile_time.json"
 LENGTH = 64
@@ -98,17 +98,21 @@ def main() -> None:
     parser.add_argument("--dynamic", action="store_true", help="lengths and batch as symbols; default: as numbers")
     parser.add_argument("--repeats", type=int, default=3, help="timed compilations; their median is reported")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    add_format_options(parser)
     arguments = parser.parse_args()
 
-    console = Console()
     cases = [(layers, name) for name in arguments.implementations for layers in arguments.layers]
     measure(1, "sdpa", arguments.dynamic, 1)  # what is loaded and compiled once in a process is not counted
+    console = Console(stderr=True)
     rows = [measure(*case, arguments.dynamic, arguments.repeats) for case in track(cases, "compiling", console=console)]
-    table = Table("case", "sites", "without s", "with s", "pass s", "share")
-    for row in rows:
-        numbers = (f"{row[name]:.2f}" for name in ("without_s", "with_s", "pass_s"))
-        table.add_row(row["case"], str(row["switchable"]), *numbers, f"{100 * row['share']:.1f} %")
-    console.print(table)
+    columns = {
+        "switchable": "sites",
+        "without_s": "without s",
+        "with_s": "with s",
+        "pass_s": "pass s",
+        "share": "share",
+    }
+    show(arguments.format, rows, columns, {"switchable": "d", "share": ".1%"})
     write_results(arguments.output, results_header(), rows)
 
 

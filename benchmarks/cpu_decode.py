@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import break_even, results_header, write_results
+from _common import break_even, note, results_header, show, write_results
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
 from torch import Tensor
 
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
+from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_decode.json"
 
@@ -95,18 +95,17 @@ def main() -> None:
     parser.add_argument("--heads-kv", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    add_format_options(parser)
     arguments = parser.parse_args()
 
-    console = Console()
-    rows = [measure(length, arguments) for length in track(arguments.lengths, "measuring", console=console)]
+    rows = [
+        measure(length, arguments) for length in track(arguments.lengths, "measuring", console=Console(stderr=True))
+    ]
     columns = {"sparse_ms": "sparse ms", "dense_ms": "SDPA ms", "ratio": "ratio", "cpu_ratio": "processor time"}
     columns |= {"refill_ms": "refill ms", "below_dense_len_ms": "dense by length ms"}
-    table = Table(Column("case", no_wrap=True), *columns.values())
-    for row in rows:
-        table.add_row(str(row["case"]), *(f"{row[name]:.3f}" for name in columns))
-    console.print(table)
+    show(arguments.format, rows, columns, default=".3f")
     even = break_even(rows)
-    console.print(f"break-even length: {even}")
+    note(arguments.format, f"break-even length: {even}")
     header = {**results_header(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "active")}
     write_results(arguments.output, {**header, "load": os.getloadavg()[0], "break_even": even}, rows)
 

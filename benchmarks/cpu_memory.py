@@ -15,13 +15,13 @@ import re
 from pathlib import Path
 
 import torch
-from _common import results_header, write_results
+from _common import results_header, show, write_results
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_memory.json"
 SIDES = ("compiled", "dense", "sparse")
@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], metavar="N")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    add_format_options(parser)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = []
@@ -80,11 +81,12 @@ def main() -> None:
         case = f"memory/9x3x64/{length}/{side}"
         rows.append({"case": case, "length": length, "side": side, "peak_mb": results.get()})
 
-    table = Table("tokens", *SIDES, title="rise of resident memory during one forward call, MB", title_justify="left")
-    for length in arguments.lengths:
-        cells = {row["side"]: f"{row['peak_mb']:.0f}" for row in rows if row["length"] == length}
-        table.add_row(str(length), *(cells[side] for side in SIDES))
-    Console().print(table)
+    lengths = [
+        {"case": length} | {row["side"]: row["peak_mb"] for row in rows if row["length"] == length}
+        for length in arguments.lengths
+    ]
+    title = "rise of resident memory in MB during one forward call, by tokens"
+    show(arguments.format, lengths, dict(zip(SIDES, SIDES, strict=True)), title=title, default=".0f")
     write_results(arguments.output, results_header(), rows)
 
 

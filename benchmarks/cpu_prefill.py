@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import break_even, results_header, write_results
+from _common import break_even, note, results_header, show, write_results
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
 from torch import Tensor
 
 from infllm_pass.kernels.cpu import prefill
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_prefill.json"
 CORRELATION = 0.98
@@ -91,21 +91,18 @@ def main() -> None:
     parser.add_argument("--heads-kv", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    add_format_options(parser)
     arguments = parser.parse_args()
 
-    console = Console()
     cases = [(kind, length) for kind in arguments.data for length in arguments.lengths]
-    rows = [measure(kind, length, arguments) for kind, length in track(cases, "measuring", console=console)]
-    table = Table(
-        Column("case", no_wrap=True, min_width=30), "select ms", "attend ms", "sparse ms", "dense ms", "ratio"
-    )
-    for row in rows:
-        numbers = (f"{row[name]:.1f}" for name in ("select_ms", "attend_ms", "ms", "dense_ms"))
-        table.add_row(str(row["case"]), *numbers, f"{row['ratio']:.3f}")
-    console.print(table)
+    rows = [
+        measure(kind, length, arguments) for kind, length in track(cases, "measuring", console=Console(stderr=True))
+    ]
+    columns = {"select_ms": "select ms", "attend_ms": "attend ms", "ms": "sparse ms", "dense_ms": "dense ms"}
+    show(arguments.format, rows, columns | {"ratio": "ratio"}, {"ratio": ".3f"}, default=".1f")
     even = {kind: break_even([row for row in rows if row["data"] == kind]) for kind in arguments.data}
     for kind, length in even.items():
-        console.print(f"break-even length, {kind} data: {length}")
+        note(arguments.format, f"break-even length, {kind} data: {length}")
     write_results(arguments.output, {**results_header(), "break_even": even}, rows)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _common import show
 from _data import MAIN, Heads
 from _gpu import (
     Row,
@@ -29,7 +30,6 @@ from _gpu import (
     positive_option,
     require_gpu,
     save,
-    show,
 )
 from rich.console import Console
 from rich.progress import track
@@ -220,7 +220,6 @@ def parser() -> Any:
 def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
-    console = Console()
     cases = [(heads, batch) for heads in arguments.heads for batch in arguments.batches]
     rows: list[Row] = []
     if arguments.sweep:
@@ -232,7 +231,7 @@ def main() -> None:
         titles = {"step_ms": "step ms", "below_ms": "below ms"} | {
             name: name.strip("_").split("_")[1] + " us" for name in stages
         }
-        show(console, flat, titles, dict.fromkeys(("step_ms", "below_ms"), ".4f"))
+        show(arguments.format, flat, titles, dict.fromkeys(("step_ms", "below_ms"), ".4f"))
         save("decode_sweep", arguments.results, gpu_header(device), rows)
         return
     points = [(*case, length, True) for case in cases for length in arguments.lengths]
@@ -240,7 +239,7 @@ def main() -> None:
     for heads, batch, length, sparse in track(points, "measuring", console=Console(stderr=True)):
         rows.append(measure(heads, batch, length, arguments.blocks, device, sparse=sparse))
         torch.cuda.empty_cache()
-    show(console, rows, COLUMNS, FORMATS)
+    show(arguments.format, rows, COLUMNS, FORMATS)
     save("decode", arguments.results, gpu_header(device), rows)
 
 

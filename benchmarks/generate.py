@@ -17,12 +17,13 @@ import argparse
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import dump_results
+from _common import dump_results, show
 from _gpu import (
     BASELINE_ERRORS,
     Row,
@@ -34,7 +35,6 @@ from _gpu import (
     reason,
     require_gpu,
     results_path,
-    show,
 )
 from model import LLAMA_3_8B, build, synchronize
 from rich.console import Console
@@ -283,8 +283,8 @@ def main() -> None:
         add_speedups(rows)
         dump_results(path, header, rows)
         release(device)
-    show(Console(), rows, COLUMNS, FORMATS)
-    print(f"written to {path}")
+    show(arguments.format, rows, COLUMNS, FORMATS)
+    print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

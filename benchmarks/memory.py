@@ -13,6 +13,7 @@ from collections.abc import Callable
 import _baselines as baselines
 import _stages as stages
 import torch
+from _common import show
 from _data import LENGTHS, MAIN, Heads, make_data
 from _gpu import (
     BASELINE_ERRORS,
@@ -28,7 +29,6 @@ from _gpu import (
     require_gpu,
     save,
     scratch_gb,
-    show,
 )
 from rich.console import Console
 from rich.progress import track
@@ -88,7 +88,7 @@ def main() -> None:
     for heads, length in track(cases, "measuring", console=Console(stderr=True)):
         rows += measure(heads, arguments.blocks, length, device)
         torch.cuda.empty_cache()
-    show(Console(), rows, COLUMNS, FORMATS)
+    show(arguments.format, rows, COLUMNS, FORMATS)
     save("memory", arguments.results, gpu_header(device), rows)
 
 

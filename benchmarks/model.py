@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _common import dump_results
+from _common import dump_results, show
 from _data import CORRELATION, correlated
 from _gpu import (
     BASELINE_ERRORS,
@@ -32,7 +33,6 @@ from _gpu import (
     reason,
     require_gpu,
     results_path,
-    show,
 )
 from rich.console import Console
 from rich.progress import track
@@ -210,8 +210,8 @@ def main() -> None:
             add_ratios(rows)
             rows.sort(key=lambda row: (row["length"], list(VARIANTS).index(row["variant"])))
             dump_results(path, header, rows)
-    show(Console(), rows, COLUMNS, FORMATS)
-    print(f"written to {path}")
+    show(arguments.format, rows, COLUMNS, FORMATS)
+    print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import dump_results
+from _common import dump_results, show
 from _gpu import (
     Row,
     blocks_option,
@@ -29,7 +30,6 @@ from _gpu import (
     positive_option,
     require_gpu,
     results_path,
-    show,
 )
 from _program import build_program, run_program
 from model import LLAMA_3_8B, build
@@ -153,8 +153,8 @@ def main() -> None:
     for row in track(measure(model, arguments.lengths, config), "measuring", total, console=Console(stderr=True)):
         rows.append(row)
         dump_results(path, header, rows)
-    show(Console(), rows, COLUMNS, FORMATS)
-    print(f"written to {path}")
+    show(arguments.format, rows, COLUMNS, FORMATS)
+    print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

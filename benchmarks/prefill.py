@@ -23,6 +23,7 @@ from typing import Any
 import _baselines as baselines
 import _stages as stages
 import torch
+from _common import note, show
 from _data import LENGTHS, MAIN, SMOLLM2, Heads, make_data
 from _gpu import (
     Row,
@@ -40,7 +41,6 @@ from _gpu import (
     require_gpu,
     save,
     scratch_gb,
-    show,
 )
 from _work import Ceilings, attention_work, selection_work
 from rich.console import Console
@@ -241,7 +241,6 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
-    console = Console()
     ceilings = measure_ceilings(device)
     header: dict[str, Any] = gpu_header(device, ceilings)
     rows: list[Row] = []
@@ -253,11 +252,11 @@ def main() -> None:
             try:
                 rows += measure(point, ceilings, device)
             except InfLLMError as error:
-                console.print(f"left out: {point.heads} on {point.data} data: {error}", markup=False)
+                note(arguments.format, f"left out: {point.heads} on {point.data} data: {error}")
             torch.cuda.empty_cache()
         if not arguments.quick and not arguments.heads:
             rows.append(measure_mixed(device, MAIN[1]))
-    show(console, rows, COLUMNS, FORMATS)
+    show(arguments.format, rows, COLUMNS, FORMATS)
     name = "prefill_million" if arguments.million else "prefill_quick" if arguments.quick else "prefill"
     save(name, arguments.results, header, rows)
 

@@ -2,9 +2,11 @@
 
     model = infllm_pass.sparsify(torch.compile(model))
 
-The path of one attention call: `sites` finds it in Dynamo's graph, `masks` proves what its mask lets through,
-`plan` decides, `guard` chooses the side of the length switch, `rewrite` replaces the call, `lowering` holds the
-operators that it becomes and `kernels` the arithmetic. `report` tells what was done at every site.
+One attention call: `frontend` hands Dynamo's graph to the pass; `graph` reads its operators, `sites` finds attention,
+`masks` proves what each mask lets through, `plan` decides and evaluates the length guard, `emit` and `rewrite`
+replace the call, with `kv_cache` for decode steps; `runtime` checks at every call what a proof relied on. `lowering`
+holds the operators that the call becomes and `kernels` what computes them. A report says what was done at every site;
+docs/design.md follows a call.
 """
 
 from infllm_pass.config import SparseAttentionConfig

@@ -7,6 +7,7 @@ from tests.support.import_graph import circle, imports, misspelt, modules, upwar
 
 ROOMS = (
     "errors",
+    "tables",
     "kernels",
     "config",
     "compat",

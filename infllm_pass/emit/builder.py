@@ -1,4 +1,4 @@
-"""Inserting calls into a graph, in the dialect of the graph: torch-level calls, or ATen overloads."""
+"""Graph builder: inserts calls with their metadata, as torch functions or as ATen overloads."""
 
 from __future__ import annotations
 

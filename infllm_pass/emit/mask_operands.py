@@ -1,4 +1,4 @@
-"""What a proof leaves of a site's masks, as arguments of the operators: vectors and numbers, nothing ``Lq x Lk``."""
+"""Operands for a proved mask: offsets, windows, key masks and segment bounds, never an ``Lq x Lk`` tensor."""
 
 from __future__ import annotations
 

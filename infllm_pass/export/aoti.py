@@ -1,4 +1,4 @@
-"""Models compiled ahead of time: packages of AOTInductor that hold both sides of the length switch.
+"""AOTInductor packages that contain dense and sparse attention and the length switch.
 
 A package is loaded by ``torch._inductor.aoti_load_package`` or from C++, without this project. `load_package` adds
 errors that say what was wrong with an input.

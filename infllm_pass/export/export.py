@@ -1,4 +1,4 @@
-"""Models that leave Python: exported programs and ONNX files in which every attention site is switchable.
+"""Exported programs and ONNX files in which every provable attention site is switchable.
 
 The pass is the same as under ``torch.compile``; it runs on the graph of ``torch.export``. Where Dynamo compiles a graph
 for each side of the length switch, an exported program holds both: its operators compare the length themselves.

@@ -1,4 +1,4 @@
-"""TensorRT engines from ONNX files and from exported programs, with this project's plugin in the place of attention."""
+"""TensorRT engines from ONNX files and exported programs, with a plugin for attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public entry points: make a model switchable, take it back, and ask what was done."""
+"""Public entry points: `sparsify`, `dense`, `dense_mode`, `report` and `explain`."""
 
 from __future__ import annotations
 

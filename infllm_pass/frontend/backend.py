@@ -1,4 +1,4 @@
-"""Dynamo backends: the pass in front of another compiler."""
+"""Dynamo backends: run the pass, then the wrapped backend."""
 
 from __future__ import annotations
 

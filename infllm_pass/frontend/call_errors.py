@@ -1,4 +1,4 @@
-"""Why a call failed: the cache among its arguments that does not fit the model or the other arguments.
+"""Diagnosis of failed calls: finds the cache argument whose device, dtype or batch does not fit.
 
 What Dynamo raises while it traces such a call names graph nodes and fake tensors. Nothing has been run by then; after
 a failure, and only then, the arguments are compared here. What a model accepts is never refused.

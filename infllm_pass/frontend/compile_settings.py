@@ -1,4 +1,4 @@
-"""Reading how a model was compiled, and compiling it again with another backend in front."""
+"""Reads the arguments a model was compiled with, and compiles it again with another backend."""
 
 from __future__ import annotations
 

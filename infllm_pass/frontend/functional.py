@@ -1,4 +1,4 @@
-"""Switchable attention as a function, for models that call it themselves."""
+"""Switchable attention as a function of q, k and v."""
 
 from __future__ import annotations
 

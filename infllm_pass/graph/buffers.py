@@ -1,4 +1,4 @@
-"""Tensors that modules hold, read by value once: closed forms that hold for every element.
+"""Module buffers read by value: closed forms that match every element, with a guard to detect later writes.
 
 A causal limit kept in a buffer is compared with its closed form over the buffer's whole extent. Nothing stops a
 program from writing to such a buffer later, so whoever relies on a reading has to watch the tensor: `HeldTensors`

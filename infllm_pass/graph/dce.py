@@ -1,4 +1,4 @@
-"""Which nodes of a graph compute something that is used: traced graphs keep checks and results that nothing reads."""
+"""Dead code elimination: the nodes whose results are used, leaving out checks and results nothing reads."""
 
 from __future__ import annotations
 

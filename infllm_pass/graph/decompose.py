@@ -1,4 +1,4 @@
-"""Functions that hold a whole attention inside: spelled out in the graph, so that their parts can be read.
+"""Decomposition of composite calls such as ``multi_head_attention_forward`` into their operators, in place.
 
 Dynamo keeps ``multi_head_attention_forward`` as one call. It is traced once more, by itself, and its operators are put
 before the call, whose place they take. If the attention among them is not rewritten the call gets its place back.

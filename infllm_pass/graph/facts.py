@@ -1,4 +1,4 @@
-"""Facts about one FX graph that proofs and rewrites share: example values, sizes, index symbols, written memory."""
+"""Per-graph analysis shared by proofs and rewrites: example values, sizes, index symbols, mutated memory."""
 
 from __future__ import annotations
 

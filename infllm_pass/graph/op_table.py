@@ -1,4 +1,4 @@
-"""The one table of what graph targets compute.
+"""The table of operator spellings: from a graph target to what it computes (`Kind`) and its arguments by name.
 
 The same computation has many spellings: ``torch.add``, ``operator.add``, ``Tensor.add`` in Dynamo graphs,
 ``aten.add.Tensor`` in graphs of ``torch.export``. Every other module asks `read` what a node computes and sees one
@@ -27,6 +27,7 @@ class Kind(Enum):
     ARANGE = auto()
     FULL = auto()
     NEG = auto()
+    ABS = auto()
     ADD = auto()
     SUB = auto()
     MUL = auto()
@@ -171,6 +172,7 @@ _spell(Kind.FULL, "like *size", ["new_zeros", aten.new_zeros.default], fill_valu
 _spell(Kind.FULL, "like size fill_value", ["new_full", aten.new_full.default])
 _spell(Kind.SCALAR_TENSOR, "data", [torch.tensor, torch.as_tensor, torch.scalar_tensor, aten.scalar_tensor.default])
 _spell(Kind.NEG, "input", [operator.neg, torch.neg, "neg", "__neg__", aten.neg.default])
+_spell(Kind.ABS, "input", [operator.abs, torch.abs, torch.absolute, "abs", "absolute", "__abs__", aten.abs.default])
 _BINARY: dict[Kind, list[Callable[..., Any] | str]] = {
     Kind.ADD: [operator.add, torch.add, "add", "__add__", "__radd__", aten.add.Tensor, aten.add.Scalar],
     Kind.SUB: [operator.sub, torch.sub, "sub", "__sub__", aten.sub.Tensor, aten.sub.Scalar],
@@ -278,7 +280,7 @@ _spell(
     Kind.MATMUL,
     "input other",
     [
-        *(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"),
+        *(operator.matmul, torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"),
         *(aten.matmul.default, aten.bmm.default, aten.mm.default),
     ],
 )

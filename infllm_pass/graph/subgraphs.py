@@ -1,4 +1,4 @@
-"""The graphs of one compiled module: the root, and those nested in it by higher-order operators."""
+"""The root graph of a compiled module and the graphs that higher-order operators nest in it."""
 
 from __future__ import annotations
 

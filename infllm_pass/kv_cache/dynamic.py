@@ -1,4 +1,4 @@
-"""Dynamic caches, which grow by concatenation: what a graph keeps of one, and the memory that it is kept in.
+"""State of dynamic caches (``torch.cat``): its layout, its memory, and the graph inputs that hold it.
 
 Such a cache is another tensor after every call, longer by the call's keys. Its state lies slots first,
 ``[n, B, Hkv, W]``, in memory with room for more, so that the slots of any length are a prefix: the graph gets a view of

@@ -1,4 +1,4 @@
-"""The state of caches as inputs of the graph that reads them.
+"""Cache state as inputs of the graph that reads it.
 
 A graph of a few queries over a cache calls the decode operator, which keeps state, the compressed keys, from step to
 step. It comes as inputs that the pass adds to the graph, a set for each cache; who calls the graph hands them over, see

@@ -1,4 +1,4 @@
-"""Which part of a cache's state still holds after what the graph itself writes to the cache.
+"""Invalidation inside a graph: lowers the count of compressed keys where the graph writes to other cache slots.
 
 Writes to other slots than those of the queries' own keys lower the count of keys that the state stands for.
 """

@@ -1,4 +1,4 @@
-"""What a graph keeps of a cache from call to call: the state tensors, and the nodes that hold them."""
+"""Specification of a cache's state: its tensors, their shapes, and the nodes that hold them."""
 
 from __future__ import annotations
 

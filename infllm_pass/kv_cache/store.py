@@ -1,4 +1,4 @@
-"""Running a graph that keeps state of its caches: whose it is, and when it is void.
+"""The state store: finds the state of each cache at every call and resets it when the cache was modified.
 
 The state of a cache belongs to the sparsified model, or with ``backend="infllm"`` to all models compiled so, and lives
 as long as the tensor. It is void, which costs compressing the cache anew and nothing else, when anybody but their

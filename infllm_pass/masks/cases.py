@@ -1,4 +1,4 @@
-"""Values given case by case, over conditions of which exactly one holds, and arithmetic on plain numbers."""
+"""Piecewise values (`Cases`): values with mutually exclusive, exhaustive conditions, and arithmetic on constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of keys as tensors: a Boolean expression of batch and key index, computed again in ``O(B * Lk)``."""
+"""Code generation for key conditions: a Boolean expression of batch and key index as an ``O(B * Lk)`` tensor."""
 
 from __future__ import annotations
 

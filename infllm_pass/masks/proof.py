@@ -1,4 +1,4 @@
-"""From the symbolic value of a site's masks to their normal form.
+"""Proof of a mask: splits the symbolic value of a site's mask terms and reads each part into the normal form.
 
 The value is split at its top-level ``and``. Where a part says that two positions have one number of a cumulative sum,
 what follows from it is put into the other parts; then each part must be a causal limit, a window, such an equality
@@ -127,7 +127,10 @@ class _Reader:
         return 0 if self.interpreter.tensors_in(limit.distance) else 1
 
     def _without_impossible(self, part: sympy.Basic) -> sympy.Basic:
-        """A disjunction without the limits that the limits read so far rule out, nor those that another implies."""
+        """A disjunction without the limits that those read so far rule out, nor those that another one implies.
+
+        True if two of its limits leave no key out.
+        """
         if not isinstance(part, sympy.Or):
             return part
         kept: list[tuple[sympy.Basic, _Limit | None]] = []
@@ -135,6 +138,8 @@ class _Reader:
             limit = self._limit(test)
             if limit is None or not self._is_impossible(limit):
                 kept.append((test, limit))
+        if any(_cover_all(one, other) for _, one in kept for _, other in kept):
+            return sympy.true
         return sympy.Or(
             *(test for test, limit in kept if not any(_is_looser(other, limit) for _, other in kept)), evaluate=False
         )
@@ -330,6 +335,13 @@ def _is_looser(a: _Limit | None, b: _Limit | None) -> bool:
         return False
     slack = sympy.expand(a.distance - b.distance)
     return bool((slack if a.upper else -slack).is_positive)
+
+
+def _cover_all(upper: _Limit | None, lower: _Limit | None) -> bool:
+    """Whether every key keeps one of two limits, the first towards later keys and the second towards earlier ones."""
+    if upper is None or lower is None or not upper.upper or lower.upper:
+        return False
+    return bool(sympy.expand(upper.distance + 1 - lower.distance).is_nonnegative)
 
 
 def _canonical(part: sympy.Basic) -> sympy.Basic:

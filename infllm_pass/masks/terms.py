@@ -1,4 +1,4 @@
-"""What one tensor that masks a site lets a query see, whatever it does to the scores."""
+"""Visibility of keys under one mask term: boolean keep, boolean hide, additive numbers, or a flex mask function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slots of a cache a graph writes to, read off the index that it writes at."""
+"""Infers the cache slots a graph writes from the index of ``index_copy_``, ``scatter_`` or ``setitem``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The length guard: which side of ``dense_len`` a graph is compiled for."""
+"""The length guard: evaluates ``key length >= dense_len`` so that Dynamo guards the graph on the outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deciding, site by site, what may be rewritten, and saying why when it may not."""
+"""The planner: decides for each site whether it may be rewritten and to what, with a reason."""
 
 from __future__ import annotations
 

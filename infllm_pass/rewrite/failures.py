@@ -1,4 +1,4 @@
-"""Failures while a graph is rewritten: what is an error, and who is told of the rest."""
+"""Failure policy: which internal errors and dense sites raise (``strict``), and warnings for the rest."""
 
 from __future__ import annotations
 

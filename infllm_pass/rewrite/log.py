@@ -1,4 +1,4 @@
-"""Which graphs were compiled, and for which model."""
+"""The log of compiled graphs and the models that they belong to."""
 
 from __future__ import annotations
 

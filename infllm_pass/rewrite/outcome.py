@@ -1,4 +1,4 @@
-"""What became of a site once its graph is rewritten."""
+"""The result of rewriting one site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass itself, stage after stage: sites -> masks -> plan -> length guard -> rewrite -> report."""
+"""The pass: finds sites, proves masks, plans, evaluates the length guard, rewrites and reports."""
 
 from __future__ import annotations
 

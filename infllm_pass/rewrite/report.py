@@ -1,8 +1,7 @@
-"""What the pass did, as data: one row for every attention site of every compiled graph."""
+"""The report: one row for each attention site of each compiled graph, as a table or as data."""
 
 from __future__ import annotations
 
-import io
 import json
 import traceback
 from collections.abc import Mapping
@@ -10,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.facts import example_of
@@ -20,6 +17,7 @@ from infllm_pass.plan.planner import SitePlan
 from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.outcome import Outcome
 from infllm_pass.sites import AttentionSite, PartialSite
+from infllm_pass.tables import Column, FittedTable, csv_text, rendered
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ class GraphReport:
 class Report:
     """All graphs compiled so far for one model.
 
-    ``print(report)`` shows a table; `to_dict` and `to_json` give the same as data.
+    ``print(report)`` shows a table as wide as the terminal (without one: the environment's COLUMNS, or 120), or a block
+    for each site where a table does not fit; `to_dict`, `to_json` and `to_csv` give the same as data.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -135,17 +134,18 @@ class Report:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def __rich__(self) -> Table | str:
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The report as plain data, a flat row for each site."""
+        return [asdict(site) for site in self.sites]
+
+    def to_csv(self) -> str:
+        """The report as CSV, a line for each site."""
+        return csv_text(self.to_rows())
+
+    def __rich__(self) -> FittedTable | str:
         if not self.sites:
             return self._title()
-        table = Table(title=self._title(), title_justify="left")
-        lines = [_cells(rows) for rows in _runs_of_equal_sites(self.sites)]
-        shown = [name for name in _COLUMNS if any(line[name] for line in lines)]
-        for name in shown:
-            table.add_column(name, overflow="fold")
-        for line in lines:
-            table.add_row(*(line[name] for name in shown))
-        return table
+        return FittedTable(_COLUMNS, [_cells(rows) for rows in _runs_of_equal_sites(self.sites)], self._title())
 
     def _title(self) -> str:
         if not self.graphs:
@@ -153,25 +153,27 @@ class Report:
         return f"{len(self.graphs)} graph(s), {len(self.sites)} attention site(s), {self.switchable} switchable"
 
     def __str__(self) -> str:
-        console = Console(width=160, record=True, file=io.StringIO())
-        console.print(self)
-        return console.export_text()
+        return rendered(self)
 
 
 _PLACE = ("site", "module")
-_COLUMNS = (
-    "graph",
-    *_PLACE,
-    "q [B,H,L,D]",
-    "kv heads",
-    "mask",
-    "decision",
-    "runs",
-    "kernels",
-    "cache state",
-    "config",
-    "guard",
-    "why",
+_FOLDED = ("module", "mask", "cache state", "config", "why")
+_COLUMNS = tuple(
+    Column(name, name, folds=name in _FOLDED, right=False, drop_empty=True)
+    for name in (
+        "graph",
+        *_PLACE,
+        "q [B,H,L,D]",
+        "kv heads",
+        "mask",
+        "decision",
+        "runs",
+        "kernels",
+        "cache state",
+        "config",
+        "guard",
+        "why",
+    )
 )
 
 

@@ -1,4 +1,4 @@
-"""Compiled graphs that rely on the values of tensors that modules hold, such as a causal mask in a buffer.
+"""Buffer guards: a graph whose mask was read from a module's buffer checks that buffer at every call.
 
 Nothing in Dynamo guards the values of a buffer. A graph whose mask was proved from one is watched: at each call the
 buffer must be the tensor that was read, unwritten since by its version counter. Otherwise it is read again, and if

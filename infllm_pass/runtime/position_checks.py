@@ -1,4 +1,4 @@
-"""Running a graph whose new tokens have to fit into a cache: they are checked before the graph writes anything.
+"""Position checks: tests that new tokens fit into a cache, hoisted into a graph that runs before any write.
 
 The rewriting leaves a check where a position is read. Compilers order operators by the data between them only, and
 would run it after the graph has written to its caches. So it is taken out of the graph, with the few operators that

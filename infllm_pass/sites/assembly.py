@@ -1,4 +1,4 @@
-"""From two products and a softmax to ``[B, H, L, D]`` tensors, by index algebra.
+"""Assembly of a site: finds the layout operators that bring q, k and v of two products to ``[B, H, L, D]``.
 
 Both matchers say how an attention reads its tensors: for an element ``out[o0, o1, …]`` of the result, where the
 queries, the keys and the values are read, in terms of ``o0, o1, …``, the key index and the feature index. Which of the

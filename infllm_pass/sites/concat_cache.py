@@ -1,4 +1,4 @@
-"""Keys that a call appends to those of earlier calls, as caches do that grow by ``torch.cat``.
+"""Dynamic caches: proves that keys made by ``torch.cat`` continue the keys of earlier calls.
 
 A decoding step has one query and no mask: it is causal because its own token's key is the last, which nothing but the
 dataflow says. The rule: keys are a concatenation along their length, the parts before the last are inputs of the graph,

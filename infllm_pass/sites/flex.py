@@ -1,4 +1,4 @@
-"""Reading the ``flex_attention`` operator: its score function a scale at most, its mask function a mask."""
+"""Matcher for ``flex_attention``: a score function that at most scales, and a mask function as a mask term."""
 
 from __future__ import annotations
 

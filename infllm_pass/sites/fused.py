@@ -1,4 +1,4 @@
-"""Reading calls of fused attention, ``scaled_dot_product_attention`` in every argument form."""
+"""Matcher for ``scaled_dot_product_attention`` in every argument form."""
 
 from __future__ import annotations
 

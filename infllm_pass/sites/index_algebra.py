@@ -1,4 +1,4 @@
-"""Index expressions: simplified by what is known of their ranges, and taken apart into digits."""
+"""Algebra of index expressions: simplification by known ranges, and decomposition of merged dimensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout operations that bring a tensor of an attention to ``[B, H, L, D]``, and the result back."""
+"""Layout operations from a tensor of the graph to ``[B, H, L, D]``, and back for the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the elements of a tensor came from: chains of layout operators, read as index expressions."""
+"""Index maps of layout operators: where each element of a view, permutation or repetition is read from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that a graph holds: literals, Dynamo's symbolic floats, and tensors that are filled with one value."""
+"""Constants in a graph: literals, Dynamo's symbolic floats, and tensors filled with one value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following scores up from the softmax to the product of queries and keys: what scales, masks, casts or moves them."""
+"""Walk from the softmax up to the product of queries and keys: scales, mask terms, casts, layouts, shifts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a matcher finds: an attention site, or the part of one."""
+"""What a matcher returns: an `AttentionSite`, or a `PartialSite` with the node that stopped it."""
 
 from __future__ import annotations
 

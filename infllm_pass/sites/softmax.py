@@ -1,4 +1,4 @@
-"""Reading hand-written attention: a softmax between a product of queries and keys and one with values.
+"""Matcher for hand-written attention: a softmax between a query-key product and a product with values.
 
 From the softmax down to the product that sums over the softmax's dimension, and from the softmax up to the product
 that makes the scores; what lies between scales, masks, casts or moves the scores and nothing else. Places are followed

@@ -1,4 +1,4 @@
-"""Models to try the pass on: a small public checkpoint, the text it is measured on, and local model folders."""
+"""Models and text for the tools: the SmolLM2 checkpoint, its corpus, and local model folders."""
 
 from __future__ import annotations
 

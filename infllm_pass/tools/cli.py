@@ -1,4 +1,4 @@
-"""The command ``infllm-pass``: the demo, an analysis of a model folder, and the benchmarks."""
+"""The command ``infllm-pass``: ``demo``, ``explain``, ``export`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-
 import infllm_pass
 from infllm_pass.config import LSE_MODES, SparseAttentionConfig
 from infllm_pass.errors import ConfigError, InfLLMError
+from infllm_pass.tools.output import OutputFormat, add_format_options, notes_console, print_data
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-
-PLAIN_WIDTH = 120
-"""Columns of output that is not shown on a terminal."""
 
 _FIELD_HELP = {
     "kernel_size": "tokens averaged into one compressed key",
@@ -40,6 +36,7 @@ examples:
   infllm-pass demo --tokens 2048 --window-size 128 --topk 6
   infllm-pass explain ~/models/Llama-3.1-8B      which attention sites become switchable, and why not
   infllm-pass explain ./model --length 32768 --dense-len 16384 --json
+  infllm-pass explain ./model --csv > sites.csv
   infllm-pass explain my_package.models:build    the model that a function returns
   infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
   infllm-pass bench                              list the benchmarks of a checkout
@@ -117,12 +114,13 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
+    add_format_options(parser)
     _add_config(parser, {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"})
     parser.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from infllm_pass.tools.demo import DemoOptions, run_demo
+    from infllm_pass.tools.demo import DemoOptions, comparison_rows, run_demo
 
     base = SparseAttentionConfig(window_size=512, topk=18, dense_len=min(8192, options.tokens))
     chosen = DemoOptions(
@@ -132,7 +130,9 @@ def _demo(options: argparse.Namespace) -> int:
         device=options.device,
         layer=options.layer,
     )
-    run_demo(chosen, _console())
+    figures = run_demo(chosen, notes_console(options.format))
+    if options.format is not OutputFormat.TABLE:
+        print_data(options.format, figures, comparison_rows(figures))
     return 0
 
 
@@ -154,7 +154,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--length", type=_positive, metavar="N", help="tokens of the input (dense_len)")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="rows of the input (1)")
     parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to build (all)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_format_options(parser)
     _add_config(parser, {})
     parser.set_defaults(run=_explain)
 
@@ -162,7 +162,7 @@ def _add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from infllm_pass.tools.explain import explain
 
-    explain(options, lambda base: _configured(base, options), _console())
+    explain(options, lambda base: _configured(base, options), notes_console(options.format))
     return 0
 
 
@@ -183,6 +183,7 @@ def _add_export(commands: Any) -> None:
         "--max-length", type=_positive, default=8192, metavar="N", help="longest input of a TensorRT engine (8192)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_format_options(parser)
     _add_config(parser, {})
     parser.set_defaults(run=_export)
 
@@ -190,7 +191,7 @@ def _add_export(commands: Any) -> None:
 def _export(options: argparse.Namespace) -> int:
     from infllm_pass.tools.export_command import export_checkpoint
 
-    export_checkpoint(options, lambda base: _configured(base, options), _console())
+    export_checkpoint(options, lambda base: _configured(base, options), notes_console(options.format))
     return 0
 
 
@@ -199,8 +200,10 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="run a checkout's benchmarks",
         description="Runs scripts of the checkout's benchmarks/ folder one after the other; without a name, "
-        "lists them. Arguments from the first that starts with '-' on are passed to every script.",
+        "lists them. Arguments from the first that starts with '-' on are passed to every script; all take --json and "
+        "--csv, and print their rows in that form.",
     )
+    add_format_options(parser)
     parser.add_argument(
         "--decode",
         nargs=argparse.REMAINDER,
@@ -234,8 +237,13 @@ def _bench(options: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in scripts]
     if unknown:
         raise ConfigError("bench", unknown[0], "one of " + (", ".join(scripts) or "no script: the folder is empty"))
-    if not names:
+    form: OutputFormat = options.format
+    if not names and form is OutputFormat.TABLE:
         print("\n".join(scripts) or f"{folder} has no scripts")
+    elif not names:
+        print_data(form, list(scripts), [{"script": name} for name in scripts])
+    if form is not OutputFormat.TABLE:
+        passed = [f"--{form.value}", *passed]
     for name in names:
         code = subprocess.run([sys.executable, str(scripts[name]), *passed], check=False).returncode
         if code:
@@ -285,10 +293,6 @@ def _positive(text: str) -> int:
     if value == 0:
         raise argparse.ArgumentTypeError("expected a number of at least 1, got '0'")
     return value
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
 
 
 if __name__ == "__main__":

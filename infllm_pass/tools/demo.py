@@ -1,4 +1,4 @@
-"""The demo: a small public model, dense and sparse side by side, on text that every Python has."""
+"""The demo: SmolLM2-135M, dense and sparse, on text from the standard library."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import infllm_pass
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, DeviceError
 from infllm_pass.plan.length_guard import Branch
+from infllm_pass.tables import Column, FittedTable, output_console
 from infllm_pass.tools.checkpoint import SMOLLM2, corpus, find_checkpoint, load_tokenizer
 from infllm_pass.tools.demo_worker import Job, LayerPicture, SideResult, Tell, draw_layer, measure_side, run_apart
 
@@ -97,7 +97,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
         MissingDependencyError: transformers, gguf or matplotlib is not installed.
         MeasurementError: a measuring process died.
     """
-    console = console or Console()
+    console = console or output_console()
     begin = time.perf_counter()
     find_checkpoint()
     config = options.config
@@ -224,25 +224,38 @@ def _perplexity(losses: Sequence[float]) -> float:
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def _comparison(figures: dict[str, Any]) -> Table:
+_COMPARED = (
+    ("perplexity", "perplexity", "{:.3f}", 1.0),
+    ("perplexity_last_half", "perplexity, last half of the text", "{:.3f}", 1.0),
+    ("forward_s", "forward, compiled (s)", "{:.2f}", 1.0),
+    ("compile_s", "compiling, once (s)", "{:.1f}", 1.0),
+    ("peak_bytes", "peak memory (MB)", "{:.0f}", 1e-6),
+    ("top1_agreement", "same likeliest next token", "{:.1f} %", 100.0),
+    ("top1_agreement_last_half", "same likeliest next token, last half", "{:.1f} %", 100.0),
+)
+"""Figures of the comparison: key, title, format and factor."""
+
+
+def comparison_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Dense and sparse side by side as plain data, a row for each figure; what compares the two stands under sparse."""
+    return [
+        {
+            "figure": key,
+            "dense": figures["dense"].get(key),
+            "sparse": figures["sparse"].get(key, figures.get(key)),
+        }
+        for key, *_ in _COMPARED
+    ]
+
+
+def _comparison(figures: dict[str, Any]) -> FittedTable:
     """Dense and sparse side by side."""
-    dense, sparse = figures["dense"], figures["sparse"]
-    table = Table(title=f"{figures['tokens']} tokens, both sides compiled", title_justify="left")
-    table.add_column("")
-    for name in ("dense", "sparse"):
-        table.add_column(name, justify="right")
-    rows = (
-        ("perplexity", "perplexity", "{:.3f}", 1.0),
-        ("perplexity, last half of the text", "perplexity_last_half", "{:.3f}", 1.0),
-        ("forward, compiled (s)", "forward_s", "{:.2f}", 1.0),
-        ("compiling, once (s)", "compile_s", "{:.1f}", 1.0),
-        ("peak memory (MB)", "peak_bytes", "{:.0f}", 1e-6),
-    )
-    for title, key, form, factor in rows:
-        table.add_row(title, *(form.format(factor * side[key]) for side in (dense, sparse)))
-    table.add_row("same likeliest next token", "", f"{100 * figures['top1_agreement']:.1f} %")
-    table.add_row("same likeliest next token, last half", "", f"{100 * figures['top1_agreement_last_half']:.1f} %")
-    return table
+    rows = []
+    for values, (_, title, form, factor) in zip(comparison_rows(figures), _COMPARED, strict=True):
+        sides = {side: values[side] for side in ("dense", "sparse") if values[side] is not None}
+        rows.append({"figure": title} | {side: form.format(factor * value) for side, value in sides.items()})
+    columns = (Column("figure", "", folds=True, right=False), Column("dense", "dense"), Column("sparse", "sparse"))
+    return FittedTable(columns, rows, f"{figures['tokens']} tokens, both sides compiled")
 
 
 def _print_generation(console: Console, tokenizer: Any, job: Job, sparse: SideResult) -> None:

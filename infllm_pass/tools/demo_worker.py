@@ -1,4 +1,4 @@
-"""The measurements of the demo, each made to run alone in a process of its own.
+"""Measurements of the demo, each in a process of its own.
 
 A process of its own gives every side its own peak memory and its own compile caches. Functions here send what
 they are doing through a `Tell` and return plain data.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from infllm_pass.compat.tensors import FakeTensorMode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CheckpointError, InfLLMError
 from infllm_pass.tools.checkpoint import load_local
+from infllm_pass.tools.output import OutputFormat, print_data
 
 _TRACING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError)
 """What a model that is given the wrong inputs raises."""
@@ -47,7 +47,7 @@ def explain(
     """Build a model without weights, trace it at one length and print the report.
 
     Args:
-        options: path, length, batch, layers and json.
+        options: path, length, batch, layers and format.
         configured: puts the fields that were given as options into a configuration.
         console: where a table goes.
 
@@ -76,7 +76,7 @@ def explain(
             raise CheckpointError(
                 f"{type(target.model).__name__} of {options.path} could not be traced on {described}: {''.join(first)}"
             ) from error
-    if options.json:
+    if options.format is not OutputFormat.TABLE:
         facts = {
             "model": type(target.model).__name__,
             "path": str(options.path),
@@ -84,7 +84,7 @@ def explain(
             "length": length,
             "config": config.to_dict(),
         }
-        print(json.dumps(facts | found.to_dict(), indent=2))
+        print_data(options.format, facts | found.to_dict(), found.to_rows())
         return
     console.print(
         f"{type(target.model).__name__}, built without weights, on {described}, dense_len {config.dense_len}",

@@ -17,6 +17,7 @@ from infllm_pass.export.export import export_onnx
 from infllm_pass.export.tensorrt import export_tensorrt
 from infllm_pass.rewrite.report import Report
 from infllm_pass.tools.checkpoint import SMOLLM2, load_local, load_model
+from infllm_pass.tools.output import OutputFormat, print_data
 
 TARGETS = {"onnx": ".onnx", "tensorrt": ".engine", "aoti": ".pt2"}
 """What can be written, and how its files end."""
@@ -43,9 +44,9 @@ def export_checkpoint(
     """Export a model for batches and lengths of any size, and print what became of its attention sites.
 
     Args:
-        options: ``model``, ``to``, ``out``, ``layers``, ``max_length`` and ``overwrite``.
+        options: ``model``, ``to``, ``out``, ``layers``, ``max_length``, ``overwrite`` and ``format``.
         configured: sets the fields that were given as options.
-        console: where the report goes.
+        console: where lines for people go.
     """
     model = _model(options.model, options.layers)
     config = configured(SparseAttentionConfig())
@@ -62,7 +63,11 @@ def export_checkpoint(
         report = export_onnx(model, file, (ids,), dynamic_shapes=dynamic, config=config, overwrite=options.overwrite)
         profile = {"ids": ((1, 1), (1, options.max_length // 2), (1, options.max_length))}
         console.print(str(export_tensorrt(file, out, profile, overwrite=options.overwrite)))
-    console.print(str(report))
+    if options.format is not OutputFormat.TABLE:
+        facts = {"file": str(out), "bytes": out.stat().st_size, "to": options.to, "config": config.to_dict()}
+        print_data(options.format, facts | report.to_dict(), report.to_rows())
+        return
+    console.print(report)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

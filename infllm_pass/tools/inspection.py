@@ -1,4 +1,4 @@
-"""Looking inside: what one attention site of a model was given, and what its selected blocks hold.
+"""Captures q, k, v and the selection of one attention site, and measures the attention its blocks hold.
 
 The model runs uncompiled, on the graph that the pass rewrote, and only as far as the site that is asked for.
 """

@@ -1,4 +1,4 @@
-"""Files that exports write: refused before any work is done for them, and there whole or not at all."""
+"""Output files of exports: path checks before any work, and atomic writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported programs without state, for formats whose graphs are functions of their inputs.
+"""Functionalises exported programs: buffers and inputs that are mutated become inputs and outputs.
 
 A program may write to its buffers, as to those of a static cache, or to its inputs. A graph that is a function would
 lose what was written: buffers that are written to become inputs here, and what is written to them becomes outputs.

@@ -1,4 +1,4 @@
-"""Compression, selection and attention as one operator, the form in which graphs leave Python.
+"""Fuses compression, selection and attention of a site into one operator for formats outside Python.
 
 ``infllm::switchable_attention``
     what ``infllm::compress_keys``, ``infllm::select_blocks`` and ``infllm::block_attention`` compute together, without the

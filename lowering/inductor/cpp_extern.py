@@ -1,7 +1,7 @@
-"""``infllm::switchable_attention`` on the CPU as a C++ kernel that Inductor compiles into a package.
+"""Inductor lowering of ``infllm::switchable_attention`` on the CPU to an extern C++ kernel.
 
-The kernel, ``kernels/switchable_attention.h``, takes every size and number when it is called: all sites of a dtype call
-one function, which is compiled once. Inductor sees one extern kernel a site, which nothing is fused into.
+The kernel, ``kernels/cpu/csrc/switchable_attention.h``, takes every size and number when it is called: all sites of a
+dtype call one function, which is compiled once. Inductor sees one extern kernel a site, which nothing is fused into.
 """
 
 from __future__ import annotations

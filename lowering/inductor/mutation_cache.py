@@ -1,4 +1,4 @@
-"""What PyTorch reads off the source of Triton kernels while it compiles a graph, remembered for that graph.
+"""Caches PyTorch's mutation analysis of user Triton kernels during one compilation.
 
 To learn which tensors a kernel writes to, PyTorch translates its source, for every launch anew and several times in
 the course of a compilation. Layers launch the same kernels, and the answer depends on nothing but the kernel, the types

@@ -1,4 +1,4 @@
-"""Compiling an exported program with AOTInductor into a package that needs neither Python nor this project.
+"""AOTInductor packages of exported programs that run without Python and without this project.
 
 Triton operators are compiled in as they are. The CPU's operators are Python, which a package cannot call: a C++ kernel
 takes their place (`lowering.inductor.cpp_extern`).

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 import infllm_pass
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.tile_tables import TilePlan, TileShape
+from infllm_pass.tools.output import OutputFormat
 from tests.support import ROOT
 from tests.support.common import SMALL
 from tests.support.triton_support import lists_from_sets
@@ -220,7 +220,7 @@ def test_results_are_written_shown_and_drawn(bench, results, tmp_path, capsys):
         path = gpu.save(script, tmp_path, header, rows)
         assert path == tmp_path / "nvidia-h100-80gb-hbm3" / f"{script}.json"
         assert json.loads(path.read_text()) == {"header": header, "rows": rows}
-    gpu.show(Console(width=200), results["prefill"], bench("prefill").COLUMNS, bench("prefill").FORMATS)
+    bench("_common").show(OutputFormat.TABLE, results["prefill"], bench("prefill").COLUMNS, bench("prefill").FORMATS)
     assert "attend/4x2x16/96/256/random" in capsys.readouterr().out
     drawn = bench("_plot_gpu").draw_all(tmp_path / "nvidia-h100-80gb-hbm3", tmp_path / "images")
     assert [path.name for path in drawn] == [
@@ -347,3 +347,19 @@ def test_compile_time_is_measured_with_and_without_the_pass(bench):
     assert row["switchable"] == 2
     assert 0 < row["pass_s"] < row["with_s"]
     assert row["share"] == row["pass_s"] / row["without_s"]
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv"])
+def test_a_script_prints_its_rows_for_programs(bench, monkeypatch, tmp_path, capsys, form):
+    script = bench("cpu_decode")
+    arguments = ["cpu_decode", "--lengths", "128", "--steps", "2", "--dim", "16", "--heads", "2", "--heads-kv", "1"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--output", str(tmp_path / "rows.json"), form])
+    script.main()
+    out, err = capsys.readouterr()
+    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    if form == "--json":
+        assert json.loads(out) == written
+    else:
+        heading, line = out.splitlines()
+        assert dict(zip(heading.split(","), line.split(","), strict=True)) == {k: str(v) for k, v in written[0].items()}
+    assert "written to" in err

@@ -145,6 +145,13 @@ COMBINED = {
         lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1]) < 5) & causal(x.shape[1]),
         "causal, window 5",
     ),
+    "window by distance": (
+        lambda x: (
+            (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs().le(4)
+            & ~torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        ),
+        "causal, window 5",
+    ),
     "window of numbers": (
         lambda x: (
             torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
@@ -196,6 +203,18 @@ def test_order_of_positions_within_packed_sequences_is_order_of_indices(window, 
     module, inputs = captured(packed if window is None else narrow, POSITIONS, dynamic=dynamic)
     proof, _ = prove_output(module)
     assert str(proof) == ("causal, packed sequences" if window is None else "causal, window 3, packed sequences"), proof
+    check_proof(proof, module, inputs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_window_around_the_query_is_a_limit_past_it(dynamic):
+    def around(x):
+        index = torch.arange(x.shape[1])
+        return (index[:, None] - index).abs() < 5
+
+    module, inputs = captured(around, torch.randn(2, LENGTH, 4), dynamic=dynamic)
+    proof, _ = prove_output(module)
+    assert (proof.causal_offset, proof.window) == (4, 9)
     check_proof(proof, module, inputs)
 
 
@@ -256,13 +275,17 @@ NEAR_MISSES = {
         ),
         "its numbers are added to the scores",
     ),
+    "distances of data": (
+        lambda p: causal(p.shape[1]) & ((p[:, None, :, None] - p[:, None, None, :]).abs() < 3),
+        "it is an input of the graph",
+    ),
+    "distances in a narrow dtype": (
+        lambda p: causal(p.shape[1]) & (torch.arange(p.shape[1])[:, None].float() - 1).abs().lt(3),
+        "absolute value of numbers that are not int64",
+    ),
     "chunks": (
         lambda p: causal(p.shape[1]) & (torch.arange(p.shape[1])[:, None] // 4 == torch.arange(p.shape[1]) // 4),
         "it tests",
-    ),
-    "a window around the query": (
-        lambda p: (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs() < 5,
-        "no rule for this operator",
     ),
     "a window without a causal limit": (
         lambda p: torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1]) < 5,

@@ -80,6 +80,9 @@ def added_by_baddbmm(q, k):
 SPELLINGS = {
     "matmul": part(product=lambda q, k: torch.matmul(q, k.transpose(2, 3))),
     "method": part(product=lambda q, k: q.matmul(k.mT)),
+    "linear algebra": part(
+        product=lambda q, k: torch.linalg.matmul(q, k.mT), output=lambda p, v: torch.linalg.matmul(p, v)
+    ),
     "permuted keys": part(product=lambda q, k: q @ k.permute(0, 1, 3, 2)),
     "swapped axes": part(product=lambda q, k: q @ k.swapaxes(-2, -1).contiguous()),
     "keys times queries": part(product=lambda q, k: (k @ q.transpose(-1, -2)).transpose(-1, -2)),

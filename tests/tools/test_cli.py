@@ -1,5 +1,7 @@
 """The command line: exit codes, one-line messages, and the parts of the demo that need no model."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -11,10 +13,11 @@ import torch
 
 import infllm_pass
 from infllm_pass.errors import CheckpointError, ConfigError
-from infllm_pass.tools import demo_worker, export_command
+from infllm_pass.tools import demo, demo_worker, export_command
 from infllm_pass.tools.cli import main
 from infllm_pass.tools.demo import DemoOptions, write_atomically
 from infllm_pass.tools.export_command import TARGETS
+from tests.support import ROOT
 from tests.support.common import tiny_config
 
 transformers = pytest.importorskip("transformers")
@@ -119,6 +122,57 @@ def test_explain_as_json(run, folder, options, length, branch, sites):
     assert len(rows) == sites
     assert {(row["decision"], row["branch"]) for row in rows} == {("switchable", branch)}
     assert rows[0]["query_shape"] == [found["batch"], 4, length, 8]
+
+
+def test_explain_as_csv(run, folder):
+    code, out, err = run("explain", folder, "--dense-len", 512, "--csv")
+    assert (code, err) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [(row["site"], row["decision"], row["branch"]) for row in rows] == [
+        (str(site), "switchable", "sparse") for site in range(3)
+    ]
+
+
+def test_json_and_csv_exclude_each_other(run, folder):
+    code, out, err = run("explain", folder, "--csv", "--json")
+    assert (code, out) == (2, "")
+    assert "not allowed with argument" in err
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_explain_fits_a_narrow_terminal(run, folder, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    code, out, _ = run("explain", folder, "--dense-len", 512)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= width
+    for figure in ("1, 4, 512, 8", "switchable", "512 >= 512"):
+        assert figure in out
+
+
+FIGURES = {
+    "tokens": 512,
+    "dense": dict.fromkeys(("perplexity", "perplexity_last_half", "forward_s", "compile_s", "peak_bytes"), 9.7824),
+    "sparse": dict.fromkeys(("perplexity", "perplexity_last_half", "forward_s", "compile_s", "peak_bytes"), 2.5),
+    "top1_agreement": 0.9521,
+    "top1_agreement_last_half": 0.9265,
+}
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_demo_for_programs_prints_nothing_but_figures(run, monkeypatch, form):
+    def run_demo(options, console):
+        console.print("model")
+        return FIGURES
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    code, out, err = run("demo", "--tokens", 512, f"--{form}")
+    assert (code, err) == (0, "model\n")
+    if form == "json":
+        assert json.loads(out) == FIGURES
+    else:
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert rows[0] == {"figure": "perplexity", "dense": "9.7824", "sparse": "2.5"}
+        assert rows[-1] == {"figure": "top1_agreement_last_half", "dense": "", "sparse": "0.9265"}
 
 
 def test_explain_uses_the_folder_s_sparse_config(run, folder):
@@ -250,6 +304,23 @@ def test_bench_lists_what_there_is(run):
 
 
 @pytest.mark.usefixtures("checkout")
+def test_bench_lists_for_programs(run):
+    assert json.loads(run("bench", "--json")[1]) == ["failing", "fast"]
+    assert run("bench", "--csv") == (0, "script\nfailing\nfast\n", "")
+    code, out, err = run("bench", "--frobnicate")
+    assert (code, out) == (2, "")
+    assert "--frobnicate" in err
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize("arguments", [("--json", "fast", "--length", 8), ("fast", "--json", "--length", 8)], ids=str)
+def test_bench_hands_the_form_on(run, arguments):
+    code, out, _ = run("bench", *arguments)
+    assert code == 0
+    assert json.loads(out) == [sys.executable, "--json", "--length", "8"]
+
+
+@pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("separator", [(), ("--",)], ids=["plain", "separated"])
 def test_bench_passes_arguments_and_interpreter(run, separator):
     code, out, _ = run("bench", "fast", "fast", *separator, "--length", 8, "x")
@@ -305,6 +376,13 @@ def die(tell):
     os._exit(9)
 
 
+@pytest.fixture
+def importable_tests(monkeypatch):
+    """Lets a process that is started find the functions of this file."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.mark.usefixtures("importable_tests")
 def test_measurements_run_in_processes_and_caches_of_their_own():
     told = []
     process, cache, result = demo_worker.run_apart(double_slowly, 21, tell=lambda *args: told.append(args))
@@ -314,6 +392,7 @@ def test_measurements_run_in_processes_and_caches_of_their_own():
     assert not Path(cache).exists()
 
 
+@pytest.mark.usefixtures("importable_tests")
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [(refuse, CheckpointError, "nothing to load"), (die, demo_worker.MeasurementError, "exit code 9")],
@@ -346,6 +425,10 @@ def test_export_writes_a_file(tmp_path, capsys, monkeypatch, target):
     assert "switchable" in printed
     assert str(out.name) in printed
     assert out.stat().st_size > 0
+    assert main([*command, "--overwrite", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["bytes"], facts["to"]) == (out.stat().st_size, target)
+    assert [site["decision"] for graph in facts["graphs"] for site in graph["sites"]] == ["switchable"]
     assert main(command) == 2
     assert "exists: choose another path" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Rules for subscripts: slices, positions, and tensors used as indices."""
+"""Interpreter rules for indexing: slices, integer positions, and advanced indexing by tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that look along a dimension: differences and cumulative sums.
+"""Interpreter rules along a dimension: ``diff`` and ``cumsum``.
 
 A cumulative sum of a condition is a named function of its index that the interpreter remembers as a `Scan`. Two
 facts follow for positions ``k <= q`` along its dimension: it does not decrease, so that equal values are contiguous;

@@ -1,7 +1,8 @@
-"""Rules for values that are chosen by a condition: where, masked_fill, tril, triu; and for buffers of masks."""
+"""Rules for values that are chosen by a condition: where, masked_fill, abs, tril, triu; and for buffers of masks."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
@@ -10,9 +11,9 @@ import torch
 from infllm_pass.graph.buffers import ClosedForm
 from infllm_pass.graph.facts import axis
 from infllm_pass.graph.op_table import Kind
-from infllm_pass.masks.cases import choose, exact, negation, pairs, rounded_to
+from infllm_pass.masks.cases import choose, combine, exact, negation, pairs, rounded_to, truth
 from infllm_pass.masks.rules.arithmetic import cast
-from infllm_pass.masks.rules.registry import Evaluator, Rule, boolean, rule, shape_of
+from infllm_pass.masks.rules.registry import EXACT_INTEGERS, Evaluator, Rule, boolean, numeric, rule, shape_of
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
 
 
@@ -44,6 +45,14 @@ def _where(run: Evaluator, example: torch.Tensor, condition: Any, input: Any, ot
 def _masked_fill(run: Evaluator, example: torch.Tensor, input: Any, mask: Any, value: Any) -> sympy.Basic:
     test = boolean(run.operand(mask), shape_of(example))
     return select(test, _branch(run, value, example), _branch(run, input, example), example.dtype)
+
+
+@rule(Kind.ABS)
+def _abs(run: Evaluator, example: torch.Tensor, input: Any) -> sympy.Basic:
+    if example.dtype not in EXACT_INTEGERS:
+        raise NotFollowed("it takes the absolute value of numbers that are not int64 or int32")
+    value = numeric(run.operand(input), shape_of(example))
+    return select(truth(lambda a: sympy.Lt(a, 0), value), combine(operator.neg, value), value, example.dtype)
 
 
 def _triangle(lower: bool) -> Rule:
