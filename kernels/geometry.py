@@ -52,7 +52,7 @@ class BlockGeometry:
     query_block: int = 1
 
     def format(self) -> str:
-        """The geometry as text, ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1``: one text for one geometry."""
+        """The geometry as text, one for each: ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1``."""
         # A tracing compiler may hold the numbers as symbols: `int` gives their values.
         return (
             f"l={int(self.kernel_size)},s={int(self.kernel_stride)},b={int(self.block_size)},"

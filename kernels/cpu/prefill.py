@@ -59,8 +59,8 @@ def compress_keys(
         geometry: the block geometry; see `select_blocks`, as for the arguments that follow.
 
     Returns:
-        As `new_windows`, in k's dtype, means taken in float32 (float64 for float64). Slots without a window hold 0, as do
-        sequences that no query stands on, or that are shorter than `dense_len`.
+        As `new_windows`, in k's dtype, means taken in float32 (float64 for float64). Slots without a window hold 0, as
+        do sequences that no query stands on, or that are shorter than `dense_len`.
 
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.

@@ -197,7 +197,7 @@ def _key_bounds_kernel(bounds, key_mask, length, stride_b, stride_t, CHUNK: tl.c
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:
-    """First valid key and one past the last of every row of ``[B, L]``, int32 ``[B, 2]``; both 0 for one without any."""
+    """First valid key and one past the last of every row of ``[B, L]``, int32 ``[B, 2]``; both 0 if there is none."""
     batch, length = key_mask.shape
     bounds = torch.empty(batch, 2, dtype=torch.int32, device=key_mask.device)
     wrap_triton(_key_bounds_kernel)[(batch,)](
@@ -313,8 +313,8 @@ def plan_tiles(shape: TileShape, *, batch: int, length_q: int, **place: Any) -> 
         length_q: queries of a row.
         place: ``length_k``: keys of a row. ``block_size``: tokens in a key block. ``device``: where the tables go.
             ``offset``: key number of query 0, default 0. ``offsets``: integer tensor on the device, added to it: one
-            number, or one a row; a row's sequence then ends at its last query's key at the latest. ``key_bounds``: int32
-            ``[B, 2]``: number of a row's first valid key, and one past its last; None: all keys.
+            number, or one a row; a row's sequence then ends at its last query's key at the latest. ``key_bounds``:
+            int32 ``[B, 2]``: number of a row's first valid key, and one past its last; None: all keys.
     """
     table = list_sequences(shape, batch=batch, length_q=length_q, **place)
     return cut_panels(shape, table, batch=batch, length_q=length_q)

@@ -1,8 +1,8 @@
 """Fuses compression, selection and attention of a site into one operator for formats outside Python.
 
 ``infllm::switchable_attention``
-    what ``infllm::compress_keys``, ``infllm::select_blocks`` and ``infllm::block_attention`` compute together, without the
-    log-sum-exp and without a gradient. Formats that know operators by name have one name to know.
+    what ``infllm::compress_keys``, ``infllm::select_blocks`` and ``infllm::block_attention`` compute together, without
+    the log-sum-exp and without a gradient. Formats that know operators by name have one name to know.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _parts(selection: Any) -> list[fx.Node]:
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a call and, of what it was computed from, the calls of this package and their results that nothing reads."""
+    """Erase a call and, of what it was computed from, this package's calls and their results that nothing reads."""
     if node.users or not (name_of(node) or (node.target is operator.getitem and _erasable(node.args[0]))):
         return
     inputs = list(node.all_input_nodes)

@@ -34,9 +34,7 @@ ARGUMENTS = {
     argument.name: argument
     for argument in (
         Argument("grad_out", "Tensor", "gradient of the output, ``[B, Hq, Lq, Dv]``"),
-        Argument(
-            "q", "Tensor", "``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i`` and sees no later key"
-        ),
+        Argument("q", "Tensor", "``[B, Hq, Lq, D]``; query ``i`` stands at key ``offset + i`` and sees no later one"),
         Argument("k", "Tensor", "``[B, Hkv, Lk, D]``; ``Hq`` is a multiple of ``Hkv``"),
         Argument("v", "Tensor", "``[B, Hkv, Lk, Dv]``"),
         Argument("out", "Tensor", "the output of attention"),
@@ -54,8 +52,8 @@ ARGUMENTS = {
         Argument(
             "offsets",
             "Tensor?",
-            "int32 or int64 ``[1]`` or ``[B]``: key index of query 0, added to `offset`. Keys after a row's last query, "
-            "the free slots of a cache, then are no part of its sequence",
+            "int32 or int64 ``[1]`` or ``[B]``: key index of query 0, added to `offset`. Keys after a row's last "
+            "query, the free slots of a cache, then are no part of its sequence",
         ),
         Argument(
             "cu_seqlens_q",
@@ -233,7 +231,7 @@ def restore_tensors(tensors: Sequence[Tensor], rest: Sequence[Any]) -> list[Any]
 
 
 def no_gradients(rest: Sequence[Any]) -> tuple[Any, ...]:
-    """What autograd takes for arguments, from `flatten_tensors`, that have no gradient: None, and a list of it for lists."""
+    """What autograd takes for arguments without a gradient, from `flatten_tensors`: None, a list of it for a list."""
     return tuple([None] * each.count if isinstance(each, _Places) and each.many else None for each in rest)
 
 

@@ -98,7 +98,8 @@ def check_selection(q: Tensor, selection: Sequence[Tensor], count: int) -> None:
     """
     if len(selection) not in (0, count):
         raise ShapeError(
-            f"selection has {len(selection)} tensors: expected none, or the {count} of infllm::select_blocks on {q.device}"
+            f"selection has {len(selection)} tensors: expected none, or the {count} of infllm::select_blocks on "
+            f"{q.device}"
         )
 
 

@@ -4,8 +4,8 @@
     attention of a few new queries over a cache whose capacity exceeds its valid length, with the compressed keys that
     selection needs kept from step to step.
 
-One operator for all devices, as in `prefill`: the Triton kernels on CUDA (`decode_triton`), else kernels in C++ or torch
-operators. Semantics: arXiv 2509.24663, section 3.
+One operator for all devices, as in `prefill`: the Triton kernels on CUDA (`decode_triton`), else kernels in C++ or
+torch operators. Semantics: arXiv 2509.24663, section 3.
 """
 
 from __future__ import annotations
@@ -165,11 +165,12 @@ decode_attention = Operator(
     seen=_seen,
     doc="""Attention of the last queries of every row over a cache, sparse from ``dense_len`` keys on.
 
-The state is `k1` and `k2`, ``[B, Hkv, n, D]``, the means of the windows that are complete among the row's first `filled`
-keys, counted from its first valid one, and `filled`, int32 ``[B]``. The operator writes those that became complete since,
-and sets `filled` to the row's length. What the caller has to keep: a key that changes after it was compressed, other than
-those of this call's queries, lowers `filled` to its position (0 for another sequence, or another first key). A cache that
-was cut back needs nothing: the queries' own keys count as new in every call. Nothing is differentiated through it.
+The state is `k1` and `k2`, ``[B, Hkv, n, D]``, the means of the windows that are complete among the row's first
+`filled` keys, counted from its first valid one, and `filled`, int32 ``[B]``. The operator writes those that became
+complete since, and sets `filled` to the row's length. What the caller has to keep: a key that changes after it was
+compressed, other than those of this call's queries, lowers `filled` to its position (0 for another sequence, or another
+first key). A cache that was cut back needs nothing: the queries' own keys count as new in every call. Nothing is
+differentiated through it.
 
 Query ``i`` of a row stands in slot ``lengths - Lq + i`` of the cache, of which only slots of valid keys are read.
 

@@ -1,4 +1,4 @@
-"""The decode step in Triton kernels: what `infllm::decode_attention` computes on CUDA devices, with no host synchronisation.
+"""The decode step in Triton kernels: what `infllm::decode_attention` computes on CUDA devices. Nothing syncs the host.
 
 Launches whose grids follow from shapes alone: compressed keys and normaliser, block scores and their ranking (a launch
 of its own in steps of several tokens), attention, merge. Which rows are sparse is decided on the device.

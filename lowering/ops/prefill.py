@@ -99,8 +99,8 @@ compress_keys = Operator(
     seen=lambda q, k, call: _seen(q, k, call),
     doc="""What `select_blocks` reads of the keys: the state.
 
-Returns the tensors of the state, whose form is that of the device. Compressed keys are means of windows of keys, fine and
-coarse, taken in float32 (float64 for float64) and stored in k's dtype; a window that is not complete has none.
+Returns the tensors of the state, whose form is that of the device. Compressed keys are means of windows of keys, fine
+and coarse, taken in float32 (float64 for float64) and stored in k's dtype; a window that is not complete has none.
 
 Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anything is computed.""",
 )
@@ -129,8 +129,8 @@ select_blocks = Operator(
     seen=lambda q, k, state, call: _seen(q, k, call),
     doc="""The blocks that every query visits. Of k only the sizes are read.
 
-Returns the selection. In torch operators and in C++ it is one tensor of block numbers, int32 ``[B, Hkv, Lq, S]``, -1 where
-fewer are visited; the Triton kernels' are the lists and tables of their tiles.
+Returns the selection. In torch operators and in C++ it is one tensor of block numbers, int32 ``[B, Hkv, Lq, S]``, -1
+where fewer are visited; the Triton kernels' are the lists and tables of their tiles.
 
 Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anything is computed.""",
 )
@@ -151,7 +151,7 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, selection: Selection, call: At
 
 
 def new_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """An output ``[B, Hq, Lq, Dv]``, stored as ``[B, Lq, Hq, Dv]``, and a log-sum-exp ``[B, Hq, Lq]``, both unwritten."""
+    """An output ``[B, Hq, Lq, Dv]``, stored as ``[B, Lq, Hq, Dv]``, and a log-sum-exp ``[B, Hq, Lq]``, unwritten."""
     batch, heads, length, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Attention over whole prompts in Triton kernels: what the operators of `prefill` compute on CUDA devices.
 
 Nothing is read on the host, and grids follow from shapes alone. The state is K1 and K2 (`CompressedKeys`) and the table
-of sequences; a selection is the lists of blocks (`TileLists`) and the tables of tiles (`TilePlan`), so that attention and
-its gradient find them planned.
+of sequences; a selection is the lists of blocks (`TileLists`) and the tables of tiles (`TilePlan`), so that attention
+and its gradient find them planned.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def select_blocks(q: Tensor, k: Tensor, state: Sequence[Tensor], call: Attention
         expected = (LEAD_SLOTS.value + batch * heads * count + SLACK_SLOTS, dim)
         if buffer.dim() != 2 or buffer.shape[0] != expected[0] or buffer.shape[1] != dim or not buffer.is_contiguous():
             raise ShapeError(
-                f"{name} has shape {tuple(buffer.shape)}: expected {expected}, contiguous; give infllm::select_blocks the "
-                "state that infllm::compress_keys made of the same keys"
+                f"{name} has shape {tuple(buffer.shape)}: expected {expected}, contiguous; give infllm::select_blocks "
+                "the state that infllm::compress_keys made of the same keys"
             )
     # A table of its own: results of an operator are no views of what it was given.
     table = SequenceTable(sequences.clone(), call.cu_seqlens_k is not None)

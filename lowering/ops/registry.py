@@ -1,8 +1,8 @@
 """Registration of this package's operators, and what compilers see of them.
 
-A graph that runs under Python calls an operator, which launches its kernels itself, with all of their options: compilers
-neither read kernels nor generate launches, of which Inductor would drop options that count (a limit of registers,
-programmatic dependent launch). A graph that runs without Python, as AOTInductor makes them, gets the kernels.
+A graph that runs under Python calls an operator, which launches its kernels itself, with all of their options:
+compilers neither read kernels nor generate launches, of which Inductor would drop options that count (a limit of
+registers, programmatic dependent launch). A graph that runs without Python, one of AOTInductor's, gets the kernels.
 """
 
 from __future__ import annotations

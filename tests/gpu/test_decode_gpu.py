@@ -14,10 +14,9 @@ from infllm_pass.kernels.triton.decode import attention, select
 from infllm_pass.kernels.triton.decode.compress import decode_compress_kernel
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import dependent_launch
-from infllm_pass.lowering.ops.decode_cpu import new_state
-from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
-from infllm_pass.lowering.ops.opaque import launched_decode_attention
-from infllm_pass.lowering.ops.prefill_cpu import selection_arguments
+from infllm_pass.lowering.ops import decode_triton
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.kernels.triton.test_decode import select_and_attend
 from tests.support.common import relative_error
 from tests.support.decode_support import SMALL, Cache
@@ -40,8 +39,8 @@ def _poisoned():
 
 
 def operator(*arguments):
-    *tensors, geometry = arguments
-    return tiled_decode_attention(*tensors, *tiled_decode_arguments(geometry))
+    q, k, v, *others, geometry = arguments
+    return decode_attention(q, k, v, others[:3], *others[3:], geometry_text(geometry))
 
 
 def cache(*arguments, **sizes):
@@ -156,10 +155,10 @@ class Attention(nn.Module):
         self.k[self.rows, :, self.lengths] = key
         self.v[self.rows, :, self.lengths] = value
         self.lengths.add_(1)
-        state = (self.k1, self.k2, self.filled, self.lengths)
+        state = [self.k1, self.k2, self.filled]
         steps = self.steps
-        numbers = (steps.scale, steps.dense_len, *tiled_decode_arguments(steps.geometry))
-        return tiled_decode_attention(q, self.k, self.v, *state, None, None, None, *numbers)[0]
+        numbers = (steps.scale, steps.dense_len, geometry_text(steps.geometry))
+        return decode_attention(q, self.k, self.v, state, self.lengths, None, None, None, *numbers)[0]
 
     def check(self, q: Tensor, out: Tensor) -> None:
         """Compare a step with the oracle on the whole prefix."""
@@ -230,13 +229,13 @@ def test_launches_that_overlap_give_the_same_bits(heads, length, monkeypatch):
     caches = [[torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)] for _ in range(6)]
     states = [new_state(k, GEOMETRY) for k, _ in caches]
     q = torch.randn(2, heads[0], 1, 128, device=DEVICE, dtype=torch.bfloat16)
-    numbers = (lengths, None, None, None, 128**-0.5, 8192, *tiled_decode_arguments(GEOMETRY))
+    numbers = (lengths, None, None, None, 128**-0.5, 8192, geometry_text(GEOMETRY))
 
     def layers() -> Tensor:
         x = q
         for (k, v), state in zip(caches, states, strict=True):
             state[2].zero_()
-            x = q + 30 * tiled_decode_attention(x, k, v, *state, *numbers)[0]
+            x = q + 30 * decode_attention(x, k, v, state, *numbers)[0]
         return x
 
     with monkeypatch.context() as one_by_one:
@@ -255,13 +254,15 @@ def test_launches_that_overlap_give_the_same_bits(heads, length, monkeypatch):
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "in CUDA graphs"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_opcheck(padded):
+def test_opcheck(padded, recorded, monkeypatch):
+    """Whether compilers see the kernels or the operator."""
+    monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: recorded)
     steps = cache([60, 50], [0, 9] if padded else None, holes=0.2 if padded else 0.0, dense_len=55)
     q = steps.append(2)
     starts = steps.numbers([0, 9]) if padded else None
-    state = (steps.state[0].zero_(), steps.state[1].zero_(), steps.state[2])
-    given = (q, steps.k.nan_to_num(), steps.v.nan_to_num(), *state, steps.numbers(steps.lengths), starts)
-    given = (*given, steps.key_mask if padded else None, None, 0.25, 55)
-    torch.library.opcheck(tiled_decode_attention, (*given, *tiled_decode_arguments(steps.geometry)))
-    torch.library.opcheck(launched_decode_attention, (*given, *selection_arguments(steps.geometry)))
+    state = [steps.state[0].zero_(), steps.state[1].zero_(), steps.state[2]]
+    given = (q, steps.k.nan_to_num(), steps.v.nan_to_num(), state, steps.numbers(steps.lengths), starts)
+    given = (*given, steps.key_mask if padded else None, None, 0.25, 55, geometry_text(steps.geometry))
+    torch.library.opcheck(decode_attention.default, given)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.kernels.triton.launch import multiprocessors
-from infllm_pass.lowering.ops.decode_cpu import new_state
-from infllm_pass.lowering.ops.decode_triton import tiled_decode_arguments, tiled_decode_attention
+from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.common import llama, oracle_attention, relative_error, tokens
 
 pytestmark = [
@@ -84,9 +84,9 @@ def test_a_decode_step():
     for device in ("cuda:0", SCORED):
         q, k, v = (x.to(device) for x in near)
         lengths = torch.tensor([290, 70], device=device)
-        numbers = (0.125, 80, *tiled_decode_arguments(CONFIG.geometry))
+        numbers = (0.125, 80, geometry_text(CONFIG.geometry))
         state = new_state(k, CONFIG.geometry)
-        outs.append(tiled_decode_attention(q, k, v, *state, lengths, None, None, None, *numbers)[0].cpu())
+        outs.append(decode_attention(q, k, v, state, lengths, None, None, None, *numbers)[0].cpu())
         assert state[2].tolist() == [290, 70]
     assert torch.equal(*outs)
     assert multiprocessors(SCORED) > 2

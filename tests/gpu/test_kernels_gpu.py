@@ -18,7 +18,7 @@ from torch import Tensor
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.tile_tables import TilePlan
+from infllm_pass.kernels.triton.tile_tables import TilePlan, TileShape
 from infllm_pass.lowering.ops import checks, prefill_triton
 from tests.support.common import relative_error
 from tests.support.triton_device import DEVICE, arrange, gpu
@@ -198,13 +198,13 @@ def poison() -> None:
 def check(case: Case, monkeypatch) -> None:
     call = make(case)
     seen = []
-    kernels = prefill_triton.tiled_attention
+    kernels = prefill_triton.select_blocks
 
-    def recording(*arguments):
-        seen.append((arguments, kernels(*arguments)))
+    def recording(q, k, state, given):
+        seen.append((given, kernels(q, k, state, given)))
         return seen[-1][1]
 
-    monkeypatch.setattr(prefill_triton, "tiled_attention", recording)
+    monkeypatch.setattr(prefill_triton, "select_blocks", recording)
     if DEVICE.type == "cuda":
         poison()
     out = call.run()
@@ -216,9 +216,10 @@ def check(case: Case, monkeypatch) -> None:
 
     geometry = case.config.geometry
     chosen = None
-    if seen and call.sequences and seen[0][0][11]:
-        arguments, (_, _, *lists) = seen[0]
-        plan = prefill_triton._plan(arguments[0], arguments[1], *arguments[3:8], geometry)
+    if seen and call.sequences:
+        given, (*lists, sequences, panels) = seen[0]
+        shape = TileShape.choose(case.group, geometry.query_block)
+        plan = TilePlan(sequences, given.cu_seqlens_k is not None, shape, panels)
         chosen = visited(case, plan, *lists)
     wide = [x.detach().double().requires_grad_() for x in (call.q, call.k, call.v)]
     expected = torch.zeros_like(out, dtype=torch.float64)

@@ -18,7 +18,8 @@ from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config
-from infllm_pass.lowering.ops import prefill_cpu
+from infllm_pass.lowering.ops import prefill
+from infllm_pass.lowering.ops.attention_args import AttentionCall
 from tests.support.common import SMALL, llama, oracle_attention, relative_error, tokens
 
 pytestmark = [
@@ -80,8 +81,8 @@ def test_torch_operators_match_the_oracle(dtype, padded):
     out = switchable_attention(q, k, v, SMALL, key_mask=key_mask)
     grad = torch.randn_like(out)
     g = SMALL.geometry
-    call = (key_mask, *[None] * 5, 32**-0.5, SMALL.dense_len)
-    blocks = prefill_cpu.select_blocks(q, k, *call, *prefill_cpu.selection_arguments(g))
+    call = AttentionCall(32**-0.5, SMALL.dense_len, g, key_mask=key_mask).arguments
+    (blocks,) = select(q, k, call)
     chosen = (blocks[..., None] == torch.arange(g.num_blocks(301), device="cuda")).any(-2)
     wide = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
     common = {"geometry": g, "scale": 32**-0.5, "offset": 0, "key_mask": key_mask, "dense_len": SMALL.dense_len}
@@ -321,25 +322,35 @@ def test_kernels_are_compiled_for_no_length_in_particular():
 # Operators in PyTorch's own checks.
 
 
-def operator_arguments(case, length=150):
-    from infllm_pass.lowering.ops.prefill_triton import tiled_arguments
+def select(q, k, call):
+    """Compression and selection."""
+    return prefill.select_blocks(q, k, prefill.compress_keys(q, k, *call), *call)
 
+
+def operator_arguments(case, length=150):
+    """q, k and v, and what all operators take after them; the case "dense" is one without a selection."""
     batch, packed = (1, True) if case == "packed" else (2, False)
     q, k, v = qkv(length, torch.float32, batch, (4, 2, 2), 16, requires_grad=True)
-    key_mask = offsets = cu_seqlens_q = cu_seqlens_k = offset = window = None
+    place = {}
     if case == "padded":
         key_mask = torch.ones(batch, length, dtype=torch.bool, device="cuda")
         key_mask[0, :20] = False
+        place["key_mask"] = key_mask
     elif case == "window":
-        window = 40
+        place["window"] = 40
     elif case == "int offset":
-        q, offset = q[:, :, :50].detach().requires_grad_(), 60
+        q, place["offset"] = q[:, :, :50].detach().requires_grad_(), 60
     elif case == "device offset":
-        q, offsets = q[:, :, :50].detach().requires_grad_(), torch.tensor([60], device="cuda")
+        q, place["offsets"] = q[:, :, :50].detach().requires_grad_(), torch.tensor([60], device="cuda")
     if packed:
-        cu_seqlens_q = cu_seqlens_k = torch.tensor([0, 10, 100, length], dtype=torch.int32, device="cuda")
-    numbers = (offset, window, 0.25, 64, case != "dense", *tiled_arguments(TILED.geometry))
-    return (q, k, v, key_mask, offsets, cu_seqlens_q, cu_seqlens_k, *numbers)
+        bounds = torch.tensor([0, 10, 100, length], dtype=torch.int32, device="cuda")
+        place |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    return (q, k, v), AttentionCall(0.25, 64, TILED.geometry, **place).arguments
+
+
+def attend(case, q, k, v, *call):
+    """The operators of a site."""
+    return prefill.block_attention(q, k, v, [] if case == "dense" else select(q, k, call), *call)
 
 
 OPERATOR_CASES = ["plain", "dense", "padded", "window", "int offset", "device offset", "packed"]
@@ -347,22 +358,24 @@ OPERATOR_CASES = ["plain", "dense", "padded", "window", "int offset", "device of
 
 @pytest.mark.parametrize("case", OPERATOR_CASES)
 def test_opcheck(case):
-    from infllm_pass.lowering.ops import prefill_triton
-
+    (q, k, v), call = operator_arguments(case)
     with initialised_memory():
-        torch.library.opcheck(prefill_triton.tiled_attention, operator_arguments(case), rtol=1e-3, atol=1e-3)
+        torch.library.opcheck(prefill.compress_keys.default, (q, k, *call))
+        state = prefill.compress_keys(q, k, *call)
+        torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call))
+        selection = [] if case == "dense" else select(q, k, call)
+        torch.library.opcheck(prefill.block_attention.default, (q, k, v, selection, *call), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", OPERATOR_CASES)
 def test_opcheck_of_the_backward(case):
-    from infllm_pass.lowering.ops import prefill_triton
-
-    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in operator_arguments(case)]
+    tensors, call = operator_arguments(case)
+    q, k, v = (x.detach() for x in tensors)
     with initialised_memory():
-        results = prefill_triton.tiled_attention(*arguments)
-        grad = torch.randn_like(results[0])
-        backward = (grad, *arguments[:3], *results, *arguments[3:])
-        torch.library.opcheck(prefill_triton.tiled_attention_backward, backward, rtol=1e-3, atol=1e-3)
+        selection = [] if case == "dense" else select(q, k, call)
+        out, lse = prefill.block_attention(q, k, v, selection, *call)
+        backward = (torch.randn_like(out), q, k, v, out, lse, selection, *call)
+        torch.library.opcheck(prefill.block_attention_backward.default, backward, rtol=1e-3, atol=1e-3)
 
 
 @contextmanager
@@ -378,19 +391,11 @@ def initialised_memory() -> Iterator[None]:
 @pytest.mark.parametrize("case", OPERATOR_CASES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_calls_equal_eager_calls(case, dynamic):
-    from infllm_pass.lowering.ops import prefill_triton
-
-    def run(*arguments):
-        out = prefill_triton.tiled_attention(*arguments)[0]
-        return (out, *torch.autograd.grad(out.square().sum(), arguments[:3]))
-
-    arguments = operator_arguments(case)
-    expected = run(*arguments)
-    q, k, v, *others = arguments
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = torch.compile(lambda *a: prefill_triton.tiled_attention(*a)[0], dynamic=dynamic, fullgraph=True)(
-        *leaves, *others
-    )
+    tensors, call = operator_arguments(case)
+    out = attend(case, *tensors, *call)[0]
+    expected = (out, *torch.autograd.grad(out.square().sum(), tensors))
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = torch.compile(lambda *a: attend(case, *a)[0], dynamic=dynamic, fullgraph=True)(*leaves, *call)
     actual = (out, *torch.autograd.grad(out.square().sum(), leaves))
     for one, other in zip(actual, expected, strict=True):
         assert relative_error(one, other) < 1e-6
@@ -400,21 +405,36 @@ def test_compiled_calls_equal_eager_calls(case, dynamic):
 
 
 @pytest.mark.parametrize("heads", [(32, 2, 2), (32, 8, 8)], ids=str)
-def test_compiled_graphs_launch_with_the_options_that_inductor_drops(heads):
-    """The stage is an operator that compiled code calls; its results are those of the call that is not compiled."""
-    from infllm_pass.lowering.ops import prefill_triton
-    from infllm_pass.lowering.ops.opaque import attend_tiles
-
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "CUDA graphs"])
+def test_compiled_graphs_call_the_operators(heads, graphs):
+    """Inductor generates no launch of theirs; results are those of the call that is not compiled, to the bit."""
     config = SparseAttentionConfig(topk=4, window_size=256, dense_len=1024)
     q, k, v = qkv(3001, heads=heads, dim=128)
-    compiled = torch.compile(lambda q, k, v: switchable_attention(q, k, v, config))
-    out, code = run_and_get_code(compiled, q, k, v)
-    assert any("infllm.attend_tiles" in source for source in code) == (torch.cuda.get_device_capability() == (9, 0))
-    assert torch.equal(out, switchable_attention(q, k, v, config))
-    short = [x[:, :, :500] for x in (q, k, v)]
-    plan = prefill_triton._plan(*short[:2], None, None, None, None, None, config.geometry)
-    numbers = (plan.packed, None, 128**-0.5, 1024, True, *prefill_cpu.selection_arguments(config.geometry))
-    torch.library.opcheck(attend_tiles, (*short, None, None, None, plan.sequences, plan.panels, None, *numbers))
+    options = {"triton.cudagraphs": graphs}
+    compiled = torch.compile(lambda q, k, v: switchable_attention(q, k, v, config) + 1, options=options)
+    _, (source,) = run_and_get_code(compiled, q, k, v)
+    for name in ("compress_keys", "select_blocks", "block_attention"):
+        assert f"torch.ops.infllm.{name}.default" in source
+    assert "_attention_forward_kernel" not in source
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        assert torch.equal(compiled(q, k, v), switchable_attention(q, k, v, config) + 1)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+def test_cuda_graphs_leave_out_what_reads_data_on_the_host():
+    """Torch operators, which take the geometries that the Triton kernels refuse."""
+    q, k, v = qkv(300, torch.float32, 1, (6, 2, 2), 32)
+    options = {"triton.cudagraphs": True}
+    compiled = torch.compile(lambda q, k, v: switchable_attention(q, k, v, SMALL) + 1, options=options)
+    with pytest.warns(UntunedDeviceWarning):
+        out, (source,) = run_and_get_code(compiled, q, k, v)
+    assert "torch.ops.infllm.block_attention.on_host" in source
+    with pytest.warns(UntunedDeviceWarning):
+        expected = switchable_attention(q, k, v, SMALL) + 1
+    for _ in range(3):
+        assert torch.equal(compiled(q, k, v), expected)
+    assert torch.equal(out, expected)
 
 
 def test_a_captured_call_replays_on_new_inputs():
@@ -603,7 +623,8 @@ def test_exported_modules_keep_the_operator():
     x = torch.randn(1, 200, 64, device="cuda", dtype=torch.bfloat16)
     program = exported(module, x)
     targets = [node.target for node in program.graph.nodes]
-    assert targets.count(torch.ops.infllm.tiled_attention.default) == 1
+    for operator in (prefill.compress_keys, prefill.select_blocks, prefill.block_attention):
+        assert targets.count(operator.default) == 1
     for length in (200, 333):
         x = torch.randn(1, length, 64, device="cuda", dtype=torch.bfloat16)
         assert relative_error(program.module()(x), module(x)) < 1e-3
@@ -640,12 +661,11 @@ def test_bad_calls_are_refused():
 
 
 def test_strides_without_a_unit_are_copied_by_the_functions_and_refused_by_the_operator():
-    from infllm_pass.lowering.ops import prefill_triton
-
     q, k, v = qkv(100)
     strided = k.mT.contiguous().mT
     assert strided.stride(-1) != 1
     assert torch.equal(switchable_attention(q, strided, v, TILED), switchable_attention(q, k, v, TILED))
-    others = (*(None for _ in range(6)), 0.125, 0, True, *prefill_triton.tiled_arguments(TILED.geometry))
-    with pytest.raises(ShapeError, match=r"k.contiguous\(\) first"):
-        prefill_triton.tiled_attention(q, strided, v, *others)
+    call = AttentionCall(0.125, 0, TILED.geometry).arguments
+    for operator in (prefill.compress_keys, lambda *given: prefill.block_attention(*given[:2], v, [], *given[2:])):
+        with pytest.raises(ShapeError, match=r"k.contiguous\(\) first"):
+            operator(q, strided, *call)

@@ -1,7 +1,7 @@
 """What Torch-TensorRT needs to make the plugin of `tensorrt` of this package's operators.
 
-A lowering pass joins the operators of a site, and a converter, which Torch-TensorRT finds by the operator, adds the plugin.
-Without them it would run the operators in PyTorch, between engines.
+A lowering pass joins the operators of a site, and a converter, which Torch-TensorRT finds by the operator, adds the
+plugin. Without them it would run the operators in PyTorch, between engines.
 """
 
 from __future__ import annotations

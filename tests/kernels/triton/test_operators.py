@@ -93,12 +93,12 @@ def test_a_state_or_selection_of_other_tensors_is_refused():
     call = AttentionCall(SCALE, 0, GEOMETRY).arguments
     (q, k, v), (short_q, short_k, _) = tensors(), tensors(40)
     state = prefill.compress_keys(short_q, short_k, *call)
-    with pytest.raises(ShapeError, match="K1 has shape .* made of the same keys"):
+    with pytest.raises(ShapeError, match=r"K1 has shape .* made of the same keys"):
         prefill.select_blocks(q, k, state, *call)
     with pytest.raises(ShapeError, match="state has 2 tensors: expected the 3"):
         prefill.select_blocks(q, k, state[:2], *call)
     selection = prefill.select_blocks(short_q, short_k, state, *call)
-    with pytest.raises(ShapeError, match="panels has shape .* made of the same queries"):
+    with pytest.raises(ShapeError, match=r"panels has shape .* made of the same queries"):
         prefill.block_attention(q, k, v, selection, *call)
     with pytest.raises(ShapeError, match="selection has 1 tensors: expected none, or the 5"):
         prefill.block_attention(q, k, v, selection[:1], *call)

@@ -1,4 +1,4 @@
-"""What compilers see of the operators on CUDA: calls, or kernels where a graph leaves Python; no length pinned. No GPU."""
+"""What compilers see of the operators on CUDA: calls, or kernels where graphs leave Python. Needs no GPU."""
 
 from __future__ import annotations
 
