@@ -1,12 +1,14 @@
-"""C++ kernels, compiled on the machine that they run on: by Inductor's compiler and into its cache, once.
+"""C++ kernels for the CPU: compiled by Inductor's compiler when first called, and kept in its cache.
 
-``kernels/cpu/csrc/decode_attention.h``
+``csrc/decode_attention.h``
     a decode step.
-``kernels/cpu/csrc/switchable_attention.h``
-    block selection and attention of whole prompts, called from here; and both in one, which packages contain
-    (`lowering.inductor.cpp_extern`).
+``csrc/switchable_attention.h``
+    compression of keys, block selection and block-sparse attention of one sequence; and all of them in one call, which
+    AOTInductor packages compile in (`lowering.inductor.cpp_extern`).
+``csrc/attention_backward.h``
+    the gradient of block-sparse attention.
 
-Each function here takes the place of one in torch operators, and says whether it could.
+Each function here computes what its namesake in `kernels.cpu.chunked` does, and returns whether it could.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,45 @@ from infllm_pass.compat.inductor import compiled_cpp, cpp_errors
 from infllm_pass.errors import UncompiledKernelWarning
 
 from ..geometry import BlockGeometry
+from .sequences import AttentionParams
 
-DTYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half"}
+DTYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half", torch.float64: "double"}
 """What the kernels compute with, as C++ names it."""
 
 NO_WINDOW = 2**62
 """A window that every key is in."""
 
-_NUMBERS = """
+
+def _fields(text: str) -> dict[str, int]:
+    """Fields and how many integers each has, in order: one, or what follows a colon."""
+    return {name: int(count or 1) for name, _, count in (word.partition(":") for word in text.split())}
+
+
+_FIXED = (
+    "window dense_len kernel_size kernel_stride block_size init_blocks local_blocks selected_blocks exact query_block"
+)
+
+CALL_FIELDS = _fields(
+    f"batch heads_q heads length_q length_k dim dim_v stride_q:3 stride_k:3 stride_v:3 offset {_FIXED}"
+)
+"""Integers of ``infllm::Call``."""
+
+DECODE_FIELDS = _fields(
+    "batch heads group length_q dim dim_v stride_q:3 stride_k:3 stride_v:3 stride_k1:3 stride_k2:3 stride_mask:2 "
+    f"{_FIXED} threads"
+)
+"""Integers of ``infllm::DecodeCall``."""
+
+GRADIENT_FIELDS = _fields("grad_out:2 out:2 lse grad_q:2 grad_k:2 grad_v:2")
+"""Integers of ``infllm::GradientStrides``."""
+
+_STRUCTS = {
+    "query_chunk.h": ("Call", CALL_FIELDS),
+    "decode_attention.h": ("DecodeCall", DECODE_FIELDS),
+    "attention_backward.h": ("GradientStrides", GRADIENT_FIELDS),
+}
+
+_PRELUDE = """
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 using T = {number};
@@ -43,27 +76,46 @@ _FUNCTIONS = {
     "decode_attention.h": """
 extern "C" void decode_attention(
     const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const T* k1, const T* k2,
-    const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, float* lse) {
-  const infllm::DecodeCall call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
+    const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, infllm::Real<T>* lse) {
+  const auto call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
   infllm::DecodeStep<T>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
 }
 """,
     "switchable_attention.h": """
-extern "C" void compress_keys(const int64_t* numbers, double scale, const T* k, T* fine, T* coarse) {
-  infllm::compress_keys(infllm::call_of<infllm::Call>(numbers, scale), k, fine, coarse);
+extern "C" void compress_keys(
+    const int64_t* numbers, const T* k, T* k1, T* k2, const int64_t* strides1, const int64_t* strides2) {
+  const auto call = infllm::call_of<infllm::Call>(numbers, 1.0);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t head = 0; head < call.heads; head++)
+    infllm::compress_keys<T>(
+        call, k + head * call.stride_k[1], call.stride_k[2], call.length_k,
+        {k1 + head * strides1[0], strides1[1]}, {k2 + head * strides2[0], strides2[1]});
 }
 
 extern "C" void select_blocks(
-    const int64_t* numbers, double scale, const T* q, const T* fine, const T* coarse, int32_t* blocks) {
-  infllm::select_blocks(infllm::call_of<infllm::Call>(numbers, scale), q, fine, coarse, blocks);
+    const int64_t* numbers, double scale, const T* q, T* k1, T* k2, const int64_t* strides1, const int64_t* strides2,
+    int32_t* blocks) {
+  infllm::select_blocks<T>(
+      infllm::call_of<infllm::Call>(numbers, scale), q, {k1, strides1[1]}, strides1[0], {k2, strides2[1]}, strides2[0],
+      blocks);
 }
 
 extern "C" void attend_blocks(
     const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const bool* valid,
-    const int32_t* blocks, const int64_t* places, T* out, float* lse) {
-  infllm::attend_blocks(
-      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, blocks, {places[0], places[1], places[2]}, out,
-      lse);
+    const int32_t* blocks, const int64_t* strides, T* out, infllm::Real<T>* lse) {
+  infllm::attend_blocks<T>(
+      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, {blocks, strides[0], strides[1]}, out, lse,
+      strides[2]);
+}
+""",
+    "attention_backward.h": """
+extern "C" void attend_blocks_backward(
+    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const bool* valid,
+    const int32_t* blocks, const int64_t* strides, const infllm::GradientStrides* gradient_strides,
+    const T* grad_out, const T* out, const infllm::Real<T>* lse, T* grad_q, T* grad_k, T* grad_v) {
+  infllm::attend_blocks_backward<T>(
+      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, {blocks, strides[0], strides[1]},
+      {grad_out, out, lse, grad_q, grad_k, grad_v}, *gradient_strides);
 }
 """,
 }
@@ -72,9 +124,26 @@ extern "C" void attend_blocks(
 
 @cache
 def header(name: str) -> str:
-    """The text of a header in ``csrc/``, with those that it includes."""
+    """The text of a header in ``csrc/``, with those that it includes, and checks that structs are as declared here."""
     text = (Path(__file__).with_name("csrc") / name).read_text()
-    return re.sub(r'#include "(\w+\.h)"\n', lambda included: header(included[1]), text)
+    text = re.sub(r'#include "(\w+\.h)"\n', lambda included: header(included[1]), text)
+    if name not in _STRUCTS:
+        return text
+    struct, fields = _STRUCTS[name]
+    checks, at = "", 0
+    for field, count in fields.items():
+        checks += f"static_assert(offsetof(infllm::{struct}, {field}) == {8 * at} && "
+        checks += f'sizeof(infllm::{struct}::{field}) == {8 * count}, "{struct}.{field}");\n'
+        at += count
+    scale = 8 * (name != "attention_backward.h")
+    return text + f'{checks}static_assert(sizeof(infllm::{struct}) == {8 * at + scale}, "{struct}");\n'
+
+
+def integers(fields: Mapping[str, int], **values: Any) -> list[Any]:
+    """The integers of a struct in its order, from the values of all its fields."""
+    if values.keys() != fields.keys():
+        raise TypeError(f"expected the fields {', '.join(fields)}; got {', '.join(values)}")
+    return [x for name, count in fields.items() for x in ([values[name]] if count == 1 else values[name])]
 
 
 def call_numbers(
@@ -85,45 +154,59 @@ def call_numbers(
     stride_k: Sequence[Any],
     stride_v: Sequence[Any],
     offset: Any,
-    fixed: Sequence[int],
+    fixed: Mapping[str, int],
 ) -> list[Any]:
-    """The numbers of ``infllm::Call`` in its order, integers or expressions, as the sizes are."""
+    """The integers of ``infllm::Call`` in its order, numbers or expressions, as the sizes are."""
     batch, heads_q, length_q, dim = size_q
-    sizes = (batch, heads_q, size_k[1], length_q, size_k[2], dim, size_v[3])
-    return [*sizes, *stride_q[:3], *stride_k[:3], *stride_v[:3], offset, *fixed]
+    return integers(
+        CALL_FIELDS,
+        batch=batch,
+        heads_q=heads_q,
+        heads=size_k[1],
+        length_q=length_q,
+        length_k=size_k[2],
+        dim=dim,
+        dim_v=size_v[3],
+        offset=offset,
+        stride_q=stride_q[:3],
+        stride_k=stride_k[:3],
+        stride_v=stride_v[:3],
+        **fixed,
+    )
 
 
-def fixed_numbers(window: int | None, dense_len: int, geometry: BlockGeometry) -> tuple[int, ...]:
-    """Those among the numbers of a call, of a prompt or a step, that do not depend on its tensors: the last ones."""
-    numbers = (int(value == "exact") if name == "lse" else int(value) for name, value in vars(geometry).items())
-    return (NO_WINDOW if window is None else window, dense_len, *numbers)
+def fixed_numbers(window: int | None, dense_len: int, geometry: BlockGeometry) -> dict[str, int]:
+    """Those integers of a call, of a prompt or a step, that do not depend on its tensors."""
+    sizes = {name: int(value) for name, value in vars(geometry).items() if name != "lse"}
+    exact = int(geometry.lse == "exact")
+    return {"window": NO_WINDOW if window is None else window, "dense_len": dense_len, "exact": exact, **sizes}
 
 
 def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    begins: list[int],
-    ends: list[int],
+    state: tuple[Tensor, Tensor],
+    bounds: tuple[list[int], list[int]],
     key_mask: Tensor | None,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
+    params: AttentionParams,
     dense_len: int,
-    window: int | None,
     out: Tensor,
     lse: Tensor,
 ) -> bool:
-    """Attention of a decode step, the state being up to date.
+    """Attention of a decode step, the compressed keys being up to date.
 
     Args:
-        q: see `kernels.cpu.decode.decode_attention`, as for the arguments that are not named here.
-        begins: first valid key of each row, ``0 <= begins <= ends <= C``.
-        ends: one past the last one.
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, C, D]``.
+        v: ``[B, Hkv, C, Dv]``.
+        state: K1 and K2, ``[B, Hkv, n, D]``.
+        bounds: first valid key of each row, and one past the last one: ``0 <= begin <= end <= C``.
+        key_mask: bool ``[B, C]``, any strides; False hides a key.
+        params: its offset and mask are not read.
+        dense_len: rows with fewer keys are dense.
         out: ``[B, Lq, Hq, Dv]``, contiguous; written for queries that stand on a key.
-        lse: float32 ``[B, Hq, Lq]``, the same.
+        lse: ``[B, Hq, Lq]``, contiguous, float32 or float64; the same.
 
     Returns:
         Whether it was computed: the kernel takes `DTYPES` and adjacent features, and it has to be compiled.
@@ -131,128 +214,138 @@ def decode_attention(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    kernels = _kernels("decode_attention.h", q, k, v)
-    if kernels is None:
+    q, (k1, k2) = adjacent(q), state
+    library = _library_for("decode_attention.h", q, k, v, k1, k2)
+    if library is None:
         return False
     batch, heads_q, length_q, dim = q.shape
-    heads, dim_v = v.shape[1], v.shape[3]
-    strides = [stride for tensor in (q, k, v, k1, k2) for stride in tensor.stride()[:3]]
-    numbers = [batch, heads, heads_q // heads, length_q, dim, dim_v, *strides]
-    numbers += [0, 0] if key_mask is None else key_mask.stride()
-    numbers += fixed_numbers(window, dense_len, geometry)
-    numbers += [torch.get_num_threads()]
-    kernels.decode_attention(
+    numbers = integers(
+        DECODE_FIELDS,
+        batch=batch,
+        heads=v.shape[1],
+        group=heads_q // v.shape[1],
+        length_q=length_q,
+        dim=dim,
+        dim_v=v.shape[3],
+        threads=torch.get_num_threads(),
+        **{f"stride_{name}": x.stride()[:3] for name, x in (("q", q), ("k", k), ("v", v), ("k1", k1), ("k2", k2))},
+        stride_mask=(0, 0) if key_mask is None else key_mask.stride(),
+        **fixed_numbers(params.window, dense_len, params.geometry),
+    )
+    library.decode_attention(
         _int64s(numbers),
-        ctypes.c_double(scale),
-        *(_address(tensor) for tensor in (q, k, v, k1, k2)),
-        *(_int64s(begins), _int64s(ends)),
-        *(_address(tensor) for tensor in (key_mask, out, lse)),
+        ctypes.c_double(params.scale),
+        *map(_address, (q, k, v, k1, k2)),
+        *map(_int64s, bounds),
+        *map(_address, (key_mask, out, lse)),
     )
     return True
 
 
-def compress_sequence(k: Tensor, fine: Tensor, coarse: Tensor, *, geometry: BlockGeometry) -> bool:
-    """Means of all complete windows of one sequence ``[Hkv, L, D]``: whether they were written.
+def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) -> bool:
+    """Compressed keys of one sequence.
 
     Args:
-        fine: ``[Hkv, n1, D]``, written.
-        coarse: ``[Hkv, n2, D]``, written.
-
-    Warns:
-        UncompiledKernelWarning: there is no compiler, or it failed; once.
+        k: ``[Hkv, L, D]``.
+        k1: ``[Hkv, n, D]``, its first complete windows are written.
+        k2: the same for coarse windows.
+        geometry: the block geometry.
     """
-    kernels = _kernels("switchable_attention.h", k, fine, coarse)
-    if kernels is None:
+    library = _library_for("switchable_attention.h", k, k1, k2)
+    if library is None:
         return False
-    numbers = _sequence_numbers(k[:, None], (fine, coarse), k.shape[1], geometry, 0, None)
-    kernels.compress_keys(numbers, ctypes.c_double(0.0), *(_address(tensor) for tensor in (k, fine, coarse)))
+    numbers = _sequence_numbers(k[:, None], k, k, AttentionParams(geometry, 1.0))
+    strides = (_int64s(x.stride()[:2]) for x in (k1, k2))
+    library.compress_keys(numbers, *map(_address, (k, k1, k2)), *strides)
     return True
 
 
-def select_sequence(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    length: int,
-    offset: int,
-    window: int | None,
-) -> Tensor | None:
-    """`kernels.cpu.selection.select_sequence`, ascending numbers first; None where it was not computed.
-
-    Warns:
-        UncompiledKernelWarning: there is no compiler, or it failed; once.
-    """
-    kernels = _kernels("switchable_attention.h", q, k1, k2)
-    if kernels is None:
+def select_blocks(q: Tensor, k1: Tensor, k2: Tensor, length: int, params: AttentionParams) -> Tensor | None:
+    """`kernels.cpu.chunked.select_blocks`, blocks ascending and -1 last; None where it was not computed."""
+    library = _library_for("switchable_attention.h", q, k1, k2)
+    if library is None:
         return None
-    blocks = torch.empty(q.shape[0], q.shape[2], geometry.selected_blocks, dtype=torch.int32)
-    numbers = _sequence_numbers(q, (k1, k2), length, geometry, offset, window)
-    kernels.select_blocks(numbers, ctypes.c_double(scale), *(_address(tensor) for tensor in (q, k1, k2, blocks)))
+    keys = k1.new_empty(()).expand(q.shape[0], length, q.shape[3])  # for its shape
+    blocks = torch.empty(q.shape[0], q.shape[2], params.geometry.selected_blocks, dtype=torch.int32)
+    library.select_blocks(
+        _sequence_numbers(q, keys, keys, params),
+        ctypes.c_double(params.scale),
+        *map(_address, (q, k1, k2)),
+        *(_int64s(x.stride()[:2]) for x in (k1, k2)),
+        _address(blocks),
+    )
     return blocks
 
 
-def attend_sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    offset: int,
-    mask: Tensor | None,
-    window: int | None,
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, out: Tensor, lse: Tensor, params: AttentionParams
 ) -> bool:
-    """`kernels.cpu.attention.attend_sequence`: whether it was computed.
-
-    Args:
-        out: a part of ``[B, Lq, Hq, Dv]``, written.
-        lse: a part of ``[B, Hq, Lq]``, written.
-
-    Warns:
-        UncompiledKernelWarning: there is no compiler, or it failed; once.
-    """
-    kernels = _kernels("switchable_attention.h", q, k, v)
-    if kernels is None:
+    """`kernels.cpu.chunked.attend_blocks`; ``out`` is a part of ``[B, Lq, Hq, Dv]``, ``lse`` of ``[B, Hq, Lq]``."""
+    library = _library_for("switchable_attention.h", q, k, v)
+    if library is None:
         return False
-    mask = None if mask is None else mask.contiguous()
-    if blocks is not None and not blocks[0].is_contiguous():
-        blocks = blocks.contiguous()
-    places = [0, 0] if blocks is None else [blocks.stride(0), blocks.shape[2]]
-    kernels.attend_blocks(
-        _sequence_numbers(q, (k, v), k.shape[1], geometry, offset, window),
-        ctypes.c_double(scale),
-        *(_address(tensor) for tensor in (q, k, v, mask, blocks)),
-        _int64s([*places, _head_stride(lse)]),
-        *(_address(tensor) for tensor in (out, lse)),
+    mask, blocks = _contiguous(params.mask, blocks)
+    library.attend_blocks(
+        _sequence_numbers(q, k, v, params),
+        ctypes.c_double(params.scale),
+        *map(_address, (q, k, v, mask, blocks)),
+        _int64s([*_list_strides(blocks), _head_stride(lse)]),
+        *map(_address, (out, lse)),
     )
     return True
 
 
-def _sequence_numbers(
-    q: Tensor,
-    others: tuple[Tensor, Tensor],
-    length: int,
-    geometry: BlockGeometry,
-    offset: int,
-    window: int | None,
-) -> Any:
-    """The numbers of a call for one sequence of `length` keys: queries ``[Hkv, G, n, D]``, two tensors ``[Hkv, m, D]``.
+def attend_blocks_backward(
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    blocks: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    params: AttentionParams,
+) -> bool:
+    """`kernels.cpu.chunked.attend_blocks_backward`; the same bits for any number of threads."""
+    grad_out, q, k, v, out, lse = forward
+    library = _library_for("attention_backward.h", q, k, v, grad_out, out)
+    if library is None:
+        return False
+    grad_q, grad_k, grad_v = gradients
+    mask, blocks = _contiguous(params.mask, blocks)
+    strides = integers(
+        GRADIENT_FIELDS,
+        **{
+            name: (_head_stride(x), x.stride(2))
+            for name, x in (("grad_out", grad_out), ("out", out), ("grad_q", grad_q))
+        },
+        lse=_head_stride(lse),
+        grad_k=grad_k.stride()[:2],
+        grad_v=grad_v.stride()[:2],
+    )
+    library.attend_blocks_backward(
+        _sequence_numbers(q, k, v, params),
+        ctypes.c_double(params.scale),
+        *map(_address, (q, k, v, mask, blocks)),
+        _int64s(_list_strides(blocks)),
+        _int64s(strides),
+        *map(_address, (grad_out, out, lse, *gradients)),
+    )
+    return True
 
-    The two are keys and values, or fine and coarse compressed keys; without queries, keys take their place.
-    """
+
+def _contiguous(mask: Tensor | None, blocks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if blocks is not None and not blocks[0].is_contiguous():
+        blocks = blocks.contiguous()
+    return None if mask is None else mask.contiguous(), blocks
+
+
+def _list_strides(blocks: Tensor | None) -> list[int]:
+    return [0, 0] if blocks is None else [blocks.stride(0), blocks.shape[2]]
+
+
+def _sequence_numbers(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Any:
+    """The integers of a call for one sequence: ``[Hkv, G, n, D]``, ``[Hkv, L, D]`` and ``[Hkv, L, Dv]``."""
     heads, group, length_q, dim = q.shape
-    k, v = others
-    sizes = (1, heads * group, length_q, dim), (1, heads, length, dim), (1, *v.shape)
+    sizes = (1, heads * group, length_q, dim), (1, *k.shape), (1, *v.shape)
     strides = (0, _head_stride(q), q.stride(2)), (0, *k.stride()), (0, *v.stride())
-    return _int64s(call_numbers(*sizes, *strides, offset, fixed_numbers(window, 0, geometry)))
+    fixed = fixed_numbers(params.window, 0, params.geometry)
+    return _int64s(call_numbers(*sizes, *strides, params.offset, fixed))
 
 
 def _head_stride(x: Tensor) -> int:
@@ -260,13 +353,18 @@ def _head_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
+def adjacent(x: Tensor) -> Tensor:
+    """A tensor whose features are adjacent in memory, copied where they are not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def takes(x: Tensor) -> bool:
     """Whether the kernels take tensors of this device and dtype."""
     return x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def _kernels(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
-    """A library for these tensors, the first of which has the dtype of all; None where they are not taken.
+def _library_for(name: str, *tensors: Tensor) -> ctypes.CDLL | None:
+    """A library for these tensors; None where they are not taken, or nothing can be compiled.
 
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
@@ -280,15 +378,15 @@ def _address(tensor: Tensor | None) -> Any:
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
-def _int64s(numbers: list[int]) -> Any:
+def _int64s(numbers: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 @cache
 def _library(dtype: torch.dtype, name: str) -> ctypes.CDLL | None:
-    """The compiled kernels for a dtype; None where they cannot be compiled."""
+    """The compiled kernels of a header for a dtype; None where they cannot be compiled."""
     try:
-        return compiled_cpp(header(name) + _NUMBERS.format(number=DTYPES[dtype]) + _FUNCTIONS[name])
+        return compiled_cpp(header(name) + _PRELUDE.format(number=DTYPES[dtype]) + _FUNCTIONS[name])
     except cpp_errors() as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         warnings.warn(

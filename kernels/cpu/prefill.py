@@ -1,7 +1,7 @@
-"""InfLLM-V2 block selection and sparse attention on the CPU (arXiv 2509.24663).
+"""InfLLM-V2 block selection and sparse attention of whole prompts, forward and backward (arXiv 2509.24663).
 
-Forward, C++ kernels take what they can (`kernels.cpu.native`). The rest, float64 above all, machines without a
-compiler, other devices, and gradients are left to torch operators, which run on any device. Memory is linear in the
+The sequences of a call are computed one by one: in C++ (`kernels.cpu.native`), or in torch operators on any device
+(`kernels.cpu.chunked`) where the kernels do not take the tensors or cannot be compiled. Memory is linear in the
 length: nothing of size ``Lq x Lk``, nor ``Lq x Lk / kernel_stride``, exists at once.
 """
 
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
-from . import native
-from .attention import attend_sequence
-from .backward import attend_sequence_backward
-from .gemm import compute_dtype
-from .rows import Sequence, sequences
-from .selection import pool_keys, select_sequence
+from . import chunked, native
+from .chunked import compute_dtype
+from .native import adjacent
+from .sequences import AttentionParams, Placement, Sequence, sequences
 
 __all__ = ["attention_backward", "attention_forward", "compress_keys", "new_windows", "select_blocks"]
 
@@ -65,16 +63,13 @@ def compress_keys(
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    fine, coarse = new_windows(k, geometry)
-    batch, _, length_k, _ = k.shape
-    for one in sequences(batch, q.shape[2], length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+    k, (fine, coarse) = adjacent(k), new_windows(k, geometry)
+    placement = Placement(offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
+    for one in sequences(k.shape[0], q.shape[2], k.shape[2], placement):
         if one.length >= dense_len:
-            keys, windows = k[one.row, :, one.keys], one_sequence(fine, coarse, one, geometry)
-            if not native.compress_sequence(keys, *windows, geometry=geometry):
-                for target, factor in zip(windows, (1, COARSE_FACTOR), strict=True):
-                    size, stride = geometry.kernel_size * factor, geometry.kernel_stride * factor
-                    pooled = pool_keys(keys, size, stride)
-                    target[:, : pooled.shape[1]] = pooled
+            arguments = k[one.row, :, one.keys], *one_sequence(fine, coarse, one, geometry), geometry
+            if not native.compress_keys(*arguments):
+                chunked.compress_keys(*arguments)
     return [fine, coarse]
 
 
@@ -134,19 +129,18 @@ def select_blocks(
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
+    q = adjacent(q)
     batch, _, length_q, _ = q.shape
     heads, length_k = k.shape[1], k.shape[2]
     chosen = torch.full((batch, heads, length_q, geometry.selected_blocks), -1, dtype=torch.int32, device=q.device)
-    for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+    placement = Placement(offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
+    for one in sequences(batch, length_q, length_k, placement):
         if one.length >= dense_len:
-            queries = _grouped(q, heads)[one.row, :, :, one.queries]
             windows = one_sequence(fine, coarse, one, geometry)
-            place = {"length": one.length, "offset": one.offset, "window": window}
-            numbers = {"geometry": geometry, "scale": scale, **place}
-            blocks = native.select_sequence(queries, *windows, **numbers)
-            if blocks is None:
-                blocks = select_sequence(queries, *windows, **numbers)
-            chosen[one.row, :, one.queries] = blocks
+            params = AttentionParams(geometry, scale, one.offset, window)
+            arguments = _grouped(q, heads)[one.row, :, :, one.queries], *windows, one.length, params
+            blocks = native.select_blocks(*arguments)
+            chosen[one.row, :, one.queries] = chunked.select_blocks(*arguments) if blocks is None else blocks
     return chosen
 
 
@@ -190,23 +184,25 @@ def attention_forward(
         ``[B, Hq, Lq]``, float32 (float64 for float64 inputs). A query that sees no key, or stands outside
         every sequence, gives 0 and ``-inf``.
     """
+    q, k, v = map(adjacent, (q, k, v))
     batch, heads_q, length_q, _ = q.shape
     heads, length_k, dim_v = v.shape[1:]
     out = q.new_zeros(batch, length_q, heads_q, dim_v).transpose(1, 2)
     lse = torch.full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype), device=q.device)
-    for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+    placement = Placement(offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
+    for one in sequences(batch, length_q, length_k, placement):
         sparse = blocks is not None and one.length >= dense_len
-        tensors = (
+        arguments = (
             _grouped(q, heads)[one.row, :, :, one.queries],
             k[one.row, :, one.keys],
             v[one.row, :, one.keys],
             blocks[one.row, :, one.queries] if blocks is not None and sparse else None,
             _grouped(out, heads)[one.row, :, :, one.queries],
             _grouped(lse, heads)[one.row, :, :, one.queries],
+            AttentionParams(geometry, scale, one.offset, window, one.mask),
         )
-        numbers = {"geometry": geometry, "scale": scale, "offset": one.offset, "mask": one.mask, "window": window}
-        if not native.attend_sequence(*tensors, **numbers):
-            attend_sequence(*tensors, **numbers)
+        if not native.attend_blocks(*arguments):
+            chunked.attend_blocks(*arguments)
     return out, lse
 
 
@@ -253,25 +249,25 @@ def attention_backward(
     Returns:
         Gradients of ``q``, ``k`` and ``v`` in their shapes and types.
     """
+    grad_out, q, k, v, out = map(adjacent, (grad_out, q, k, v, out))
     batch, _, length_q, _ = q.shape
     heads, length_k = k.shape[1], k.shape[2]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for one in sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k):
+    placement = Placement(offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
+    for one in sequences(batch, length_q, length_k, placement):
         sparse = blocks is not None and one.length >= dense_len
-        attend_sequence_backward(
-            *(_grouped(x, heads)[one.row, :, :, one.queries] for x in (grad_out, q, out, lse)),
-            k=k[one.row, :, one.keys],
-            v=v[one.row, :, one.keys],
-            blocks=blocks[one.row, :, one.queries] if blocks is not None and sparse else None,
-            grad_q=_grouped(grad_q, heads)[one.row, :, :, one.queries],
-            grad_k=grad_k[one.row, :, one.keys],
-            grad_v=grad_v[one.row, :, one.keys],
-            geometry=geometry,
-            scale=scale,
-            offset=one.offset,
-            mask=one.mask,
-            window=window,
+        grad, queries, result, log, grad_queries = (
+            _grouped(x, heads)[one.row, :, :, one.queries] for x in (grad_out, q, out, lse, grad_q)
         )
+        keys, values, grad_keys, grad_values = (x[one.row, :, one.keys] for x in (k, v, grad_k, grad_v))
+        arguments = (
+            (grad, queries, keys, values, result, log),
+            blocks[one.row, :, one.queries] if blocks is not None and sparse else None,
+            (grad_queries, grad_keys, grad_values),
+            AttentionParams(geometry, scale, one.offset, window, one.mask),
+        )
+        if not native.attend_blocks_backward(*arguments):
+            chunked.attend_blocks_backward(*arguments)
     return grad_q, grad_k, grad_v
 
 

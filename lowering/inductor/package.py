@@ -16,8 +16,7 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from infllm_pass.errors import DtypeError, ExportError
-from infllm_pass.kernels.cpu import native
+from infllm_pass.errors import ExportError
 
 from ..export import fused_op
 from ..export.atomic_file import refuse_unwritable, written_whole
@@ -99,11 +98,6 @@ def join(program: ExportedProgram) -> None:
             raise ExportError(
                 f"{node.name} is left to torch operators on {example.device.type}, which are packaged for the CPU "
                 f"only: {fused_op.refusal(node) or 'this program was exported for another device'}"
-            )
-        if example.dtype not in native.DTYPES:
-            raise DtypeError(
-                f"{node.name} computes in {example.dtype}: a package for the CPU takes "
-                f"{', '.join(map(str, native.DTYPES))}; cast the model first"
             )
 
 

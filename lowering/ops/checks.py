@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infllm_pass.compat.tensors import current_mode
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
-from infllm_pass.kernels.cpu.rows import sequences
+from infllm_pass.kernels.cpu.sequences import Placement, sequences
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.tracing import is_traced
 
@@ -279,7 +279,8 @@ def check_bounds(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k
     Raises:
         ShapeError: bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    for _ in sequences(*(q.shape[0], q.shape[2], k.shape[2], 0), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k):
+    placement = Placement(0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    for _ in sequences(q.shape[0], q.shape[2], k.shape[2], placement):
         pass
 
 

@@ -1,16 +1,15 @@
 // A decode step of switchable attention on the CPU: a few new queries over a cache whose compressed keys are given
 // (InfLLM-V2, arXiv 2509.24663, sections 3.1 and 3.2). Plain C++17 with vector extensions and OpenMP.
 //
-// A step reads its compressed keys and the keys and values that it visits, once and where they lie; little else takes
-// time. A line is what shares a selection: adjacent queries of a batch row, for one key/value head. Scores are computed
-// by line and stretch of windows, attention by query and stretch of visited keys, so that all threads have work at any
-// batch size; parts of a query's softmax are put together at the end. Arithmetic is float32, logits in units of log 2.
+// A step is bound by memory: it reads its compressed keys and the keys and values that it visits, once and in place. A
+// tile is what shares a selection: adjacent queries of a batch row, for one key/value head. Scores are computed by tile
+// and range of windows, attention by query and range of visited keys (split-K), so that all threads have work at any batch
+// size; a query's partial softmaxes are reduced at the end. Logits are in units of log 2.
 
 #ifndef INFLLM_DECODE_ATTENTION_H
 #define INFLLM_DECODE_ATTENTION_H
 
 #include <limits>
-#include <type_traits>
 
 #include "vectors.h"
 
@@ -18,18 +17,19 @@ namespace infllm {
 namespace {
 
 constexpr int64_t SCORED_WINDOWS = 512;  // compressed keys of one task
-constexpr int64_t PIECE_KEYS = 128;      // adjacent keys whose logits are held at once
-constexpr int64_t PART_KEYS = 512;       // visited keys of one task, about
+constexpr int64_t RANGE_KEYS = 128;      // adjacent keys whose logits are held at once
+constexpr int64_t PARTIAL_KEYS = 512;    // visited keys of one task, about
 constexpr int ROWS = 4, VECTORS = 4;     // of one product: what the registers hold
 
+// Order and names: kernels/cpu/native.py, DECODE_FIELDS.
 struct DecodeCall {
   int64_t batch, heads, group, length_q, dim, dim_v;
   int64_t stride_q[3], stride_k[3], stride_v[3];   // of batch, head and token; features are adjacent
-  int64_t stride_fine[3], stride_coarse[3];        // of K1 and K2: of batch, head and window
+  int64_t stride_k1[3], stride_k2[3];              // of batch, head and window
   int64_t stride_mask[2], window, dense_len;       // window: keys, more than there are if there is none
   int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, exact, query_block;
   int64_t threads;
-  float scale;
+  double scale;
 };
 
 // Adjacent keys, numbered from the first of the sequence.
@@ -37,69 +37,72 @@ struct Range {
   int64_t begin, end;
 };
 
-struct Line {
+template <typename R>
+struct SharedTile {
   int64_t row, head, token, tokens;  // queries `token` on
   int64_t length, last;              // keys of the sequence, and the position that decides what is selected
   bool chooses;                      // whether the best `taken` of the blocks from `low` to `high` are visited
   int64_t low, high, taken;
   int64_t fine_begin, fine_end, coarse_end;  // windows that count
-  std::vector<float> queries;                // [tokens * group][padded dim], times scale and log2(e)
-  std::vector<float> fine, coarse;           // logits of windows, [tokens * group][padded count]
+  std::vector<R> queries;                // [tokens * group][padded dim], times scale and log2(e)
+  std::vector<R> fine, coarse;           // logits of windows, [tokens * group][padded count]
   std::vector<int64_t> chosen;               // ascending
 };
 
 // Logits of a stretch of compressed keys.
-struct Scoring {
-  int64_t line;
+struct ScoreTask {
+  int64_t tile;
   bool coarse;
   Range windows;
 };
 
 // Attention of one query's heads to a stretch of what it visits.
-struct Part {
-  int64_t line, token;
+template <typename R>
+struct Partial {
+  int64_t tile, token;
   std::vector<Range> visits;
-  std::vector<float> tops, totals, sums;  // [group], [group], [group][padded dim_v]
+  std::vector<R> tops, totals, sums;  // [group], [group], [group][padded dim_v]
 };
 
+template <typename R>
 inline int64_t padded(int64_t count) {
-  return ceil_div(count, LANES) * LANES;
+  return round_up(count, LANES<R>);
 }
 
-// `count` vectors as float32, each padded with zeros to vectors of LANES: where they lie, or copied to `scratch`.
-template <typename T>
-const float* as_floats(
-    const T* from, int64_t stride, int64_t count, int64_t dim, std::vector<float>& scratch, int64_t* apart) {
-  if constexpr (std::is_same_v<T, float>)
-    if (dim % LANES == 0) {
+// `count` vectors in the type of the arithmetic, each padded with zeros to whole vectors: where they lie, or copied to `scratch`.
+template <typename T, typename R>
+const R* as_reals(
+    const T* from, int64_t stride, int64_t count, int64_t dim, std::vector<R>& scratch, int64_t* apart) {
+  if constexpr (std::is_same_v<T, R>)
+    if (dim % LANES<R> == 0) {
       *apart = stride;
       return from;
     }
-  *apart = padded(dim);
-  scratch.assign(count * *apart, 0.0f);
+  *apart = padded<R>(dim);
+  scratch.assign(count * *apart, R{0});
   for (int64_t number = 0; number < count; number++)
     for (int64_t feature = 0; feature < dim; feature++)
-      scratch[number * *apart + feature] = static_cast<float>(from[number * stride + feature]);
+      scratch[number * *apart + feature] = static_cast<R>(from[number * stride + feature]);
   return scratch.data();
 }
 
-template <int rows>
+template <int rows, typename R>
 inline void multiply_rows(
-    const float* queries, int64_t wide, const float* keys, int64_t apart, int64_t count, float* to, int64_t width) {
+    const R* queries, int64_t wide, const R* keys, int64_t apart, int64_t count, R* to, int64_t width) {
   for (int64_t key = 0; key < count; key += VECTORS) {
-    Vector sums[rows][VECTORS] = {};
-    const float* at[VECTORS];
+    Vector<R> sums[rows][VECTORS] = {};
+    const R* at[VECTORS];
     for (int place = 0; place < VECTORS; place++)
       at[place] = keys + std::min(key + place, count - 1) * apart;
-    for (int64_t feature = 0; feature < wide; feature += LANES)
+    for (int64_t feature = 0; feature < wide; feature += LANES<R>)
       for (int place = 0; place < VECTORS; place++) {
-        const Vector numbers = load(at[place] + feature);
+        const Vector<R> numbers = load(at[place] + feature);
         for (int row = 0; row < rows; row++)
           sums[row][place] = multiply_add(load(queries + row * wide + feature), numbers, sums[row][place]);
       }
     for (int row = 0; row < rows; row++)
       for (int place = 0; place < VECTORS && key + place < count; place++)
-        to[row * width + key + place] = sum(sums[row][place]);
+        to[row * width + key + place] = reduce_sum(sums[row][place]);
   }
 }
 
@@ -116,57 +119,59 @@ inline void by_rows(int64_t rows, Function run) {
 }
 
 // Products of `rows` queries of `wide` numbers with `count` keys: to[row * width + key].
+template <typename R>
 inline void multiply_all(
-    const float* queries,
+    const R* queries,
     int64_t rows,
     int64_t wide,
-    const float* keys,
+    const R* keys,
     int64_t apart,
     int64_t count,
-    float* to,
+    R* to,
     int64_t width) {
   by_rows(rows, [&](auto some, int64_t row) {
     multiply_rows<decltype(some)::value>(queries + row * wide, wide, keys, apart, count, to + row * width, width);
   });
 }
 
-template <int rows, int vectors>
+template <int rows, int vectors, typename R>
 inline void add_values(
-    const float* weights, int64_t width, const float* values, int64_t apart, int64_t count, float* sums, int64_t wide) {
-  Vector total[rows][vectors];
+    const R* weights, int64_t width, const R* values, int64_t apart, int64_t count, R* sums, int64_t wide) {
+  Vector<R> total[rows][vectors];
   for (int row = 0; row < rows; row++)
     for (int place = 0; place < vectors; place++)
-      total[row][place] = load(sums + row * wide + place * LANES);
+      total[row][place] = load(sums + row * wide + place * LANES<R>);
   for (int64_t key = 0; key < count; key++)
     for (int place = 0; place < vectors; place++) {
-      const Vector numbers = load(values + key * apart + place * LANES);
+      const Vector<R> numbers = load(values + key * apart + place * LANES<R>);
       for (int row = 0; row < rows; row++)
-        total[row][place] = multiply_add(all(weights[row * width + key]), numbers, total[row][place]);
+        total[row][place] = multiply_add(broadcast(weights[row * width + key]), numbers, total[row][place]);
     }
   for (int row = 0; row < rows; row++)
     for (int place = 0; place < vectors; place++)
-      store(sums + row * wide + place * LANES, total[row][place]);
+      store(sums + row * wide + place * LANES<R>, total[row][place]);
 }
 
-template <int rows>
+template <int rows, typename R>
 inline void add_values(
-    const float* weights, int64_t width, const float* values, int64_t apart, int64_t count, float* sums, int64_t wide) {
+    const R* weights, int64_t width, const R* values, int64_t apart, int64_t count, R* sums, int64_t wide) {
   int64_t column = 0;
-  for (; column + VECTORS * LANES <= wide; column += VECTORS * LANES)
+  for (; column + VECTORS * LANES<R> <= wide; column += VECTORS * LANES<R>)
     add_values<rows, VECTORS>(weights, width, values + column, apart, count, sums + column, wide);
-  for (; column < wide; column += LANES)
+  for (; column < wide; column += LANES<R>)
     add_values<rows, 1>(weights, width, values + column, apart, count, sums + column, wide);
 }
 
 // Adds `count` values of `wide` numbers, weighted by weights[row * width + key], to the sums of `rows` rows.
+template <typename R>
 inline void add_all(
-    const float* weights,
+    const R* weights,
     int64_t width,
     int64_t rows,
-    const float* values,
+    const R* values,
     int64_t apart,
     int64_t count,
-    float* sums,
+    R* sums,
     int64_t wide) {
   by_rows(rows, [&](auto some, int64_t row) {
     add_values<decltype(some)::value>(weights + row * width, width, values, apart, count, sums + row * wide, wide);
@@ -176,6 +181,8 @@ inline void add_all(
 template <typename T>
 class DecodeStep {
  public:
+  using R = Real<T>;
+
   DecodeStep(
       const DecodeCall& call,
       const T* q,
@@ -189,71 +196,71 @@ class DecodeStep {
       : call_(call), q_(q), k_(k), v_(v), fine_(fine), coarse_(coarse), begins_(begins), key_mask_(key_mask) {
     for (int64_t row = 0; row < call.batch; row++)
       for (int64_t head = 0; head < call.heads; head++)
-        add_lines(row, head, ends[row] - begins[row]);
-    for (size_t number = 0; number < lines_.size(); number++)
-      if (lines_[number].chooses) {
-        add_scorings(number, true, {0, lines_[number].coarse_end});
-        add_scorings(number, false, {lines_[number].fine_begin, lines_[number].fine_end});
+        add_tiles(row, head, ends[row] - begins[row]);
+    for (size_t number = 0; number < tiles_.size(); number++)
+      if (tiles_[number].chooses) {
+        add_score_tasks(number, true, {0, tiles_[number].coarse_end});
+        add_score_tasks(number, false, {tiles_[number].fine_begin, tiles_[number].fine_end});
       }
   }
 
   // `out` is [batch, length_q, heads * group, dim_v], `lse` [batch, heads * group, length_q]; rows of queries that stand
   // before the first key are left as they are.
-  void run(T* out, float* lse) {
+  void run(T* out, R* lse) {
 #pragma omp parallel num_threads(static_cast<int>(call_.threads))
     {
-      std::vector<float> scratch, more;
+      std::vector<R> scratch, more;
 #pragma omp for schedule(dynamic)
-      for (size_t number = 0; number < lines_.size(); number++)
-        load_queries(lines_[number]);
+      for (size_t number = 0; number < tiles_.size(); number++)
+        load_queries(tiles_[number]);
 #pragma omp for schedule(dynamic)
-      for (size_t number = 0; number < scorings_.size(); number++)
-        score(scorings_[number], scratch);
+      for (size_t number = 0; number < score_tasks_.size(); number++)
+        score(score_tasks_[number], scratch);
 #pragma omp for schedule(dynamic)
-      for (size_t number = 0; number < lines_.size(); number++)
-        if (lines_[number].chooses)
-          choose_best(lines_[number]);
+      for (size_t number = 0; number < tiles_.size(); number++)
+        if (tiles_[number].chooses)
+          choose_best(tiles_[number]);
 #pragma omp single
-      for (size_t number = 0; number < lines_.size(); number++)
-        for (int64_t token = 0; token < lines_[number].tokens; token++)
-          add_parts(number, token);
+      for (size_t number = 0; number < tiles_.size(); number++)
+        for (int64_t token = 0; token < tiles_[number].tokens; token++)
+          add_partials(number, token);
 #pragma omp for schedule(dynamic)
-      for (size_t number = 0; number < parts_.size(); number++)
-        attend(parts_[number], scratch, more);
+      for (size_t number = 0; number < partials_.size(); number++)
+        attend(partials_[number], scratch, more);
 #pragma omp for
-      for (size_t number = 0; number < parts_.size(); number++)
-        if (number == 0 || !same_query(parts_[number - 1], parts_[number]))
-          put_together(number, out, lse);
+      for (size_t number = 0; number < partials_.size(); number++)
+        if (number == 0 || !same_query(partials_[number - 1], partials_[number]))
+          reduce_partials(number, out, lse);
     }
   }
 
  private:
-  void add_lines(int64_t row, int64_t head, int64_t length) {
+  void add_tiles(int64_t row, int64_t head, int64_t length) {
     const int64_t share = length >= call_.dense_len ? call_.query_block : 1, base = length - call_.length_q;
     for (int64_t token = std::max<int64_t>(0, -base); token < call_.length_q;) {
-      const int64_t end = ((base + token) / share + 1) * share;  // one past the last position of the line
-      Line line{};
-      line.row = row, line.head = head, line.token = token, line.length = length;
-      line.tokens = std::min(end - base, call_.length_q) - token;
-      line.last = std::min(end, length) - 1;
+      const int64_t end = ((base + token) / share + 1) * share;  // one past the last position of the tile
+      SharedTile<R> tile{};
+      tile.row = row, tile.head = head, tile.token = token, tile.length = length;
+      tile.tokens = std::min(end - base, call_.length_q) - token;
+      tile.last = std::min(end, length) - 1;
       if (length >= call_.dense_len)
-        plan_choice(line);
-      lines_.push_back(line);
-      token += line.tokens;
+        plan_choice(tile);
+      tiles_.push_back(tile);
+      token += tile.tokens;
     }
   }
 
-  // Section 3.2: candidates are the blocks that no query of the line visits by rule.
-  void plan_choice(Line& line) const {
+  // Section 3.2: candidates are the blocks that no query of the tile visits by rule.
+  void plan_choice(SharedTile<R>& tile) const {
     const int64_t size = call_.kernel_size, step = call_.kernel_stride, factor = call_.exact ? 1 : COARSE_FACTOR;
-    const int64_t reach = first_key(line.last) / call_.block_size, per_block = call_.block_size / step;
-    line.low = std::max(reach, call_.init_blocks), line.high = line.last / call_.block_size - call_.local_blocks;
-    line.taken =
+    const int64_t reach = first_key(tile.last) / call_.block_size, per_block = call_.block_size / step;
+    tile.low = std::max(reach, call_.init_blocks), tile.high = tile.last / call_.block_size - call_.local_blocks;
+    tile.taken =
         call_.selected_blocks - call_.local_blocks - 1 - std::max<int64_t>(0, call_.init_blocks - reach);
-    line.chooses = line.high - line.low > line.taken;
-    line.coarse_end = windows_up_to(line.last, factor * size, factor * step);
-    line.fine_begin = std::max<int64_t>(0, line.low * per_block - (size / step - 1));
-    line.fine_end = std::max(line.fine_begin, std::min(line.high * per_block, windows_up_to(line.last, size, step)));
+    tile.chooses = tile.high - tile.low > tile.taken;
+    tile.coarse_end = windows_up_to(tile.last, factor * size, factor * step);
+    tile.fine_begin = std::max<int64_t>(0, tile.low * per_block - (size / step - 1));
+    tile.fine_end = std::max(tile.fine_begin, std::min(tile.high * per_block, windows_up_to(tile.last, size, step)));
   }
 
   // The first key in the window of a query.
@@ -261,180 +268,180 @@ class DecodeStep {
     return std::max<int64_t>(0, position - call_.window + 1);
   }
 
-  void add_scorings(int64_t line, bool coarse, Range windows) {
+  void add_score_tasks(int64_t tile, bool coarse, Range windows) {
     for (int64_t begin = windows.begin; begin < windows.end; begin += SCORED_WINDOWS)
-      scorings_.push_back({line, coarse, {begin, std::min(begin + SCORED_WINDOWS, windows.end)}});
+      score_tasks_.push_back({tile, coarse, {begin, std::min(begin + SCORED_WINDOWS, windows.end)}});
   }
 
-  void load_queries(Line& line) const {
-    const int64_t wide = padded(call_.dim);
-    const float scale = call_.scale * LOG2E;
-    line.queries.assign(line.tokens * call_.group * wide, 0.0f);
-    for (int64_t row = 0; row < line.tokens * call_.group; row++) {
-      const int64_t token = line.token + row / call_.group, head = line.head * call_.group + row % call_.group;
-      const T* from = q_ + line.row * call_.stride_q[0] + head * call_.stride_q[1] + token * call_.stride_q[2];
+  void load_queries(SharedTile<R>& tile) const {
+    const int64_t wide = padded<R>(call_.dim);
+    const R scale = static_cast<R>(call_.scale * LOG2E);
+    tile.queries.assign(tile.tokens * call_.group * wide, R{0});
+    for (int64_t row = 0; row < tile.tokens * call_.group; row++) {
+      const int64_t token = tile.token + row / call_.group, head = tile.head * call_.group + row % call_.group;
+      const T* from = q_ + tile.row * call_.stride_q[0] + head * call_.stride_q[1] + token * call_.stride_q[2];
       for (int64_t feature = 0; feature < call_.dim; feature++)
-        line.queries[row * wide + feature] = static_cast<float>(from[feature]) * scale;
+        tile.queries[row * wide + feature] = static_cast<R>(from[feature]) * scale;
     }
-    if (!line.chooses)
+    if (!tile.chooses)
       return;
-    line.coarse.assign(line.tokens * call_.group * padded(line.coarse_end), HIDDEN);
-    line.fine.assign(line.tokens * call_.group * padded(line.fine_end - line.fine_begin), HIDDEN);
+    tile.coarse.assign(tile.tokens * call_.group * padded<R>(tile.coarse_end), static_cast<R>(HIDDEN));
+    tile.fine.assign(tile.tokens * call_.group * padded<R>(tile.fine_end - tile.fine_begin), static_cast<R>(HIDDEN));
   }
 
-  void score(const Scoring& task, std::vector<float>& scratch) {
-    Line& line = lines_[task.line];
+  void score(const ScoreTask& task, std::vector<R>& scratch) {
+    SharedTile<R>& tile = tiles_[task.tile];
     const bool of_fine = !task.coarse || call_.exact;
     const T* from = of_fine ? fine_ : coarse_;
-    const int64_t* stride = of_fine ? call_.stride_fine : call_.stride_coarse;
-    from += line.row * stride[0] + line.head * stride[1] + task.windows.begin * stride[2];
-    const int64_t count = task.windows.end - task.windows.begin, first = task.coarse ? 0 : line.fine_begin;
-    const int64_t width = padded(task.coarse ? line.coarse_end : line.fine_end - line.fine_begin);
+    const int64_t* stride = of_fine ? call_.stride_k1 : call_.stride_k2;
+    from += tile.row * stride[0] + tile.head * stride[1] + task.windows.begin * stride[2];
+    const int64_t count = task.windows.end - task.windows.begin, first = task.coarse ? 0 : tile.fine_begin;
+    const int64_t width = padded<R>(task.coarse ? tile.coarse_end : tile.fine_end - tile.fine_begin);
     int64_t apart;
-    const float* keys = as_floats(from, stride[2], count, call_.dim, scratch, &apart);
-    float* to = (task.coarse ? line.coarse : line.fine).data() + task.windows.begin - first;
+    const R* keys = as_reals(from, stride[2], count, call_.dim, scratch, &apart);
+    R* to = (task.coarse ? tile.coarse : tile.fine).data() + task.windows.begin - first;
     multiply_all(
-        line.queries.data(), line.tokens * call_.group, padded(call_.dim), keys, apart, count, to, width);
+        tile.queries.data(), tile.tokens * call_.group, padded<R>(call_.dim), keys, apart, count, to, width);
   }
 
-  void choose_best(Line& line) const {
-    const int64_t rows = line.tokens * call_.group;
-    const int64_t wide = padded(line.coarse_end), width = padded(line.fine_end - line.fine_begin);
-    std::vector<float> scores(width, 0.0f);
-    for (int64_t row = 0; row < rows && line.coarse_end > 0; row++) {  // where no key is seen all scores are 0
-      const float* coarse = line.coarse.data() + row * wide;
-      Vector tops = load(coarse), total{};
-      for (int64_t window = LANES; window < wide; window += LANES)
-        tops = higher(tops, load(coarse + window));
-      const float top = highest(tops);
-      for (int64_t window = 0; window < wide; window += LANES)
+  void choose_best(SharedTile<R>& tile) const {
+    const int64_t rows = tile.tokens * call_.group;
+    const int64_t wide = padded<R>(tile.coarse_end), width = padded<R>(tile.fine_end - tile.fine_begin);
+    std::vector<R> scores(width, R{0});
+    for (int64_t row = 0; row < rows && tile.coarse_end > 0; row++) {  // where no key is seen all scores are 0
+      const R* coarse = tile.coarse.data() + row * wide;
+      Vector<R> tops = load(coarse), total{};
+      for (int64_t window = LANES<R>; window < wide; window += LANES<R>)
+        tops = maximum(tops, load(coarse + window));
+      const R top = reduce_max(tops);
+      for (int64_t window = 0; window < wide; window += LANES<R>)
         total += exp2(load(coarse + window) - top);
-      const float norm = top + std::log2(sum(total));
-      const float* fine = line.fine.data() + row * width;
-      for (int64_t window = 0; window < width; window += LANES)
+      const R norm = top + std::log2(reduce_sum(total));
+      const R* fine = tile.fine.data() + row * width;
+      for (int64_t window = 0; window < width; window += LANES<R>)
         store(scores.data() + window, load(scores.data() + window) + exp2(load(fine + window) - norm));
     }
-    ranking_of(call_).each_best(
-        scores.data(), line.fine_begin, line.fine_end, line.low, line.high, line.taken,
-        [&](int64_t block) { line.chosen.push_back(block); });
-    std::sort(line.chosen.begin(), line.chosen.end());
+    BlockRanking<R>(call_).each_best(
+        scores.data(), tile.fine_begin, tile.fine_end, tile.low, tile.high, tile.taken,
+        [&](int64_t block) { tile.chosen.push_back(block); });
+    std::sort(tile.chosen.begin(), tile.chosen.end());
   }
 
   // Cuts what a query visits into parts of about as many keys.
-  void add_parts(int64_t number, int64_t token) {
-    const Line& line = lines_[number];
-    const int64_t position = line.length - call_.length_q + line.token + token, size = call_.block_size;
+  void add_partials(int64_t number, int64_t token) {
+    const SharedTile<R>& tile = tiles_[number];
+    const int64_t position = tile.length - call_.length_q + tile.token + token, size = call_.block_size;
     const Range seen{first_key(position), position + 1};
     std::vector<Range> visits;
     const auto visit = [&](int64_t begin, int64_t end) {
       begin = std::max(begin, seen.begin), end = std::min(end, seen.end);
-      for (; begin < end; begin += PIECE_KEYS)
-        visits.push_back({begin, std::min(begin + PIECE_KEYS, end)});
+      for (; begin < end; begin += RANGE_KEYS)
+        visits.push_back({begin, std::min(begin + RANGE_KEYS, end)});
     };
-    if (line.chooses) {
+    if (tile.chooses) {
       visit(0, call_.init_blocks * size);
-      for (const int64_t block : line.chosen)
+      for (const int64_t block : tile.chosen)
         visit(block * size, (block + 1) * size);
-      visit((line.last / size - call_.local_blocks) * size, position + 1);
+      visit((tile.last / size - call_.local_blocks) * size, position + 1);
     } else {
       visit(0, position + 1);
     }
-    int64_t keys = PART_KEYS;
+    int64_t keys = PARTIAL_KEYS;
     for (const Range& each : visits) {
-      if (keys >= PART_KEYS) {
-        parts_.push_back({number, token, {}, {}, {}, {}});
+      if (keys >= PARTIAL_KEYS) {
+        partials_.push_back({number, token, {}, {}, {}, {}});
         keys = 0;
       }
-      parts_.back().visits.push_back(each);
+      partials_.back().visits.push_back(each);
       keys += each.end - each.begin;
     }
   }
 
-  void attend(Part& part, std::vector<float>& scratch, std::vector<float>& more) {
-    const Line& line = lines_[part.line];
-    const int64_t group = call_.group, wide = padded(call_.dim), wide_v = padded(call_.dim_v);
-    const float* queries = line.queries.data() + part.token * group * wide;
-    const int64_t first = begins_[line.row];
-    const T* k = k_ + line.row * call_.stride_k[0] + line.head * call_.stride_k[1] + first * call_.stride_k[2];
-    const T* v = v_ + line.row * call_.stride_v[0] + line.head * call_.stride_v[1] + first * call_.stride_v[2];
+  void attend(Partial<R>& partial, std::vector<R>& scratch, std::vector<R>& more) {
+    const SharedTile<R>& tile = tiles_[partial.tile];
+    const int64_t group = call_.group, wide = padded<R>(call_.dim), wide_v = padded<R>(call_.dim_v);
+    const R* queries = tile.queries.data() + partial.token * group * wide;
+    const int64_t first = begins_[tile.row];
+    const T* k = k_ + tile.row * call_.stride_k[0] + tile.head * call_.stride_k[1] + first * call_.stride_k[2];
+    const T* v = v_ + tile.row * call_.stride_v[0] + tile.head * call_.stride_v[1] + first * call_.stride_v[2];
     const bool* mask = key_mask_ == nullptr
         ? nullptr
-        : key_mask_ + line.row * call_.stride_mask[0] + first * call_.stride_mask[1];
-    part.tops.assign(group, HIDDEN), part.totals.assign(group, 0.0f), part.sums.assign(group * wide_v, 0.0f);
-    more.resize(group * PIECE_KEYS);
-    for (const Range& piece : part.visits) {
-      const int64_t count = piece.end - piece.begin, stretch = padded(count);
+        : key_mask_ + tile.row * call_.stride_mask[0] + first * call_.stride_mask[1];
+    partial.tops.assign(group, static_cast<R>(HIDDEN)), partial.totals.assign(group, R{0}), partial.sums.assign(group * wide_v, R{0});
+    more.resize(group * RANGE_KEYS);
+    for (const Range& range : partial.visits) {
+      const int64_t count = range.end - range.begin, stretch = padded<R>(count);
       int64_t apart;
-      const float* keys = as_floats(k + piece.begin * call_.stride_k[2], call_.stride_k[2], count, call_.dim, scratch, &apart);
-      multiply_all(queries, group, wide, keys, apart, count, more.data(), PIECE_KEYS);
+      const R* keys = as_reals(k + range.begin * call_.stride_k[2], call_.stride_k[2], count, call_.dim, scratch, &apart);
+      multiply_all(queries, group, wide, keys, apart, count, more.data(), RANGE_KEYS);
       for (int64_t row = 0; row < group; row++) {
-        float* logits = more.data() + row * PIECE_KEYS;
-        std::fill(logits + count, logits + stretch, HIDDEN);
+        R* logits = more.data() + row * RANGE_KEYS;
+        std::fill(logits + count, logits + stretch, static_cast<R>(HIDDEN));
         if (mask != nullptr)
           for (int64_t key = 0; key < count; key++)
-            logits[key] = mask[(piece.begin + key) * call_.stride_mask[1]] ? logits[key] : HIDDEN;
-        weigh(logits, stretch, part.tops[row], part.totals[row], part.sums.data() + row * wide_v, wide_v);
+            logits[key] = mask[(range.begin + key) * call_.stride_mask[1]] ? logits[key] : static_cast<R>(HIDDEN);
+        softmax(logits, stretch, partial.tops[row], partial.totals[row], partial.sums.data() + row * wide_v, wide_v);
       }
-      const float* values =
-          as_floats(v + piece.begin * call_.stride_v[2], call_.stride_v[2], count, call_.dim_v, scratch, &apart);
-      add_all(more.data(), PIECE_KEYS, group, values, apart, count, part.sums.data(), wide_v);
+      const R* values =
+          as_reals(v + range.begin * call_.stride_v[2], call_.stride_v[2], count, call_.dim_v, scratch, &apart);
+      add_all(more.data(), RANGE_KEYS, group, values, apart, count, partial.sums.data(), wide_v);
     }
   }
 
-  // Turns the logits of a piece into weights; what was summed before fades.
-  static void weigh(float* logits, int64_t count, float& top, float& total, float* sums, int64_t wide) {
-    Vector tops = load(logits), added{};
-    for (int64_t key = LANES; key < count; key += LANES)
-      tops = higher(tops, load(logits + key));
-    const float raised = std::max(top, highest(tops));
-    if (raised <= 0.5f * HIDDEN) {  // no key was seen yet
-      std::fill_n(logits, count, 0.0f);
+  // Turns the logits of a range into weights; what was summed before fades.
+  static void softmax(R* logits, int64_t count, R& top, R& total, R* sums, int64_t wide) {
+    Vector<R> tops = load(logits), added{};
+    for (int64_t key = LANES<R>; key < count; key += LANES<R>)
+      tops = maximum(tops, load(logits + key));
+    const R raised = std::max(top, reduce_max(tops));
+    if (raised <= static_cast<R>(0.5 * HIDDEN)) {  // no key was seen yet
+      std::fill_n(logits, count, R{0});
       return;
     }
     if (raised > top) {
-      const float fading = exp2(top - raised);
-      for (int64_t column = 0; column < wide; column += LANES)
-        store(sums + column, load(sums + column) * fading);
-      total *= fading, top = raised;
+      const R decay = exp2(top - raised);
+      for (int64_t column = 0; column < wide; column += LANES<R>)
+        store(sums + column, load(sums + column) * decay);
+      total *= decay, top = raised;
     }
-    for (int64_t key = 0; key < count; key += LANES) {
-      const Vector weights = exp2(load(logits + key) - top);
+    for (int64_t key = 0; key < count; key += LANES<R>) {
+      const Vector<R> weights = exp2(load(logits + key) - top);
       store(logits + key, weights);
       added += weights;
     }
-    total += sum(added);
+    total += reduce_sum(added);
   }
 
-  static bool same_query(const Part& one, const Part& other) {
-    return one.line == other.line && one.token == other.token;
+  static bool same_query(const Partial<R>& one, const Partial<R>& other) {
+    return one.tile == other.tile && one.token == other.token;
   }
 
   // The result of a query from its parts, of which `number` is the first.
-  void put_together(size_t number, T* out, float* lse) const {
-    const Line& line = lines_[parts_[number].line];
-    const int64_t group = call_.group, wide = padded(call_.dim_v), heads = call_.heads * group;
-    const int64_t token = line.token + parts_[number].token;
+  void reduce_partials(size_t number, T* out, R* lse) const {
+    const SharedTile<R>& tile = tiles_[partials_[number].tile];
+    const int64_t group = call_.group, wide = padded<R>(call_.dim_v), heads = call_.heads * group;
+    const int64_t token = tile.token + partials_[number].token;
     size_t end = number;
-    while (end < parts_.size() && same_query(parts_[number], parts_[end]))
+    while (end < partials_.size() && same_query(partials_[number], partials_[end]))
       end++;
-    std::vector<float> sums(call_.dim_v);
+    std::vector<R> sums(call_.dim_v);
     for (int64_t row = 0; row < group; row++) {
-      float top = HIDDEN, total = 0.0f;
-      for (size_t part = number; part < end; part++)
-        top = std::max(top, parts_[part].tops[row]);
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (size_t part = number; part < end; part++) {
-        const float share = exp2(parts_[part].tops[row] - top);
-        total += share * parts_[part].totals[row];
+      R top = static_cast<R>(HIDDEN), total = R{0};
+      for (size_t partial = number; partial < end; partial++)
+        top = std::max(top, partials_[partial].tops[row]);
+      std::fill(sums.begin(), sums.end(), R{0});
+      for (size_t partial = number; partial < end; partial++) {
+        const R share = exp2(partials_[partial].tops[row] - top);
+        total += share * partials_[partial].totals[row];
         for (int64_t feature = 0; feature < call_.dim_v; feature++)
-          sums[feature] += share * parts_[part].sums[row * wide + feature];
+          sums[feature] += share * partials_[partial].sums[row * wide + feature];
       }
-      const int64_t head = line.head * group + row;
-      T* to = out + ((line.row * call_.length_q + token) * heads + head) * call_.dim_v;
+      const int64_t head = tile.head * group + row;
+      T* to = out + ((tile.row * call_.length_q + token) * heads + head) * call_.dim_v;
       for (int64_t feature = 0; feature < call_.dim_v; feature++)
-        to[feature] = static_cast<T>(total > 0.0f ? sums[feature] / total : 0.0f);
-      lse[(line.row * heads + head) * call_.length_q + token] =
-          total > 0.0f ? (top + std::log2(total)) / LOG2E : -std::numeric_limits<float>::infinity();
+        to[feature] = static_cast<T>(total > R{0} ? sums[feature] / total : R{0});
+      lse[(tile.row * heads + head) * call_.length_q + token] =
+          total > R{0} ? (top + std::log2(total)) / static_cast<R>(LOG2E) : -std::numeric_limits<R>::infinity();
     }
   }
 
@@ -442,9 +449,9 @@ class DecodeStep {
   const T *q_, *k_, *v_, *fine_, *coarse_;
   const int64_t* begins_;
   const bool* key_mask_;
-  std::vector<Line> lines_;
-  std::vector<Scoring> scorings_;
-  std::vector<Part> parts_;
+  std::vector<SharedTile<R>> tiles_;
+  std::vector<ScoreTask> score_tasks_;
+  std::vector<Partial<R>> partials_;
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Vectors of float32 for the CPU's kernels, with GCC's and Clang's vector extensions, and what the kernels share.
+// SIMD vectors of float and double for the CPU kernels, with GCC's and Clang's vector extensions, and what prefill and
+// decode share: a call from its integers, and the ranking of blocks.
 
 #ifndef INFLLM_VECTORS_H
 #define INFLLM_VECTORS_H
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #if defined(__FMA__)
@@ -16,29 +18,54 @@
 #endif
 
 namespace infllm {
-namespace {  // of the library that it is compiled into: another in the process may be for another processor
+namespace {  // internal linkage: another library in the process may be compiled for another processor
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
+constexpr int VECTOR_BYTES = 64;
 #elif defined(__AVX__)
-constexpr int LANES = 8;
+constexpr int VECTOR_BYTES = 32;
 #else
-constexpr int LANES = 4;
+constexpr int VECTOR_BYTES = 16;
 #endif
 
-constexpr int COARSE_FACTOR = 4;  // K2 pools windows this many times longer, and further apart, than K1
-constexpr float HIDDEN = -1e30f;  // logit of a key that is not seen; finite, so that no difference is a NaN
-constexpr float LOG2E = 1.4426950408889634f;
+// The type that arithmetic on inputs of type T runs in.
+template <typename T>
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+template <typename R>
+constexpr int LANES = VECTOR_BYTES / sizeof(R);
 
-// A call, all of whose fields are numbers of 64 bits, in their order, but the last, the scale.
+template <typename R>
+struct VectorTypes;
+
+template <>
+struct VectorTypes<float> {
+  typedef float Reals __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+template <>
+struct VectorTypes<double> {
+  typedef double Reals __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+template <typename R>
+using Vector = typename VectorTypes<R>::Reals;
+
+template <typename V>
+using Element = std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>>;
+
+constexpr int COARSE_FACTOR = 4;   // K2 pools windows this many times longer, and further apart, than K1
+constexpr double HIDDEN = -1e30;   // logit of a masked key; finite, so that no difference is a NaN
+constexpr double LOG2E = 1.4426950408889634;
+
+// A call from its integers, all fields in their order, and the last one, the scale.
 template <typename C>
 C call_of(const int64_t* numbers, double scale) {
   C call;
   std::memcpy(&call, numbers, offsetof(C, scale));
-  call.scale = static_cast<float>(scale);
+  call.scale = scale;
   return call;
 }
 
@@ -46,115 +73,167 @@ inline int64_t ceil_div(int64_t value, int64_t by) {
   return (value + by - 1) / by;
 }
 
-inline Vector load(const float* from) {
-  Vector value;
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
+template <typename R>
+inline Vector<R> load(const R* from) {
+  Vector<R> value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline void store(float* to, Vector value) {
+template <typename R>
+inline void store(R* to, Vector<R> value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-inline Vector all(float value) {
-  return value - Vector{};
+template <typename R>
+inline Vector<R> broadcast(R value) {
+  return value - Vector<R>{};
 }
 
 // Inductor compiles with -ffp-contract=off.
-inline Vector multiply_add(Vector a, Vector b, Vector c) {
+inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if defined(__AVX512F__)
-  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
 }
 
-inline Vector higher(Vector a, Vector b) {
+inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <typename V>
+inline V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
-inline float highest(Vector value) {
-  float lanes[LANES];
+template <typename V, typename Function>
+inline Element<V> reduce(V value, Function combine) {
+  Element<V> lanes[LANES<Element<V>>];
   store(lanes, value);
-  for (int width = LANES / 2; width > 0; width /= 2)
+  for (int width = LANES<Element<V>> / 2; width > 0; width /= 2)
     for (int lane = 0; lane < width; lane++)
-      lanes[lane] = std::max(lanes[lane], lanes[lane + width]);
+      lanes[lane] = combine(lanes[lane], lanes[lane + width]);
   return lanes[0];
 }
 
-inline float sum(Vector value) {
+template <typename V>
+inline Element<V> reduce_max(V value) {
+  return reduce(value, [](auto a, auto b) { return std::max(a, b); });
+}
+
+template <typename V>
+inline Element<V> reduce_sum(V value) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)value);
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return _mm512_reduce_add_ps((__m512)value);
 #endif
-  float lanes[LANES];
-  store(lanes, value);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; lane++)
-      lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  return reduce(value, [](auto a, auto b) { return a + b; });
 }
 
-// 2 ** x to 8e-8, relative; 0 below -126, and no more than 2 ** 110, so that sums of many are finite.
-inline Vector exp2(Vector x) {
-  const Integers normal = x >= all(-126.0f);
-  x = higher(x, all(-126.0f));
-  x = x < all(110.0f) ? x : all(110.0f);
+template <typename R>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr int LOWEST = -126, HIGHEST = 110, BIAS = 128, MANTISSA_BITS = 23;
+  // minimax on [-0.5, 0.5]: 8e-8, relative
+  static constexpr float POLYNOMIAL[] = {1.327647152e-3f, 9.675541331e-3f, 5.550713275e-2f,
+                                         2.402211972e-1f, 6.931469671e-1f, 1.000000072f};
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr int LOWEST = -1022, HIGHEST = 1000, BIAS = 1024, MANTISSA_BITS = 52;
+  // log(2)^n / n!: 2e-16, relative, on [-0.5, 0.5]
+  static constexpr double POLYNOMIAL[] = {
+      2.5678435993488206e-11, 4.4455382718708115e-10, 7.0549116208011232e-09, 1.0178086009239699e-07,
+      1.3215486790144307e-06, 1.5252733804059840e-05, 1.5403530393381608e-04, 1.3333558146428443e-03,
+      9.6181291076284769e-03, 5.5504108664821576e-02, 2.4022650695910072e-01, 6.9314718055994529e-01,
+      1.0};
+};
+
+// 2 ** x; 0 below Exp2::LOWEST, and no more than 2 ** Exp2::HIGHEST, so that sums of many are finite.
+template <typename V>
+inline V exp2(V x) {
+  using R = Element<V>;
+  using Integers = typename VectorTypes<R>::Integers;
+  using Constants = Exp2<R>;
+  const V lowest = broadcast<R>(Constants::LOWEST), highest = broadcast<R>(Constants::HIGHEST);
+  const Integers normal = x >= lowest;
+  x = maximum(x, lowest);
+  x = x < highest ? x : highest;
   // Truncated after being made positive: floor(x + 0.5).
-  const Integers whole = __builtin_convertvector(x + all(128.5f), Integers) - 128;
-  const Vector part = x - __builtin_convertvector(whole, Vector);  // within 0.5 of 0
-  Vector power = all(1.327647152e-3f);
-  power = multiply_add(power, part, all(9.675541331e-3f));
-  power = multiply_add(power, part, all(5.550713275e-2f));
-  power = multiply_add(power, part, all(2.402211972e-1f));
-  power = multiply_add(power, part, all(6.931469671e-1f));
-  power = multiply_add(power, part, all(1.000000072f));
-  return (Vector)((((Integers)power) + (whole << 23)) & normal);
+  const Integers whole = __builtin_convertvector(x + broadcast<R>(Constants::BIAS + 0.5), Integers) - Constants::BIAS;
+  const V part = x - __builtin_convertvector(whole, V);  // within 0.5 of 0
+  V power = broadcast<R>(Constants::POLYNOMIAL[0]);
+#pragma GCC unroll 16
+  for (size_t term = 1; term < std::size(Constants::POLYNOMIAL); term++)
+    power = multiply_add(power, part, broadcast<R>(Constants::POLYNOMIAL[term]));
+  return (V)((((Integers)power) + (whole << Constants::MANTISSA_BITS)) & normal);
 }
 
 inline float exp2(float x) {
-  return exp2(all(x))[0];
+  return exp2(broadcast(x))[0];
 }
 
-// Windows of `size` keys, `step` apart, that end at or before a position.
-inline int64_t windows_up_to(int64_t position, int64_t size, int64_t step) {
-  return position + 1 < size ? 0 : (position + 1 - size) / step + 1;
+inline double exp2(double x) {
+  return exp2(broadcast(x))[0];
 }
 
-// The best `count` of the blocks from `low` to `high`, in no order, by the scores of their windows: those of the windows
-// from `begin` to `end` are given, and none is negative. A block has `per_block` windows, and `before` of the block ahead of
-// it reach into it. Of equal scores the lower block wins.
-struct Ranking {
-  int64_t per_block, before;
+// Complete windows of `size` keys, `stride` apart, that end at or before a position.
+inline int64_t windows_up_to(int64_t position, int64_t size, int64_t stride) {
+  return position + 1 < size ? 0 : (position + 1 - size) / stride + 1;
+}
+
+// Top-k of the blocks [low, high), in no order: a block's score is the maximum over the windows that overlap it, of which
+// [begin, end) have a score; none is negative. Ties go to the lower block.
+template <typename R>
+struct BlockRanking {
+  int64_t windows_per_block, overhang;  // windows that begin in a block; windows of earlier blocks that reach into it
+
+  template <typename C>
+  explicit BlockRanking(const C& call)
+      : windows_per_block(call.block_size / call.kernel_stride), overhang(call.kernel_size / call.kernel_stride - 1) {}
 
   template <typename Function>
-  void each_best(
-      const float* scores, int64_t begin, int64_t end, int64_t low, int64_t high, int64_t count, Function take) {
-    ranks_.clear();
+  void each_best(const R* scores, int64_t begin, int64_t end, int64_t low, int64_t high, int64_t count, Function take) {
+    keys_.clear();
     for (int64_t block = low; block < high; block++) {
-      const int64_t from = std::max(begin, block * per_block - before), to = std::min(end, (block + 1) * per_block);
-      uint64_t rank = 0;  // of a block without a score
+      const int64_t from = std::max(begin, block * windows_per_block - overhang);
+      const int64_t to = std::min(end, (block + 1) * windows_per_block);
+      Key key = 0;  // of a block without a score
       if (from < to) {
-        const float best = *std::max_element(scores + (from - begin), scores + (to - begin));
-        uint32_t bits;  // of numbers that are not negative: ordered as they are
+        const R best = *std::max_element(scores + (from - begin), scores + (to - begin));
+        Bits bits;  // of numbers that are not negative: ordered as they are
         std::memcpy(&bits, &best, sizeof bits);
-        rank = bits + uint64_t{1};
+        key = Key{bits} + 1;
       }
-      ranks_.push_back(rank << 31 | (0x7fffffff - block));
+      keys_.push_back(key << 31 | static_cast<Key>(0x7fffffff - block));
     }
-    std::nth_element(ranks_.begin(), ranks_.begin() + count, ranks_.end(), std::greater<uint64_t>());
+    std::nth_element(keys_.begin(), keys_.begin() + count, keys_.end(), std::greater<Key>());
     for (int64_t place = 0; place < count; place++)
-      take(0x7fffffff - static_cast<int64_t>(ranks_[place] & 0x7fffffff));
+      take(0x7fffffff - static_cast<int64_t>(keys_[place] & 0x7fffffff));
   }
 
-  std::vector<uint64_t> ranks_;
+ private:
+  using Bits = std::conditional_t<std::is_same_v<R, float>, uint32_t, uint64_t>;
+  using Key = std::conditional_t<std::is_same_v<R, float>, uint64_t, unsigned __int128>;  // a score, then a block
+  std::vector<Key> keys_;
 };
-
-template <typename C>
-Ranking ranking_of(const C& call) {
-  return {call.block_size / call.kernel_stride, call.kernel_size / call.kernel_stride - 1, {}};
-}
 
 }  // namespace
 }  // namespace infllm

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from infllm_pass.errors import UncompiledKernelWarning
 from infllm_pass.kernels import reference
-from infllm_pass.kernels.cpu import attention, native, prefill
-from infllm_pass.kernels.cpu.selection import pool_keys, top_blocks
+from infllm_pass.kernels.cpu import chunked, native, prefill
+from infllm_pass.kernels.cpu.sequences import AttentionParams
 from infllm_pass.kernels.geometry import BlockGeometry
 from tests.support.common import relative_error
 
@@ -37,13 +38,17 @@ PROPERTY = settings(
 )
 
 
+ENTRIES = ("compress_keys", "select_blocks", "attend_blocks", "attend_blocks_backward")
+
+
 @pytest.fixture(params=["C++", "torch operators"], autouse=True)
-def _computed(request, monkeypatch):
-    """Forward in either way; float64 and features that are not adjacent are left to torch operators in both."""
+def computed(request, monkeypatch):
+    """Everything in either way."""
     if request.param == "torch operators":
-        monkeypatch.setattr(native, "compress_sequence", lambda *_, **__: False)
-        monkeypatch.setattr(native, "select_sequence", lambda *_, **__: None)
-        monkeypatch.setattr(native, "attend_sequence", lambda *_, **__: False)
+        for name in ENTRIES:
+            monkeypatch.setattr(native, name, lambda *_: None)
+        monkeypatch.setattr(chunked, "CHUNK_LOGITS", 2**15)  # several chunks at the lengths tested
+    return request.param
 
 
 @dataclasses.dataclass
@@ -287,9 +292,8 @@ def test_a_prompt_may_come_in_chunks(case, cuts):
 
 @pytest.mark.parametrize("length", [700, 1500])
 @pytest.mark.parametrize("group", [1, 3])
-def test_large_products_and_several_chunks(monkeypatch, length, group):
-    """Products big enough for oneDNN, more visitors than fit a piece, more queries than fit a chunk."""
-    monkeypatch.setattr(attention, "CHUNK_TOKENS", 640)
+def test_several_chunks(length, group):
+    """More queries than fit a chunk, and a block with more visitors than the backward holds weights of at once."""
     geometry = BlockGeometry(selected_blocks=6, local_blocks=2)
     q, k, v = (torch.randn(1, h, length, 64) for h in (2 * group, 2, 2))
     keywords = {"geometry": geometry, "scale": 0.125, "offset": 0}
@@ -403,14 +407,6 @@ def test_half_precision_is_as_good_as_dense():
     assert relative_error(out, expected) <= 1.05 * relative_error(dense, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ties_go_to_the_lower_block(dtype):
-    scores = torch.randint(0, 4, (50, 37)).to(dtype)
-    scores[:, 30:] = -torch.inf
-    expected = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :12]
-    assert torch.equal(top_blocks(scores, 12).sort(1).values, expected.sort(1).values)
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("lse", ["coarse", "exact"])
 def test_equal_keys_select_the_lowest_blocks(value, lse):
@@ -438,9 +434,13 @@ def test_candidates_without_a_score_come_before_blocks_out_of_the_window(dtype):
 def test_pooled_keys(size, stride, dtype):
     for length in (0, size - 1, size, size + stride - 1, size + stride, 101):
         k = torch.randn(2, length, 8).to(dtype)
-        pooled = pool_keys(k, size, stride)
-        assert pooled.dtype == dtype
-        torch.testing.assert_close(pooled, reference.pool_keys(k, size, stride).to(dtype), rtol=1e-2, atol=1e-6)
+        geometry = BlockGeometry(size, stride, 16 * stride)
+        q = k[None, :, -1:]
+        compressed = prefill.compress_keys(q, k[None], geometry=geometry, scale=1.0, offset=length - q.shape[2])
+        for windows, factor in zip(compressed, (1, 4), strict=True):
+            expected = reference.pool_keys(k, factor * size, factor * stride).to(dtype)
+            assert windows.dtype == dtype
+            torch.testing.assert_close(windows[0, :, : expected.shape[1]], expected, rtol=1e-2, atol=1e-6)
 
 
 def test_inputs_are_left_alone():
@@ -459,12 +459,14 @@ def test_inputs_are_left_alone():
 @pytest.mark.parametrize(
     "place", ["", "window=3000, cu_seqlens_k=torch.tensor([0, 100, 16384])"], ids=["plain", "packed, window"]
 )
-def test_memory_is_linear_in_the_length(place):
+def test_memory_is_linear_in_the_length(place, computed):
     """Scores of 16k tokens against all keys would take 3 GB, against compressed keys 200 MB a head."""
     script = """
 import resource, torch
-from infllm_pass.kernels.cpu import prefill
+from infllm_pass.kernels.cpu import native, prefill
 from infllm_pass.kernels.geometry import BlockGeometry
+for name in ENTRIES:
+    setattr(native, name, lambda *_: None)
 q, k, v = (torch.randn(1, h, 16384, 16) for h in (3, 1, 1))
 keywords = dict(geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale=0.25, offset=0)
 prefill.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
@@ -475,28 +477,62 @@ out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
 prefill.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    script = script.replace("PLACE", place)
+    script = script.replace("PLACE", place).replace("ENTRIES", repr(ENTRIES if computed == "torch operators" else ()))
     unit = 1 if sys.platform == "darwin" else 1024
     used = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout)
     assert used * unit < 150e6
 
 
+@pytest.mark.parametrize("computed", ["C++"], indirect=True)
+@pytest.mark.usefixtures("computed")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "every other"])
 def test_what_is_computed_in_c_plus_plus(dtype, layout, monkeypatch):
-    monkeypatch.undo()
+    for name in ENTRIES:
+        monkeypatch.setattr(chunked, name, None)
     q, k, v = (strided(torch.randn(1, heads, 100, 8).to(dtype), layout) for heads in (4, 2, 2))
-    numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0, "window": None}
-    grouped, keys, values = q.view(1, 2, 2, 100, 8)[0], k[0], v[0]
-    taken = dtype != torch.float64 and layout != "every other"
-    windows = [torch.empty(2, count, 8, dtype=dtype) for count in (SMALL.num_compressed(100), SMALL.num_coarse(100))]
-    assert native.compress_sequence(keys, *windows, geometry=SMALL) == taken
-    assert (native.select_sequence(grouped, *windows, length=100, **numbers) is not None) == taken
-    out, lse = torch.empty(100, 2, 2, 8, dtype=dtype).permute(1, 2, 0, 3), torch.empty(2, 2, 100)
-    assert native.attend_sequence(grouped, keys, values, None, out, lse, mask=None, **numbers) == taken
-    on_meta = [x.to("meta") for x in (grouped, *windows)]
-    assert native.select_sequence(*on_meta, length=100, **numbers) is None
-    assert not native.compress_sequence(*on_meta, geometry=SMALL)
+    numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0}
+    blocks = select(q, k, **numbers)
+    out, lse = prefill.attention_forward(q, k, v, blocks, **numbers)
+    prefill.attention_backward(out[:, :1, :, :1].expand_as(out), q, k, v, out, lse, blocks, **numbers)
+    elsewhere = torch.empty(2, 2, 100, 8, device="meta"), *(torch.empty(2, 50, 8, device="meta") for _ in range(2))
+    assert native.select_blocks(*elsewhere, 100, AttentionParams(SMALL, 1.0)) is None
+
+
+@PROPERTY
+@given(cases())
+def test_compressed_keys_are_those_of_the_reference(case):
+    keywords, g = case.keywords, case.geometry
+    where = {name: keywords.get(name) for name in ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k")}
+    length_q, length_k = case.q.shape[2], case.k.shape[2]
+    compressed = prefill.compress_keys(case.q, case.k, **keywords)
+    for row, keys, queries, _ in reference.sequences(case.q.shape[0], length_q, length_k, keywords["offset"], **where):
+        if queries.stop <= queries.start or keys.stop - keys.start < keywords["dense_len"]:
+            continue
+        for windows, factor in zip(compressed, (1, 4), strict=True):
+            assert windows.dtype == case.k.dtype
+            expected = reference.pool_keys(case.k[row, :, keys], factor * g.kernel_size, factor * g.kernel_stride)
+            first = keys.start // (factor * g.kernel_stride)
+            actual = windows[row, :, first : first + expected.shape[1]]
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("computed", ["C++"], indirect=True)
+@pytest.mark.usefixtures("computed")
+def test_the_same_bits_for_any_number_of_threads():
+    q, k, v = (torch.randn(1, h, 1500, 16) for h in (6, 2, 2))
+    keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            blocks = select(q, k, **keywords)
+            out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+            results.append((blocks, out, *prefill.attention_backward(out, q, k, v, out, lse, blocks, **keywords)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
 
 
 def test_masks_and_blocks_in_any_layout():
@@ -509,3 +545,28 @@ def test_masks_and_blocks_in_any_layout():
     assert not apart[0][0].is_contiguous()
     got = prefill.attention_forward(q, k, v, apart[1], key_mask=apart[0], **numbers)
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("switchable_attention.h", native.CALL_FIELDS),
+        ("decode_attention.h", native.DECODE_FIELDS),
+        ("attention_backward.h", native.GRADIENT_FIELDS),
+    ],
+)
+def test_arguments_in_another_order_do_not_compile(name, fields, monkeypatch):
+    """The order of a call's integers is written down once in Python, and checked against the C++ struct."""
+    first, second = list(fields)[-2:]
+    swapped = {key: fields[key] for key in fields if key not in (first, second)}
+    swapped |= {second: fields[second], first: fields[first]}
+    structs = {header: (struct, swapped if of is fields else of) for header, (struct, of) in native._STRUCTS.items()}
+    monkeypatch.setattr(native, "_STRUCTS", structs)
+    native.header.cache_clear()
+    native._library.cache_clear()
+    try:
+        with pytest.warns(UncompiledKernelWarning, match="C\\+\\+ compile error"):
+            assert native._library(torch.float32, name) is None
+    finally:
+        native.header.cache_clear()
+        native._library.cache_clear()

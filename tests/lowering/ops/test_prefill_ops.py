@@ -49,10 +49,25 @@ def test_opcheck_of_the_backward(sparse):
     torch.library.opcheck(prefill.block_attention_backward.default, given)
 
 
-def test_gradcheck_with_the_selection_held_fixed():
-    q, k, v = qkv(length=43, dim=4, dtype=torch.float64, requires_grad=True)
-    selection = select(q, k)
-    run = lambda q, k, v: prefill.block_attention(q, k, v, selection, *arguments())[0]  # noqa: E731
+@pytest.mark.parametrize(
+    ("group", "length", "place"),
+    [
+        (3, 43, {}),
+        (1, 41, {"window": 11}),
+        (2, 37, {"key_mask": (torch.arange(37) % 5 != 3)[None]}),
+        (4, 33, {"offsets": torch.tensor([2], dtype=torch.int32), "offset": -5}),
+        (7, 29, {"cu_seqlens_k": torch.tensor([0, 3, 29], dtype=torch.int32), "dense_len": 20}),
+        (8, 19, {"dense_len": 20}),
+    ],
+    ids=str,
+)
+def test_gradcheck_with_the_selection_held_fixed(group, length, place):
+    q, k, v = qkv(heads=2 * group, length=length, dim=3, dtype=torch.float64, dim_v=2, requires_grad=True)
+    given = arguments(dense_len=place.get("dense_len", 0))
+    names = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")
+    given = (*(place.get(name) for name in names), *given[len(names) :])
+    selection = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *given), *given)
+    run = lambda q, k, v: prefill.block_attention(q, k, v, selection, *given)[0]  # noqa: E731
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 

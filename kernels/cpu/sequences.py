@@ -1,4 +1,4 @@
-"""Where the sequences of a call lie in its batch rows, and which queries stand on each."""
+"""The sequences of a call: their keys and queries within batch rows, and what attention of one needs to know."""
 
 from __future__ import annotations
 
@@ -9,6 +9,49 @@ from itertools import pairwise
 from torch import Tensor
 
 from infllm_pass.errors import ShapeError
+
+from ..geometry import BlockGeometry
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What selection and attention of one sequence read besides its tensors.
+
+    Attributes:
+        geometry: the block geometry.
+        scale: softmax scale.
+        offset: position of the first query.
+        window: the query at position ``p`` sees keys after ``p - window`` only; None: all up to its own.
+        mask: bool ``[length]``, False where a key is invalid; None if none is.
+    """
+
+    geometry: BlockGeometry
+    scale: float
+    offset: int = 0
+    window: int | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a call's sequences lie.
+
+    Attributes:
+        offset: key index of a row's first query.
+        key_mask: bool ``[batch, length_k]``, True where a key is valid; None if all are. Without packed bounds a
+            row's sequence runs from its first to its last valid key.
+        offsets: integers ``[1]`` or ``[batch]``, added to `offset`; a row's sequence then ends at its last query's key
+            at the latest.
+        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
+            stands at its last key.
+        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
+    """
+
+    offset: int
+    key_mask: Tensor | None = None
+    offsets: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,39 +91,21 @@ class _Stretch:
     shift: int
 
 
-def sequences(
-    batch: int,
-    length_q: int,
-    length_k: int,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> Iterator[Sequence]:
+def sequences(batch: int, length_q: int, length_k: int, placement: Placement) -> Iterator[Sequence]:
     """The sequences of a batch that some query stands on.
 
     Args:
         batch: rows.
         length_q: queries in a row.
         length_k: keys in a row.
-        offset: key index of a row's first query.
-        key_mask: bool ``[batch, length_k]``, True where a key is valid; None if all are. Without packed bounds a
-            row's sequence runs from its first to its last valid key.
-        offsets: integers ``[1]`` or ``[batch]``, added to `offset`; a row's sequence then ends at its last query's key
-            at the latest.
-        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
-            stands at its last key.
-        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
+        placement: where sequences lie in rows.
 
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    if cu_seqlens_k is not None:
-        stretches = _packed(batch, length_q, length_k, offset, cu_seqlens_q, cu_seqlens_k)
-    else:
-        stretches = _rows(batch, length_q, length_k, offset, key_mask, offsets)
-    for stretch in stretches:
+    packed = placement.cu_seqlens_k is not None
+    key_mask = placement.key_mask
+    for stretch in (_packed if packed else _rows)(batch, length_q, length_k, placement):
         row, start, stop = stretch.row, stretch.start, stretch.stop
         low = max(stretch.begin, start - stretch.shift)
         high = min(stretch.end, stop - stretch.shift)
@@ -89,10 +114,9 @@ def sequences(
             yield Sequence(row, slice(start, stop), slice(low, high), low + stretch.shift - start, mask)
 
 
-def _rows(
-    batch: int, length_q: int, length_k: int, offset: int, key_mask: Tensor | None, offsets: Tensor | None
-) -> Iterator[_Stretch]:
+def _rows(batch: int, length_q: int, length_k: int, placement: Placement) -> Iterator[_Stretch]:
     """One stretch a row."""
+    offset, offsets, key_mask = placement.offset, placement.offsets, placement.key_mask
     shifts = [offset] * batch if offsets is None else (offsets + offset).expand(batch).tolist()
     for row, shift in enumerate(shifts):
         start, stop = 0, length_k
@@ -104,10 +128,10 @@ def _rows(
         yield _Stretch(row, start, stop, 0, length_q, shift)
 
 
-def _packed(
-    batch: int, length_q: int, length_k: int, offset: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor
-) -> Iterator[_Stretch]:
+def _packed(batch: int, length_q: int, length_k: int, placement: Placement) -> Iterator[_Stretch]:
     """The stretches that bounds give, without empty ones."""
+    cu_seqlens_q, cu_seqlens_k = placement.cu_seqlens_q, placement.cu_seqlens_k
+    assert cu_seqlens_k is not None
     keys = list(pairwise(_bounds("cu_seqlens_k", cu_seqlens_k, batch * length_k)))
     queries = None
     if cu_seqlens_q is not None:
@@ -122,7 +146,7 @@ def _packed(
                 f"cu_seqlens_k has a sequence of keys {first} to {end}: it crosses a row of {length_k} keys"
             )
         if queries is None:
-            yield _Stretch(row, start, stop, 0, length_q, offset)
+            yield _Stretch(row, start, stop, 0, length_q, placement.offset)
         else:
             yield _Stretch(row, start, stop, *queries[number], stop - queries[number][1])
 

@@ -1,0 +1,263 @@
+"""Selection and block-sparse attention of one sequence in torch operators, in memory linear in its length.
+
+For machines without a compiler, and tensors on other devices that the Triton kernels refuse; `kernels.cpu.native`
+takes the rest. Queries run in chunks: logits of a chunk are computed for all blocks that any of its queries visits,
+and masked where a query does not visit a block itself. They are in units of log 2: on the CPU torch's ``exp2`` is four
+times as fast as its ``exp``.
+
+Formulas: arXiv 2509.24663, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..geometry import COARSE_FACTOR, BlockGeometry
+from .sequences import AttentionParams
+
+LOG2E = math.log2(math.e)
+
+CHUNK_LOGITS = 2**21
+"""Logits of a chunk of queries: 8 MB in float32. A quarter and four times as many are slower at 4k tokens."""
+
+HIDDEN = -1e30
+"""Logit of a masked key: finite, so that no difference is a NaN."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums run in: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:
+    """Mean of every complete window, summed in `compute_dtype`.
+
+    Args:
+        k: ``[H, L, D]``.
+        size: tokens in a window, a multiple of ``stride``.
+        stride: tokens between the starts of two windows.
+
+    Returns:
+        ``[H, n, D]``, ``n = max(0, (L - size) // stride + 1)``, in k's type.
+    """
+    count, steps = max(0, (k.shape[1] - size) // stride + 1), size // stride
+    if count == 0:
+        return k[:, :0]
+    keys = k[:, : (count + steps - 1) * stride].to(compute_dtype(k.dtype))
+    sums = keys.reshape(k.shape[0], count + steps - 1, stride, k.shape[2]).sum(2)  # [H, count + steps - 1, D]
+    return sums.unfold(1, steps, 1).sum(-1).mul_(1.0 / size).to(k.dtype)
+
+
+def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) -> None:
+    """Write the complete windows of ``k [Hkv, L, D]`` to the first slots of ``k1`` and ``k2 [Hkv, n, D]``."""
+    for compressed, factor in ((k1, 1), (k2, COARSE_FACTOR)):
+        pooled = pool_keys(k, factor * geometry.kernel_size, factor * geometry.kernel_stride)
+        compressed[:, : pooled.shape[1]] = pooled
+
+
+def select_blocks(q: Tensor, k1: Tensor, k2: Tensor, length: int, params: AttentionParams) -> Tensor:
+    """The blocks that every query of one sequence visits.
+
+    Args:
+        q: ``[Hkv, G, n, D]``; query ``i`` stands at position ``offset + i``, ``offset + n <= length``.
+        k1: ``[Hkv, n1, D]``, the compressed keys; read where a query has more candidates than it visits.
+        k2: ``[Hkv, n2, D]``, the coarse ones; read for ``lse="coarse"``.
+        length: keys in the sequence.
+        params: the geometry, and what queries see.
+
+    Returns:
+        int32 ``[Hkv, n, S]``, ``S = geometry.selected_blocks``; -1 in unused places.
+    """
+    g, (heads, group, tokens, _) = params.geometry, q.shape
+    last = torch.arange(params.offset, params.offset + tokens, device=q.device) // g.query_block * g.query_block
+    last = (last + g.query_block - 1).clamp(max=length - 1)  # of the queries that share a selection
+    own, first = last // g.block_size, _first_keys(last, params.window) // g.block_size
+    slots = first[:, None] + torch.arange(g.selected_blocks, device=q.device)
+    chosen = torch.where(slots <= own[:, None], slots, -1).int().repeat(heads, 1, 1)  # all, where these are no more
+    crowded = (own - first >= g.selected_blocks).nonzero()
+    begin = int(crowded[0]) if crowded.numel() else tokens
+    columns = max(1, heads * group * g.num_compressed(length))
+    step = max(1, CHUNK_LOGITS // columns // g.query_block) * g.query_block
+    while begin < tokens:  # whole tiles of queries that share a selection
+        end = min(tokens, (params.offset + begin + step) // g.query_block * g.query_block - params.offset)
+        some = slice(begin, end)
+        scores = _block_scores(q[:, :, some], k1, k2, last[some], length, params)  # [Hkv, n, blocks]
+        blocks, mine = torch.arange(scores.shape[-1], device=q.device), own[some, None]
+        candidate = (blocks >= first[some, None]) & (blocks <= mine)
+        forced = candidate & ((blocks < g.init_blocks) | (blocks >= mine - g.local_blocks))
+        # A candidate without a score comes before what is none; ties go to the lower block.
+        rank = scores.clamp(min=-1.0).masked_fill(forced, torch.inf).masked_fill(~candidate, -torch.inf)
+        best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : g.selected_blocks]
+        count = best.shape[-1]
+        chosen[:, some, :count] = best.masked_fill_(~candidate.expand_as(rank).gather(-1, best), -1).int()
+        chosen[:, some, count:] = -1
+        begin = end
+    return chosen
+
+
+def _block_scores(q: Tensor, k1: Tensor, k2: Tensor, last: Tensor, length: int, params: AttentionParams) -> Tensor:
+    """Scores ``[Hkv, n, blocks]`` of a chunk, ``-inf`` where no window of a block is visible.
+
+    Args:
+        q: ``[Hkv, G, n, D]``.
+        k1: ``[Hkv, n1, D]``.
+        k2: ``[Hkv, n2, D]``.
+        last: ``[n]``, the position up to which each query's shared selection sees windows.
+        length: keys in the sequence.
+        params: the geometry and the scale.
+    """
+    g, (heads, group, tokens, dim) = params.geometry, q.shape
+    rows = q.reshape(heads, group * tokens, dim).to(compute_dtype(q.dtype)) * (params.scale * LOG2E)
+
+    def visible(factor: int) -> Tensor:  # windows that end at or before `last`, [n, windows]
+        size, stride = factor * g.kernel_size, factor * g.kernel_stride
+        count = max(0, (int(last[-1]) + 1 - size) // stride + 1)
+        return torch.arange(count, device=q.device) * stride + size - 1 <= last[:, None]
+
+    def logits(keys: Tensor, seen: Tensor) -> Tensor:  # [Hkv, G, n, windows]
+        return (rows @ keys[:, : seen.shape[1]].to(rows.dtype).mT).view(heads, group, tokens, seen.shape[1])
+
+    norm_keys, norm_seen = (k1, visible(1)) if g.lse == "exact" else (k2, visible(COARSE_FACTOR))
+    seen = visible(1)
+    norm = _log2sumexp2(logits(norm_keys, norm_seen).masked_fill_(~norm_seen, HIDDEN))
+    scores = (logits(k1, seen) - norm).exp2_().sum(1)  # [Hkv, n, windows]
+    if g.query_block > 1:
+        tile = last // g.query_block - last[0] // g.query_block
+        sums = scores.new_zeros(heads, int(tile[-1]) + 1, scores.shape[2]).index_add_(1, tile, scores)
+        scores = sums[:, tile]
+    scores.masked_fill_(~norm_seen.any(1)[:, None], 0.0).masked_fill_(~seen, -torch.inf)
+    # Block j overlaps the windows [j * per_block - overhang, (j + 1) * per_block).
+    per_block, overhang = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
+    count = g.num_blocks(length)
+    scores = pad(scores, (overhang, count * per_block - scores.shape[2]), value=-torch.inf)
+    return scores.unfold(-1, per_block + overhang, per_block).amax(-1)
+
+
+def _log2sumexp2(logits: Tensor) -> Tensor:
+    """Binary log-sum-exp over the last dimension, kept; 0 where there is nothing to sum."""
+    if logits.shape[-1] == 0:
+        return logits.new_zeros(*logits.shape[:-1], 1)
+    top = logits.amax(-1, keepdim=True)
+    return (logits - top).exp2_().sum(-1, keepdim=True).log2_().add_(top)
+
+
+def _first_keys(positions: Tensor, window: int | None) -> Tensor:
+    """The first key in the window of each position."""
+    return torch.zeros_like(positions) if window is None else (positions - window + 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries, and the keys that any of them visits.
+
+    Attributes:
+        queries: the queries.
+        keys: a slice, or int64 ``[K]``.
+        seen: bool ``[n, K]`` or ``[Hkv, 1, n, K]``, which of the keys each query visits and sees.
+    """
+
+    queries: slice
+    keys: slice | Tensor
+    seen: Tensor
+
+    def logits(self, rows: Tensor, k: Tensor) -> Tensor:
+        """Masked logits ``[Hkv, G, n, K]`` of scaled queries ``[Hkv, G, n, D]``."""
+        return product(rows, k[:, self.keys]).masked_fill_(~self.seen, HIDDEN)
+
+
+def product(rows: Tensor, keys: Tensor) -> Tensor:
+    """``rows [Hkv, G, n, D]`` times ``keys [Hkv, K, D]``: ``[Hkv, G, n, K]`` in the type of rows."""
+    return (rows.flatten(1, 2) @ keys.to(rows.dtype).mT).view(*rows.shape[:3], keys.shape[1])
+
+
+def _chunks(q: Tensor, length: int, blocks: Tensor | None, params: AttentionParams) -> Iterator[_Chunk]:
+    """Chunks of the queries ``q [Hkv, G, n, D]`` of a sequence."""
+    heads, group, tokens, _ = q.shape
+    size, device = params.geometry.block_size, q.device
+    step = max(1, CHUNK_LOGITS // (heads * group * length))
+    for begin in range(0, tokens, step):
+        some = slice(begin, min(begin + step, tokens))
+        positions = torch.arange(params.offset + some.start, params.offset + some.stop, device=device)
+        end = params.offset + some.stop
+        start = 0 if params.window is None else max(0, params.offset + begin - params.window + 1)
+        index = torch.arange(start, end, device=device)
+        keys: slice | Tensor = slice(start, end)
+        visited = None
+        if blocks is not None:
+            listed = blocks[:, some].long()
+            visited = torch.zeros(heads, some.stop - begin, -(-length // size) + 1, dtype=torch.bool, device=device)
+            visited = visited.scatter_(2, torch.where(listed < 0, visited.shape[2] - 1, listed), True)[..., :-1]
+            kept = visited.flatten(0, 1).any(0)[index // size]
+            kept[:1] = True  # one key at least, seen or not
+            if not bool(kept.all()):
+                keys = index = index[kept]
+            visited = visited[:, None, :, index // size]  # [Hkv, 1, n, K]
+        seen = (index <= positions[:, None]) & (index >= _first_keys(positions, params.window)[:, None])
+        if params.mask is not None:
+            seen &= params.mask[index]
+        yield _Chunk(some, keys, seen if visited is None else visited & seen)
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, out: Tensor, lse: Tensor, params: AttentionParams
+) -> None:
+    """Attention of one sequence.
+
+    Args:
+        q: ``[Hkv, G, n, D]``; query ``i`` stands at position ``offset + i``, ``offset + n <= L``.
+        k: ``[Hkv, L, D]``.
+        v: ``[Hkv, L, Dv]``.
+        blocks: int32 ``[Hkv, n, S]``, distinct but for -1; None for attention to all keys that a query may see.
+        out: ``[Hkv, G, n, Dv]``, written.
+        lse: ``[Hkv, G, n]``, written: the natural log-sum-exp.
+        params: the geometry, the scale, and what queries see.
+    """
+    for chunk in _chunks(q, k.shape[1], blocks, params):
+        rows = q[:, :, chunk.queries].to(lse.dtype) * (params.scale * LOG2E)
+        logits = chunk.logits(rows, k)
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        empty = top <= 0.5 * HIDDEN  # sees no key
+        part = product(weights, v[:, chunk.keys].mT) / total
+        out[:, :, chunk.queries] = part.masked_fill_(empty, 0.0).to(out.dtype)
+        lse[:, :, chunk.queries] = ((top + total.log2()) / LOG2E).masked_fill_(empty, -torch.inf)[..., 0]
+
+
+def attend_blocks_backward(
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    blocks: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    params: AttentionParams,
+) -> None:
+    """Gradient of `attend_blocks` with the blocks held fixed.
+
+    With the weights ``P`` rebuilt from the log-sum-exp, ``dV = P' dO``, ``dS = P * (dO V' - delta)`` with
+    ``delta = sum(dO * O)``, ``dQ = scale * dS K`` and ``dK = scale * dS' Q``.
+
+    Args:
+        forward: the gradient of the output, q, k, v, the output and its log-sum-exp, shaped as in `attend_blocks`.
+        blocks: as in `attend_blocks`.
+        gradients: those of q, k and v, written.
+        params: as in `attend_blocks`.
+    """
+    (grad_out, q, k, v, out, lse), (grad_q, grad_k, grad_v) = forward, gradients
+    sum_k, sum_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+    for chunk in _chunks(q, k.shape[1], blocks, params):
+        some, keys = chunk.queries, chunk.keys
+        rows, grad = (x[:, :, some].to(lse.dtype) for x in (q, grad_out))
+        delta = (grad * out[:, :, some]).sum(-1, keepdim=True)
+        shift = lse[:, :, some, None] * LOG2E
+        weights = chunk.logits(rows * (params.scale * LOG2E), k).sub_(shift.masked_fill(shift.isinf(), 0.0)).exp2_()
+        slopes = product(grad, v[:, keys]).sub_(delta).mul_(weights)  # [Hkv, G, n, K]
+        grad_q[:, :, some] = product(slopes, k[:, keys].mT).mul_(params.scale).to(grad_q.dtype)
+        sum_k[:, keys] += slopes.flatten(1, 2).mT @ rows.flatten(1, 2)
+        sum_v[:, keys] += weights.flatten(1, 2).mT @ grad.flatten(1, 2)
+    grad_k.copy_(sum_k.mul_(params.scale))
+    grad_v.copy_(sum_v)
