@@ -8,6 +8,7 @@ from tests.support.import_graph import circle, imports, misspelt, modules, upwar
 ROOMS = (
     "errors",
     "tables",
+    "stages",
     "kernels",
     "config",
     "compat",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch._functorch import predispatch
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 __all__ = [
     "ADD_BATCH_DIM",
@@ -21,6 +21,7 @@ __all__ = [
     "is_mutable",
     "operator_name",
     "plain_function",
+    "registered_name",
     "returns_values",
     "written_values",
 ]
@@ -52,6 +53,17 @@ def argument_names(overload: Any) -> list[str]:
     ``torch.library.infer_schema``, takes Python functions only.
     """
     return [argument.name for argument in overload._schema.arguments]
+
+
+def registered_name(target: object) -> str | None:
+    """What follows ``torch.ops`` in the name of an operator, of one of its overloads or of a higher-order operator.
+
+    The classes of these in ``torch._ops`` and their texts, the same in torch 2.11 to 2.15. Nothing public names an
+    operator. None for any other function.
+    """
+    if isinstance(target, HigherOrderOperator):
+        return f"higher_order.{target.name()}"  # type: ignore[no-untyped-call]
+    return str(target) if isinstance(target, (OpOverload, OpOverloadPacket)) else None
 
 
 def written_values(overload: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

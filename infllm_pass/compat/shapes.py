@@ -23,6 +23,7 @@ __all__ = [
     "expression_of",
     "free_unbacked_symbols",
     "hint_of",
+    "number_hint",
     "is_concrete_int",
     "statically_known_true",
 ]
@@ -43,3 +44,9 @@ def hint_of(size: torch.SymInt) -> int | None:
     """
     hint = size.node.hint
     return None if hint is None else int(hint)
+
+
+def number_hint(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> int | float | bool | None:
+    """The value that a symbolic number of any kind had in the traced call; see `hint_of`."""
+    hint: int | float | bool | None = number.node.hint
+    return hint

@@ -23,6 +23,7 @@ from infllm_pass.rewrite.log import CompileLog
 from infllm_pass.rewrite.pipeline import SitePolicy, Switch, run_pass
 from infllm_pass.rewrite.report import GraphReport
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS
+from infllm_pass.rewrite.trace import PassTrace
 from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
 
@@ -83,14 +84,17 @@ class SwitchableBackend:
         if misfit is not None:
             return RefusedGraph(misfit)
         caches = CacheInputs()
+        number = self.log.new_number()
+        trace = PassTrace(number)
         try:
             report = run_pass(
                 module,
                 self.policy,
                 switch=self.switch,
-                number=self.log.new_number(),
+                number=number,
                 held=held,
                 caches=caches,
+                trace=trace,
             )
         except (InternalError, DenseSiteError) as error:
             raise CarriedError(error) from error
@@ -99,7 +103,7 @@ class SwitchableBackend:
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
         checks = take_checks(module, len(example_inputs))
-        with remembered_accesses():
+        with trace.compiler_behind(report), remembered_accesses():
             compiled = self.compiler(module, [*example_inputs, *caches.examples])
         if caches.specs:
             compiled = CachedGraph(compiled, tuple(caches.specs), self.store)

@@ -24,6 +24,7 @@ from infllm_pass.masks.cases import exact
 from infllm_pass.masks.normal_form import Leaf
 from infllm_pass.masks.rules import arithmetic, indexing, scans, shapes, vmap, where
 from infllm_pass.masks.rules.registry import RULES, shape_of
+from infllm_pass.masks.steps import tell_value
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor, element
 
 __all__ = ["Interpreter", "Overwritten", "Unknown", "names_in"]
@@ -105,16 +106,18 @@ class Interpreter:
             raise Overwritten(node)
         if node in self._values:
             return self._values[node]
-        value = self._given(node, example) or self._from_outer_graph(node)
+        value, why = self._given(node, example) or self._from_outer_graph(node), ""
         if value is None:
             self._readers.append(node)
             try:
                 value = self._apply_rule(node, example)
             except NotFollowed as stop:
-                value = self._unknown(node, example, str(stop))
+                why = str(stop)
+                value = self._unknown(node, example, why)
             finally:
                 self._readers.pop()
         self._values[node] = value
+        tell_value(node, value.value, why)
         return value
 
     def _given(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor | None:

@@ -33,6 +33,7 @@ from infllm_pass.masks.normal_form import (
     UnprovenMask,
 )
 from infllm_pass.masks.rules.scans import Scan
+from infllm_pass.masks.steps import plain_names, tell_part, tell_proof, tell_terms
 from infllm_pass.masks.terms import first_unknown, key_bias, visible
 
 _MOST_ATOMS = 6
@@ -70,13 +71,17 @@ def prove_terms(
         refusal = refusal or replace(value, role=term.role)
         bias = key_bias(interpreter, term, value.described)
         if bias is None:
+            tell_proof(refusal)
             return refusal
         biases.append(bias)
     value = sympy.And(*values)
     key = (value.xreplace({QUERY: sympy.Integer(0)}) if one_query else value, one_query)
-    if key not in interpreter.proofs:
+    known = key in interpreter.proofs
+    if not known:
+        tell_terms([term.node for term in terms], value)
         interpreter.proofs[key] = _Reader(interpreter, terms[0].node, one_query).read(key[0])
     proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
+    tell_proof(proof, known)
     if refusal is None:
         return proof
     if isinstance(proof, UnprovenMask):
@@ -100,6 +105,9 @@ class _Reader:
         """The normal form of a mask's value over ``(BATCH, HEAD, QUERY, KEY)``."""
         parts = list(sympy.And.make_args(value))
         rest = [part for part in parts if not self._read_segments(part)]
+        for part in parts:
+            if part not in rest:
+                tell_part(part, "query and key are of one sequence")
         consequences = self._consequences()
         rest = [part.xreplace(consequences) if QUERY in part.free_symbols else part for part in rest]
         rest = [smaller for part in rest for smaller in sympy.And.make_args(_conjunction(part))]
@@ -108,12 +116,23 @@ class _Reader:
             smaller = self._without_impossible(part)
             implied = isinstance(smaller, sympy.Or) and not known.isdisjoint(map(_canonical, smaller.args))
             if smaller == sympy.true or implied:
+                tell_part(part, "follows from the parts before")
                 continue
+            before = (self.offset, self.first, len(self.conditions))
             refusal = self._read_part(smaller)
+            tell_part(smaller, self._change_since(*before) if refusal is None else f"refused, {refusal.why}")
             if refusal is not None:
                 return refusal
             known.add(_canonical(smaller))
         return self._normal_form()
+
+    def _change_since(self, offset: sympy.Expr | None, first: sympy.Expr | None, conditions: int) -> str:
+        """What the part read last was, from the limits and the number of conditions before it, for people."""
+        if len(self.conditions) > conditions:
+            return "test of the key"
+        if self.offset != offset:
+            return "limit towards later keys"
+        return "limit towards earlier keys" if self.first != first else "looser than a limit before"
 
     def _turn(self, part: sympy.Basic) -> int:
         """When a part is read: limits towards later keys first, and of these ones by data; disjunctions, which they may
@@ -385,8 +404,4 @@ def readable(part: sympy.Basic) -> str:
     """A part in words a user can place: index symbols become batch, head, query and key."""
     names = dict(zip((BATCH, HEAD, QUERY, KEY), sympy.symbols("batch head query key"), strict=True))
     spelled = part.xreplace(names)
-    functions = {
-        atom: sympy.Function(atom.func.__name__.split("@")[0])(*atom.args) for atom in spelled.atoms(AppliedUndef)
-    }
-    symbols = {symbol: sympy.Symbol(symbol.name.split("@")[0]) for symbol in spelled.free_symbols}
-    return str(spelled.xreplace(functions).xreplace(symbols))
+    return str(plain_names(spelled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -22,6 +23,9 @@ from infllm_pass.plan.site_config import SiteConfig, configured
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.scalars import read_number
+from infllm_pass.stages import Stage, each_in, stage
+
+logger = logging.getLogger("infllm_pass")
 
 
 class Lowering(Enum):
@@ -126,14 +130,17 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
     """
     interpreter = Interpreter(view.facts)
     plans = []
-    for site in find_sites(view.facts):
+    for site in each_in(Stage.FIND, find_sites(view.facts)):
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("site at node %s (%s)", site.node.name, site.source_line)
         if isinstance(site, PartialSite):
             plans.append(SitePlan(site, site.reason, site.detail, error=site.error))
         elif not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
         else:
             try:
-                plans.append(_configure(_plan_site(site, interpreter), config, site_config))
+                with stage(Stage.PLAN):
+                    plans.append(_configure(_plan_site(site, interpreter), config, site_config))
             except Exception as error:
                 plans.append(failed(site, error))
     return plans
@@ -254,7 +261,8 @@ def _prove_masks(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate
         return MaskPredicate(size(0) if site.is_causal is True else None)
     if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
-    proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
+    with stage(Stage.PROVE):
+        proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
     return _unproven(site, proof) if isinstance(proof, UnprovenMask) else proof
 
 

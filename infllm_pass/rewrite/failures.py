@@ -39,9 +39,10 @@ def warn_of_failures(report: GraphReport, known: set[str]) -> None:
     for place, sites in failed.items():
         if place not in known:
             known.add(place)
+            script = f" and with the script that reproduces it ({sites[0].reproducer})" if sites[0].reproducer else ""
             warnings.warn(
                 f"infllm_pass failed at {', '.join(map(_named, sites))} of graph {report.graph}, which stays as it "
-                f"was; please report this, with the following text:\n{sites[0].traceback}",
+                f"was; please report this, with the following text{script}:\n{sites[0].traceback}",
                 InternalErrorWarning,
                 stacklevel=3,
             )

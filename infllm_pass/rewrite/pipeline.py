@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import fx
@@ -20,9 +20,13 @@ from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.failures import Strict, refuse
 from infllm_pass.rewrite.outcome import Outcome
 from infllm_pass.rewrite.report import GraphReport, describe_site
+from infllm_pass.rewrite.reproducer import Reproducer, recorded
+from infllm_pass.rewrite.reproducer_script import Failure
 from infllm_pass.rewrite.rewriter import Rewriter
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target
+from infllm_pass.rewrite.trace import PassTrace
 from infllm_pass.sites import AttentionSite
+from infllm_pass.stages import Stage, stage
 
 
 class Switch(Enum):
@@ -57,6 +61,7 @@ def run_pass(
     number: int = 0,
     held: HeldTensors | None = None,
     caches: CacheInputs | None = None,
+    trace: PassTrace | None = None,
 ) -> GraphReport:
     """Rewrite every attention site of a Dynamo graph, and of the graphs nested in it, in place.
 
@@ -69,6 +74,7 @@ def run_pass(
             `runtime.buffer_guards`.
         caches: takes up the caches whose state is an input of the rewritten graph, which whoever runs it has to hand
             over, see `kv_cache.store`; None: none are.
+        trace: follows the graph on to the compiler behind; None: nothing comes behind.
 
     Returns:
         What was found and done.
@@ -86,12 +92,37 @@ def run_pass(
         return decide_length(plan.length, plan.config.dense_len)
 
     policy = policy if isinstance(policy, SitePolicy) else SitePolicy(policy)
-    decisions = _run(module, policy, decide, held, caches)
-    report = _report(number, decisions, policy)
+    following = PassTrace(number) if trace is None else trace
+    reproducer = recorded(module, held)
+    with following.run(module):
+        decisions = _run(module, policy, decide, held, caches)
+    report = _report(number, decisions, policy, following)
+    if reproducer is not None:
+        report = _reproduced(report, decisions, reproducer, policy.config, switch)
+    if trace is None:
+        following.finish(report)
     plans = [plan for plan, _, _ in decisions]
     exempt = [policy.strict == "all" and not plan.switchable and _is_excluded(plan, policy) for plan in plans]
     refuse(policy.strict, report, [plan.error for plan in plans], exempt)
     return report
+
+
+def _reproduced(
+    report: GraphReport,
+    decisions: Sequence[Decision],
+    reproducer: Reproducer,
+    config: SparseAttentionConfig,
+    switch: Switch,
+) -> GraphReport:
+    """The report with the scripts that reproduce the failures of the pass, which are written."""
+    rows = []
+    for row, (plan, _, _) in zip(report.sites, decisions, strict=True):
+        if plan.error is not None:
+            place = f"site {row.site} {row.module or row.source}".rstrip()
+            failure = Failure(report.graph, row.site, plan.site.node, place, plan.error)
+            row = replace(row, reproducer=reproducer.write(failure, plan.config or config, switch.value))
+        rows.append(row)
+    return replace(report, sites=tuple(rows))
 
 
 def _is_excluded(plan: SitePlan, policy: SitePolicy) -> bool:
@@ -118,26 +149,35 @@ def run_on_export(
         CarriedError: see `plan.site_config.configured`.
     """
     policy = policy if isinstance(policy, SitePolicy) else SitePolicy(policy)
-    if branch is None:
-        decisions: list[Decision] = []
-        for view in all_graphs(module):
-            rewriter = Rewriter(view.facts, targets=policy.targets)
-            plans = plan_graph(view, policy.config, policy.site_config)
-            decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans]
-        return _report(0, decisions, policy)
-    chosen = LengthGuard(branch, "", False)
-    return _report(0, _run(module, policy, lambda _plan: chosen), policy)
+    trace = PassTrace(0)
+    with trace.run(module):
+        if branch is None:
+            decisions: list[Decision] = []
+            for view in all_graphs(module):
+                rewriter = Rewriter(view.facts, targets=policy.targets)
+                plans = plan_graph(view, policy.config, policy.site_config)
+                decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans]
+        else:
+            chosen = LengthGuard(branch, "", False)
+            decisions = _run(module, policy, lambda _plan: chosen)
+    report = _report(0, decisions, policy, trace)
+    trace.finish(report)
+    return report
 
 
 Decision = tuple[SitePlan, LengthGuard | None, Outcome]
 
 
-def _report(number: int, decisions: Sequence[Decision], policy: SitePolicy) -> GraphReport:
+def _report(number: int, decisions: Sequence[Decision], policy: SitePolicy, trace: PassTrace) -> GraphReport:
+    """The report of a graph, whose numbers are counted."""
     rows = [
         describe_site(number, place, plan, guard, outcome, policy.config)
         for place, (plan, guard, outcome) in enumerate(decisions)
     ]
-    return GraphReport(number, tuple(rows))
+    report = GraphReport(number, tuple(rows), trace.times.seconds)
+    had_mask = [isinstance(plan.site, AttentionSite) and bool(plan.site.masks) for plan, _, _ in decisions]
+    trace.count(report, [outcome.rewritten and had for (_, _, outcome), had in zip(decisions, had_mask, strict=True)])
+    return report
 
 
 def _run(
@@ -157,7 +197,8 @@ def _run(
         caches: see there.
     """
     done: list[Decision] = []
-    expansions = expand_composites(module)
+    with stage(Stage.DECOMPOSE):
+        expansions = expand_composites(module)
     calls = {expansion.call for expansion in expansions}
     used: set[Expansion] = set()
     for view in all_graphs(module, held):
@@ -168,16 +209,33 @@ def _run(
             within = next((expansion for expansion in expansions if plan.site.node in expansion.nodes), None)
             guard, outcome = None, Outcome()
             try:
-                plan = rewriter.admit(plan)
-                guard = decide(plan) if plan.switchable else None
-                outcome = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
+                with stage(Stage.PLAN):
+                    plan = rewriter.admit(plan)
+                    guard = decide(plan) if plan.switchable else None
+                with stage(Stage.REWRITE):
+                    outcome = rewriter.rewrite(plan, guard.branch if guard is not None else Branch.DENSE)
             except Exception as error:
                 plan, guard = failed(plan.site, error), None
             if within is not None and outcome.rewritten:
                 used.add(within)
             done.append((plan, guard, outcome))
         if done:
-            view.module.graph.lint()
+            with stage(Stage.REWRITE):
+                view.module.graph.lint()
+    with stage(Stage.REWRITE):
+        _tidy(module, expansions, used, caches, changed=bool(done or expansions))
+    return done
+
+
+def _tidy(
+    module: fx.GraphModule,
+    expansions: Sequence[Expansion],
+    used: set[Expansion],
+    caches: CacheInputs | None,
+    *,
+    changed: bool,
+) -> None:
+    """Take back what no site came to need, and make the code of the graphs anew if they changed."""
     if caches is not None:
         caches.drop_unused(module.graph)
     for expansion in expansions:
@@ -185,7 +243,6 @@ def _run(
             expansion.accept()
         else:
             expansion.withdraw()
-    if done or expansions:
+    if changed:
         for view in all_graphs(module):
             view.module.recompile()
-    return done

@@ -61,6 +61,7 @@ class SiteDecision:
         explanation: why, and what would change it.
         config: the fields of the site's configuration that differ from the model's, and their values here.
         traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
+        reproducer: the script that makes this failure happen again, or why none was written; "" if none was asked for.
     """
 
     mask: str
@@ -72,6 +73,7 @@ class SiteDecision:
     explanation: str
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     traceback: str = ""
+    reproducer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,17 @@ class SiteReport(Outcome, SiteDecision, SiteFacts):
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph: its number, the sides of the switch its sites run, and its sites."""
+    """One compiled graph: its number, the sides of the switch its sites run, and its sites.
+
+    Attributes:
+        graph: the number.
+        sites: the sites.
+        seconds: what the stages of the pass took, and the compiler behind it once that is done; see `stages.Stage`.
+    """
 
     graph: int
     sites: tuple[SiteReport, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -125,6 +134,7 @@ class Report:
                     "graph": graph.graph,
                     "branches": list(graph.branches),
                     "sites": [asdict(s) for s in graph.sites],
+                    "seconds": dict(graph.seconds),
                 }
                 for graph in self.graphs
             ]
