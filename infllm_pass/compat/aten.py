@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.export._trace import custom_triton_ops_decomposition_disabled
 
 __all__ = [
     "ADD_BATCH_DIM",
@@ -17,10 +18,9 @@ __all__ = [
     "SCALAR_TENSOR",
     "SET_GRAD_ENABLED",
     "OpOverload",
-    "argument_names",
     "is_mutable",
+    "keeps_operators",
     "operator_name",
-    "plain_function",
     "registered_name",
     "returns_values",
     "written_values",
@@ -46,15 +46,6 @@ SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 """The call that ``torch.no_grad()`` and its kind leave in Dynamo's graphs. In torch 2.11 to 2.15."""
 
 
-def argument_names(overload: Any) -> list[str]:
-    """The names of an operator's arguments, in order.
-
-    ``OpOverload._schema``, the same in torch 2.11 to 2.15, as for the functions below. A public reader of schemas,
-    ``torch.library.infer_schema``, takes Python functions only.
-    """
-    return [argument.name for argument in overload._schema.arguments]
-
-
 def registered_name(target: object) -> str | None:
     """What follows ``torch.ops`` in the name of an operator, of one of its overloads or of a higher-order operator.
 
@@ -67,33 +58,36 @@ def registered_name(target: object) -> str | None:
 
 
 def written_values(overload: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The values among a call's arguments that its operator declares to write to; see `argument_names`."""
+    """The values among a call's arguments that its operator declares to write to.
+
+    ``OpOverload._schema``, the same in torch 2.11 to 2.15, as for the functions below. Nothing public reads schemas.
+    """
     declared = overload._schema.arguments
     positional = [value for argument, value in zip(declared, args, strict=False) if argument.is_write]
     return positional + [kwargs.get(argument.name) for argument in declared if argument.is_write]
 
 
 def is_mutable(target: object) -> bool:
-    """Whether a target is an operator that declares to write to an argument; see `argument_names`."""
+    """Whether a target is an operator that declares to write to an argument; see `written_values`."""
     schema = getattr(target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
 
 
 def returns_values(overload: OpOverload) -> bool:
-    """Whether an operator declares results; see `argument_names`."""
+    """Whether an operator declares results; see `written_values`."""
     return bool(overload._schema.returns)
 
 
 def operator_name(overload: OpOverload) -> str:
-    """An operator's name without namespace and overload; see `argument_names`."""
+    """An operator's name without namespace and overload; see `written_values`."""
     name: str = overload._schema.name
     return name.partition("::")[2]
 
 
-def plain_function(definition: Callable[..., Any]) -> Callable[..., Any]:
-    """The Python function that ``torch.library.custom_op`` was put on.
+def keeps_operators() -> bool:
+    """Whether ``torch.export`` traces, which keeps operators with Triton kernels as they are.
 
-    ``CustomOpDef._init_fn``, the same in torch 2.11 to 2.15. Nothing public.
+    ``torch.export._trace.custom_triton_ops_decomposition_disabled``, the same in torch 2.11 to 2.15, which
+    ``torch.library.triton_op`` asks too. ``torch.compiler.is_exporting`` is False while programs are decomposed.
     """
-    function: Callable[..., Any] = definition._init_fn  # type: ignore[attr-defined]
-    return function
+    return bool(custom_triton_ops_decomposition_disabled())  # type: ignore[no-untyped-call]

@@ -30,7 +30,6 @@ __all__ = [
     "repeated_arguments",
     "repeats",
     "source_name",
-    "traced_input",
     "uncompiled",
 ]
 
@@ -140,7 +139,7 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
-def traced_input(node: fx.Node) -> Any:
+def _traced_input(node: fx.Node) -> Any:
     """What Dynamo notes on an input of a graph: source and example; None outside of Dynamo's graphs.
 
     ``node.meta["grapharg"]``, the same in torch 2.11 to 2.15. Nothing public.
@@ -149,8 +148,8 @@ def traced_input(node: fx.Node) -> Any:
 
 
 def input_example(node: fx.Node) -> object:
-    """The real value that an input had in the traced call; see `traced_input`."""
-    return getattr(traced_input(node), "example", None)
+    """The real value that an input had in the traced call; see `_traced_input`."""
+    return getattr(_traced_input(node), "example", None)
 
 
 def is_held_by_module(node: fx.Node) -> bool:
@@ -159,7 +158,7 @@ def is_held_by_module(node: fx.Node) -> bool:
     ``Source.guard_source``, an enum whose names contain ``NN_MODULE`` for what modules hold; the same in torch 2.11 to
     2.15.
     """
-    source = getattr(traced_input(node), "source", None)
+    source = getattr(_traced_input(node), "source", None)
     return "NN_MODULE" in getattr(getattr(source, "guard_source", None), "name", "")
 
 
@@ -168,7 +167,7 @@ def source_name(node: fx.Node) -> str | None:
 
     ``Source.name``: a property in torch 2.11 to 2.15, a method in releases before.
     """
-    source = getattr(traced_input(node), "source", None)
+    source = getattr(_traced_input(node), "source", None)
     if source is None:
         return None
     return str(source.name() if callable(source.name) else source.name)

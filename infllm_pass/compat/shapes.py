@@ -23,8 +23,8 @@ __all__ = [
     "expression_of",
     "free_unbacked_symbols",
     "hint_of",
-    "number_hint",
     "is_concrete_int",
+    "number_hint",
     "statically_known_true",
 ]
 

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensor",
+    "FunctionalTensorMode",
     "TorchDispatchMode",
     "base_of",
     "current_mode",

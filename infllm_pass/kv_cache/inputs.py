@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from infllm_pass.compat.dynamo import add_static_input
 from infllm_pass.graph.facts import GraphFacts, example_of
 from infllm_pass.graph.subgraphs import fake_mode_of
 from infllm_pass.kv_cache.dynamic import DynamicCacheSpec
@@ -95,7 +96,5 @@ def _add_input(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_before(last.next):
         node = graph.placeholder(name)
-    node.meta["example_value"] = example
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = None
+    add_static_input(node, example)
     return node

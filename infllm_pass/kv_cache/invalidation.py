@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from infllm_pass.compat.tensors import storage_id
 from infllm_pass.emit.builder import Emitter
 from infllm_pass.emit.mask_operands import MaskOperands
 from infllm_pass.graph.facts import GraphFacts, example_of, same, size, storage
@@ -22,19 +23,13 @@ from infllm_pass.plan.planner import SitePlan, unemittable
 from infllm_pass.sites import AttentionSite
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """Identity of the memory that a tensor lives in."""
-    cell: int = tensor.untyped_storage()._cdata
-    return cell
-
-
 def writers_of(graph: fx.Graph, keys: torch.Tensor) -> list[fx.Node]:
     """The nodes that may write to the memory of a tensor; other parts of its storage are other caches."""
     span = _span(keys)
     found = []
     for node in graph.nodes:
         for written in written_arguments(node):
-            if storage(written) != storage_of(keys):
+            if storage(written) != storage_id(keys):
                 continue
             other = _span(example_of(written))
             if span is None or other is None or (span[0] < other[1] and other[0] < span[1]):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from infllm_pass.compat.tensors import storage_id
 from infllm_pass.graph.facts import GraphFacts, example_of, same, size, storage
 from infllm_pass.graph.subgraphs import input_name
-from infllm_pass.kv_cache.invalidation import storage_of, writers_of
+from infllm_pass.kv_cache.invalidation import writers_of
 from infllm_pass.kv_cache.spec import MANY_QUERIES, UNKNOWN_SIZES, StateLayout, StateTensor, is_decoding
 from infllm_pass.sites import AttentionSite
 
@@ -51,7 +52,7 @@ class StaticCacheSpec:
         keys, cell = site.key_heads.example, storage(site.key_heads.node)
         inputs = [node for node in facts.graph.nodes if node.op == "placeholder"]
         position = next((place for place, node in enumerate(inputs) if storage(node) == cell), None)
-        if position is None or storage_of(keys) != cell:
+        if position is None or storage_id(keys) != cell:
             return "it is copied in the graph"
         if facts.is_written_elsewhere(site.key_heads.node):
             return "a nested graph writes to it"

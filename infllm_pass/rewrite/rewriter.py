@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from infllm_pass.compat.fx import is_erased
 from infllm_pass.emit.builder import Emitter
 from infllm_pass.emit.mask_operands import MaskOperands
 from infllm_pass.graph.dce import dead_users, pure
@@ -138,7 +139,7 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     pending = [node]
     while pending:
         candidate = pending.pop()
-        if candidate._erased or not pure(candidate):
+        if is_erased(candidate) or not pure(candidate):
             continue
         users = dead_users(candidate)
         if users is None:

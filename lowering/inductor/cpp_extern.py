@@ -10,10 +10,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import ir
-from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-from torch._inductor.lowering import register_lowering
 
+from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering
 from infllm_pass.kernels.cpu.native import call_numbers, fixed_numbers, header
 
 from ..export import fused_op

@@ -11,11 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from infllm_pass.compat import inductor
+from infllm_pass.compat.shapes import expression_of
 from infllm_pass.errors import ExportError
 
 from ..export import fused_op
@@ -65,17 +66,15 @@ class PackageTarget:
                 node.target = cpp_extern.OPERATOR
         with written_whole(self.path) as path, remembered_accesses():
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-            except torch._inductor.exc.InductorError as error:
+                inductor.compile_package(program, str(path), options)
+            except inductor.package_errors() as error:
                 raise ExportError(f"Inductor cannot compile the program: {error}") from error
 
 
 def _require_compiler() -> None:
-    from torch._inductor import cpp_builder, exc
-
     try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
+        inductor.find_cpp_compiler()
+    except inductor.cpp_errors() as error:
         raise ExportError("packaging needs a C++ compiler: install g++, or name one in the variable CXX") from error
 
 
@@ -115,7 +114,7 @@ def input_sizes(program: ExportedProgram) -> list[list[Any]]:
 def _range(program: ExportedProgram, size: int | SymInt) -> int | list[int | None]:
     if isinstance(size, int):
         return size
-    bounds = program.range_constraints.get(size.node.expr)
+    bounds = program.range_constraints.get(expression_of(size))
     if bounds is None:
         return [0, None]
     # torch.export says 2 where nothing was asked for, and tells 1 from it by its strides alone.

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, fx
 
+from infllm_pass.compat.aten import OpOverload, operator_name
 from infllm_pass.kernels.geometry import BlockGeometry
 
 from .sources import SOURCES
@@ -263,6 +263,6 @@ SIGNATURES: dict[str, Signature[Any]] = {
 
 def name_of(node: fx.Node) -> str:
     """The name of one of this package's operators that a node calls, without its namespace; "" for anything else."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "infllm":
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "infllm":
         return ""
-    return node.target._schema.name.removeprefix("infllm::")
+    return operator_name(node.target)

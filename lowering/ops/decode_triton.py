@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch._inductor import config as inductor_config
-from torch._inductor.virtualized import V
 
+from infllm_pass.compat.inductor import compiles_ahead_of_time, records_cuda_graphs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
 from infllm_pass.kernels.triton.decode.select import decode_compress_kernel, decode_select
@@ -44,5 +43,5 @@ def launched(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: Dec
 
 def is_recorded_in_graphs(q: Tensor) -> bool:
     """Whether Inductor lets CUDA graphs record a step, and the device overlaps launches, an option Inductor drops."""
-    in_graphs = inductor_config.triton.cudagraphs and not V.aot_compilation
+    in_graphs = records_cuda_graphs() and not compiles_ahead_of_time()
     return in_graphs and recording_drops_pdl(decode_compress_kernel, q)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infllm_pass.compat.inductor import compiles_ahead_of_time
 from infllm_pass.kernels.cpu import prefill as torch_kernels
 
 from . import checks
@@ -71,10 +72,8 @@ def _recorded(function: str) -> Callable[..., Any]:
 
 def _seen(q: Tensor, v: Tensor, call: AttentionCall) -> Seen:
     """What compilers see of a call."""
-    from torch._inductor.virtualized import V
-
     if _is_tiled(q, v, call):
-        return Seen.KERNELS if V.aot_compilation else Seen.CALL
+        return Seen.KERNELS if compiles_ahead_of_time() else Seen.CALL
     return Seen.HOST_CALL if q.is_cuda else Seen.CALL
 
 

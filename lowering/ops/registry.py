@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+from infllm_pass.compat.aten import OpOverload, keeps_operators
+from infllm_pass.compat.tensors import FakeTensor, FunctionalTensor, FunctionalTensorMode
 
 from .attention_args import Signature, flatten_tensors, no_gradients, restore_tensors
 
@@ -70,11 +70,11 @@ class Operator:
         else:
             _differentiate(self, backward)
         packet, _, overload = name.partition(".")
-        self.default: torch._ops.OpOverload = getattr(getattr(torch.ops.infllm, packet), overload or "default")
+        self.default: OpOverload = getattr(getattr(torch.ops.infllm, packet), overload or "default")
         if seen is not None:
             # Tags belong to operators, not to calls: another overload is the one that CUDA graphs are kept from.
             self._register(f"{name}.on_host", (torch.Tag.cudagraph_unsafe,), compute, fake)
-            self.on_host: torch._ops.OpOverload = getattr(torch.ops.infllm, name).on_host
+            self.on_host: OpOverload = getattr(torch.ops.infllm, name).on_host
             self._register_rule(seen, kernels)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ class Operator:
         def rule(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
             if any(type_ not in _PLAIN and not issubclass(type_, FakeTensor) for type_ in types):
                 return NotImplemented
-            if custom_triton_ops_decomposition_disabled():
+            if keeps_operators():
                 return mode.__torch_dispatch__(operator, types, args, kwargs)
             own, call = self.signature.read(self.signature.positional(args, kwargs or {}))
             choice = seen(*own, call)
@@ -114,7 +114,7 @@ class Operator:
             target = self.on_host if choice is Seen.HOST_CALL else operator
             return mode.__torch_dispatch__(target, types, args, kwargs)
 
-        LIBRARY._register_torch_dispatch_rule(self.name, FunctionalTensorMode, rule)
+        torch.library.register_torch_dispatch(f"infllm::{self.name}", FunctionalTensorMode, rule, lib=LIBRARY)
 
 
 def _differentiate(forward: Operator, backward: Operator) -> None:

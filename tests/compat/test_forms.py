@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import shutil
 from collections.abc import Callable
 
@@ -11,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from infllm_pass.compat import aten, dynamo, inductor, shapes, tensors, transformers, trees
+from infllm_pass.compat import aten, dynamo, inductor, shapes, tensors, torch_tensorrt, transformers, trees
 from infllm_pass.compat import fx as graphs
-from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS, checked_positions
 from tests.support import ROOT
 
 COMPAT = ROOT / "infllm_pass" / "compat"
@@ -140,7 +140,7 @@ def dispatch_mode():
     assert torch.ops.aten.add.Tensor in seen
 
 
-@checks("tensors.FunctionalTensor")
+@checks("tensors.FunctionalTensor", "tensors.FunctionalTensorMode")
 def functional_tensors():
     seen = []
 
@@ -149,6 +149,16 @@ def functional_tensors():
         seen.append(type(x))
         return x.clone()
 
+    def rule(mode, operator, types, args, kwargs):
+        seen.append(type(mode))
+        return mode.__torch_dispatch__(operator, types, args, kwargs)
+
+    library = torch.library.Library("infllm_test", "FRAGMENT")
+    library.define("ruled(Tensor x) -> Tensor")
+    library.impl("ruled", torch.clone, "CompositeExplicitAutograd")
+    torch.library.register_torch_dispatch("infllm_test::ruled", tensors.FunctionalTensorMode, rule, lib=library)
+    torch.compile(lambda x: torch.ops.infllm_test.ruled(x) + 1, backend="aot_eager")(torch.ones(2))
+    assert tensors.FunctionalTensorMode in seen
     torch.compile(lambda x: traced_operator(x) + 1, backend="aot_eager")(torch.ones(2))
     assert tensors.FunctionalTensor in seen, seen
 
@@ -240,11 +250,10 @@ def functions_of_vmap():
     assert aten.REMOVE_BATCH_DIM in targets, targets
 
 
-@checks("aten.argument_names", "aten.operator_name", "aten.returns_values", "aten.is_mutable", "aten.OpOverload")
+@checks("aten.operator_name", "aten.returns_values", "aten.is_mutable", "aten.OpOverload")
 def schemas():
     overload = torch.ops.aten.add_.Tensor
     assert isinstance(overload, aten.OpOverload)
-    assert aten.argument_names(overload) == ["self", "other", "alpha"]
     assert aten.operator_name(overload) == "add_"
     assert aten.returns_values(overload)
     assert not aten.returns_values(torch.ops.aten._assert_async.msg)
@@ -259,10 +268,23 @@ def written():
     assert aten.written_values(torch.ops.aten.add.out, ("x", "y"), {"out": "z"}) == ["z"]
 
 
-@checks("aten.plain_function")
-def definitions():
-    assert aten.plain_function(checked_positions).__name__ == "checked_positions"
-    assert CHECKED_POSITIONS.name() == "infllm::checked_positions"
+@checks("aten.keeps_operators")
+def exporting():
+    seen = []
+
+    @torch.library.triton_op("infllm_test::exported", mutates_args=())
+    def exported(x: torch.Tensor) -> torch.Tensor:
+        seen.append(aten.keeps_operators())
+        return x.clone()
+
+    class Calls(nn.Module):
+        def forward(self, x):
+            return exported(x) + 1
+
+    program = torch.export.export(Calls(), (torch.ones(2),))
+    assert torch.ops.infllm_test.exported.default in [node.target for node in program.graph.nodes]
+    torch.compile(Calls(), backend="aot_eager")(torch.ones(2))
+    assert False in seen
 
 
 # dynamo
@@ -328,7 +350,7 @@ def bound():
     assert dynamo.bound_backend("eager")(module, [torch.ones(2)])(torch.ones(2))[0].tolist() == [2.0, 2.0]
 
 
-@checks("dynamo.traced_input", "dynamo.input_example", "dynamo.is_held_by_module", "dynamo.source_name")
+@checks("dynamo.input_example", "dynamo.is_held_by_module", "dynamo.source_name")
 def noted_on_inputs():
     module = Scaled()
 
@@ -345,7 +367,7 @@ def noted_on_inputs():
     assert held
     assert example is module.factor
     untraced = fx.Graph().placeholder("x")
-    assert dynamo.traced_input(untraced) is dynamo.input_example(untraced) is dynamo.source_name(untraced) is None
+    assert dynamo.input_example(untraced) is dynamo.source_name(untraced) is None
 
 
 @checks("dynamo.add_static_input", "dynamo.copy_source")
@@ -419,7 +441,17 @@ def classes_of_inductor():
     assert issubclass(cpp_extern.SwitchableAttention, ir.ExternKernelOut)
 
 
-# transformers
+# packages that are not installed everywhere
+
+
+@checks("torch_tensorrt.converter_registry", "torch_tensorrt.add_lowering_pass")
+def torch_tensorrt_registers():
+    if importlib.util.find_spec("torch_tensorrt") is None or not torch.cuda.is_available():
+        pytest.skip("torch-tensorrt imports with a GPU only")
+    registry = torch_tensorrt.converter_registry()
+    assert callable(registry.dynamo_tensorrt_converter)
+    assert len(registry.DYNAMO_ATEN_CONVERTERS)
+    torch_tensorrt.add_lowering_pass(lambda module, _: module)
 
 
 @checks("transformers.cache_among")

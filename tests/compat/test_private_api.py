@@ -66,6 +66,10 @@ def uses(source: str, own: set[str] = frozenset()) -> Iterator[tuple[int, str]]:
             name = getattr(node.args[1], "value", None)
             if isinstance(name, str) and is_private(name) and name not in own:
                 yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = getattr(node.args[0], "value", None)
+            if isinstance(name, str) and any(map(is_private, name.split("."))):
+                yield node.lineno, name
         elif isinstance(node, ast.Constant) and node.value in KEYS:
             yield node.lineno, repr(node.value)
 
@@ -96,6 +100,7 @@ def test_no_private_name_of_another_package_is_read(path):
         "torch._C._has_mkldnn",
         "getattr(function, '_torchdynamo_disable', False)",
         "node.meta['grapharg']",
+        "importlib.import_module('a._b.c')",
         "class A(B):\n    def _prepare(self):\n        return super()._prepare()",
     ],
 )

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from infllm_pass.compat.shapes import statically_known_true
+from infllm_pass.compat.tensors import TorchDispatchMode, detect_fake_mode
 from infllm_pass.errors import DtypeError, ExportError, MissingDependencyError
 
 from ...ops.attention_args import FUSED

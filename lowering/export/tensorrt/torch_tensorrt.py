@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from infllm_pass.compat.torch_tensorrt import add_lowering_pass, converter_registry
 from infllm_pass.errors import MissingDependencyError
 
 from ...ops.attention_args import FUSED
@@ -30,12 +31,12 @@ def register_converters() -> None:
     """
     if importlib.util.find_spec("torch_tensorrt") is None:
         raise MissingDependencyError("torch-tensorrt", "torch-tensorrt", "converting for Torch-TensorRT")
-    registry = importlib.import_module("torch_tensorrt.dynamo.conversion._ConverterRegistry")
+    registry = converter_registry()
     trt = importlib.import_module("tensorrt")  # Torch-TensorRT puts the one that it uses under this name
     register_plugin(trt)
     if fused_op.OPERATOR in registry.DYNAMO_ATEN_CONVERTERS:
         return
-    importlib.import_module("torch_tensorrt.dynamo.lowering.passes")._aten_lowering_pass(join)
+    add_lowering_pass(join)
     register = registry.dynamo_tensorrt_converter(
         fused_op.OPERATOR, capability_validator=is_convertible, supports_dynamic_shapes=True
     )
