@@ -20,6 +20,7 @@ from typing import Any
 import _stages as stages
 import torch
 import triton
+from _common import note, show
 from _data import MAIN, Heads, make_data
 from _gpu import (
     Row,
@@ -31,9 +32,7 @@ from _gpu import (
     milliseconds,
     positive_option,
     require_gpu,
-    show,
 )
-from rich.console import Console
 from triton.errors import TritonError
 
 from infllm_pass.kernels.triton import configs
@@ -184,19 +183,19 @@ def main() -> None:
     tried = candidates(current, arguments.trials)
     case = (arguments.heads, arguments.length, arguments.blocks, arguments.data)
     rows = measure(arguments.kernel, tried, timing(arguments.kernel, *case, device))
-    show(Console(), rows, {"stage_ms": "ms"}, {"stage_ms": ".4f"})
+    show(arguments.format, rows, {"stage_ms": "ms"}, {"stage_ms": ".4f"})
     timed = [row for row in rows if row["stage_ms"] is not None]
     if not timed:
         raise SystemExit("no configuration ran")
     best = min(timed, key=lambda row: row["stage_ms"])
-    print(f"fastest: {best['case']}")
+    note(arguments.format, f"fastest: {best['case']}")
     if arguments.write:
         name = torch.cuda.get_device_name(device)
         what = f"{name}, {arguments.heads}, {arguments.length} tokens, {arguments.blocks} blocks, {arguments.data} data"
-        note = note_of(rows, f"{what}, torch {torch.__version__}, triton {triton.__version__}")
+        measured = note_of(rows, f"{what}, torch {torch.__version__}, triton {triton.__version__}")
         file = configs.TUNING / f"sm_{10 * major + minor}.json"
-        write_row(file, name, arguments.kernel, 2, head_dim, best["config"], note)
-        print(f"wrote {file}")
+        write_row(file, name, arguments.kernel, 2, head_dim, best["config"], measured)
+        note(arguments.format, f"wrote {file}")
 
 
 if __name__ == "__main__":

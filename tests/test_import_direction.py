@@ -8,9 +8,9 @@ from tests.support.import_graph import circle, imports, misspelt, modules, upwar
 ROOMS = (
     "errors",
     "tables",
+    "compat",
     "kernels",
     "config",
-    "compat",
     "lowering",
     "reasons",
     "graph",
