@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import _stages as stages
 import torch
 import triton
-from _common import show
+from _common import note, show
 from _data import MAIN, Heads, make_data
 from _gpu import (
     Row,
@@ -190,14 +189,14 @@ def main() -> None:
     if not timed:
         raise SystemExit("no configuration ran")
     best = min(timed, key=lambda row: row["stage_ms"])
-    print(f"fastest: {best['case']}", file=sys.stderr)
+    note(arguments.format, f"fastest: {best['case']}")
     if arguments.write:
         name = torch.cuda.get_device_name(device)
         what = f"{name}, {arguments.heads}, {arguments.length} tokens, {arguments.blocks} blocks, {arguments.data} data"
-        note = note_of(rows, f"{what}, torch {torch.__version__}, triton {triton.__version__}")
+        measured = note_of(rows, f"{what}, torch {torch.__version__}, triton {triton.__version__}")
         file = configs.TUNING / f"sm_{10 * major + minor}.json"
-        write_row(file, name, arguments.kernel, 2, head_dim, best["config"], note)
-        print(f"written to {file}", file=sys.stderr)
+        write_row(file, name, arguments.kernel, 2, head_dim, best["config"], measured)
+        note(arguments.format, f"wrote {file}")
 
 
 if __name__ == "__main__":
