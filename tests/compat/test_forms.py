@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import logging as stdlib_logging
 import shutil
 from collections.abc import Callable
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from infllm_pass.compat import aten, dynamo, inductor, shapes, tensors, torch_tensorrt, transformers, trees
+from infllm_pass.compat import aten, dynamo, inductor, logging, shapes, tensors, torch_tensorrt, transformers, trees
 from infllm_pass.compat import fx as graphs
 from tests.support import ROOT
 
@@ -166,11 +168,11 @@ def functional_tensors():
 # shapes
 
 
-@checks("shapes.expression_of", "shapes.hint_of")
+@checks("shapes.expression_of", "shapes.hint_of", "shapes.number_hint")
 def symbols():
     size = symbolic_size()
     assert shapes.expression_of(size).is_Symbol
-    assert shapes.hint_of(size) == 5
+    assert shapes.hint_of(size) == shapes.number_hint(size) == 5
 
 
 @checks("shapes.free_unbacked_symbols", "shapes.statically_known_true", "shapes.is_concrete_int")
@@ -260,6 +262,15 @@ def schemas():
     assert aten.is_mutable(overload)
     assert not aten.is_mutable(torch.ops.aten.add.Tensor)
     assert not aten.is_mutable(torch.relu)
+
+
+@checks("aten.registered_name")
+def registered_names():
+    assert aten.registered_name(torch.ops.aten.add.Tensor) == "aten.add.Tensor"
+    assert aten.registered_name(torch.ops.aten.add) == "aten.add"
+    wrapped = torch.ops.higher_order.tag_activation_checkpoint
+    assert aten.registered_name(wrapped) == "higher_order.tag_activation_checkpoint"
+    assert aten.registered_name(torch.add) is None
 
 
 @checks("aten.written_values")
@@ -387,6 +398,56 @@ def compile_seconds():
     before = dynamo.compile_seconds()
     torch.compile(lambda x: x * 3, backend="eager")(torch.ones(2))
     assert dynamo.compile_seconds() > before
+
+
+# logging
+
+
+@checks("logging.register_log")
+def registered_log():
+    logging.register_log("infllm_test", "infllm_pass.test")
+    logger = stdlib_logging.getLogger("infllm_pass.test")
+    try:
+        torch._logging.set_logs(modules={"infllm_test": stdlib_logging.DEBUG})
+        assert logger.level == stdlib_logging.DEBUG
+    finally:
+        torch._logging.set_logs()
+    assert logger.level == stdlib_logging.NOTSET
+
+
+@checks("logging.is_tracing", "logging.trace_artifact")
+def structured_trace():
+    records, trace = [], stdlib_logging.getLogger("torch.__trace")
+    handler = stdlib_logging.Handler()
+    handler.emit = records.append
+    for other in (before := list(trace.handlers)):
+        trace.removeHandler(other)
+    try:
+        logging.trace_artifact("unread", "json", lambda: 1 / 0)
+        assert not logging.is_tracing()
+        trace.addHandler(handler)
+        assert logging.is_tracing()
+        logging.trace_artifact("infllm_test", "json", lambda: {"sites": 3})
+    finally:
+        trace.removeHandler(handler)
+        for other in before:
+            trace.addHandler(other)
+    (record,) = records
+    assert record.metadata["artifact"] == {"name": "infllm_test", "encoding": "json"}
+    assert json.loads(record.payload) == {"sites": 3}
+
+
+@checks("logging.timed")
+def timings():
+    with logging.timed("infllm_test"):
+        pass
+    assert "infllm_test" in torch._dynamo.utils.compile_times()
+
+
+@checks("logging.counter")
+def counters():
+    logging.counter("infllm_test")["graphs"] += 2
+    assert torch._dynamo.utils.counters.pop("infllm_test") == {"graphs": 2}
 
 
 # inductor
