@@ -259,7 +259,7 @@ def test_a_call_that_fails_loses_the_state(monkeypatch, compressed):
     model = sparsified(module)
     cache = run(model, module, prompt(60), [1, 1])
     with monkeypatch.context() as during:
-        during.setattr(decode, "_choose", lambda *_: 1 / 0)
+        during.setattr(decode.native, "decode_attention", lambda *_: 1 / 0)
         with torch.no_grad(), pytest.raises(ZeroDivisionError):
             model(tokens(1, 1), *cache)
     del compressed[:]
