@@ -3,8 +3,8 @@
 It serves TensorRT (``tensorrt``) and TensorRT for RTX (``tensorrt_rtx``), which share a Python API. Their ONNX parser
 prefers a registered plugin with the node's name, version and namespace to the function's body.
 
-The plugin runs this package's operator on TensorRT's stream and buffers. Deserializing an engine with it needs a process
-with Python, torch and this package in which `register_plugin` was called.
+The plugin runs this package's operator on TensorRT's stream and buffers. Deserializing an engine with it needs a
+process with Python, torch and this package in which `register_plugin` was called.
 """
 
 from __future__ import annotations
