@@ -1,7 +1,7 @@
 """Export of a `torch.export` program to an ONNX file.
 
-Each attention site becomes one ``infllm::InfLLMV2Attention`` node; `torch.onnx.export` translates the rest of the graph.
-The node's body is added afterwards, as a model-local function (`body`).
+Each attention site becomes one ``infllm::InfLLMV2Attention`` node and `torch.onnx.export` translates the rest. The
+node's body is added afterwards, as a model-local function (`body`).
 """
 
 from __future__ import annotations
