@@ -1,1 +1,1 @@
-"""The operators in other formats: one fused operator, ONNX functions, TensorRT plugins."""
+"""Export formats: the fused operator, ONNX functions, TensorRT plugins."""

@@ -293,6 +293,12 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
         infllm_pass.export_onnx(Plain(), tmp_path / "model.onnx", (torch.randn(1, 2, 90, 8),))
 
 
+def test_an_onnxscript_without_function_builder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr("onnxscript.build_function")
+    with pytest.raises(MissingDependencyError, match=r"onnxscript>=0\.7\.1.*pip install 'infllm-pass\[onnx\]'"):
+        infllm_pass.export_onnx(Plain(), tmp_path / "model.onnx", (torch.randn(1, 2, 90, 8),))
+
+
 @pytest.mark.checkpoint
 def test_checkpoint_on_both_sides_of_dense_len(tmp_path):
     from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer

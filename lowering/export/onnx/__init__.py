@@ -1,1 +1,1 @@
-"""ONNX: one node a site, a function of the file with a body of standard operators."""
+"""ONNX export: one node per site, with a model-local function of standard operators as its body."""

@@ -1,12 +1,11 @@
-"""The ONNX operator ``infllm::InfLLMV2Attention`` and its body of standard operators.
+"""Body of the ONNX operator ``infllm::InfLLMV2Attention`` in standard operators, as a model-local function.
 
-The node is what a runtime with a kernel of that name takes; its attributes say all that the operator computes. Every
-other runtime runs the body, a model-local function. The switch is an ``If`` inside it.
+Runtimes without a kernel for the operator run this body. The sparse/dense switch is an ``If`` inside it.
 
-Memory: queries go through a loop, a chunk of one key/value head at a time, so that block scores take
-``chunk x N / kernel_stride`` and attention ``chunk x keys that the chunk visits`` numbers. Nothing is N x N.
+Memory: a ``Loop`` takes the queries in chunks, one key/value head at a time. Block scores take
+``chunk x N / kernel_stride`` numbers and attention ``chunk x visited keys``; no tensor is N x N.
 
-Semantics: arXiv 2509.24663, section 3, as in `kernels.reference`. Arithmetic is float32 whatever the inputs are.
+Semantics: arXiv 2509.24663, section 3, as in `kernels.reference`. Arithmetic is float32 for all input dtypes.
 """
 
 from __future__ import annotations
@@ -14,29 +13,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnx import FunctionProto, TensorProto
+import onnx_ir as ir
+from onnxscript import OpBuilder, build_function
 
 from infllm_pass.kernels.geometry import COARSE_FACTOR
 
-from .graph_builder import Body, Value
+from .builder_helpers import (
+    BOOL,
+    FLOAT,
+    INT64,
+    Value,
+    arange,
+    ceil_div,
+    dim_size,
+    if_else,
+    loop,
+    reshape,
+    round_down,
+    shape_vector,
+)
 from .op_spec import DOMAIN, NAME, AttentionNode
 
 CHUNK_ROWS = 256
-"""Query rows (tokens x group) that go through the body at once: 256 x 8k float32 block scores are 8 MB at 128k."""
+"""Query rows (tokens x group) of a chunk: 256 x 8k float32 block scores are 8 MB at 128k."""
 
 STEP_TOKENS = 1024
-"""Keys that attention takes at once."""
+"""Keys in one step of the online softmax."""
 
 HIDDEN = -1e30
-"""Score of a key that a query does not see. Finite, so that a row of nothing else has no NaN."""
+"""Score of a masked key. Finite, so that a row without a visible key has no NaN."""
 
 FORCED, HIGHEST, UNSCORED, NO_CANDIDATE = 3e38, 1e38, -1.0, -2.0
-"""Ranks of blocks that are always taken, and of those that no score makes comparable: scores are not negative."""
-
-FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+"""Ranks: initial and local blocks, cap of a score, blocks without a score, blocks out of reach. Scores are >= 0."""
 
 
-def attention_function(node: AttentionNode, opset: int, overload: str = "") -> FunctionProto:
+def attention_function(node: AttentionNode, opset: int, overload: str = "") -> ir.Function:
     """The body of a node as a model-local function.
 
     Its inputs are q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, v ``[B, Hkv, Lk, Dv]``, and, as the node has them,
@@ -45,13 +56,34 @@ def attention_function(node: AttentionNode, opset: int, overload: str = "") -> F
     ``[B, Hq, Lq, Dv]`` in q's type; a query that sees no key gives 0.
 
     Args:
-        node: what to compute. The body is written for these numbers.
+        node: what to compute; geometry, scale and thresholds become constants of the body.
         opset: version of the default domain, at least 18.
         overload: tells functions of one name apart in one model.
     """
-    writer = _Writer(node)
-    out = writer.write()
-    return writer.body.function(DOMAIN, NAME, out, opset=opset, attributes=tuple(node.attributes), overload=overload)
+    # The builder types constants after the operands beside them; the function itself is generic over q's dtype.
+    dtypes = {"key_mask": BOOL, "offset": INT64}
+    function = build_function(
+        _Writer(node).write,
+        [ir.val(name, dtypes.get(name, FLOAT)) for name in node.inputs],
+        domain=DOMAIN,
+        name=NAME,
+        attributes=[ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in node.attributes],
+        opset_imports={"": opset},
+    )
+    function.overload = overload
+    _drop_annotations(function)
+    return function
+
+
+def _drop_annotations(function: ir.Function) -> None:
+    """Remove inferred types, which hold for float32 only, and the builder's metadata."""
+    for value in function.inputs:
+        value.type = None
+    for node in function.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            if value.graph is function.graph or not value.is_graph_output():
+                value.type = value.shape = None
 
 
 @dataclass(frozen=True)
@@ -67,271 +99,270 @@ class _Writer:
     """Writes the body of one node.
 
     ``R = B x Hkv`` counts sequences of one key/value head, ``T`` tiles of ``query_block`` queries in a chunk of ``C``.
+    Methods take the builder `op` of the graph that they write to; values of enclosing graphs are attributes.
     """
 
     def __init__(self, node: AttentionNode) -> None:
         self.node = node
         self.geometry = node.geometry
-        self.body = Body(node.inputs)
 
-    def write(self) -> Value:
-        b, m = self.body, self.geometry.query_block
-        inputs = dict(zip(self.node.inputs, b.inputs, strict=True))
-        self.q, self.k, self.v = inputs["q"], inputs["k"], inputs["v"]
-        self.batch, self.heads = b.size(self.k, 0), b.size(self.k, 1)
-        self.group = b.size(self.q, 1) // self.heads
-        self.length_q, self.length_k = b.size(self.q, 2), b.size(self.k, 2)
-        self._place_sequences(inputs)
+    def write(self, op: OpBuilder, *inputs: Value) -> Value:
+        m = self.geometry.query_block
+        given = dict(zip(self.node.inputs, inputs, strict=True))
+        self.q, self.k, self.v = given["q"], given["k"], given["v"]
+        self.batch, self.heads = dim_size(op, self.k, 0), dim_size(op, self.k, 1)
+        self.group = op.Div(dim_size(op, self.q, 1), self.heads)
+        self.length_q, self.length_k = dim_size(op, self.q, 2), dim_size(op, self.k, 2)
+        self._place_sequences(op, given)
 
-        self.queries = self._token_rows(self.q, self.group)  # [R * Lq, G, D]
-        self.keys = b.reshape(self.k, -1, b.size(self.k, 3))  # [R * Lk, D]
-        self.values = b.reshape(self.v, -1, b.size(self.v, 3))  # [R * Lk, Dv]
-        self.blocks = (self.length_k + (self.geometry.block_size - 1)) // self.geometry.block_size
-        self.block = b.arange(self.blocks)
-        self._compress()
+        self.queries = self._token_rows(op, self.q, self.group)  # [R * Lq, G, D]
+        self.keys = reshape(op, self.k, -1, dim_size(op, self.k, 3))  # [R * Lk, D]
+        self.values = reshape(op, self.v, -1, dim_size(op, self.v, 3))  # [R * Lk, Dv]
+        self.blocks = ceil_div(op, self.length_k, self.geometry.block_size)
+        self.block = arange(op, self.blocks)
+        self._compress(op)
 
-        rows = b.op("Max", b.op("Div", CHUNK_ROWS, self.group), [1]) + (m - 1)
-        most = (self.length_q + (2 * m - 2)) // m * m  # what a chunk holds at most, whole tiles
-        self.chunk = b.op("Min", rows // m * m, most)
-        self.chunks = (self.length_q + (m - 1) + self.chunk - 1) // self.chunk
-        out = b.each(self.batch * self.heads * self.chunks, self._attend_chunk, FLOAT)  # [R * chunks, C, G, Dv]
-        return self._in_order(out)
+        rows = op.Add(op.Max(op.Div(CHUNK_ROWS, self.group), [1]), m - 1)
+        most = round_down(op, op.Add(self.length_q, 2 * m - 2), m)  # what a chunk holds at most, whole tiles
+        self.chunk = op.Min(round_down(op, rows, m), most)
+        self.chunks = op.Div(op.Sub(op.Add(op.Add(self.length_q, m - 1), self.chunk), 1), self.chunk)
+        count = op.Mul(op.Mul(self.batch, self.heads), self.chunks)
+        out = loop(op, "chunk", count, self._attend_chunk, outputs=1)  # [R * chunks, C, G, Dv]
+        result = self._in_order(op, out)
+        result.name = "out"
+        return result
 
-    def _place_sequences(self, inputs: dict[str, Value]) -> None:
+    def _place_sequences(self, op: OpBuilder, given: dict[str, Value]) -> None:
         """First key, length and position of the first query of every row, int64 ``[B]`` each."""
-        b = self.body
-        offset = inputs.get("offset", self.length_k - self.length_q)
-        self.start = b.op("Expand", offset, self.batch)
-        self.key_mask = inputs.get("key_mask")
-        end = b.op("Expand", self.length_k, self.batch)
+        offset = given["offset"] if self.node.placed else op.Sub(self.length_k, self.length_q)
+        self.start = op.Expand(offset, self.batch)
+        self.key_mask = given.get("key_mask")
+        end = op.Expand(self.length_k, self.batch)
         if self.key_mask is not None:
-            index = b.arange(self.length_k)
-            ends = b.op("Where", self.key_mask, index + 1, 0)
-            first = b.op("ReduceMin", b.op("Where", self.key_mask, index, self.length_k), [1], keepdims=0)
-            end = b.op("ReduceMax", ends, [1], keepdims=0)
-            self.first = b.op("Min", first, end)
+            index = arange(op, self.length_k)
+            ends = op.Where(self.key_mask, op.Add(index, 1), 0)
+            first = op.ReduceMin(op.Where(self.key_mask, index, self.length_k), [1], keepdims=0)
+            end = op.ReduceMax(ends, [1], keepdims=0)
+            self.first = op.Min(first, end)
         if self.node.placed:  # what follows the last query are free slots of a cache
-            end = b.op("Max", b.op("Min", end, self.start + self.length_q), 0)
+            end = op.Max(op.Min(end, op.Add(self.start, self.length_q)), 0)
             if self.key_mask is not None:
-                end = b.op("Max", end, self.first)
+                end = op.Max(end, self.first)
         self.lengths = end
         if self.key_mask is not None:
-            self.lengths = end - self.first
-            self.start = self.start - self.first
+            self.lengths = op.Sub(end, self.first)
+            self.start = op.Sub(self.start, self.first)
 
-    def _token_rows(self, x: Value, heads: Value) -> Value:
+    def _token_rows(self, op: OpBuilder, x: Value, heads: Value) -> Value:
         """``[B, H x heads, L, D]`` as ``[B x H x L, heads, D]``: one row for each token of a key/value head."""
-        b = self.body
-        dim = b.size(x, 3)
-        grouped = b.reshape(x, self.batch * self.heads, heads, -1, dim)
-        return b.reshape(b.op("Transpose", grouped, perm=[0, 2, 1, 3]), -1, heads, dim)
+        dim = dim_size(op, x, 3)
+        grouped = reshape(op, x, op.Mul(self.batch, self.heads), heads, -1, dim)
+        return reshape(op, op.Transpose(grouped, perm=[0, 2, 1, 3]), -1, heads, dim)
 
-    def _compress(self) -> None:
+    def _compress(self, op: OpBuilder) -> None:
         """Compressed keys of whole sequences, ``K1`` and ``K2``, as ``[R, D, n]`` with ``n`` for whole blocks.
 
         Windows that reach over the end are of no consequence: no query sees them.
         """
-        b, g = self.body, self.geometry
-        k, dim = self.k, b.size(self.k, 3)
+        g = self.geometry
+        k, dim = self.k, dim_size(op, self.k, 3)
         if self.key_mask is not None:  # sequences begin at their own first key
-            index = b.op("Unsqueeze", self.first, [1]) + b.arange(self.length_k)
-            index = b.op("Min", index, self.length_k - 1) + b.op("Unsqueeze", b.arange(self.batch), [1]) * self.length_k
-            tokens = b.op("Transpose", k, perm=[0, 2, 1, 3])  # [B, Lk, Hkv, D]
-            tokens = b.reshape(tokens, self.batch * self.length_k, self.heads, dim)
-            k = b.op("Transpose", b.op("Gather", tokens, index, axis=0), perm=[0, 2, 1, 3])
-        k = b.cast(b.reshape(k, self.batch * self.heads, self.length_k, dim), FLOAT)
-        k = b.op("Transpose", k, perm=[0, 2, 1])  # [R, D, Lk]
-        padding = self.blocks * g.block_size + COARSE_FACTOR * g.kernel_size - self.length_k
-        k = b.op("Pad", k, b.shape(0, 0, 0, 0, 0, padding), 0.0)
-        windows = self.blocks * (g.block_size // g.kernel_stride)
-        self.k1 = self._pool(k, 1, windows)
+            index = op.Add(op.Unsqueeze(self.first, [1]), arange(op, self.length_k))
+            row = op.Mul(op.Unsqueeze(arange(op, self.batch), [1]), self.length_k)
+            index = op.Add(op.Min(index, op.Sub(self.length_k, 1)), row)
+            tokens = op.Transpose(k, perm=[0, 2, 1, 3])  # [B, Lk, Hkv, D]
+            tokens = reshape(op, tokens, op.Mul(self.batch, self.length_k), self.heads, dim)
+            k = op.Transpose(op.Gather(tokens, index, axis=0), perm=[0, 2, 1, 3])
+        k = op.Cast(reshape(op, k, op.Mul(self.batch, self.heads), self.length_k, dim), to=FLOAT)
+        k = op.Transpose(k, perm=[0, 2, 1])  # [R, D, Lk]
+        room = op.Add(op.Mul(self.blocks, g.block_size), COARSE_FACTOR * g.kernel_size)
+        k = op.Pad(k, shape_vector(op, 0, 0, 0, 0, 0, op.Sub(room, self.length_k)), 0.0)
+        windows = op.Mul(self.blocks, g.block_size // g.kernel_stride)
+        self.k1 = self._pool(op, k, 1, windows)
         if g.lse == "coarse":
-            self.k2 = self._pool(k, COARSE_FACTOR, (windows + (COARSE_FACTOR - 1)) // COARSE_FACTOR)
+            self.k2 = self._pool(op, k, COARSE_FACTOR, ceil_div(op, windows, COARSE_FACTOR))
 
-    def _pool(self, k: Value, factor: int, count: Value) -> _Windows:
+    def _pool(self, op: OpBuilder, k: Value, factor: int, count: Value) -> _Windows:
         """Means of windows, rounded to the type of the keys."""
-        b, g = self.body, self.geometry
-        pooled = b.op("AveragePool", k, kernel_shape=[factor * g.kernel_size], strides=[factor * g.kernel_stride])
-        pooled = b.cast(b.op("CastLike", b.op("Slice", pooled, [0], count, [2]), self.k), FLOAT)
-        ends = b.arange(count) * (factor * g.kernel_stride) + (factor * g.kernel_size - 1)
-        return _Windows(pooled, ends, factor * g.kernel_size - 1)
+        size, stride = factor * self.geometry.kernel_size, factor * self.geometry.kernel_stride
+        pooled = op.Slice(op.AveragePool(k, kernel_shape=[size], strides=[stride]), [0], count, [2])
+        pooled = op.Cast(op.CastLike(pooled, self.k), to=FLOAT)
+        ends = op.Add(op.Mul(arange(op, count), stride), size - 1)
+        return _Windows(pooled, ends, size - 1)
 
-    def _attend_chunk(self, number: Value) -> Value:
+    def _attend_chunk(self, op: OpBuilder, number: Value) -> Value:
         """The output of one chunk of queries of one key/value head, ``[C, G, Dv]``."""
-        b = self.body
-        self.row = number // self.chunks
-        row_in_batch = self.row // self.heads
-        start, self.length = (b.op("Gather", x, row_in_batch, axis=0) for x in (self.start, self.lengths))
-        lead = start % self.geometry.query_block  # chunks begin with a tile
-        index = number % self.chunks * self.chunk + b.arange(self.chunk) - lead  # [C]
-        position = start + index
-        at_key = b.op("Clip", position, 0, b.op("Squeeze", b.op("Max", self.length - 1, 0), [0]))
-        inside = b.op("Max", b.op("Min", index, self.length_q - 1), 0)
-        q = b.op("Gather", self.queries, self.row * self.length_q + inside, axis=0)
-        q = b.cast(q, FLOAT) * self.node.scale  # [C, G, D]
+        self.row = op.Div(number, self.chunks)
+        row_in_batch = op.Div(self.row, self.heads)
+        start, self.length = (op.Gather(x, row_in_batch, axis=0) for x in (self.start, self.lengths))
+        lead = op.Mod(start, self.geometry.query_block)  # chunks begin with a tile
+        index = op.Mul(op.Mod(number, self.chunks), self.chunk)
+        index = op.Sub(op.Add(index, arange(op, self.chunk)), lead)  # [C]
+        position = op.Add(start, index)
+        at_key = op.Clip(position, 0, self._last_key(op))
+        inside = op.Max(op.Min(index, op.Sub(self.length_q, 1)), 0)
+        q = op.Gather(self.queries, op.Add(op.Mul(self.row, self.length_q), inside), axis=0)
+        q = op.Mul(op.Cast(q, to=FLOAT), self.node.scale)  # [C, G, D]
 
-        sparse = self.length >= self.node.dense_len
-        chosen = b.branch(
-            sparse,
-            lambda: self._select(q, position, at_key, (index >= 0) & (index < self.length_q)),
-            lambda: self._candidates(at_key),
-            BOOL,
-        )  # [C, n_blocks]
-        return self._attend(q, position, at_key, chosen, row_in_batch)
+        def select(op: OpBuilder) -> Value:
+            real = op.And(op.GreaterOrEqual(index, 0), op.Less(index, self.length_q))
+            return self._select(op, q, position, at_key, real)
 
-    def _candidates(self, last: Value) -> Value:
+        sparse = op.GreaterOrEqual(self.length, self.node.dense_len)
+        chosen = if_else(op, sparse, select, lambda op: self._candidates(op, at_key), BOOL)  # [C, n_blocks]
+        return self._attend(op, q, position, at_key, chosen, row_in_batch)
+
+    def _last_key(self, op: OpBuilder) -> Value:
+        """Position of the last key of the sequence, a scalar; 0 if there is none."""
+        return op.Squeeze(op.Max(op.Sub(self.length, 1), 0), [0])
+
+    def _candidates(self, op: OpBuilder, last: Value) -> Value:
         """Blocks that begin at or before a position and do not lie wholly before its window, ``[T, n_blocks]``."""
-        b, size = self.body, self.geometry.block_size
-        last = b.op("Unsqueeze", last, [1])
-        candidates: Value = self.block <= last // size
+        size = self.geometry.block_size
+        last = op.Unsqueeze(last, [1])
+        candidates = op.LessOrEqual(self.block, op.Div(last, size))
         if self.node.window:
-            candidates = candidates & (self.block * size + (size - 1) > last - self.node.window)
+            block_end = op.Add(op.Mul(self.block, size), size - 1)
+            candidates = op.And(candidates, op.Greater(block_end, op.Sub(last, self.node.window)))
         return candidates
 
-    def _select(self, q: Value, position: Value, at_key: Value, real: Value) -> Value:
+    def _select(self, op: OpBuilder, q: Value, position: Value, at_key: Value, real: Value) -> Value:
         """The blocks that every query of a chunk visits, ``[C, n_blocks]``.
 
         Args:
+            op: builder of the branch.
             q: scaled queries ``[C, G, D]``.
             position: positions ``[C]`` in the sequence, also outside it.
-            at_key: the same, held inside the sequence.
+            at_key: the same, clipped to the sequence.
             real: which queries exist, ``[C]``.
         """
-        b, g, m = self.body, self.geometry, self.geometry.query_block
+        g, m = self.geometry, self.geometry.query_block
         if m == 1:
             last = at_key  # [T]: the position that decides what a tile sees
         else:
-            first_of_tile = b.op("Slice", position, [0], self.chunk, [0], [m])
-            top = b.op("Squeeze", b.op("Max", self.length - 1, 0), [0])
-            last = b.op("Clip", first_of_tile + (m - 1), 0, top)
-        rank = b.op("Where", self._candidates(last), self._ranks(q, position, last, real), NO_CANDIDATE)
-        budget = b.op("Min", self.blocks, [g.selected_blocks])
-        _, best = b.op("TopK", rank, budget, axis=1, outputs=2)  # of equal ranks the lower block comes first
-        none = b.op("Expand", 0.0, b.op("Shape", rank))
-        taken = b.op("ScatterElements", none, best, b.op("Expand", 1.0, b.op("Shape", best)), axis=1)
-        chosen = (taken > 0.5) & self._candidates(last)
+            first_of_tile = op.Slice(position, [0], self.chunk, [0], [m])
+            last = op.Clip(op.Add(first_of_tile, m - 1), 0, self._last_key(op))
+        rank = op.Where(self._candidates(op, last), self._ranks(op, q, position, last, real), NO_CANDIDATE)
+        budget = op.Min(self.blocks, [g.selected_blocks])
+        _, best = op.TopK(rank, budget, axis=1, _outputs=2)  # of equal ranks the lower block comes first
+        none = op.Expand(0.0, op.Shape(rank))
+        taken = op.ScatterElements(none, best, op.Expand(1.0, op.Shape(best)), axis=1)
+        chosen = op.And(op.Greater(taken, 0.5), self._candidates(op, last))
         if m > 1:
-            chosen = b.op("Expand", b.op("Unsqueeze", chosen, [1]), b.shape(1, m, 1))
-            chosen = b.reshape(chosen, self.chunk, self.blocks)
+            chosen = op.Expand(op.Unsqueeze(chosen, [1]), [1, m, 1])
+            chosen = reshape(op, chosen, self.chunk, self.blocks)
         return chosen
 
-    def _ranks(self, q: Value, position: Value, last: Value, real: Value) -> Value:
+    def _ranks(self, op: OpBuilder, q: Value, position: Value, last: Value, real: Value) -> Value:
         """What candidates are taken by, the highest first, ``[T, n_blocks]``: scores, and `FORCED`."""
-        b, g = self.body, self.geometry
-        tiles = b.size(last, 0)
-        q = b.reshape(q, -1, b.size(q, 2))  # [C * G, D]
-        row_shape = (tiles, -1)
+        g = self.geometry
+        tiles = dim_size(op, last, 0)
+        q = reshape(op, q, -1, dim_size(op, q, 2))  # [C * G, D]
 
-        logits, visible = self._window_logits(q, self.k1, last)  # [T, m * G, n1], [T, n1]
+        logits, visible = self._window_logits(op, q, self.k1, last)  # [T, m * G, n1], [T, n1]
         if g.lse == "coarse":
-            normaliser, seen = self._window_logits(q, self.k2, last)
+            normaliser, seen = self._window_logits(op, q, self.k2, last)
             first_end = self.k2.first_end
         else:
             normaliser, seen, first_end = logits, visible, self.k1.first_end
-        normaliser = b.op("Where", b.op("Unsqueeze", seen, [1]), normaliser, HIDDEN)
-        top = b.op("ReduceMax", normaliser, [2], keepdims=1)
-        total = b.op("ReduceSum", b.op("Exp", normaliser - top), [2], keepdims=1)
-        scores = b.op("Exp", logits - (top + b.op("Log", total)))  # [T, m * G, n1]
+        normaliser = op.Where(op.Unsqueeze(seen, [1]), normaliser, HIDDEN)
+        top = op.ReduceMax(normaliser, [2], keepdims=1)
+        total = op.ReduceSum(op.Exp(op.Sub(normaliser, top)), [2], keepdims=1)
+        scores = op.Exp(op.Sub(logits, op.Add(top, op.Log(total))))  # [T, m * G, n1]
         if g.query_block > 1:
-            real = real & (position >= 0) & (position < self.length)
-            shares = b.op("Expand", b.op("Unsqueeze", b.cast(real, FLOAT), [1]), b.shape(1, self.group))
-            scores = b.op("Where", b.reshape(shares, *row_shape, 1) > 0.5, scores, 0.0)
-        scores = b.op("Min", b.op("ReduceSum", scores, [1], keepdims=0), HIGHEST)  # [T, n1]
-        scores = b.op("Where", b.op("Unsqueeze", last, [1]) >= first_end, scores, 0.0)
-        scores = b.op("Where", visible, scores, UNSCORED)
+            inside = op.And(op.GreaterOrEqual(position, 0), op.Less(position, self.length))
+            shares = op.Unsqueeze(op.Cast(op.And(real, inside), to=FLOAT), [1])
+            shares = reshape(op, op.Expand(shares, shape_vector(op, 1, self.group)), tiles, -1, 1)
+            scores = op.Where(op.Greater(shares, 0.5), scores, 0.0)
+        scores = op.Min(op.ReduceSum(scores, [1], keepdims=0), HIGHEST)  # [T, n1]
+        scores = op.Where(op.GreaterOrEqual(op.Unsqueeze(last, [1]), first_end), scores, 0.0)
+        scores = op.Where(visible, scores, UNSCORED)
 
         per_block, before = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
-        ranks = b.op(
-            "MaxPool",
-            b.op("Unsqueeze", scores, [1]),
-            kernel_shape=[per_block + before],
-            strides=[per_block],
-            pads=[before, 0],
+        ranks = op.MaxPool(
+            op.Unsqueeze(scores, [1]), kernel_shape=[per_block + before], strides=[per_block], pads=[before, 0]
         )  # the windows that overlap a block begin up to `before` windows ahead of it
-        ranks = b.op("Squeeze", ranks, [1])
-        own = b.op("Unsqueeze", last // g.block_size, [1])
-        forced = (self.block < g.init_blocks) | (self.block >= own - g.local_blocks)
-        return b.op("Where", forced, FORCED, ranks)
+        own = op.Unsqueeze(op.Div(last, g.block_size), [1])
+        local = op.GreaterOrEqual(self.block, op.Sub(own, g.local_blocks))
+        return op.Where(op.Or(op.Less(self.block, g.init_blocks), local), FORCED, op.Squeeze(ranks, [1]))
 
-    def _window_logits(self, q: Value, windows: _Windows, last: Value) -> tuple[Value, Value]:
+    def _window_logits(self, op: OpBuilder, q: Value, windows: _Windows, last: Value) -> tuple[Value, Value]:
         """Products with compressed keys ``[T, m * G, n]``, and which of these a tile sees, ``[T, n]``."""
-        b = self.body
-        keys = b.op("Squeeze", b.op("Gather", windows.means, self.row, axis=0), [0])  # [D, n]
-        logits = b.reshape(b.op("MatMul", q, keys), b.size(last, 0), -1, b.size(windows.ends, 0))
-        return logits, windows.ends <= b.op("Unsqueeze", last, [1])
+        keys = op.Squeeze(op.Gather(windows.means, self.row, axis=0), [0])  # [D, n]
+        logits = reshape(op, op.MatMul(q, keys), dim_size(op, last, 0), -1, dim_size(op, windows.ends, 0))
+        return logits, op.LessOrEqual(windows.ends, op.Unsqueeze(last, [1]))
 
-    def _attend(self, q: Value, position: Value, at_key: Value, chosen: Value, row_in_batch: Value) -> Value:
+    def _attend(
+        self, op: OpBuilder, q: Value, position: Value, at_key: Value, chosen: Value, row_in_batch: Value
+    ) -> Value:
         """Attention of a chunk over the blocks that any of its queries visits, ``[C, G, Dv]``.
 
-        The blocks come in steps, and softmax is carried from one to the next: ``top`` is the highest score of a row
-        so far, ``total`` and ``sums`` are relative to it.
+        Online softmax over steps of some blocks: ``top`` is the highest score of a row so far, ``total`` and ``sums``
+        are relative to it.
         """
-        b, size = self.body, self.geometry.block_size
-        visited = b.op("ReduceMax", b.cast(chosen, FLOAT), [0], keepdims=0)  # [n_blocks]
-        _, order = b.op("TopK", visited, self.blocks, outputs=2)  # of equal ones the first block comes first
-        count = b.cast(b.op("ReduceSum", visited, [0], keepdims=1), INT64)
-        width = b.op("Min", self.blocks, [max(1, STEP_TOKENS // size)])  # blocks in a step
-        rows = b.reshape(q, -1, b.size(q, 2))  # [C * G, D]
-        place = b.op("Unsqueeze", at_key, [1])
-        first_row = self.row * self.length_k
-        begin = b.op("Gather", self.first, row_in_batch, axis=0) if self.key_mask is not None else None
+        size = self.geometry.block_size
+        visited = op.ReduceMax(op.Cast(chosen, to=FLOAT), [0], keepdims=0)  # [n_blocks]
+        _, order = op.TopK(visited, self.blocks, _outputs=2)  # of equal ones the first block comes first
+        count = op.Cast(op.ReduceSum(visited, [0], keepdims=1), to=INT64)
+        width = op.Min(self.blocks, [max(1, STEP_TOKENS // size)])  # blocks in a step
+        rows = reshape(op, q, -1, dim_size(op, q, 2))  # [C * G, D]
+        place = op.Unsqueeze(at_key, [1])
+        first_row = op.Mul(self.row, self.length_k)
+        begin = op.Gather(self.first, row_in_batch, axis=0) if self.key_mask is not None else None
 
-        def step(number: Value, state: Sequence[Value]) -> Sequence[Value]:
-            top, total, sums = state
-            slot = number * width + b.arange(width)
-            block = b.op("Gather", order, b.op("Min", slot, self.blocks - 1), axis=0)  # [width]
-            tokens = b.op("Unsqueeze", block * size, [1]) + b.op("Range", 0, size, 1)  # [width, size]
-            index = tokens = b.reshape(tokens, -1)
+        def step(op: OpBuilder, number: Value, top: Value, total: Value, sums: Value) -> Sequence[Value]:
+            slot = op.Add(op.Mul(number, width), arange(op, width))
+            block = op.Gather(order, op.Min(slot, op.Sub(self.blocks, 1)), axis=0)  # [width]
+            tokens = op.Add(op.Unsqueeze(op.Mul(block, size), [1]), op.Range(0, size, 1))  # [width, size]
+            index = tokens = reshape(op, tokens, -1)
             if begin is not None:
-                index = tokens + begin
-            index = b.op("Min", index, self.length_k - 1)
-            keys, values = (
-                b.cast(b.op("Gather", x, first_row + index, axis=0), FLOAT) for x in (self.keys, self.values)
-            )
-            visible = b.op("Gather", chosen, block, axis=1) & (slot < count)  # [C, width]
-            visible = b.op("Expand", b.op("Unsqueeze", visible, [2]), b.shape(1, 1, size))
-            visible = b.reshape(visible, self.chunk, -1) & (tokens <= place)
+                index = op.Add(tokens, begin)
+            index = op.Min(index, op.Sub(self.length_k, 1))
+            at_row = op.Add(first_row, index)
+            keys, values = (op.Cast(op.Gather(x, at_row, axis=0), to=FLOAT) for x in (self.keys, self.values))
+            visible = op.And(op.Gather(chosen, block, axis=1), op.Less(slot, count))  # [C, width]
+            visible = op.Expand(op.Unsqueeze(visible, [2]), [1, 1, size])
+            visible = op.And(reshape(op, visible, self.chunk, -1), op.LessOrEqual(tokens, place))
             if self.node.window:
-                visible = visible & (tokens > place - self.node.window)
+                visible = op.And(visible, op.Greater(tokens, op.Sub(place, self.node.window)))
             if self.key_mask is not None:
-                mask = b.op("Gather", b.reshape(self.key_mask, -1), row_in_batch * self.length_k + index, axis=0)
-                visible = visible & mask
-            logits = b.op("MatMul", rows, b.op("Transpose", keys, perm=[1, 0]))
-            logits = b.reshape(logits, self.chunk, self.group, -1)
-            logits = b.op("Where", b.op("Unsqueeze", visible, [1]), logits, HIDDEN)
-            logits = b.reshape(logits, -1, b.size(tokens, 0))  # [C * G, width * size]
-            higher = b.op("Max", top, b.op("ReduceMax", logits, [1], keepdims=1))
-            weights, fading = b.op("Exp", logits - higher), b.op("Exp", top - higher)
-            total = total * fading + b.op("ReduceSum", weights, [1], keepdims=1)
-            return higher, total, sums * fading + b.op("MatMul", weights, values)
+                at_mask = op.Add(op.Mul(row_in_batch, self.length_k), index)
+                visible = op.And(visible, op.Gather(reshape(op, self.key_mask, -1), at_mask, axis=0))
+            logits = op.MatMul(rows, op.Transpose(keys, perm=[1, 0]))
+            logits = reshape(op, logits, self.chunk, self.group, -1)
+            logits = op.Where(op.Unsqueeze(visible, [1]), logits, HIDDEN)
+            logits = reshape(op, logits, -1, dim_size(op, tokens, 0))  # [C * G, width * size]
+            higher = op.Max(top, op.ReduceMax(logits, [1], keepdims=1))
+            weights, fading = op.Exp(op.Sub(logits, higher)), op.Exp(op.Sub(top, higher))
+            total = op.Add(op.Mul(total, fading), op.ReduceSum(weights, [1], keepdims=1))
+            return higher, total, op.Add(op.Mul(sums, fading), op.MatMul(weights, values))
 
-        one = b.shape(b.size(rows, 0), 1)
-        start = (
-            b.op("Expand", HIDDEN, one),
-            b.op("Expand", 0.0, one),
-            b.op("Expand", 0.0, b.shape(b.size(rows, 0), b.size(self.v, 3))),
-        )
-        top, total, sums = b.repeat((count + width - 1) // width, start, step)
+        column = shape_vector(op, dim_size(op, rows, 0), 1)
+        sums = op.Expand(0.0, shape_vector(op, dim_size(op, rows, 0), dim_size(op, self.v, 3)))
+        start = op.Expand(HIDDEN, column), op.Expand(0.0, column), sums
+        steps = op.Div(op.Sub(op.Add(count, width), 1), width)
+        top, total, sums = loop(op, "step", steps, step, *start, outputs=3)
         # A row that saw no key has weighed hidden ones all alike.
-        out = b.op("Where", top > HIDDEN / 2, b.op("Div", sums, total), 0.0)
-        out = b.reshape(out, self.chunk, self.group, -1)
-        return b.op("Where", b.op("Unsqueeze", position >= 0, [1, 2]), out, 0.0)
+        out = op.Where(op.Greater(top, HIDDEN / 2), op.Div(sums, total), 0.0)
+        out = reshape(op, out, self.chunk, self.group, -1)
+        return op.Where(op.Unsqueeze(op.GreaterOrEqual(position, 0), [1, 2]), out, 0.0)
 
-    def _in_order(self, out: Value) -> Value:
+    def _in_order(self, op: OpBuilder, out: Value) -> Value:
         """``[B, Hq, Lq, Dv]`` from the outputs of all chunks."""
-        b, m = self.body, self.geometry.query_block
-        dim = b.size(self.v, 3)
-        padded = self.chunks * self.chunk
+        m = self.geometry.query_block
+        dim = dim_size(op, self.v, 3)
+        padded = op.Mul(self.chunks, self.chunk)
         if m > 1:  # rows begin where their first tile does
-            out = b.reshape(out, self.batch, self.heads * padded, self.group * dim)
-            lead = b.op("Unsqueeze", self.start % m, [1, 2])  # [B, 1, 1]
-            head = b.op("Unsqueeze", b.arange(self.heads) * padded, [0, 2])  # [1, Hkv, 1]
-            index = b.reshape(lead + head + b.arange(self.length_q), self.batch, -1, 1)
-            out = b.op("GatherND", out, index, batch_dims=1)  # [B, Hkv * Lq, G * Dv]
-            out = b.reshape(out, self.batch, self.heads, self.length_q, self.group, dim)
+            out = reshape(op, out, self.batch, op.Mul(self.heads, padded), op.Mul(self.group, dim))
+            lead = op.Unsqueeze(op.Mod(self.start, m), [1, 2])  # [B, 1, 1]
+            head = op.Unsqueeze(op.Mul(arange(op, self.heads), padded), [0, 2])  # [1, Hkv, 1]
+            index = op.Add(op.Add(lead, head), arange(op, self.length_q))
+            index = reshape(op, index, self.batch, -1, 1)
+            out = op.GatherND(out, index, batch_dims=1)  # [B, Hkv * Lq, G * Dv]
+            out = reshape(op, out, self.batch, self.heads, self.length_q, self.group, dim)
         else:
-            out = b.reshape(out, self.batch, self.heads, padded, self.group, dim)
-            out = b.op("Slice", out, [0], self.length_q, [2])
-        out = b.op("Transpose", out, perm=[0, 1, 3, 2, 4])  # [B, Hkv, G, Lq, Dv]
-        out = b.reshape(out, self.batch, self.heads * self.group, self.length_q, dim)
-        return b.op("CastLike", out, self.q)
+            out = reshape(op, out, self.batch, self.heads, padded, self.group, dim)
+            out = op.Slice(out, [0], self.length_q, [2])
+        out = op.Transpose(out, perm=[0, 1, 3, 2, 4])  # [B, Hkv, G, Lq, Dv]
+        out = reshape(op, out, self.batch, op.Mul(self.heads, self.group), self.length_q, dim)
+        return op.CastLike(out, self.q)

@@ -1,11 +1,12 @@
-"""Writing an exported program as an ONNX file.
+"""Export of a `torch.export` program to an ONNX file.
 
-Each call of this package's operators becomes one node ``infllm::InfLLMV2Attention``; the bodies of these nodes are
-functions of the file (`onnx_function`).
+Each attention site becomes one ``infllm::InfLLMV2Attention`` node and `torch.onnx.export` translates the rest. The
+node's body is added afterwards, as a model-local function (`body`).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -35,6 +36,9 @@ aten = torch.ops.aten
 OPSETS = range(18, 24)
 DTYPES = (torch.float32, torch.float16)
 
+ONNXSCRIPT_VERSION = "0.7.1"
+"""The first version with `onnxscript.build_function`."""
+
 LARGE_WEIGHTS = 1 << 30
 """Bytes from which weights go to a file of their own: one file of protocol buffers ends at 2 GB."""
 
@@ -43,11 +47,14 @@ def require_onnx() -> None:
     """Check that the packages that write ONNX files are installed.
 
     Raises:
-        MissingDependencyError: one of them is not.
+        MissingDependencyError: one of them is missing, or onnxscript is too old to build functions.
     """
+    purpose = "exporting to ONNX"
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(package, "onnx", "exporting to ONNX")
+            raise MissingDependencyError(package, "onnx", purpose)
+    if not hasattr(importlib.import_module("onnxscript"), "build_function"):
+        raise MissingDependencyError(f"onnxscript>={ONNXSCRIPT_VERSION}", "onnx", purpose)
 
 
 class OnnxTarget:
@@ -233,8 +240,6 @@ def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 def _add_functions(model: onnx_ir.Model, opset: int) -> None:
     """Give the model the body of every node of the operator; nodes that differ get bodies of their own."""
-    import onnx_ir
-
     from .body import attention_function
 
     overloads: dict[AttentionNode, str] = {}
@@ -247,7 +252,6 @@ def _add_functions(model: onnx_ir.Model, opset: int) -> None:
         if described not in overloads:
             overloads[described] = f"variant_{len(overloads)}" if overloads else ""
             function = attention_function(described, opset, overloads[described])
-            deserialized = onnx_ir.serde.deserialize_function(function)
-            model.functions[deserialized.identifier()] = deserialized
+            model.functions[function.identifier()] = function
         node.overload = overloads[described]
         node.name = f"{NAME}_{count}"

@@ -1,4 +1,4 @@
-"""The operator ``infllm::InfLLMV2Attention`` as other runtimes know it: its name, its attributes and its inputs."""
+"""Schema of the ONNX operator ``infllm::InfLLMV2Attention``: name, attributes and inputs."""
 
 from __future__ import annotations
 

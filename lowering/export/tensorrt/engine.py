@@ -1,4 +1,4 @@
-"""Building a TensorRT engine from an ONNX file: parser, plugin, optimization profile, progress and report."""
+"""TensorRT engine builder: parses the ONNX file, sets the optimization profile, reports progress and layers."""
 
 from __future__ import annotations
 

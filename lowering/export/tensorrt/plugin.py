@@ -1,10 +1,10 @@
-"""The TensorRT plugin of the ONNX operator ``infllm::InfLLMV2Attention``.
+"""TensorRT plugin (``IPluginV3``) for the ONNX operator ``infllm::InfLLMV2Attention``.
 
-One plugin for TensorRT (``tensorrt``) and TensorRT for RTX (``tensorrt_rtx``), whose Python interfaces agree. Their
-ONNX parser takes a registered plugin of a node's name, version and namespace instead of the function's body.
+It serves TensorRT (``tensorrt``) and TensorRT for RTX (``tensorrt_rtx``), which share a Python API. Their ONNX parser
+prefers a registered plugin with the node's name, version and namespace to the function's body.
 
-The plugin runs this package's operator on TensorRT's stream, on memory that TensorRT owns. Engines with it thus run in
-a process that has Python, torch and this package, once `register_plugin` was called there.
+The plugin runs this package's operator on TensorRT's stream and buffers. Deserializing an engine with it needs a
+process with Python, torch and this package in which `register_plugin` was called.
 """
 
 from __future__ import annotations

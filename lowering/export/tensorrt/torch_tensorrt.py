@@ -1,7 +1,7 @@
-"""What Torch-TensorRT needs to make the plugin of `tensorrt` of this package's operators.
+"""Torch-TensorRT lowering pass and converter for the plugin in `plugin`.
 
-A lowering pass joins the operators of a site, and a converter, which Torch-TensorRT finds by the operator, adds the
-plugin. Without them it would run the operators in PyTorch, between engines.
+The pass fuses the operators of a site, and the converter adds the plugin for the fused operator. Without them
+Torch-TensorRT splits the graph at these operators and runs them in PyTorch.
 """
 
 from __future__ import annotations

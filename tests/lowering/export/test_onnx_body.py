@@ -9,6 +9,7 @@ import torch
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+onnx_ir = pytest.importorskip("onnx_ir")
 
 from onnx import TensorProto, helper  # noqa: E402
 
@@ -40,7 +41,7 @@ def model(node: AttentionNode, *, dtype=torch.float32, opset=18):
     call = helper.make_node(NAME, node.inputs, ["out"], domain=DOMAIN, **node.attributes)
     built = helper.make_model(
         helper.make_graph([call], "attention", inputs, [output]),
-        functions=[attention_function(node, opset)],
+        functions=[onnx_ir.to_proto(attention_function(node, opset))],
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )
@@ -258,6 +259,20 @@ def test_a_node_says_what_it_computes():
     operators = {inner.op_type for inner in walk(built.functions[0].node)}
     assert {"If", "Loop", "TopK"} <= operators
     assert {inner.domain for inner in walk(built.functions[0].node)} == {""}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_body_holds_for_every_dtype_and_repeats_no_name(variant):
+    geometry, options = VARIANTS[variant]
+    node = AttentionNode(geometry, scale=0.3, masked=True, placed=True, **{"dense_len": DENSE_LEN, **options})
+    body = onnx_ir.to_proto(attention_function(node, 18))
+    nodes = list(walk(body.node))
+    graphs = [attribute.g for inner in nodes for attribute in inner.attribute if attribute.HasField("g")]
+    assert not any(scope.value_info for scope in (body, *graphs))  # types would be those of one dtype
+    names = [name for inner in nodes for name in inner.output]
+    assert len(set(names)) == len(names)
+    assert not any(inner.metadata_props for inner in nodes)
+    assert sum(inner.op_type == "CastLike" for inner in nodes) <= 3  # no constant's type is left to run time
 
 
 def walk(nodes):
