@@ -32,7 +32,7 @@ TABLE_COLUMNS = tl.constexpr(TABLE_WIDTH)
 
 def padded_dim(size: int) -> int:
     """What products pad a head dimension to: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, triton.next_power_of_2(int(size)))  # a number also where compilers trace with symbols
 
 
 @dataclass(frozen=True)
