@@ -20,7 +20,9 @@ __all__ = ["attention_backward", "attention_forward", "compress_keys", "new_wind
 
 
 def new_windows(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
-    """Compressed keys without any window: ``K1`` ``[B, Hkv, max(Lk // s, 1), D]``, ``K2`` with ``max(Lk // (4 s), 1)``.
+    """Compressed keys without any window: ``K1`` ``[B, Hkv, Lk // s + 2, D]``, ``K2`` with ``Lk // (4 s) + 2``.
+
+    Two more than needed: sizes that can be 1 would make ``torch.export`` guard on dynamic lengths.
 
     Args:
         k: ``[B, Hkv, Lk, D]``.
@@ -28,7 +30,7 @@ def new_windows(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
     """
     batch, heads, length, dim = k.shape
     strides = geometry.kernel_stride, COARSE_FACTOR * geometry.kernel_stride
-    return [k.new_zeros(batch, heads, torch.sym_max(length // stride, 1), dim) for stride in strides]
+    return [k.new_zeros(batch, heads, length // stride + 2, dim) for stride in strides]
 
 
 @torch.no_grad()

@@ -137,9 +137,15 @@ def geometry_of(text: str) -> BlockGeometry:
 
 
 def _positional(call: AttentionCall | DecodeCall) -> tuple[Any, ...]:
-    """The fields of a call in the order of `ARGUMENTS`."""
-    given = {**vars(call), "geometry": geometry_text(call.geometry)}
-    return tuple(given[name] for name in ARGUMENTS if name in given)
+    """The fields of a call in the order of `ARGUMENTS`; in a form that Dynamo traces, which does not know ``vars``."""
+    names = _FIELDS[type(call)]
+    return tuple(geometry_text(call.geometry) if name == "geometry" else getattr(call, name) for name in names)
+
+
+_FIELDS = {
+    record: tuple(name for name in ARGUMENTS if name in {field.name for field in fields(record)})
+    for record in (AttentionCall, DecodeCall)
+}
 
 
 Call = TypeVar("Call", AttentionCall, DecodeCall)

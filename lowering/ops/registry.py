@@ -86,6 +86,7 @@ class Operator:
     ) -> None:
         read = self.signature.read
 
+        @torch.compiler.disable  # or Dynamo would trace kernel launches, where a graph breaks in front of a call
         def run(*arguments: Any) -> Any:
             own, call = read(arguments)
             return compute(*own, call)
