@@ -146,13 +146,13 @@ def test_one_cuda_graph_serves_300_steps_and_both_sides_of_dense_len(mode, dtype
     text.read(x[:, :20])
     outs = [text.continue_with(x[:, 20 : 20 + WARM_UP])]
     compiled, recorded = counters["stats"]["unique_graphs"], recordings()
-    places = [tensor.data_ptr() for state in states(model) for tensor in state.inputs]
+    places = [tensor.data_ptr() for state in states(model) for tensor in state.inputs()]
     with no_synchronisation():
         outs.append(text.continue_with(x[:, 20 + WARM_UP :]))
     assert counters["stats"]["unique_graphs"] == compiled == 2
     assert recordings() == recorded >= 1
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert [tensor.data_ptr() for state in states(model) for tensor in state.inputs] == places
+    assert [tensor.data_ptr() for state in states(model) for tensor in state.inputs()] == places
     assert [state.filled.tolist() for state in states(model)] == [[330]] * LAYERS
     assert {site.cache_state for site in infllm_pass.report(model).sites} == {"recomputed", "carried"}
     exact = copy.deepcopy(plain).float()(x, use_cache=False).logits[:, 20:]
