@@ -22,7 +22,7 @@ from infllm_pass.sites import AttentionSite
 
 
 class MaskOperands:
-    """Makes the mask arguments of the operators, each tensor once for all sites of a graph that share it.
+    """Makes the mask arguments of the operators, each tensor once for all sites of a graph and device that share it.
 
     Args:
         emitter: inserts calls into the graph.
@@ -93,7 +93,7 @@ class MaskOperands:
         """The numbers added to the scaled scores of keys, each as a node ``[B or 1, Hq or 1, Lk or 1]``."""
         found: list[fx.Node] = []
         for bias in () if plan.mask is None else plan.mask.key_terms.bias:
-            _, _, node = bias.leaf
+            node = self._local(bias.leaf[2], site)
             for dim in reversed(range(len(bias.index))):
                 if bias.index[dim].is_Integer:
                     node = self._call(site, "select", node, dim, int(bias.index[dim]))
@@ -183,8 +183,13 @@ class MaskOperands:
         return value
 
     def _test(self, condition: KeyCondition, site: AttentionSite) -> fx.Node:
-        leaves = {name: node for name, _, node in condition.leaves}
+        leaves = {name: self._local(node, site) for name, _, node in condition.leaves}
         return self._build(condition.expression, leaves, condition.facts, site, self._extents(site))
+
+    def _local(self, node: fx.Node, site: AttentionSite) -> fx.Node:
+        """A tensor on the keys' device: layers on another device than the model's inputs read masks of these."""
+        device = site.key.example.device
+        return node if example_of(node).device == device else self._call(site, "to", node, device)
 
     def _build(
         self,
@@ -221,7 +226,7 @@ class MaskOperands:
     def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
         """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""
         if segments not in self._bounds:
-            ids = self._call(site, "expand", segments.node, list(self._extents(site)))
+            ids = self._call(site, "expand", self._local(segments.node, site), list(self._extents(site)))
             self._bounds[segments] = self._call(site, torch.ops.infllm.segment_bounds.default, ids)
         return self._bounds[segments]
 

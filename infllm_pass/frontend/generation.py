@@ -121,9 +121,13 @@ def _grown_inputs(
     return grown
 
 
-def _static_cache_in_place(_: GeneratingView, prepare: Call, *args: Any, **kwargs: Any) -> Any:
-    """Make a static cache with its memory in place, which is otherwise taken inside the first compiled graph."""
-    if kwargs.get("prefill_chunk_size", 0) is None:
+def _static_cache_in_place(view: Any, prepare: Call, *args: Any, **kwargs: Any) -> Any:
+    """Make a static cache with its memory in place, which is otherwise taken inside the first compiled graph.
+
+    Transformers would take that of all layers on one device: a model on several gets it when each layer first runs.
+    """
+    devices = {parameter.device for parameter in view.parameters()}
+    if len(devices) == 1 and kwargs.get("prefill_chunk_size", 0) is None:
         kwargs["prefill_chunk_size"] = kwargs.get("max_cache_len", 1)  # what transformers takes memory early for
     return prepare(*args, **kwargs)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from infllm_pass.compat.fx import is_erased
@@ -41,7 +42,7 @@ class Rewriter:
         self.targets = targets
         self._facts = facts
         self._emitter = Emitter(facts.graph)
-        self._masks = MaskOperands(self._emitter, facts)
+        self._masks: dict[torch.device, MaskOperands] = {}
         self._caches = caches
 
     def admit(self, plan: SitePlan) -> SitePlan:
@@ -100,7 +101,7 @@ class Rewriter:
             result = self._emit(target, request, cache)
         except Exception:
             self._emitter.undo()
-            self._masks = MaskOperands(self._emitter, self._facts)  # it may hold nodes that are gone
+            self._masks.clear()  # they may hold nodes that are gone
             raise
         self._emitter.keep({site.node: result})
         site.node.replace_all_uses_with(result)
@@ -115,7 +116,9 @@ class Rewriter:
             state = None
             if cache is not None and self._caches is not None:
                 state = self._caches.state(cache, site, self.graph)
-            builder = SiteBuilder(request.plan, site, self._facts, self._emitter, self._masks, state)
+            device = site.key.example.device
+            masks = self._masks.setdefault(device, MaskOperands(self._emitter, self._facts))
+            builder = SiteBuilder(request.plan, site, self._facts, self._emitter, masks, state)
             result = target.emit(request, builder)
             result = self._emitter.layout(site.node, result, site.output_steps)
             if example_of(result).dtype != example_of(site.node).dtype:

@@ -1,7 +1,5 @@
 """What the TensorRT plugin does when it is enqueued: raw device pointers on a stream of somebody else."""
 
-from dataclasses import astuple
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from infllm_pass import SparseAttentionConfig
 from infllm_pass.lowering.export import fused_op
 from infllm_pass.lowering.export.onnx.op_spec import AttentionNode
 from infllm_pass.lowering.export.tensorrt.plugin import DeviceMemory, run_on_stream
+from infllm_pass.lowering.ops.attention_args import geometry_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -33,5 +32,5 @@ def test_enqueued_on_a_side_stream(dtype, length):
         torch.cuda.synchronize()
         run_on_stream(node, [memory(x) for x in (q, k, v, *more)], memory(out), stream.cuda_stream)
         stream.synchronize()
-        numbers = (None, None, node.scale, node.dense_len, *astuple(node.geometry))
+        numbers = (None, None, node.scale, node.dense_len, geometry_text(node.geometry))
         assert torch.equal(out, fused_op.switchable_attention(q, k, v, *(more or (None, None)), *numbers))
