@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from infllm_pass.compat.tensors import FakeTensorMode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.buffers import ClosedForm, HeldTensors
 from infllm_pass.graph.facts import example_of
@@ -72,9 +73,7 @@ class GraphBuilder:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.held: dict[fx.Node, torch.Tensor] = {}
-        self.mode: torch._subclasses.FakeTensorMode = (
-            torch._subclasses.FakeTensorMode() if outer is None else outer.mode
-        )
+        self.mode: FakeTensorMode = FakeTensorMode() if outer is None else outer.mode
 
     def input(self, name: str, example: Example | int | float) -> fx.Node:
         """Add an input."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import shutil
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torch import fx, nn
 
 from infllm_pass.compat import aten, dynamo, inductor, shapes, tensors, torch_tensorrt, transformers, trees
 from infllm_pass.compat import fx as graphs
+from infllm_pass.compat import logging as logs_of_torch
 from tests.support import ROOT
 
 COMPAT = ROOT / "infllm_pass" / "compat"
@@ -166,11 +168,12 @@ def functional_tensors():
 # shapes
 
 
-@checks("shapes.expression_of", "shapes.hint_of")
+@checks("shapes.expression_of", "shapes.hint_of", "shapes.number_hint")
 def symbols():
     size = symbolic_size()
     assert shapes.expression_of(size).is_Symbol
-    assert shapes.hint_of(size) == 5
+    assert shapes.hint_of(size) == shapes.number_hint(size) == 5
+    assert shapes.number_hint(size > 3) is True
 
 
 @checks("shapes.free_unbacked_symbols", "shapes.statically_known_true", "shapes.is_concrete_int")
@@ -260,6 +263,14 @@ def schemas():
     assert aten.is_mutable(overload)
     assert not aten.is_mutable(torch.ops.aten.add.Tensor)
     assert not aten.is_mutable(torch.relu)
+
+
+@checks("aten.registered_name")
+def names():
+    assert aten.registered_name(torch.ops.aten.add.Tensor) == "aten.add.Tensor"
+    assert aten.registered_name(torch.ops.aten.add) == "aten.add"
+    assert aten.registered_name(torch.ops.higher_order.cond) == "higher_order.cond"
+    assert aten.registered_name(torch.add) is None
 
 
 @checks("aten.written_values")
@@ -439,6 +450,49 @@ def classes_of_inductor():
         assert isinstance(getattr(ir, name), type)
     assert callable(register_lowering)
     assert issubclass(cpp_extern.SwitchableAttention, ir.ExternKernelOut)
+
+
+# logging
+
+
+@checks("logging.register_log")
+def logs():
+    try:
+        logs_of_torch.register_log("infllm_test", "infllm_test.log")
+        torch._logging.set_logs(modules={"infllm_test": logging.DEBUG})
+        assert logging.getLogger("infllm_test.log").level == logging.DEBUG
+    finally:
+        torch._logging.set_logs()
+
+
+@checks("logging.is_tracing", "logging.trace_artifact")
+def structured_trace():
+    records = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = records.append
+    trace = logging.getLogger("torch.__trace")
+    logs_of_torch.trace_artifact("infllm_test", "string", lambda: pytest.fail("there is no trace"))
+    trace.addHandler(handler)
+    try:
+        assert logs_of_torch.is_tracing()
+        logs_of_torch.trace_artifact("infllm_test", "string", lambda: "content")
+    finally:
+        trace.removeHandler(handler)
+    (record,) = records
+    assert record.metadata["artifact"] == {"name": "infllm_test", "encoding": "string"}
+    assert record.payload == "content"
+
+
+@checks("logging.timed", "logging.counter")
+def measured():
+    from torch._dynamo.utils import compilation_time_metrics
+
+    before = len(compilation_time_metrics["infllm_test"])
+    with logs_of_torch.timed("infllm_test"):
+        pass
+    assert len(compilation_time_metrics["infllm_test"]) == before + 1
+    logs_of_torch.counter("infllm_test")["a"] += 1
+    assert torch._dynamo.utils.counters["infllm_test"]["a"] == 1
 
 
 # packages that are not installed everywhere
