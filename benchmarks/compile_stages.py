@@ -27,7 +27,6 @@ LENGTH = 16384
 CASES = ("plain", "dense", "sparse")
 STAGES = {
     "dynamo": "bytecode_tracing",
-    "backend": "backend_compile",
     "aot": "create_aot_dispatcher_function",
     "inductor": "compile_fx_inner",
     "codegen": "GraphLowering.run",
