@@ -54,6 +54,7 @@ def names(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch, "compile", without_inductor)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
+    monkeypatch.setattr(torch._logging, "set_logs", lambda **_: None)  # it would outlast the test
     monkeypatch.chdir(tmp_path)
     model = llama().float()
     packed = [torch.randn(300, heads, 16) for heads in (4, 2, 2)]
