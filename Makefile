@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
+# A part of every room, in a minute on two cores: what to run while editing.
+FAST := $(addprefix tests/,compat docs/test_paths.py lowering/ops/test_attention_args.py lowering/ops/test_checks.py \
+	masks/test_masks.py masks/test_masks_forms.py rewrite/test_report.py rewrite/test_targets.py sites/test_sites.py \
+	sites/test_sites_flex.py test_config.py test_import_direction.py test_tables.py)
 
-.PHONY: help install demo test test-kernels test-gpu test-matrix zoo sanitize lint docs bench bench-gpu lock clean
+.PHONY: help install demo test test-fast test-kernels test-gpu test-matrix zoo sanitize lint docs bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
 	@echo "make test   the test suite"
+	@echo "make test-fast  of these, a part that takes about a minute"
 	@echo "make test-kernels  of these, the Triton kernels in Triton's interpreter"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-matrix  the compiler part of the suite with other versions of Python, PyTorch and transformers"
@@ -38,6 +43,9 @@ demo: install
 # One thread for each worker: two workers with a thread pool each would fight over the cores.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu" $(FAST)
 
 test-kernels: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpreter
