@@ -58,6 +58,7 @@ class Row:
 ROWS = (
     Row("torch-2.11", "3.11", "2.11.0", "5.17.0"),
     Row("torch-2.13", "3.11", "2.13.0", "5.23.0"),
+    Row("torch-2.14", "3.11", "2.14.1", "5.24.0"),
     Row("torch-2.15", "3.11", "2.15.0", "5.24.0"),
     Row("python-3.10", "3.10", "2.11.0", "5.17.0", ("tests/compat", "tests/sites", "tests/plan")),
     Row("python-3.13", "3.13", "2.15.0", "5.24.0", ("tests/compat", "tests/sites", "tests/plan")),
@@ -172,8 +173,8 @@ def run_tests(python: Path, row: str, folder: str, workers: str) -> dict[str, An
     if workers != "0":
         command += ["-n", workers]
     print(f"{row}: {folder}", flush=True)
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if not report.exists():
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode not in (0, 1) or not report.exists():
         raise SystemExit(f"{row}: pytest did not finish in {folder}")
     return read_report(ElementTree.parse(report).getroot())
 
@@ -238,7 +239,7 @@ def run(*command: object) -> str:
     """
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout
 
 
