@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from infllm_pass.errors import ExportError
-from infllm_pass.kernels.geometry import BlockGeometry
 
 from ..ops.attention_args import FUSED, SIGNATURES, AttentionCall, geometry_of, name_of
 from ..ops.checks import check_attention, check_sequences, refused_by_tiled
@@ -63,11 +62,6 @@ def refusal(node: fx.Node) -> str | None:
     given = SIGNATURES[name_of(node)].named(node)
     q, v = (given[name].meta["val"] for name in ("q", "v"))
     return refused_by_tiled(q, v, given["scale"], geometry_of(given["geometry"]))
-
-
-def geometry_of_call(node: fx.Node) -> BlockGeometry:
-    """The block geometry of a call of any of this package's operators."""
-    return geometry_of(SIGNATURES[name_of(node)].named(node)["geometry"])
 
 
 def join_sites(graph: fx.Graph, wanted: Callable[[fx.Node], bool] = lambda node: True) -> int:

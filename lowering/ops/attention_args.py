@@ -171,9 +171,8 @@ class Signature(Generic[Call]):
         mutated: str = "",
         without: tuple[str, ...] = (),
     ) -> None:
-        taken = {field.name for field in fields(record)} - set(without)
         self.own, self.record, self.returns, self.mutated = own, record, returns, mutated
-        self.names = (*own, *(name for name in ARGUMENTS if name in taken))
+        self.names = (*own, *(name for name in _FIELDS[record] if name not in without))
         self._rest = self.names[len(own) :]
 
     @property

@@ -344,12 +344,6 @@ def _attention_forward_kernel(
     )
 
 
-def recording_drops_maxnreg(q: Tensor, v: Tensor) -> bool:
-    """Whether a compiler is recording launches and would drop the forward's ``maxnreg``."""
-    launch = _launch(q, v)
-    return launch.as_launched(_attention_forward_kernel) is not launch
-
-
 def _launch(q: Tensor, v: Tensor) -> LaunchConfig:
     """The configuration of the forward."""
     return config_for(LaunchConfig, "attention_forward", q, padded_dim(max(int(x.shape[3]) for x in (q, v))))
