@@ -131,9 +131,10 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     _print_generation(console, tokenizer, job, sides[Branch.SPARSE])
     console.print(
         f"layer {options.layer}: the visited blocks hold {100 * picture.selected_mass:.1f} % of dense attention, "
-        f"as many initial and most recent blocks {100 * picture.recent_mass:.1f} %\n"
-        f"written: {image}, {options.out / 'demo.json'}; {figures['wall_s']:.0f} s in all"
+        f"as many initial and most recent blocks {100 * picture.recent_mass:.1f} %"
     )
+    written = f"written: {image}, {options.out / 'demo.json'}; {figures['wall_s']:.0f} s in all"
+    console.print(written, soft_wrap=True)  # a path that is broken over lines cannot be copied
     return figures
 
 

@@ -62,13 +62,13 @@ def export_checkpoint(
         file = out.with_suffix(TARGETS["onnx"])
         report = export_onnx(model, file, (ids,), dynamic_shapes=dynamic, config=config, overwrite=options.overwrite)
         profile = {"ids": ((1, 1), (1, options.max_length // 2), (1, options.max_length))}
-        console.print(str(export_tensorrt(file, out, profile, overwrite=options.overwrite)))
+        console.print(str(export_tensorrt(file, out, profile, overwrite=options.overwrite)), soft_wrap=True)
     if options.format is not OutputFormat.TABLE:
         facts = {"file": str(out), "bytes": out.stat().st_size, "to": options.to, "config": config.to_dict()}
         print_data(options.format, facts | report.to_dict(), report.to_rows())
         return
     console.print(report)
-    console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
 
 
 def _model(path: str, layers: int | None) -> nn.Module:
