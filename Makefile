@@ -87,7 +87,7 @@ lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet -r requirements.in
 	$(VENV)-lock/bin/python -m pip freeze --all --exclude pip \
-		| sed -e 's/+cpu$$//' -e 's/^\(triton\|tensorrt_rtx[a-z0-9_]*\)==.*/& ; sys_platform == "linux"/' > requirements.txt
+		| sed -e 's/+cpu$$//' -e 's/^\(triton\|tensorrt_rtx[a-z0-9_]*\|nvidia-[a-z0-9-]*\|cuda-[a-z0-9-]*\)==.*/& ; sys_platform == "linux"/' > requirements.txt
 	rm -rf $(VENV)-lock
 
 clean:
