@@ -25,8 +25,8 @@ def build_program(folder: Path) -> Path:
     cmake = shutil.which("cmake", path=places)
     if cmake is None:
         raise FileNotFoundError("no cmake")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for arguments in (["-S", str(SOURCE), "-B", str(folder / "build"), prefix], ["--build", str(folder / "build")]):
+    package = f"-DTORCH={torch.__path__[0]}"
+    for arguments in (["-S", str(SOURCE), "-B", str(folder / "build"), package], ["--build", str(folder / "build")]):
         subprocess.run([cmake, *arguments], check=True, capture_output=True, text=True)
     return folder / "build" / "logits"
 

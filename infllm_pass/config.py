@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_args
 
 from infllm_pass.errors import ConfigError
-from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, LseMode, ScoreDtype, ScorerName
 
-LSE_MODES = ("coarse", "exact")
+LEAST_SCORE_DIMS = 16
+"""Channels that token scores read are a multiple of so many."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class SparseAttentionConfig:
         use_nope: MiniCPM4.1's key for selecting with keys before RoPE; only False is supported.
         lse: normaliser of block scores, "coarse" (the paper's approximation) or "exact".
         query_block: adjacent queries that share one selection; 1 selects for every query.
+        scorer: how blocks are scored: "pooled", the published score over means of windows of keys, or "tokens", the
+            largest score of a block's tokens over a few channels of the head, which needs no training.
+        score_dims: channels that "tokens" reads, a multiple of 16; None: a quarter of the head, at least 16.
+        score_dtype: what these channels of the keys are stored in: "key", k's dtype, or "int8" or "fp8" with a scale
+            a token.
 
     Raises:
         ConfigError: a field has the wrong type or an invalid value.
@@ -45,8 +51,11 @@ class SparseAttentionConfig:
     topk: int = 64
     dense_len: int = 8192
     use_nope: bool = False
-    lse: Literal["coarse", "exact"] = "coarse"
+    lse: LseMode = "coarse"
     query_block: int = 1
+    scorer: ScorerName = "pooled"
+    score_dims: int | None = None
+    score_dtype: ScoreDtype = "key"
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -73,8 +82,14 @@ class SparseAttentionConfig:
             )
         if self.use_nope is not False:
             raise ConfigError("use_nope", self.use_nope, "False: block selection reads the keys after RoPE")
-        if self.lse not in LSE_MODES:
-            raise ConfigError("lse", self.lse, "one of " + ", ".join(map(repr, LSE_MODES)))
+        for name, words in (("lse", LseMode), ("scorer", ScorerName), ("score_dtype", ScoreDtype)):
+            if getattr(self, name) not in get_args(words):
+                raise ConfigError(name, getattr(self, name), "one of " + ", ".join(map(repr, get_args(words))))
+        dims = self.score_dims
+        if dims is not None:
+            if isinstance(dims, bool) or not isinstance(dims, numbers.Integral) or dims < 1 or dims % LEAST_SCORE_DIMS:
+                raise ConfigError("score_dims", dims, f"a multiple of {LEAST_SCORE_DIMS}, or None for the default")
+            object.__setattr__(self, "score_dims", int(dims))
 
     @property
     def local_blocks(self) -> int:
@@ -91,9 +106,38 @@ class SparseAttentionConfig:
         """Tokens in a full budget of blocks: up to this length sparse and dense attention agree."""
         return self.selected_blocks * self.block_size
 
+    def score_dims_of(self, head_dim: int) -> int:
+        """Channels that token scores read of a head with so many.
+
+        Raises:
+            ConfigError: `score_dims` is larger than the head.
+        """
+        if self.score_dims is None:
+            quarter = -(-head_dim // (4 * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS
+            return min(quarter, head_dim)
+        if self.score_dims > head_dim:
+            raise ConfigError("score_dims", self.score_dims, f"at most the head size, {head_dim}")
+        return self.score_dims
+
+    def geometry_for(self, head_dim: int, channels: ChannelSets | None = None) -> BlockGeometry:
+        """Sizes and scorer in the form that the kernels take.
+
+        Args:
+            head_dim: channels of a head, ``D``.
+            channels: those that token scores read; None: all.
+
+        Raises:
+            ConfigError: `score_dims` is larger than the head.
+        """
+        if self.scorer == "pooled":
+            return self.geometry
+        self.score_dims_of(head_dim)
+        every = (tuple(range(head_dim)),)
+        return replace(self.geometry, scorer=self.scorer, channels=channels or every, score_dtype=self.score_dtype)
+
     @property
     def geometry(self) -> BlockGeometry:
-        """The same sizes in the form that the kernels take."""
+        """The sizes alone, with the published score, in the form that the kernels take."""
         return BlockGeometry(
             kernel_size=self.kernel_size,
             kernel_stride=self.kernel_stride,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 from infllm_pass.errors import ConfigError
 
 LseMode = Literal["coarse", "exact"]
+
+ScorerName = Literal["pooled", "tokens"]
+
+ScoreDtype = Literal["key", "int8", "fp8"]
+
+ChannelSets = tuple[tuple[int, ...], ...]
+"""Channels of a head that token scores read, ascending: one set for all key/value heads, or one for each."""
 
 _KEYS = {
     "l": "kernel_size",
@@ -19,8 +28,14 @@ _KEYS = {
     "sel": "selected_blocks",
     "lse": "lse",
     "qb": "query_block",
+    "score": "scorer",
+    "ch": "channels",
+    "idx": "score_dtype",
 }
 """Names of `BlockGeometry.format` and the fields that they stand for."""
+
+_WORDS = {"lse": LseMode, "score": ScorerName, "idx": ScoreDtype}
+"""Those that are words, and which."""
 
 COARSE_FACTOR = 4
 """Coarse keys ``K2`` pool windows this many times longer, and further apart, than ``K1``."""
@@ -40,6 +55,9 @@ class BlockGeometry:
         lse: the normaliser of the block scores: over the coarse keys ``K2`` (the paper's
             approximation) or over ``K1`` (exact).
         query_block: adjacent queries, aligned in absolute position, that share one selection.
+        scorer: how blocks are scored, see `kernels.scorer`.
+        channels: channels that token scores read; () for pooled scores.
+        score_dtype: what index keys of token scores are stored in: k's dtype, or 8 bits with a scale a token.
     """
 
     kernel_size: int = 32
@@ -50,14 +68,22 @@ class BlockGeometry:
     selected_blocks: int = 96
     lse: LseMode = "coarse"
     query_block: int = 1
+    scorer: ScorerName = "pooled"
+    channels: ChannelSets = ()
+    score_dtype: ScoreDtype = "key"
 
     def format(self) -> str:
-        """The geometry as text, one for each: ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1``."""
+        """The geometry as text, one for each.
+
+        ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1,score=pooled,ch=,idx=key``; channels are written as
+        runs, such as ``16-31+48-63``, the sets of different heads with ``/`` between them.
+        """
         # A tracing compiler may hold the numbers as symbols: `int` gives their values.
         return (
             f"l={int(self.kernel_size)},s={int(self.kernel_stride)},b={int(self.block_size)},"
             f"init={int(self.init_blocks)},local={int(self.local_blocks)},sel={int(self.selected_blocks)},"
-            f"lse={self.lse},qb={int(self.query_block)}"
+            f"lse={self.lse},qb={int(self.query_block)},score={self.scorer},"
+            f"ch={format_channels(self.channels)},idx={self.score_dtype}"
         )
 
     @staticmethod
@@ -69,12 +95,20 @@ class BlockGeometry:
             ConfigError: the text is not one of `format`.
         """
         given = dict(entry.split("=", 1) for entry in text.split(",") if "=" in entry)
-        if set(given) != set(_KEYS) or given["lse"] not in get_args(LseMode):
+        if set(given) != set(_KEYS) or any(given[key] not in get_args(words) for key, words in _WORDS.items()):
             raise ConfigError("geometry", text, f"a text such as {BlockGeometry().format()!r}")
         try:
-            return BlockGeometry(**{_KEYS[key]: each if key == "lse" else int(each) for key, each in given.items()})  # type: ignore[arg-type]
+            fields: dict[str, Any] = {
+                _KEYS[key]: each if key in _WORDS else int(each) for key, each in given.items() if key != "ch"
+            }
+            return BlockGeometry(**fields, channels=parse_channels(given["ch"]))
         except ValueError:
             raise ConfigError("geometry", text, "integers as sizes") from None
+
+    @property
+    def score_dims(self) -> int:
+        """Channels that token scores read; 0 for pooled scores."""
+        return len(self.channels[0]) if self.channels else 0
 
     def num_compressed(self, length: int) -> int:
         """Complete ``K1`` windows in a sequence of ``length`` keys."""
@@ -88,3 +122,24 @@ class BlockGeometry:
     def num_blocks(self, length: int) -> int:
         """Key blocks, the last one possibly partial, in a sequence of ``length`` keys."""
         return -(-length // self.block_size)
+
+
+def format_channels(sets: ChannelSets) -> str:
+    """Sets of channels as runs, ``16-31+48-63``, those of different heads with ``/`` between them; "" for none."""
+    return "/".join("+".join(f"{run[0]}-{run[-1]}" for run in _runs(channels)) for channels in sets)
+
+
+def parse_channels(text: str) -> ChannelSets:
+    """What `format_channels` wrote.
+
+    Raises:
+        ValueError: the text is not one of `format_channels`.
+    """
+    runs = [[run.split("-") for run in part.split("+")] for part in text.split("/")] if text else []
+    return tuple(tuple(n for first, last in part for n in range(int(first), int(last) + 1)) for part in runs)
+
+
+def _runs(numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Ascending numbers, cut where one is left out."""
+    cuts = [at for at, (one, other) in enumerate(pairwise(numbers), 1) if other != one + 1]
+    return [numbers[begin:end] for begin, end in pairwise([0, *cuts, len(numbers)])]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import (
@@ -46,7 +46,6 @@ def hint_of(size: torch.SymInt) -> int | None:
     return None if hint is None else int(hint)
 
 
-def number_hint(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> int | float | bool | None:
-    """The value that a symbolic number of any kind had in the traced call; see `hint_of`."""
-    hint: int | float | bool | None = number.node.hint
-    return hint
+def number_hint(number: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+    """The value, an int, float or bool, that a symbolic number had in the traced call; None: none. See `hint_of`."""
+    return number.node.hint

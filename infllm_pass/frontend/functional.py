@@ -126,7 +126,7 @@ def _attend(
 ) -> Tensor:
     """The call by the operators, or by PyTorch's own attention; `place`: fields of `AttentionCall`."""
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
-    call = AttentionCall(factor, config.dense_len, config.geometry, **place)
+    call = AttentionCall(factor, config.dense_len, config.geometry_for(k.shape[3]), **place)
     check_sequences(q, call)
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
     sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)

@@ -13,6 +13,7 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.facts import same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
+from infllm_pass.kernels.geometry import ChannelSets
 from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
 from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.codegen import is_expressible
@@ -48,6 +49,7 @@ class SitePlan:
         mask: what the mask lets through, if that was proved causal.
         scale: softmax scale as a number; None until it is known.
         config: what sparse attention selects here, and from which length on; None for a site that was refused before.
+        channels: channels of the heads that token scores read; None: they are not used, or read all.
         error: what the pass itself failed with; None: it did not.
     """
 
@@ -57,6 +59,7 @@ class SitePlan:
     mask: MaskPredicate | None = None
     scale: float | None = None
     config: SparseAttentionConfig | None = None
+    channels: ChannelSets | None = None
     error: Exception | None = field(default=None, compare=False, repr=False)
 
     @property

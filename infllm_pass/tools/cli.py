@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import infllm_pass
-from infllm_pass.config import LSE_MODES, SparseAttentionConfig
+from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, InfLLMError
+from infllm_pass.kernels.geometry import LseMode, ScoreDtype, ScorerName
 from infllm_pass.tools.output import OutputFormat, add_format_options, notes_console, print_data
 
 BAD_INPUT = 2
@@ -26,9 +27,14 @@ _FIELD_HELP = {
     "window_size": "tokens before a query's own block that it always visits",
     "topk": "blocks visited beside window_size / block_size, initial and own block included",
     "dense_len": "key length from which attention is sparse, 0: always",
-    "lse": "normaliser of block scores: " + " or ".join(LSE_MODES),
+    "lse": "normaliser of block scores",
     "query_block": "adjacent queries that share one selection",
+    "scorer": "what blocks are scored by",
+    "score_dims": "channels that the scorer tokens reads, default a quarter of the head",
+    "score_dtype": "what it stores these channels of the keys in",
 }
+
+_FIELD_WORDS = {"lse": get_args(LseMode), "scorer": get_args(ScorerName), "score_dtype": get_args(ScoreDtype)}
 
 _EXAMPLES = """\
 examples:
@@ -266,13 +272,14 @@ def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> No
     for field in fields(SparseAttentionConfig):
         if field.name not in _FIELD_HELP:
             continue
+        words = _FIELD_WORDS.get(field.name)
+        default = defaults.get(field.name, field.default)
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,
             default=argparse.SUPPRESS,
-            type=str if field.name == "lse" else _natural,
-            metavar="MODE" if field.name == "lse" else "N",
-            help=f"{_FIELD_HELP[field.name]} ({defaults.get(field.name, field.default)})",
+            help=_FIELD_HELP[field.name] + ("" if default is None else f" ({default})"),
+            **({"choices": words} if words else {"type": _natural, "metavar": "N"}),
         )
 
 

@@ -177,7 +177,7 @@ def call_numbers(
 
 def fixed_numbers(window: int | None, dense_len: int, geometry: BlockGeometry) -> dict[str, int]:
     """Those integers of a call, of a prompt or a step, that do not depend on its tensors."""
-    sizes = {name: int(value) for name, value in vars(geometry).items() if name != "lse"}
+    sizes = {name: int(value) for name, value in vars(geometry).items() if name in CALL_FIELDS}
     exact = int(geometry.lse == "exact")
     return {"window": NO_WINDOW if window is None else window, "dense_len": dense_len, "exact": exact, **sizes}
 

@@ -56,7 +56,7 @@ class Decode:
 
     def state(self, request: Request) -> CompressedKeys:
         """The compressed keys."""
-        return CompressedKeys(request.config.geometry)
+        return CompressedKeys(request.geometry)
 
     def kernels(self, request: Request) -> Kernels:
         """The Triton kernels where they take the site."""
@@ -70,6 +70,6 @@ class Decode:
         dense_len = config.dense_len if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
         if self.kernels(request).name == "triton":
             operands = [builder.unit_stride(node) for node in operands]
-        call = (*rows, request.scale, dense_len, geometry_text(config.geometry))
+        call = (*rows, request.scale, dense_len, geometry_text(request.geometry))
         kept = [*state.tensors, state.filled]
         return builder.call(operator.getitem, builder.call(decode_attention.default, *operands, kept, *call), 0)

@@ -9,6 +9,7 @@ from torch import fx
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.kernels.cpu import native
+from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kv_cache.spec import StateLayout
 from infllm_pass.lowering.ops.checks import refused_by_tiled
 from infllm_pass.plan.planner import Lowering, SitePlan
@@ -35,6 +36,14 @@ class Request:
     def config(self) -> SparseAttentionConfig:
         """What the site is configured with; the defaults for one that is not asked to be sparse."""
         return self.plan.config or SparseAttentionConfig()
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """What the site's kernels are told of the selection."""
+        if self.plan.config is None:
+            return self.config.geometry
+        head_dim = int(self.site.shape(self.site.key_heads)[3])
+        return self.config.geometry_for(head_dim, self.plan.channels)
 
     @property
     def scale(self) -> float:
@@ -108,7 +117,7 @@ def operator_kernels(request: Request) -> Kernels:
     """What computes a site in this package's operators: the Triton kernels where they take it."""
     site = request.site
     query = site.query.example.to(site.dtype)  # autocast may have made it another than the tensor's
-    refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.config.geometry)
+    refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry)
     if refusal is None:
         return Kernels("triton")
     name = "C++" if native.takes(query) else "torch operators"

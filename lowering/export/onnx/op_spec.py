@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.geometry import BlockGeometry, format_channels, parse_channels
 
 from ...ops.attention_args import geometry_of
 
@@ -50,8 +50,9 @@ class AttentionNode:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> AttentionNode:
         """The node with these attributes by name, as `attributes` gives them; others are ignored."""
+        sizes = {field.name: attributes[field.name] for field in fields(BlockGeometry)}
         return cls(
-            BlockGeometry(**{field.name: attributes[field.name] for field in fields(BlockGeometry)}),
+            BlockGeometry(**sizes | {"channels": parse_channels(sizes["channels"])}),
             scale=attributes["scale"],
             dense_len=attributes["dense_len"],
             window=attributes["window"],
@@ -64,6 +65,7 @@ class AttentionNode:
         """The node's attributes, with those by which TensorRT finds a plugin."""
         return {
             **asdict(self.geometry),
+            "channels": format_channels(self.geometry.channels),
             "dense_len": self.dense_len,
             "window": self.window,
             "has_key_mask": int(self.masked),

@@ -100,18 +100,32 @@ def test_no_function_takes_many_parameters():
                 assert count <= 12, (file, getattr(node, "name", "lambda"))
 
 
-GEOMETRIES = [BlockGeometry(), GEOMETRY, replace(GEOMETRY, init_blocks=0), replace(GEOMETRY, lse="coarse")]
+TOKENS = replace(GEOMETRY, scorer="tokens", channels=((3, 4, 5, 9),))
+GEOMETRIES = [
+    BlockGeometry(),
+    GEOMETRY,
+    replace(GEOMETRY, init_blocks=0),
+    replace(GEOMETRY, lse="coarse"),
+    TOKENS,
+    replace(TOKENS, channels=((0,), (7,))),
+    replace(TOKENS, channels=(tuple(range(16)), (0, 2, *range(4, 18))), score_dtype="int8"),
+]
 
 
 def test_a_geometry_has_one_text():
-    assert BlockGeometry().format() == "l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1"
+    assert BlockGeometry().format() == "l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1,score=pooled,ch=,idx=key"
     assert len({geometry.format() for geometry in GEOMETRIES}) == len(GEOMETRIES)
     for geometry in GEOMETRIES:
         assert BlockGeometry.parse(geometry.format()) == geometry
         assert geometry_of(geometry_text(geometry)) == geometry
 
 
-@pytest.mark.parametrize("changed", ["l", "lse=other", "l=x", "other=1"])
+def test_channels_are_written_as_runs():
+    assert "score=tokens,ch=3-5+9-9,idx=key" in TOKENS.format()
+    assert (TOKENS.score_dims, BlockGeometry().score_dims) == (4, 0)
+
+
+@pytest.mark.parametrize("changed", ["l", "lse=other", "l=x", "other=1", "score=other", "idx=int4", "ch=3-x", "ch=3"])
 def test_other_texts_are_no_geometry(changed):
     entries = [entry for entry in BlockGeometry().format().split(",") if not entry.startswith(changed[:2])]
     with pytest.raises(ConfigError, match="geometry="):
@@ -132,7 +146,8 @@ def test_numbers_of_a_call_are_in_the_order_of_its_struct():
     sizes = [("batch", "heads_q", "length_q", "dim"), ("_", "heads", "length_k", "_"), ("_", "_", "_", "dim_v")]
     strides = [tuple(f"stride_{name}{place}" for place in range(4)) for name in "qkv"]
     fixed = {name: name for name in native.fixed_numbers(None, 0, BlockGeometry())}
-    assert set(fixed) == {*vars(BlockGeometry()), "window", "dense_len", "exact"} - {"lse"}
+    words = {"lse", "scorer", "channels", "score_dtype"}
+    assert set(fixed) == {*vars(BlockGeometry()), "window", "dense_len", "exact"} - words
     numbers = native.call_numbers(*sizes, *strides, "offset", fixed)
     assert numbers == fields_of("query_chunk.h", "struct Call")
     assert set(fixed) < set(fields_of("decode_attention.h", "struct DecodeCall"))
