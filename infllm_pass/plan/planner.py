@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -133,7 +134,12 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
     """
     interpreter = Interpreter(view.facts)
     plans = []
-    for site in each_in(Stage.FIND, find_sites(view.facts)):
+    sites = list(each_in(Stage.FIND, find_sites(view.facts)))
+    for site in sites:
+        if isinstance(site, AttentionSite) and view.rewritable and _may_be_causal(site):
+            with suppress(Exception):  # raised again where the site is planned, and reported there
+                _join_sizes(site)
+    for site in sites:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("site at node %s (%s)", site.node.name, site.source_line)
         if isinstance(site, PartialSite):
@@ -171,7 +177,7 @@ def _configure(plan: SitePlan, config: SparseAttentionConfig, site_config: SiteC
 
 def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:
     """The plan of a site, whatever it is configured with."""
-    if not site.masks and site.is_causal is not True and not _is_step(site):
+    if not _may_be_causal(site):
         return _unmasked(site)
     refused = _check_tensors(site) or _check_dropout(site, interpreter)
     if refused is not None:
@@ -197,6 +203,11 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
     return _check_heads(site, proved) or proved
 
 
+def _may_be_causal(site: AttentionSite) -> bool:
+    """Whether anything limits the keys that a query sees."""
+    return bool(site.masks) or site.is_causal is True or _is_step(site)
+
+
 def _unmasked(site: AttentionSite) -> SitePlan:
     """The plan of a site in which every query sees every key."""
     length_q, length_k = _lengths(site)
@@ -219,15 +230,22 @@ def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
     return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
 
 
-def _check_tensors(site: AttentionSite) -> SitePlan | None:
-    """Check what the operators ask of the tensors.
+def _join_sizes(site: AttentionSite) -> bool:
+    """Whether sizes fit that have to be equal: of batches, of key/value heads, of keys.
 
-    Sizes are compared as they are: dynamic ones that the call forces to be equal, but that Dynamo gave symbols of
-    their own, as it does for the layers of a cache, become one symbol by it.
+    Dynamic ones that Dynamo gave symbols of their own, as it does for the layers of a cache, become one symbol by
+    being compared. All sites' are before any mask is read: what was read before names symbols that are no longer used.
     """
+    query, key, value = (tensor.example.shape for tensor in (site.query, site.key, site.value))
+    sized = all(len(shape) == 4 for shape in (query, key, value))
+    return bool(sized and query[0] == key[0] and key[:3] == value[:3])
+
+
+def _check_tensors(site: AttentionSite) -> SitePlan | None:
+    """Check what the operators ask of the tensors."""
     examples = [tensor.example for tensor in (site.query, site.key, site.value)]
-    query, key, value = shapes = [example.shape for example in examples]
-    if any(len(shape) != 4 for shape in shapes) or query[0] != key[0] or key[:3] != value[:3]:
+    if not _join_sizes(site):
+        shapes = [example.shape for example in examples]
         described = ", ".join(str(list(shape)) for shape in shapes)
         return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
     if site.dtype not in DTYPES:

@@ -117,13 +117,13 @@ def static_cache(model, rows=1, capacity=60, dtype=torch.float32, device="cpu"):
     ids=str,
 )
 def test_a_cache_that_does_not_fit_is_named(misfit, error, length, tiny):
-    """Before keys and values are written. Torch 2.15 runs what it cannot trace up to the error, and moves positions."""
+    """Before keys and values are written. Torch 2.14 runs what it cannot trace up to the error, and moves positions."""
     cache = static_cache(tiny, **misfit)
     with pytest.raises(error, match=r"^(past_key_values|cache).layers\[0\].keys (is|has)"):
         sparsified(tiny)(tokens(length), past_key_values=cache)
     layer = cache.layers[0]
     written = [layer.keys, layer.values]
-    if TorchVersion(torch.__version__) < "2.15":
+    if TorchVersion(torch.__version__) < "2.14":
         written.append(layer.cumulative_length)
     assert all(tensor.is_meta or not tensor.any() for tensor in written)
 
@@ -356,6 +356,16 @@ def test_methods_with_a_paged_cache_say_that_they_run_the_original(tiny, monkeyp
     model = sparsified(tiny)
     with pytest.warns(UncompiledGenerateWarning, match=r"generate_batch\(\) keeps a paged cache"):
         assert model.generate_batch([[1]]) == (tiny, [[1]])
+
+
+def test_all_layers_over_growing_caches_are_switchable():
+    """Dynamo may give the caches of the layers, which have one length, a symbol each."""
+    dense = llama(num_hidden_layers=3).float()
+    model, arguments = sparsified(dense), {**GREEDY, **WAYS["padded batch"]}
+    ids = tokens(50, len(arguments["attention_mask"]))
+    assert torch.equal(model.generate(ids, **arguments), dense.generate(ids, **arguments))
+    assert {site.decision for site in infllm_pass.report(model).sites} == {"switchable"}
+    assert {site.cache_state for site in rows_of_steps(model)} >= {"carried"}
 
 
 def test_a_model_without_generate_gets_none():

@@ -71,7 +71,7 @@ def test_version(run):
         (("demo", "--tokens", "100000"), "tokens=100000 is not valid: expected 256 to 8192"),
         (("demo", "--layer", "30"), "layer=30 is not valid: expected 0 to 29"),
         (("demo", "--window-size", "100"), "window_size=100 is not valid: expected a multiple of block_size=64"),
-        (("demo", "--lse", "fine"), "lse='fine'"),
+        (("demo", "--lse", "fine"), "invalid choice: 'fine'"),
         (("demo", "--tokens", "512", "--dense-len", "600"), "dense_len=600"),
         (("demo", "--device", "tpu"), "invalid choice: 'tpu'"),
         (("demo", "--out", __file__), "a folder"),
