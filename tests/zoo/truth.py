@@ -46,7 +46,7 @@ CAUSES: dict[str, tuple[Cause, ...]] = {
     "blt": (Cause.PATCHES,),
     "doge": (Cause.DYNAMIC_MASK,),
     "gemma2": (Cause.CAP,),
-    "inkling2_text": (Cause.LAYERS_ATTEND, Cause.SINK),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), (Cause.LAYERS_ATTEND, Cause.SINK)),
     "litgpt Gemma-2-2b": (Cause.CAP,),
     "litgpt Mistral-7B-v0.1": (Cause.WRITTEN_MASK,),
     "openai-gpt": (Cause.MULTIPLIED_MASK,),
