@@ -23,6 +23,7 @@ from torch import Tensor
 
 from infllm_pass.kernels.cpu import prefill
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.params import PrefillParams
 from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_prefill.json"
@@ -57,17 +58,17 @@ def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, 
     heads, heads_kv, dim = arguments.heads, arguments.heads_kv, arguments.dim
     geometry = BlockGeometry()
     q, k, v = make_data(kind, length, heads, heads_kv, dim)
-    keywords = {"geometry": geometry, "scale": dim**-0.5, "offset": 0}
+    call = PrefillParams(dim**-0.5, 0, geometry)
 
     def select_blocks() -> Tensor:
-        return prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
+        return prefill.select_blocks(q, k, prefill.compress_keys(q, k, call), call)
 
     blocks = select_blocks()
     dense = milliseconds(
         lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), arguments.repeats
     )
     select = milliseconds(select_blocks, arguments.repeats)
-    attend = milliseconds(lambda: prefill.attention_forward(q, k, v, blocks, **keywords), arguments.repeats)
+    attend = milliseconds(lambda: prefill.attention_forward(q, k, v, blocks, call), arguments.repeats)
     return {
         "case": f"fwd/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}/{kind}",
         "length": length,

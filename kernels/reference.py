@@ -8,11 +8,13 @@ tested against it. Formulas: arXiv 2509.24663, sections 3.1 (sparse attention) a
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .geometry import COARSE_FACTOR, BlockGeometry
+from .params import PrefillParams
 
 NEG_INF = float("-inf")
 
@@ -122,89 +124,56 @@ def select_sequence(
     return chosen & candidate
 
 
-def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dense_len: int = 0,
-    window: int | None = None,
-) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, **fields: Any) -> Tensor:
     """Selected blocks of a batch, as a set.
 
     Args:
         q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i``.
         k: ``[B, Hkv, Lk, D]``.
-        geometry: the block geometry.
-        scale: softmax scale.
-        offset: key index of the first query.
-        key_mask: bool ``[B, Lk]``; a row's sequence runs from its first to its last valid key.
-        offsets: integers ``[1]`` or ``[B]``, added to `offset`; a row's sequence then ends at its last query's key at
-            the latest.
-        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
-            stands at its last key.
-        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
-        dense_len: shorter sequences select nothing.
-        window: sliding window, in keys; a block wholly before it is no candidate.
+        fields: those of `PrefillParams`; without ``dense_len`` every sequence is sparse.
 
     Returns:
         bool ``[B, Hkv, Lq, n_blocks]``; blocks are numbered from the sequence's own first key.
     """
-    batch, _, length_q, _ = q.shape
-    _, heads_kv, length_k, _ = k.shape
-    chosen = q.new_zeros(batch, heads_kv, length_q, geometry.num_blocks(length_k), dtype=torch.bool)
-    placed = sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
-    for row, keys, queries, shift in placed:
-        length = keys.stop - keys.start
-        if length < max(dense_len, 1) or queries.stop <= queries.start:
+    call = PrefillParams(**{"dense_len": 0} | fields)
+    count = call.geometry.num_blocks(k.shape[2])
+    chosen = q.new_zeros(q.shape[0], k.shape[1], q.shape[2], count, dtype=torch.bool)
+    for row, keys, queries, shift in sequences(q, k, call):
+        if keys.stop - keys.start < max(call.dense_len, 1) or queries.stop <= queries.start:
             continue
         part = select_sequence(
             q[row, :, queries],
             k[row, :, keys],
-            geometry=geometry,
-            scale=scale,
+            geometry=call.geometry,
+            scale=call.scale,
             offset=shift + queries.start - keys.start,
-            window=window,
+            window=call.window,
         )
         chosen[row, :, queries, : part.shape[-1]] = part
     return chosen
 
 
-def sequences(
-    batch: int,
-    length_q: int,
-    length_k: int,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> list[tuple[int, slice, slice, int]]:
+def sequences(q: Tensor, k: Tensor, call: PrefillParams) -> list[tuple[int, slice, slice, int]]:
     """Per sequence: its row, the slice of its keys, that of the queries that stand on them, and what a query's number
     is less than its key's.
     """
+    batch, length_q, length_k, offset = q.shape[0], q.shape[2], k.shape[2], call.first_key(q, k)
     every = slice(0, length_q)
-    if cu_seqlens_k is None:
-        mask = torch.ones(batch, length_k, dtype=torch.bool) if key_mask is None else key_mask
+    if call.cu_seqlens_k is None:
+        mask = torch.ones(batch, length_k, dtype=torch.bool) if call.key_mask is None else call.key_mask
         bounds = zip(*(number.tolist() for number in sequence_bounds(mask)), strict=True)
         places = [(row, slice(*bound), every, offset) for row, bound in enumerate(bounds)]
-        if offsets is not None:
-            shifts = [offset + number for number in offsets.expand(batch).tolist()]
+        if call.offsets is not None:
+            shifts = [offset + number for number in call.offsets.expand(batch).tolist()]
             ends = [max(keys.start, min(keys.stop, shifts[row] + length_q)) for row, keys, _, _ in places]
             places = [(row, slice(keys.start, ends[row]), every, shifts[row]) for row, keys, _, _ in places]
     else:
         places = []
-        for number, (begin, end) in enumerate(pairwise(cu_seqlens_k.tolist())):
+        for number, (begin, end) in enumerate(pairwise(call.cu_seqlens_k.tolist())):
             row = begin // max(length_k, 1)
             keys, queries, shift = slice(begin - row * length_k, end - row * length_k), every, offset
-            if cu_seqlens_q is not None:
-                queries = slice(*cu_seqlens_q[number : number + 2].tolist())
+            if call.cu_seqlens_q is not None:
+                queries = slice(*call.cu_seqlens_q[number : number + 2].tolist())
                 shift = keys.stop - queries.stop
             if begin < end:
                 places.append((row, keys, queries, shift))
@@ -216,22 +185,7 @@ def sequences(
     return found
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor | None,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dense_len: int = 0,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, **fields: Any) -> tuple[Tensor, Tensor]:
     """Causal attention over selected blocks, or over everything.
 
     Args:
@@ -239,39 +193,31 @@ def attention(
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
         selected: bool ``[B, Hkv, Lq, n_blocks]`` from `select_blocks`; None for dense attention.
-        geometry: the block geometry.
-        scale: softmax scale.
-        offset: key index of the first query.
-        key_mask: bool ``[B, Lk]``, True where a key is valid.
-        offsets: as in `select_blocks`.
-        cu_seqlens_q: as in `select_blocks`.
-        cu_seqlens_k: as in `select_blocks`.
-        dense_len: queries of shorter sequences attend to every visible key.
-        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
+        fields: those of `PrefillParams`; without ``dense_len`` every sequence is sparse.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, float64. A query without a visible key
         gives 0 and ``-inf``; so do queries outside every sequence.
     """
+    call = PrefillParams(**{"dense_len": 0} | fields)
     batch, heads_q, length_q, dim = q.shape
     _, heads_kv, length_k, _ = k.shape
     group = heads_q // heads_kv
     allowed = torch.zeros(batch, heads_kv, length_q, length_k, dtype=torch.bool, device=q.device)
-    placed = sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
-    for row, keys, queries, shift in placed:
+    for row, keys, queries, shift in sequences(q, k, call):
         positions = torch.arange(length_q, device=q.device)[queries] + shift
         key_index = torch.arange(length_k, device=q.device)[keys]
         see = key_index <= positions[:, None]  # [queries, keys]
-        if key_mask is not None:
-            see = see & key_mask[row, keys]
-        if window is not None:
-            see = see & (key_index > positions[:, None] - window)
-        if selected is not None and keys.stop - keys.start >= dense_len:
-            block = (key_index - keys.start) // geometry.block_size
+        if call.key_mask is not None:
+            see = see & call.key_mask[row, keys]
+        if call.window is not None:
+            see = see & (key_index > positions[:, None] - call.window)
+        if selected is not None and keys.stop - keys.start >= call.dense_len:
+            block = (key_index - keys.start) // call.geometry.block_size
             see = see & selected[row, :, queries][..., block]  # [Hkv, queries, keys]
         allowed[row, :, queries, keys] = see
     queries_ = q.double().reshape(batch, heads_kv, group, length_q, dim)
-    logits = scale * queries_ @ k.double()[:, :, None].mT  # [B, Hkv, G, Lq, Lk]
+    logits = call.scale * queries_ @ k.double()[:, :, None].mT  # [B, Hkv, G, Lq, Lk]
     logits = logits.masked_fill(~allowed[:, :, None], NEG_INF)
     empty = ~allowed.any(-1)[:, :, None]  # [B, Hkv, 1, Lq]
     lse = logits.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, NEG_INF)

@@ -7,12 +7,14 @@ arXiv 2509.24663, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..geometry import COARSE_FACTOR, BlockGeometry
+from ..geometry import COARSE_FACTOR
+from ..params import DecodeParams
 from . import chunked, native
 from .chunked import compute_dtype, pool_keys
 from .sequences import AttentionParams
@@ -20,20 +22,7 @@ from .sequences import AttentionParams
 
 @torch.no_grad()
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    filled: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    key_mask: Tensor | None,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeParams
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last queries of every row over its valid keys, sparse from ``dense_len`` keys on.
 
@@ -41,28 +30,22 @@ def decode_attention(
         q: ``[B, Hq, Lq, D]``; query ``i`` of a row stands in slot ``lengths - Lq + i``.
         k: ``[B, Hkv, C, D]``, any strides; only slots of valid keys are read.
         v: ``[B, Hkv, C, Dv]``.
-        k1: ``[B, Hkv, n1, D]``, any strides: means of the windows among a row's first `filled` keys; brought up to
-            date.
-        k2: the same for coarse windows.
-        filled: int32 ``[B]``; set to the rows' lengths.
-        lengths: integers ``[B]`` or ``[1]``: one past the last valid key.
-        starts: the same: the first valid key; None: 0.
-        key_mask: bool ``[B, C]``: False hides a key from attention, and from nothing else.
-        geometry: the block geometry.
-        scale: softmax scale.
-        dense_len: rows with fewer keys are dense.
-        window: sliding window in keys, or None.
+        state: means of the windows among a row's first `filled` keys, ``[B, Hkv, n1, D]``, the same of coarse windows,
+            any strides, both brought up to date; and `filled`, int32 ``[B]``, set to the rows' lengths.
+        call: the geometry, the scale, and where rows begin and end.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp ``[B, Hq, Lq]``,
         float32 (float64 for float64 inputs); 0 and ``-inf`` for a query that sees no key.
     """
+    k1, k2, filled = state
+    geometry, dense_len, key_mask = call.geometry, call.dense_len, call.key_mask
     batch, heads_q, length_q = q.shape[:3]
     capacity, dim_v = v.shape[2:]
     out = q.new_zeros(batch, length_q, heads_q, dim_v)
     lse = q.new_full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
-    ends = lengths.clamp(0, capacity).expand(batch).tolist()
-    begins = [0] * batch if starts is None else starts.clamp(min=0).expand(batch).tolist()
+    ends = call.lengths.clamp(0, capacity).expand(batch).tolist()
+    begins = [0] * batch if call.starts is None else call.starts.clamp(min=0).expand(batch).tolist()
     begins = [min(begin, end) for begin, end in zip(begins, ends, strict=True)]
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         old = max(0, min(int(filled[row]), end - begin - length_q))
@@ -70,7 +53,7 @@ def decode_attention(
             sizes = geometry.kernel_size * factor, geometry.kernel_stride * factor
             _compress_new(k[row, :, begin:end], compressed, old, *sizes)
         filled[row] = end - begin
-    params = AttentionParams(geometry, scale, window=window)
+    params = AttentionParams(geometry, call.scale, window=call.window)
     if not native.decode_attention(q, k, v, (k1, k2), (begins, ends), key_mask, params, dense_len, out, lse):
         heads, group = v.shape[1], heads_q // v.shape[1]
         for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from infllm_pass.compat.tensors import current_mode
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
-from infllm_pass.kernels.cpu.sequences import Placement, sequences
+from infllm_pass.kernels.cpu.sequences import sequences
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.tracing import is_traced
 
@@ -251,7 +252,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
         return False
     check_tiled(q, k, v, call.geometry)
     if call.cu_seqlens_k is not None and _may_read(call.cu_seqlens_k):
-        check_bounds(q, k, call.cu_seqlens_q, call.cu_seqlens_k)
+        check_bounds(q, k, call)
     return True
 
 
@@ -273,14 +274,13 @@ def check_tiled(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry) -> Non
         )
 
 
-def check_bounds(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor) -> None:
+def check_bounds(q: Tensor, k: Tensor, call: AttentionCall) -> None:
     """Read the bounds of packed sequences, and check them.
 
     Raises:
         ShapeError: bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    placement = Placement(0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    for _ in sequences(q.shape[0], q.shape[2], k.shape[2], placement):
+    for _ in sequences(q, k, replace(call, key_mask=None)):
         pass
 
 

@@ -123,13 +123,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall) -> 
         from . import decode_triton  # needs Triton, which CPU installations lack
 
         return decode_triton.launched(q, k, v, state, call)
-    return torch_kernels.decode_attention(
-        *(q, k, v, *state, call.lengths, call.starts, call.key_mask),
-        geometry=call.geometry,
-        scale=call.scale,
-        dense_len=call.dense_len,
-        window=call.window,
-    )
+    return torch_kernels.decode_attention(q, k, v, state, call)
 
 
 def _decode_fake(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall) -> tuple[Tensor, Tensor]:
