@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .geometry import COARSE_FACTOR, BlockGeometry
 from .params import PrefillParams
@@ -43,57 +44,112 @@ def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:
     return windows.mean(-1).to(k.dtype).double()
 
 
-def block_scores(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int) -> Tensor:
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Scores ``r[j]`` of every key block for every query of one unpadded sequence.
 
     Args:
         q: ``[Hq, Lq, D]``; query ``i`` stands at position ``offset + i``.
         k: ``[Hkv, Lk, D]``.
-        geometry: the block geometry.
+        geometry: the block geometry, whose scorer decides.
         scale: softmax scale.
         offset: position of the first query.
+        key_mask: bool ``[Lk]``, False where a key is invalid; read by token scores.
+        window: sliding window, read by token scores.
 
     Returns:
-        float64 ``[Hkv, Lq, n_blocks]``; ``-inf`` where no compressed key of a block is visible.
+        float64 ``[Hkv, Lq, n_blocks]``; ``-inf`` where nothing of a block that is scored is visible: no compressed
+        key, or no token.
     """
-    g = geometry
-    heads_kv, length_k, _ = k.shape
-    heads_q, length_q, dim = q.shape
-    group = heads_q // heads_kv
-    size, stride = g.kernel_size, g.kernel_stride
-    queries = q.double().reshape(heads_kv, group, length_q, dim)
-    last = tile_position(torch.arange(length_q, device=q.device) + offset, g.query_block, length_k)  # [Lq]
+    heads_kv, (heads_q, length_q, dim) = k.shape[0], q.shape
+    queries = q.double().reshape(heads_kv, heads_q // heads_kv, length_q, dim)
+    positions = torch.arange(length_q, device=q.device) + offset
+    last = tile_position(positions, geometry.query_block, k.shape[1])  # [Lq]
+    if geometry.scorer == "tokens":
+        index = torch.arange(k.shape[1], device=k.device)
+        visible = index <= last[:, None]  # [Lq, Lk]
+        if key_mask is not None:
+            visible = visible & key_mask
+        if window is not None:
+            visible = visible & (index > last[:, None] - window)
+        scores, visible = _token_scores(scale * queries, k, visible, geometry)
+        return _shared(scores, positions, geometry.query_block).masked_fill(~visible, NEG_INF)
+    scores, visible = _window_scores(scale * queries, k, last, geometry)
+    scores = _shared(scores, positions, geometry.query_block).masked_fill(~visible, NEG_INF)
+    starts = geometry.kernel_stride * torch.arange(scores.shape[-1], device=k.device)
+    blocks = torch.arange(geometry.num_blocks(k.shape[1]), device=k.device)
+    begin, end = blocks * geometry.block_size, (blocks + 1) * geometry.block_size
+    overlaps = (starts < end[:, None]) & (starts + geometry.kernel_size > begin[:, None])  # [n_blocks, n1]
+    columns = [
+        scores[..., hit].amax(-1) if bool(hit.any()) else torch.full_like(scores[..., :1].sum(-1), NEG_INF)
+        for hit in overlaps
+    ]
+    return torch.stack(columns, -1) if columns else scores.new_empty(*scores.shape[:2], 0)
 
+
+def _shared(scores: Tensor, positions: Tensor, query_block: int) -> Tensor:
+    """Scores ``[Hkv, Lq, n]``, added up over the queries that share a selection."""
+    if query_block == 1:
+        return scores
+    tile = positions // query_block
+    return (tile[:, None] == tile[None, :]).double() @ scores
+
+
+def _window_scores(queries: Tensor, k: Tensor, last: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """Scores of compressed keys ``[Hkv, Lq, n1]`` for scaled queries ``[Hkv, G, Lq, D]``; which of them are visible."""
+    size, stride = geometry.kernel_size, geometry.kernel_stride
     k1 = pool_keys(k, size, stride)  # [Hkv, n1, D]
-    starts = stride * torch.arange(k1.shape[1], device=k.device)
-    visible = starts + size - 1 <= last[:, None]  # [Lq, n1]
-    logits = scale * queries @ k1[:, None].mT  # [Hkv, G, Lq, n1]
-    if g.lse == "exact":
+    visible = stride * torch.arange(k1.shape[1], device=k.device) + size - 1 <= last[:, None]  # [Lq, n1]
+    logits = queries @ k1[:, None].mT  # [Hkv, G, Lq, n1]
+    if geometry.lse == "exact":
         norm = logits.masked_fill(~visible, NEG_INF).logsumexp(-1, keepdim=True)
         normalised = visible.any(-1)  # [Lq]
     else:
         k2 = pool_keys(k, COARSE_FACTOR * size, COARSE_FACTOR * stride)  # [Hkv, n2, D]
         starts2 = COARSE_FACTOR * stride * torch.arange(k2.shape[1], device=k.device)
         visible2 = starts2 + COARSE_FACTOR * size - 1 <= last[:, None]
-        coarse = scale * queries @ k2[:, None].mT  # [Hkv, G, Lq, n2]
+        coarse = queries @ k2[:, None].mT  # [Hkv, G, Lq, n2]
         norm = coarse.masked_fill(~visible2, NEG_INF).logsumexp(-1, keepdim=True)
         normalised = visible2.any(-1)
     scores = torch.exp(logits - torch.where(normalised[:, None], norm, 0.0)).sum(1)  # [Hkv, Lq, n1]
-    scores = torch.where(normalised[:, None], scores, 0.0)
-    if g.query_block > 1:
-        tile = (torch.arange(length_q, device=q.device) + offset) // g.query_block
-        same = (tile[:, None] == tile[None, :]).double()  # [Lq, Lq]
-        scores = same @ scores
-    scores = scores.masked_fill(~visible, NEG_INF)
+    return torch.where(normalised[:, None], scores, 0.0), visible
 
-    blocks = torch.arange(g.num_blocks(length_k), device=k.device)
-    begin, end = blocks * g.block_size, (blocks + 1) * g.block_size
-    overlaps = (starts < end[:, None]) & (starts + size > begin[:, None])  # [n_blocks, n1]
-    columns = [
-        scores[..., hit].amax(-1) if bool(hit.any()) else torch.full_like(scores[..., :1].sum(-1), NEG_INF)
-        for hit in overlaps
-    ]
-    return torch.stack(columns, -1) if columns else scores.new_empty(*scores.shape[:2], 0)
+
+def index_keys(k: Tensor, geometry: BlockGeometry) -> Tensor:
+    """The channels of keys that token scores read, as they are stored: ``[Hkv, Lk, D]`` -> float64 ``[Hkv, Lk, d]``."""
+    sets = geometry.channels * (k.shape[0] if len(geometry.channels) == 1 else 1)
+    keys = torch.stack([k[head][:, list(channels)] for head, channels in enumerate(sets)])
+    if geometry.score_dtype == "key":
+        return keys.double()
+    kept, highest = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}[geometry.score_dtype]
+    step = keys.float().abs().amax(-1, keepdim=True) / highest  # rounded as in storage: in float32
+    parts = keys.float() / torch.where(step > 0, step, 1.0)
+    stored = parts.round().to(kept) if kept is torch.int8 else parts.to(kept)
+    return stored.double() * step.double()
+
+
+def _token_scores(queries: Tensor, k: Tensor, visible: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """Scores of blocks by their tokens for scaled queries ``[Hkv, G, Lq, D]``, and which have a visible one.
+
+    Token ``j`` scores ``t[j] = q.k[j]`` over the channels, a block the maximum ``m`` of its visible tokens, and a
+    query's heads are added: ``sum of exp(m - z)``, with ``z`` the log-sum-exp of ``m`` over all blocks.
+    """
+    sets = geometry.channels * (k.shape[0] if len(geometry.channels) == 1 else 1)
+    queries = torch.stack([queries[head][..., list(channels)] for head, channels in enumerate(sets)])
+    tokens = (queries @ index_keys(k, geometry)[:, None].mT).masked_fill(~visible, NEG_INF)  # [Hkv, G, Lq, Lk]
+    room = -k.shape[1] % geometry.block_size
+    best = pad(tokens, (0, room), value=NEG_INF).unflatten(-1, (-1, geometry.block_size)).amax(-1)
+    seen = pad(visible, (0, room)).unflatten(-1, (-1, geometry.block_size)).any(-1)  # [Lq, n_blocks]
+    norm = best.logsumexp(-1, keepdim=True)
+    return torch.exp(best - norm.masked_fill(norm.isinf(), 0.0)).sum(1), seen
 
 
 def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
@@ -102,13 +158,20 @@ def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
 
 
 def select_sequence(
-    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`."""
     g = geometry
     length_q, length_k = q.shape[1], k.shape[1]
     count = g.num_blocks(length_k)
-    scores = block_scores(q, k, geometry=g, scale=scale, offset=offset)
+    scores = block_scores(q, k, geometry=g, scale=scale, offset=offset, key_mask=key_mask, window=window)
     positions = torch.arange(length_q, device=q.device) + offset
     own = tile_position(positions, g.query_block, length_k) // g.block_size  # [Lq]
     blocks = torch.arange(count, device=q.device)
@@ -147,6 +210,7 @@ def select_blocks(q: Tensor, k: Tensor, **fields: Any) -> Tensor:
             geometry=call.geometry,
             scale=call.scale,
             offset=shift + queries.start - keys.start,
+            key_mask=None if call.key_mask is None else call.key_mask[row, keys],
             window=call.window,
         )
         chosen[row, :, queries, : part.shape[-1]] = part
