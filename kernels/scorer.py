@@ -51,9 +51,7 @@ class PooledScorer:
     def state(self, geometry: BlockGeometry, capacity: Any, head_dim: int, dtype: torch.dtype) -> list[StateTensor]:
         """Compressed keys ``K1`` and coarse ones ``K2``, one window at least."""
         size, stride = geometry.kernel_size, geometry.kernel_stride
-        slots = (
-            torch.sym_max(1, (capacity - factor * size) // (factor * stride) + 1) for factor in (1, COARSE_FACTOR)
-        )
+        slots = (torch.sym_max(1, (capacity - factor * size) // (factor * stride) + 1) for factor in (1, COARSE_FACTOR))
         return [StateTensor(name, (count, head_dim), dtype) for name, count in zip(("k1", "k2"), slots, strict=True)]
 
 

@@ -7,39 +7,49 @@ length: nothing of size ``Lq x Lk``, nor ``Lq x Lk / kernel_stride``, exists at 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
 from ..params import PrefillParams
+from ..scorer import StateTensor, scorer_of
 from . import chunked, native
 from .chunked import compute_dtype
 from .native import adjacent
 from .sequences import Sequence, sequences
+from .tokens import index_keys, read_index
 
-__all__ = ["attention_backward", "attention_forward", "compress_keys", "new_windows", "select_blocks"]
+__all__ = ["attention_backward", "attention_forward", "compress_keys", "new_state", "select_blocks", "state_of"]
 
 
-def new_windows(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
-    """Compressed keys without any window: ``K1`` ``[B, Hkv, Lk // s + 2, D]``, ``K2`` with ``Lk // (4 s) + 2``.
+def state_of(k: Tensor, geometry: BlockGeometry) -> list[StateTensor]:
+    """The tensors of a call's state for keys ``[B, Hkv, Lk, D]``.
 
-    Two more than needed: sizes that can be 1 would make ``torch.export`` guard on dynamic lengths.
-
-    Args:
-        k: ``[B, Hkv, Lk, D]``.
-        geometry: the block geometry.
+    Compressed keys are ``K1`` ``[B, Hkv, Lk // s + 2, D]``, ``K2`` with ``Lk // (4 s) + 2``: two more than needed, as
+    sizes that can be 1 would make ``torch.export`` guard on dynamic lengths. Index keys are those of all ``Lk``.
     """
-    batch, heads, length, dim = k.shape
+    length, dim = k.shape[2:]
+    kept = scorer_of(geometry).state(geometry, length, dim, k.dtype)
+    if geometry.scorer == "tokens":
+        return kept
     strides = geometry.kernel_stride, COARSE_FACTOR * geometry.kernel_stride
-    return [k.new_zeros(batch, heads, length // stride + 2, dim) for stride in strides]
+    return [replace(each, shape=(length // by + 2, dim)) for each, by in zip(kept, strides, strict=True)]
+
+
+def new_state(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
+    """The same, of nothing but zeros."""
+    return [k.new_zeros(k.shape[:2] + each.shape, dtype=each.dtype) for each in state_of(k, geometry)]
 
 
 @torch.no_grad()
 def compress_keys(q: Tensor, k: Tensor, call: PrefillParams) -> list[Tensor]:
-    """Means of all complete windows of keys (section 3.2).
+    """What `select_blocks` reads of the keys: means of all complete windows (section 3.2), or index keys.
 
-    Window ``c`` of a sequence whose first key is number ``f`` lies in slot ``f // s + c`` of ``K1``, and in slot
-    ``f // (4 s) + c`` of ``K2``: windows of different sequences of a row never meet in one slot.
+    The index key of key ``j`` of a row lies in slot ``j``. Window ``c`` of a sequence whose first key is number ``f``
+    lies in slot ``f // s + c`` of ``K1``, and in slot ``f // (4 s) + c`` of ``K2``: windows of different sequences of a
+    row never meet in one slot.
 
     Args:
         q: the queries; only their number is read.
@@ -47,22 +57,24 @@ def compress_keys(q: Tensor, k: Tensor, call: PrefillParams) -> list[Tensor]:
         call: the geometry, and where sequences lie.
 
     Returns:
-        As `new_windows`, in k's dtype, means taken in float32 (float64 for float64). Slots without a window hold 0, as
-        do sequences that no query stands on, or that are shorter than ``dense_len``.
+        As `new_state`; means are in k's dtype, taken in float32 (float64 for float64). Slots without a window hold 0,
+        as do sequences that no query stands on, or that are shorter than ``dense_len``.
 
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    k, (fine, coarse) = adjacent(k), new_windows(k, call.geometry)
+    if call.geometry.scorer == "tokens":
+        return index_keys(k, call.geometry)
+    k, (fine, coarse) = adjacent(k), new_state(k, call.geometry)
     for one in sequences(q, k, call):
         if one.length >= call.dense_len:
-            arguments = k[one.row, :, one.keys], *one_sequence(fine, coarse, one, call.geometry), call.geometry
+            arguments = k[one.row, :, one.keys], *_windows(fine, coarse, one, call.geometry), call.geometry
             if not native.compress_keys(*arguments):
                 chunked.compress_keys(*arguments)
     return [fine, coarse]
 
 
-def one_sequence(fine: Tensor, coarse: Tensor, one: Sequence, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+def _windows(fine: Tensor, coarse: Tensor, one: Sequence, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
     """The compressed keys of one sequence, ``[Hkv, n, D]`` from its first window on, all of them complete."""
     stride = geometry.kernel_stride
     begins = one.keys.start // stride, one.keys.start // (COARSE_FACTOR * stride)
@@ -72,6 +84,13 @@ def one_sequence(fine: Tensor, coarse: Tensor, one: Sequence, geometry: BlockGeo
         for keys, begin, count in zip((fine, coarse), begins, counts, strict=True)
     )
     return k1, k2
+
+
+def _read_state(state: list[Tensor], one: Sequence, geometry: BlockGeometry, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The state of one sequence in the form of `chunked.select_blocks`."""
+    if geometry.scorer == "tokens":
+        return (read_index([part[one.row, :, one.keys] for part in state], compute_dtype(dtype)),)
+    return _windows(state[0], state[1], one, geometry)
 
 
 @torch.no_grad()
@@ -97,7 +116,7 @@ def select_blocks(q: Tensor, k: Tensor, state: list[Tensor], call: PrefillParams
     for one in sequences(q, k, call):
         if one.length >= call.dense_len:
             queries = _grouped(q, heads)[one.row, :, :, one.queries]
-            arguments = queries, *one_sequence(*state, one, geometry), one.length, one.params(call)
+            arguments = queries, _read_state(state, one, geometry, q.dtype), one.length, one.params(call)
             blocks = native.select_blocks(*arguments)
             chosen[one.row, :, one.queries] = chunked.select_blocks(*arguments) if blocks is None else blocks
     return chosen

@@ -80,7 +80,7 @@ def _compress(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
 def _compress_fake(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
     if checks.check_call(q, k, k, call):
         return _allocated("compress_keys", q, k, call)  # type: ignore[no-any-return]
-    return torch_kernels.new_windows(k, call.geometry)
+    return torch_kernels.new_state(k, call.geometry)
 
 
 compress_keys = Operator(
@@ -92,8 +92,9 @@ compress_keys = Operator(
     seen=lambda q, k, call: _seen(q, k, call),
     doc="""What `select_blocks` reads of the keys: the state.
 
-Returns the tensors of the state, whose form is that of the device. Compressed keys are means of windows of keys, fine
-and coarse, taken in float32 (float64 for float64) and stored in k's dtype; a window that is not complete has none.
+Returns the tensors of the state, whose form is that of the device. For pooled scores they are compressed keys: means of
+windows of keys, fine and coarse, taken in float32 (float64 for float64) and stored in k's dtype; a window that is not
+complete has none. For token scores they are index keys: some channels of every key, in k's dtype or in 8 bits.
 
 Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anything is computed.""",
 )
@@ -101,9 +102,10 @@ Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anyth
 
 def _select(q: Tensor, k: Tensor, state: Selection, call: AttentionCall) -> list[Tensor]:
     tiled = checks.check_call(q, k, k, call)
-    checks.check_state(q, k, state, _triton().STATE if tiled else 2)
     if tiled:
+        checks.check_state_count(q, state, _triton().STATE)
         return _launched("select_blocks", q, k, state, call)  # type: ignore[no-any-return]
+    checks.check_state(q, k, state, torch_kernels.state_of(k, call.geometry))
     return [torch_kernels.select_blocks(q, k, state, call)]
 
 

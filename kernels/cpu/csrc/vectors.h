@@ -60,6 +60,9 @@ constexpr int COARSE_FACTOR = 4;   // K2 pools windows this many times longer, a
 constexpr double HIDDEN = -1e30;   // logit of a masked key; finite, so that no difference is a NaN
 constexpr double LOG2E = 1.4426950408889634;
 
+// What index keys are stored in: T, or a byte with a scale a token.
+enum IndexKind { INDEX_AS_KEYS, INDEX_INT8, INDEX_FP8 };
+
 // A call from its integers, all fields in their order, and the last one, the scale.
 template <typename C>
 C call_of(const int64_t* numbers, double scale) {
@@ -132,6 +135,10 @@ inline Element<V> reduce(V value, Function combine) {
 
 template <typename V>
 inline Element<V> reduce_max(V value) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return _mm512_reduce_max_ps((__m512)value);
+#endif
   return reduce(value, [](auto a, auto b) { return std::max(a, b); });
 }
 
@@ -200,14 +207,16 @@ inline int64_t windows_up_to(int64_t position, int64_t size, int64_t stride) {
 }
 
 // Top-k of the blocks [low, high), in no order: a block's score is the maximum over the windows that overlap it, of which
-// [begin, end) have a score; none is negative. Ties go to the lower block.
+// [begin, end) have a score, negative where nothing of it is visible; where tokens are scored a block is the window. Ties
+// go to the lower block.
 template <typename R>
 struct BlockRanking {
   int64_t windows_per_block, overhang;  // windows that begin in a block; windows of earlier blocks that reach into it
 
   template <typename C>
   explicit BlockRanking(const C& call)
-      : windows_per_block(call.block_size / call.kernel_stride), overhang(call.kernel_size / call.kernel_stride - 1) {}
+      : windows_per_block(call.index_dims > 0 ? 1 : call.block_size / call.kernel_stride),
+        overhang(call.index_dims > 0 ? 0 : call.kernel_size / call.kernel_stride - 1) {}
 
   template <typename Function>
   void each_best(const R* scores, int64_t begin, int64_t end, int64_t low, int64_t high, int64_t count, Function take) {
@@ -220,7 +229,7 @@ struct BlockRanking {
         const R best = *std::max_element(scores + (from - begin), scores + (to - begin));
         Bits bits;  // of numbers that are not negative: ordered as they are
         std::memcpy(&bits, &best, sizeof bits);
-        key = Key{bits} + 1;
+        key = best < R{0} ? Key{0} : Key{bits} + 1;
       }
       keys_.push_back(key << 31 | static_cast<Key>(0x7fffffff - block));
     }

@@ -86,8 +86,20 @@ def packed(rng: random.Random, batch: int, length_q: int, length_k: int) -> dict
     return bounds
 
 
+def by_tokens(rng: random.Random, geometry: BlockGeometry, heads: int, dim: int) -> BlockGeometry:
+    """The geometry with token scores over random channels: one set, or one for each head."""
+    count = rng.choice([1, 3, dim // 2, dim])
+    channels = tuple(tuple(sorted(rng.sample(range(dim), count))) for _ in range(rng.choice([1, heads])))
+    sizes = {"block_size": rng.choice([geometry.block_size, 3 * geometry.block_size])}
+    kept = rng.choice(["key", "key", "int8", "fp8"])
+    return dataclasses.replace(geometry, scorer="tokens", channels=channels, score_dtype=kept, **sizes)
+
+
+SCORERS = ("pooled", "tokens")
+
+
 @st.composite
-def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False) -> Case:
+def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False, scorers=SCORERS) -> Case:
     # One seed decides everything: drawn one by one, most sizes come out too small to leave a block out.
     seed = draw(st.integers(0, 2**32 - 1))
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -103,6 +115,8 @@ def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False) ->
     geometry = dataclasses.replace(
         rng.choice(GEOMETRIES), lse=rng.choice(["coarse", "exact"]), query_block=rng.choice([1, 1, 2, 16, 12])
     )
+    if scorers != ("pooled",):
+        geometry = rng.choice([geometry, by_tokens(rng, geometry, heads, dim)])
     layout = rng.choice(["heads first", "tokens first", "every other"])
 
     def data(heads, length, dim):
@@ -175,7 +189,13 @@ def undecided(case: Case) -> torch.Tensor:
             continue
         length, offset = keys.stop - keys.start, shift + queries.start - keys.start
         scores = reference.block_scores(
-            q[row, :, queries], k[row, :, keys], geometry=g, scale=keywords["scale"], offset=offset
+            q[row, :, queries],
+            k[row, :, keys],
+            geometry=g,
+            scale=keywords["scale"],
+            offset=offset,
+            key_mask=None if keywords["key_mask"] is None else keywords["key_mask"][row, keys],
+            window=keywords["window"],
         )
         positions = torch.arange(queries.stop - queries.start) + offset
         position = reference.tile_position(positions, g.query_block, length)[:, None]
@@ -500,11 +520,11 @@ def test_what_is_computed_in_c_plus_plus(dtype, layout, monkeypatch):
     out, lse = prefill.attention_forward(q, k, v, blocks, params(**numbers))
     prefill.attention_backward(out[:, :1, :, :1].expand_as(out), q, k, v, out, lse, blocks, params(**numbers))
     elsewhere = torch.empty(2, 2, 100, 8, device="meta"), *(torch.empty(2, 50, 8, device="meta") for _ in range(2))
-    assert native.select_blocks(*elsewhere, 100, AttentionParams(SMALL, 1.0)) is None
+    assert native.select_blocks(elsewhere[0], elsewhere[1:], 100, AttentionParams(SMALL, 1.0)) is None
 
 
 @PROPERTY
-@given(cases())
+@given(cases(scorers=("pooled",)))
 def test_compressed_keys_are_those_of_the_reference(case):
     keywords, g = case.keywords, case.geometry
     compressed = prefill.compress_keys(case.q, case.k, params(**keywords))
