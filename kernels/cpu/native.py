@@ -79,10 +79,11 @@ using T = {number};
 _FUNCTIONS = {
     "decode_attention.h": """
 extern "C" void decode_attention(
-    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const T* k1, const T* k2,
-    const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, infllm::Real<T>* lse) {
+    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const void* k1, const void* k2,
+    const int32_t* channels, const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out,
+    infllm::Real<T>* lse) {
   const auto call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
-  infllm::DecodeStep<T>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
+  infllm::DecodeStep<T>(call, q, k, v, k1, k2, channels, begins, ends, key_mask).run(out, lse);
 }
 """,
     "switchable_attention.h": """
@@ -201,7 +202,7 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: tuple[Tensor, Tensor],
+    state: Sequence[Tensor],
     bounds: tuple[list[int], list[int]],
     key_mask: Tensor | None,
     params: AttentionParams,
@@ -209,13 +210,13 @@ def decode_attention(
     out: Tensor,
     lse: Tensor,
 ) -> bool:
-    """Attention of a decode step, the compressed keys being up to date.
+    """Attention of a decode step, the state being up to date.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
         k: ``[B, Hkv, C, D]``.
         v: ``[B, Hkv, C, Dv]``.
-        state: K1 and K2, ``[B, Hkv, n, D]``.
+        state: K1 and K2, ``[B, Hkv, n, D]``; or index keys ``[B, Hkv, C, d]`` and, in 8 bits, scales ``[B, Hkv, C]``.
         bounds: first valid key of each row, and one past the last one: ``0 <= begin <= end <= C``.
         key_mask: bool ``[B, C]``, any strides; False hides a key.
         params: its offset and mask are not read.
@@ -229,12 +230,12 @@ def decode_attention(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    if params.geometry.scorer == "tokens":
-        return False
-    q, (k1, k2) = adjacent(q), state
-    library = _library_for("decode_attention.h", q, k, v, k1, k2)
+    q, geometry = adjacent(q), params.geometry
+    alike = [x for x in state if geometry.score_dtype == "key" or geometry.scorer == "pooled"]
+    library = _library_for("decode_attention.h", q, k, v, *alike)
     if library is None:
         return False
+    k1, k2 = state[0], state[-1]
     batch, heads_q, length_q, dim = q.shape
     numbers = integers(
         DECODE_FIELDS,
@@ -253,6 +254,7 @@ def decode_attention(
         _int64s(numbers),
         ctypes.c_double(params.scale),
         *map(_address, (q, k, v, k1, k2)),
+        channel_numbers(geometry, v.shape[1]) if geometry.scorer == "tokens" else None,
         *map(_int64s, bounds),
         *map(_address, (key_mask, out, lse)),
     )

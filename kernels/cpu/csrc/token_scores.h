@@ -35,31 +35,18 @@ class TokenScores {
     lasts_.resize(rows_);
     for (const SharedTile& tile : tiles)
       std::fill_n(lasts_.begin() + (tile.token - begin) * group, tile.tokens * group, tile.last);
-    find_maxima(*chunk.head->index);
+    find_maxima(*chunk.head->index, chunk.head->valid == nullptr);
     scores.assign(tiles.size() * width_, R{0});
     for (size_t number = 0; number < tiles.size(); number++) {
       const int64_t first = (tiles[number].token - begin) * group;
       R* to = scores.data() + number * width_;
       for (int64_t row = first; row < first + tiles[number].tokens * group; row++)
-        add_weights(maxima_.data() + row * width_, width_, to);
+        add_block_weights(maxima_.data() + row * width_, width_, to);
       for (int64_t block = 0; block < width_; block++)  // the same blocks for all rows
         if (maxima_[first * width_ + block] <= static_cast<R>(0.5 * HIDDEN))
           to[block] = R{-1};
     }
     return width_;
-  }
-
-  // Adds the weights of block maxima, `width` of them, whole vectors.
-  static void add_weights(const R* maxima, int64_t width, R* to) {
-    Vector<R> tops = load(maxima), total{};
-    for (int64_t block = LANES<R>; block < width; block += LANES<R>)
-      tops = maximum(tops, load(maxima + block));
-    const R top = reduce_max(tops);
-    for (int64_t block = 0; block < width; block += LANES<R>)
-      total += exp2(load(maxima + block) - top);
-    const R norm = top + std::log2(reduce_sum(total));
-    for (int64_t block = 0; block < width; block += LANES<R>)
-      store(to + block, load(to + block) + exp2(load(maxima + block) - norm));
   }
 
  private:
@@ -76,7 +63,7 @@ class TokenScores {
   }
 
   // Largest logits of the visible tokens of each block, [row][width].
-  void find_maxima(const IndexColumns<R>& keys) {
+  void find_maxima(const IndexColumns<R>& keys, bool all_valid) {
     maxima_.assign(rows_ * width_, static_cast<R>(HIDDEN));
     carried_.assign(rows_ * LANES<R>, static_cast<R>(HIDDEN));
     const int64_t apart = keys.apart, end = blocks_ * apart;
@@ -96,7 +83,7 @@ class TokenScores {
           tile[place] = queries_.data() + (row + std::min(place, real - 1)) * depth_;
         const bool whole = last_key <= lasts_[row] && key > lasts_[row + real - 1] - call_.window;
         if (in_block && whole) {
-          multiply_max<R>(tile, depth_, keys.panel(column / PANEL<R>), to);
+          multiply_max<R>(tile, depth_ - all_valid, keys.panel(column / PANEL<R>), to);
           for (int64_t place = 0; place < real; place++)
             fold(row + place, block, column % apart, PANEL<R>, apart, load(to[place]));
         } else {

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__FMA__)
@@ -151,6 +152,63 @@ inline Element<V> reduce_sum(V value) {
   return reduce(value, [](auto a, auto b) { return a + b; });
 }
 
+// Sums of adjacent lanes, `half` apart, of a and b: in each 2 * half lanes those of a, then those of b.
+template <typename R, int half, int... lane>
+inline Vector<R> add_halves(Vector<R> a, Vector<R> b, std::integer_sequence<int, lane...>) {
+  constexpr int count = sizeof...(lane);
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (lane % (2 * half) < half ? lane : count + lane - half)...) +
+      __builtin_shufflevector(a, b, (lane % (2 * half) < half ? lane + half : count + lane)...);
+#else
+  using Integers = typename VectorTypes<R>::Integers;
+  const Integers one = {(lane % (2 * half) < half ? lane : count + lane - half)...};
+  return __builtin_shuffle(a, b, one) + __builtin_shuffle(a, b, one + half);
+#endif
+}
+
+// The sums of LANES vectors, one a lane; the vectors are overwritten.
+template <typename R, int half = LANES<R> / 2>
+inline Vector<R> sums_of(Vector<R>* x) {
+  for (int number = 0; number < half; number++)
+    x[number] = add_halves<R, half>(x[number], x[number + half], std::make_integer_sequence<int, LANES<R>>());
+  if constexpr (half > 1)
+    return sums_of<R, half / 2>(x);
+  return x[0];
+}
+
+// LANES numbers in the type of the arithmetic.
+template <typename R, typename I>
+inline Vector<R> widen(const I* from) {
+  if constexpr (std::is_same_v<I, R>) {
+    return load(from);
+  } else if constexpr (std::is_integral_v<I>) {
+    typedef I Narrow __attribute__((vector_size(LANES<R> * sizeof(I))));
+    Narrow value;
+    std::memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(value, Vector<R>);
+  } else {
+    R value[LANES<R>];
+    for (int lane = 0; lane < LANES<R>; lane++)
+      value[lane] = static_cast<R>(from[lane]);
+    return load(value);
+  }
+}
+
+// A number of 8 bits: sign, four bits of exponent and three of mantissa (e4m3fn); NaN does not occur.
+struct Fp8 {
+  uint8_t bits;
+
+  operator float() const {
+    const bool normal = bits & 0x78;
+    const uint32_t size = (uint32_t{bits} & 0x7f) << 20;
+    const uint32_t biased = size + (uint32_t{normal ? 120u : 121u} << 23);
+    float value;
+    std::memcpy(&value, &biased, sizeof value);
+    value -= normal ? 0.0f : 0.015625f;  // below 2^-6 the exponent is that of 2^-6, and nothing stands before the point
+    return bits & 0x80 ? -value : value;
+  }
+};
+
 template <typename R>
 struct Exp2;
 
@@ -199,6 +257,20 @@ inline float exp2(float x) {
 
 inline double exp2(double x) {
   return exp2(broadcast(x))[0];
+}
+
+// Adds the weights of blocks by the largest logits of their tokens, `width` of them, whole vectors.
+template <typename R>
+void add_block_weights(const R* maxima, int64_t width, R* to) {
+  Vector<R> tops = load(maxima), total{};
+  for (int64_t block = LANES<R>; block < width; block += LANES<R>)
+    tops = maximum(tops, load(maxima + block));
+  const R top = reduce_max(tops);
+  for (int64_t block = 0; block < width; block += LANES<R>)
+    total += exp2(load(maxima + block) - top);
+  const R norm = top + std::log2(reduce_sum(total));
+  for (int64_t block = 0; block < width; block += LANES<R>)
+    store(to + block, load(to + block) + exp2(load(maxima + block) - norm));
 }
 
 // Complete windows of `size` keys, `stride` apart, that end at or before a position.
