@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..geometry import BlockGeometry
+from ..geometry import BlockGeometry, channel_runs
 from ..scorer import INDEX_DTYPES, INDEX_HIGHEST
 from .sequences import AttentionParams
 
@@ -21,11 +21,13 @@ HIDDEN = -1e30
 
 
 def channels_of(x: Tensor, geometry: BlockGeometry, dim: int) -> Tensor:
-    """The channels that token scores read of ``[..., D]``, whose key/value heads are dimension `dim`."""
-    sets = [torch.tensor(channels, device=x.device) for channels in geometry.channels]
-    if len(sets) == 1:
-        return x.index_select(-1, sets[0])
-    return torch.stack([x.select(dim, head).index_select(-1, some) for head, some in enumerate(sets)], dim)
+    """A copy of the channels that token scores read of ``[..., D]``, whose key/value heads are dimension `dim`."""
+    heads = [x] if len(geometry.channels) == 1 else x.unbind(dim)
+    parts = [
+        torch.cat([head[..., run[0] : run[-1] + 1] for run in channel_runs(channels)], -1)
+        for head, channels in zip(heads, geometry.channels, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts, dim)
 
 
 def index_keys(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:

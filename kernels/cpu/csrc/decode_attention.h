@@ -348,26 +348,30 @@ class DecodeStep {
         ? nullptr
         : key_mask_ + tile.row * call_.stride_mask[0] + first * call_.stride_mask[1];
     scratch.assign(LANES<R> * wide + rows * LANES<R>, R{0});
-    R* keys = scratch.data();
-    R* maxima = keys + LANES<R> * wide;  // [rows][LANES]
+    R* maxima = scratch.data() + LANES<R> * wide;  // [rows][LANES]
     for (int64_t block = task.windows.begin; block < task.windows.end; block++) {
       std::fill_n(maxima, rows * LANES<R>, static_cast<R>(HIDDEN));
       const int64_t end = std::min((block + 1) * size, tile.last + 1);
       for (int64_t key = std::max(block * size, seen_from); key < end; key += LANES<R>) {
-        R factors[LANES<R>], terms[LANES<R>];  // of a logit; a hidden key's are 0 and HIDDEN
+        const int64_t count = std::min<int64_t>(LANES<R>, end - key);
+        const R* keys[LANES<R>];
+        R factors[LANES<R>], terms[LANES<R>] = {};  // of a logit; a hidden key's are 0 and HIDDEN
         for (int64_t lane = 0; lane < LANES<R>; lane++) {
-          const bool seen = key + lane < end && (mask == nullptr || mask[(key + lane) * call_.stride_mask[1]]);
-          factors[lane] = !seen ? R{0} : scales == nullptr ? R{1} : R{scales[(key + lane) * call_.stride_k2[2]]};
-          terms[lane] = seen ? R{0} : static_cast<R>(HIDDEN);
-          read_index(from + std::min(key + lane, end - 1) * stride, dims, keys + lane * wide);
+          const int64_t place = key + std::min(lane, count - 1);
+          keys[lane] = index_key(from + place * stride, dims, scratch.data() + lane * wide);
+          factors[lane] = scales == nullptr ? R{1} : R{scales[place * call_.stride_k2[2]]};
         }
+        if (count < LANES<R> || mask != nullptr)
+          for (int64_t lane = 0; lane < LANES<R>; lane++)
+            if (lane >= count || (mask != nullptr && !mask[(key + lane) * call_.stride_mask[1]]))
+              factors[lane] = R{0}, terms[lane] = static_cast<R>(HIDDEN);
         for (int64_t row = 0; row < rows; row++) {
           const R* query = tile.index_queries.data() + row * wide;
           Vector<R> sums[LANES<R>] = {};
           for (int64_t place = 0; place < wide; place += LANES<R>) {
             const Vector<R> numbers = load(query + place);
             for (int lane = 0; lane < LANES<R>; lane++)
-              sums[lane] = multiply_add(numbers, load(keys + lane * wide + place), sums[lane]);
+              sums[lane] = multiply_add(numbers, load(keys[lane] + place), sums[lane]);
           }
           R* top = maxima + row * LANES<R>;
           store(top, maximum(load(top), multiply_add(sums_of<R>(sums), load(factors), load(terms))));
@@ -378,13 +382,21 @@ class DecodeStep {
     }
   }
 
+  // An index key as whole vectors: where it lies, or copied.
   template <typename I>
-  static void read_index(const I* from, int64_t dims, R* to) {
+  static const R* index_key(const I* from, int64_t dims, R* to) {
+    if constexpr (std::is_same_v<I, R>)
+      if (dims % LANES<R> == 0)
+        return from;
     int64_t place = 0;
     for (; place + LANES<R> <= dims; place += LANES<R>)
       store(to + place, widen<R>(from + place));
-    for (; place < dims; place++)
-      to[place] = static_cast<R>(from[place]);
+    if (place < dims) {
+      I rest[LANES<R>] = {};
+      std::copy(from + place, from + dims, rest);
+      store(to + place, widen<R>(rest));
+    }
+    return to;
   }
 
   void choose_best(SharedTile<R>& tile) const {

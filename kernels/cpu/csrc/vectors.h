@@ -176,39 +176,6 @@ inline Vector<R> sums_of(Vector<R>* x) {
   return x[0];
 }
 
-// LANES numbers in the type of the arithmetic.
-template <typename R, typename I>
-inline Vector<R> widen(const I* from) {
-  if constexpr (std::is_same_v<I, R>) {
-    return load(from);
-  } else if constexpr (std::is_integral_v<I>) {
-    typedef I Narrow __attribute__((vector_size(LANES<R> * sizeof(I))));
-    Narrow value;
-    std::memcpy(&value, from, sizeof value);
-    return __builtin_convertvector(value, Vector<R>);
-  } else {
-    R value[LANES<R>];
-    for (int lane = 0; lane < LANES<R>; lane++)
-      value[lane] = static_cast<R>(from[lane]);
-    return load(value);
-  }
-}
-
-// A number of 8 bits: sign, four bits of exponent and three of mantissa (e4m3fn); NaN does not occur.
-struct Fp8 {
-  uint8_t bits;
-
-  operator float() const {
-    const bool normal = bits & 0x78;
-    const uint32_t size = (uint32_t{bits} & 0x7f) << 20;
-    const uint32_t biased = size + (uint32_t{normal ? 120u : 121u} << 23);
-    float value;
-    std::memcpy(&value, &biased, sizeof value);
-    value -= normal ? 0.0f : 0.015625f;  // below 2^-6 the exponent is that of 2^-6, and nothing stands before the point
-    return bits & 0x80 ? -value : value;
-  }
-};
-
 template <typename R>
 struct Exp2;
 
@@ -230,6 +197,58 @@ struct Exp2<double> {
       9.6181291076284769e-03, 5.5504108664821576e-02, 2.4022650695910072e-01, 6.9314718055994529e-01,
       1.0};
 };
+
+// A number of 8 bits: sign, four bits of exponent and three of mantissa (e4m3fn); NaN does not occur.
+struct Fp8 {
+  uint8_t bits;
+};
+
+// LANES bytes as integers; compilers take conversions of so many steps apart, lane by lane.
+template <typename R, typename I>
+inline typename VectorTypes<R>::Integers widen_bytes(const void* from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<R, float>) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(from));
+    return (typename VectorTypes<R>::Integers)(
+        std::is_signed_v<I> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<R, float>) {
+    const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(from));
+    return (typename VectorTypes<R>::Integers)(
+        std::is_signed_v<I> ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  }
+#endif
+  typedef I Bytes __attribute__((vector_size(LANES<R>)));
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, typename VectorTypes<R>::Integers);
+}
+
+// LANES numbers in the type of the arithmetic.
+template <typename R, typename I>
+inline Vector<R> widen(const I* from) {
+  using Integers = typename VectorTypes<R>::Integers;
+  if constexpr (std::is_same_v<I, R>) {
+    return load(from);
+  } else if constexpr (std::is_same_v<I, Fp8>) {
+    const Integers bits = widen_bytes<R, uint8_t>(from);
+    constexpr int mantissa = Exp2<R>::MANTISSA_BITS, bias = Exp2<R>::BIAS - 1;
+    const auto value = [&](int exponent) {  // of a number with a point before the mantissa
+      return (Vector<R>)(((bits & 0x7f) << (mantissa - 3)) + ((Integers{} + (bias + exponent)) << mantissa));
+    };
+    // Below 2^-6 the exponent is that of 2^-6, and nothing stands before the point.
+    const Vector<R> size = (bits & 0x78) != 0 ? value(-7) : value(-6) - broadcast(R(0.015625));
+    return (bits & 0x80) != 0 ? -size : size;
+  } else if constexpr (std::is_same_v<I, int8_t>) {
+    return __builtin_convertvector(widen_bytes<R, int8_t>(from), Vector<R>);
+  } else {
+    R value[LANES<R>];
+    for (int lane = 0; lane < LANES<R>; lane++)
+      value[lane] = static_cast<R>(from[lane]);
+    return load(value);
+  }
+}
 
 // 2 ** x; 0 below Exp2::LOWEST, and no more than 2 ** Exp2::HIGHEST, so that sums of many are finite.
 template <typename V>
