@@ -21,11 +21,13 @@ def main() -> None:
     lengths = sorted({row["length"] for row in rows})
     dense = [min(row["dense_ms"] for row in rows if row["length"] == length) / 1e3 for length in lengths]
     left.plot(lengths, dense, "o-", color="black", label="dense SDPA, causal")
-    for data, colour in colours.items():
-        mine = sorted((row["length"], row["ms"] / 1e3, row["ratio"]) for row in rows if row["data"] == data)
+    for data, scorer in sorted({(row["data"], row["scorer"]) for row in rows}, reverse=True):
+        some = [row for row in rows if (row["data"], row["scorer"]) == (data, scorer)]
+        mine = sorted((row["length"], row["ms"] / 1e3, row["ratio"]) for row in some)
         ticks, seconds, ratios = zip(*mine, strict=True)
-        left.plot(ticks, seconds, "o-", color=colour, label=f"selection + sparse attention, {data} data")
-        right.plot(ticks, ratios, "o-", color=colour, label=f"{data} data")
+        style = {"color": colours[data], "linestyle": "-" if scorer == "pooled" else "--", "marker": "o"}
+        left.plot(ticks, seconds, **style, label=f"selection + sparse attention, {scorer}, {data} data")
+        right.plot(ticks, ratios, **style, label=f"{scorer}, {data} data")
     right.axhline(1.0, color="black", linewidth=1)
     right.axhline(0.6, color="grey", linewidth=1, linestyle=":")
     right.annotate("target at 32k: 0.6", (lengths[0], 0.6), xytext=(0, -12), textcoords="offset points", color="grey")

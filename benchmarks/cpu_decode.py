@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
@@ -52,39 +53,59 @@ def milliseconds(steps: dict[str, Callable[[int], object]], count: int) -> dict[
     return {name: statistics.median(taken[-count:]) for name, taken in times.items()}
 
 
-def measure(length: int, arguments: argparse.Namespace) -> dict[str, object]:
+def measure(length: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each scorer."""
     heads, heads_kv, dim = arguments.heads, arguments.heads_kv, arguments.dim
-    geometry = BlockGeometry()
     steps = arguments.steps
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, heads_kv, length + steps, dim, generator=generator) for _ in range(2))
     q = torch.randn(steps, 1, heads, 1, dim, generator=generator)
-    state = new_state(k, geometry)
-
-    def sparse(number: int, dense_len: int = 0) -> tuple[Tensor, Tensor]:
-        end = torch.tensor([length + number])
-        numbers = (None, None, None, dim**-0.5, dense_len, geometry_text(geometry))
-        return decode_attention(q[number], k, v, state, end, *numbers)
 
     def dense(number: int) -> Tensor:
         end = length + number
         return F.scaled_dot_product_attention(q[number], k[:, :, :end], v[:, :, :end], enable_gqa=True)
 
-    def refill(_: int) -> object:
-        state[2].zero_()
-        return sparse(0)
+    def step_of(geometry: BlockGeometry, state: list[Tensor], dense_len: int = 0) -> Callable[[int], object]:
+        def step(number: int) -> object:
+            end = torch.tensor([length + number])
+            numbers = (None, None, None, dim**-0.5, dense_len, geometry_text(geometry))
+            return decode_attention(q[number], k, v, state, end, *numbers)
 
-    refilled = milliseconds({"refill": refill}, 3)
-    below = {"below_dense_len": lambda number: sparse(number, 2 * length)}
-    taken = milliseconds({"sparse": sparse, "dense": dense, **below}, steps)
-    return {
-        "case": f"decode/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}",
-        "length": length,
-        **taken,
-        "ratio": taken["sparse_ms"] / taken["dense_ms"],
-        "cpu_ratio": taken["sparse_cpu_ms"] / taken["dense_cpu_ms"],
-        **refilled,
-    }
+        return step
+
+    taking: dict[str, Callable[[int], object]] = {"dense": dense}
+    refilled = {}
+    for scorer in arguments.scorers:
+        config = SparseAttentionConfig(scorer=scorer, score_dtype=arguments.score_dtype)
+        geometry = config.geometry_for(dim, (tuple(range(dim - config.score_dims_of(dim), dim)),))
+        state = new_state(k, geometry)
+        taking[scorer] = step_of(geometry, state)
+        taking[f"{scorer}_below_dense_len"] = step_of(geometry, state, 2 * length)
+
+        def refill(_: int, state: list[Tensor] = state, scorer: str = scorer) -> object:
+            state[-1].zero_()
+            return taking[scorer](0)
+
+        refilled[scorer] = milliseconds({"refill": refill}, 3)
+    taken = milliseconds(taking, steps)
+    units = ("ms", "cpu_ms")
+    return [
+        {
+            "case": f"decode/{heads}x{heads_kv}x{dim}/96/{length}/{scorer}",
+            "length": length,
+            "scorer": scorer,
+            **{f"sparse_{unit}": taken[f"{scorer}_{unit}"] for unit in units},
+            **{
+                f"{name}_{unit}": taken[f"{prefix}{name}_{unit}"]
+                for unit in units
+                for name, prefix in (("dense", ""), ("below_dense_len", f"{scorer}_"))
+            },
+            "ratio": taken[f"{scorer}_ms"] / taken["dense_ms"],
+            "cpu_ratio": taken[f"{scorer}_cpu_ms"] / taken["dense_cpu_ms"],
+            **refilled[scorer],
+        }
+        for scorer in arguments.scorers
+    ]
 
 
 def main() -> None:
@@ -94,18 +115,20 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--heads-kv", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--scorers", nargs="+", choices=["pooled", "tokens"], default=["pooled", "tokens"])
+    parser.add_argument("--score-dtype", choices=["key", "int8", "fp8"], default="key", help="of token scores")
     parser.add_argument("--output", type=Path, default=RESULTS)
     add_format_options(parser)
     arguments = parser.parse_args()
 
-    rows = [
-        measure(length, arguments) for length in track(arguments.lengths, "measuring", console=Console(stderr=True))
-    ]
+    lengths = track(arguments.lengths, "measuring", console=Console(stderr=True))
+    rows = [row for length in lengths for row in measure(length, arguments)]
     columns = {"sparse_ms": "sparse ms", "dense_ms": "SDPA ms", "ratio": "ratio", "cpu_ratio": "processor time"}
     columns |= {"refill_ms": "refill ms", "below_dense_len_ms": "dense by length ms"}
     show(arguments.format, rows, columns, default=".3f")
-    even = break_even(rows)
-    note(arguments.format, f"break-even length: {even}")
+    even = {scorer: break_even([row for row in rows if row["scorer"] == scorer]) for scorer in arguments.scorers}
+    for scorer, length in even.items():
+        note(arguments.format, f"break-even length, {scorer}: {length}")
     header = {**results_header(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "active")}
     write_results(arguments.output, {**header, "load": os.getloadavg()[0], "break_even": even}, rows)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.kernels.cpu import prefill
-from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.params import PrefillParams
 from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_prefill.json"
@@ -42,42 +44,57 @@ def make_data(kind: str, length: int, heads: int, heads_kv: int, dim: int) -> tu
     return q, k, v
 
 
-def milliseconds(function: Callable[[], object], repeats: int) -> float:
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def milliseconds(function: Callable[[], object], arguments: argparse.Namespace) -> float:
     """Median time of a call, after one that is not counted."""
+    clock = CLOCKS[arguments.clock]
     function()
     times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
+    for _ in range(arguments.repeats):
+        begin = clock()
         function()
-        times.append(1e3 * (time.perf_counter() - begin))
+        times.append(1e3 * (clock() - begin))
     return statistics.median(times)
 
 
-def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, object]:
+def measure(kind: str, length: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each scorer; the measurements take turns."""
     heads, heads_kv, dim = arguments.heads, arguments.heads_kv, arguments.dim
-    geometry = BlockGeometry()
     q, k, v = make_data(kind, length, heads, heads_kv, dim)
-    keywords = {"geometry": geometry, "scale": dim**-0.5, "offset": 0}
 
-    def select_blocks() -> Tensor:
-        return prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    blocks = select_blocks()
-    dense = milliseconds(
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), arguments.repeats
-    )
-    select = milliseconds(select_blocks, arguments.repeats)
-    attend = milliseconds(lambda: prefill.attention_forward(q, k, v, blocks, **keywords), arguments.repeats)
-    return {
-        "case": f"fwd/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}/{kind}",
-        "length": length,
-        "data": kind,
-        "ms": select + attend,
-        "dense_ms": dense,
-        "ratio": (select + attend) / dense,
-        "select_ms": select,
-        "attend_ms": attend,
-    }
+    rows = []
+    for scorer in arguments.scorers:
+        config = SparseAttentionConfig(scorer=scorer, score_dtype=arguments.score_dtype)
+        geometry = config.geometry_for(dim, (tuple(range(dim - config.score_dims_of(dim), dim)),))
+        call = PrefillParams(dim**-0.5, 0, geometry)
+
+        def select_blocks(call: PrefillParams = call) -> Tensor:
+            return prefill.select_blocks(q, k, prefill.compress_keys(q, k, call), call)
+
+        def attend(call: PrefillParams = call, blocks: Tensor = select_blocks(call)) -> object:  # noqa: B008
+            return prefill.attention_forward(q, k, v, blocks, call)
+
+        dense_ms, select_ms, attend_ms = (milliseconds(each, arguments) for each in (dense, select_blocks, attend))
+        rows.append(
+            {
+                "case": f"fwd/{heads}x{heads_kv}x{dim}/{geometry.selected_blocks}/{length}/{kind}/{scorer}",
+                "length": length,
+                "data": kind,
+                "scorer": scorer,
+                "channels": geometry.score_dims,
+                "ms": select_ms + attend_ms,
+                "dense_ms": dense_ms,
+                "ratio": (select_ms + attend_ms) / dense_ms,
+                "select_ms": select_ms,
+                "attend_ms": attend_ms,
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -87,23 +104,35 @@ def main() -> None:
     )
     parser.add_argument("--data", nargs="+", choices=["random", "local"], default=["random", "local"])
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; their median is reported")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="processor: time of all threads together")
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--heads-kv", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--scorers", nargs="+", choices=["pooled", "tokens"], default=["pooled", "tokens"])
+    parser.add_argument("--score-dtype", choices=["key", "int8", "fp8"], default="key", help="of token scores")
     parser.add_argument("--output", type=Path, default=RESULTS)
     add_format_options(parser)
     arguments = parser.parse_args()
 
     cases = [(kind, length) for kind in arguments.data for length in arguments.lengths]
+    console = Console(stderr=True)
     rows = [
-        measure(kind, length, arguments) for kind, length in track(cases, "measuring", console=Console(stderr=True))
+        row for kind, length in track(cases, "measuring", console=console) for row in measure(kind, length, arguments)
     ]
     columns = {"select_ms": "select ms", "attend_ms": "attend ms", "ms": "sparse ms", "dense_ms": "dense ms"}
     show(arguments.format, rows, columns | {"ratio": "ratio"}, {"ratio": ".3f"}, default=".1f")
-    even = {kind: break_even([row for row in rows if row["data"] == kind]) for kind in arguments.data}
-    for kind, length in even.items():
-        note(arguments.format, f"break-even length, {kind} data: {length}")
-    write_results(arguments.output, {**results_header(), "break_even": even}, rows)
+    even = {
+        f"{kind}, {scorer}": break_even([row for row in rows if (row["data"], row["scorer"]) == (kind, scorer)])
+        for kind in arguments.data
+        for scorer in arguments.scorers
+    }
+    for case, length in even.items():
+        note(arguments.format, f"break-even length, {case}: {length}")
+    write_results(
+        arguments.output,
+        {**results_header(), "clock": arguments.clock, "load": os.getloadavg()[0], "break_even": even},
+        rows,
+    )
 
 
 if __name__ == "__main__":

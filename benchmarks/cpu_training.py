@@ -24,6 +24,7 @@ from rich.table import Column, Table
 
 from infllm_pass.kernels.cpu import prefill
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.params import PrefillParams
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cpu_training.json"
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -35,18 +36,18 @@ def measure(kind: str, length: int, arguments: argparse.Namespace) -> dict[str, 
     q, k, v = make_data(kind, length, arguments.heads, arguments.heads_kv, arguments.dim)
     grad = torch.randn_like(q)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    keywords = {"geometry": geometry, "scale": arguments.dim**-0.5, "offset": 0}
+    call = PrefillParams(arguments.dim**-0.5, 0, geometry)
 
     made: dict[str, torch.Tensor] = {}
 
     def select() -> None:
-        made["blocks"] = prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
+        made["blocks"] = prefill.select_blocks(q, k, prefill.compress_keys(q, k, call), call)
 
     def forward() -> None:
-        made["out"], made["lse"] = prefill.attention_forward(q, k, v, made["blocks"], **keywords)
+        made["out"], made["lse"] = prefill.attention_forward(q, k, v, made["blocks"], call)
 
     def backward() -> None:
-        prefill.attention_backward(grad, q, k, v, made["out"], made["lse"], made["blocks"], **keywords)
+        prefill.attention_backward(grad, q, k, v, made["out"], made["lse"], made["blocks"], call)
 
     def dense_forward() -> None:
         made["dense"] = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)

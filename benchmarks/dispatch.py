@@ -23,7 +23,7 @@ from torch import Tensor
 from infllm_pass.kernels.cpu import decode as decode_kernels
 from infllm_pass.kernels.cpu import prefill as prefill_kernels
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.ops.attention_args import ATTEND, DECODE, AttentionCall, Signature, geometry_text
+from infllm_pass.lowering.ops.attention_args import ATTEND, DECODE, AttentionCall, DecodeCall, Signature, geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
 from infllm_pass.lowering.ops.registry import Operator
@@ -49,12 +49,12 @@ def measure_decode(rounds: int) -> dict[str, Any]:
     """A step over a cache of 16 keys."""
     q, k, v = tensors(1, 16)
     state, end = new_state(k, GEOMETRY), torch.tensor([16])
-    numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 64, "window": None}
-    given = (q, k, v, state, end, None, None, None, SCALE, 64, geometry_text(GEOMETRY))
+    call = DecodeCall(end, SCALE, 64, GEOMETRY)
+    given = (q, k, v, state, *call.arguments)
     return row(
         "decode_attention",
         lambda: decode_attention.default(*given),
-        lambda: decode_kernels.decode_attention(q, k, v, *state, end, None, None, **numbers),
+        lambda: decode_kernels.decode_attention(q, k, v, state, call),
         rounds,
     )
 
@@ -62,27 +62,26 @@ def measure_decode(rounds: int) -> dict[str, Any]:
 def measure_prompt(rounds: int) -> list[dict[str, Any]]:
     """A prompt of 16 tokens, operator by operator."""
     q, k, v = tensors(16, 16)
-    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
-    keywords: dict[str, Any] = {"geometry": GEOMETRY, "scale": SCALE, "offset": 0}
-    state = compress_keys(q, k, *call)
-    selection = select_blocks(q, k, state, *call)
+    call = AttentionCall(SCALE, 0, GEOMETRY)
+    state = compress_keys(q, k, *call.arguments)
+    selection = select_blocks(q, k, state, *call.arguments)
     return [
         row(
             "compress_keys",
-            lambda: compress_keys.default(q, k, *call),
-            lambda: prefill_kernels.compress_keys(q, k, **keywords),
+            lambda: compress_keys.default(q, k, *call.arguments),
+            lambda: prefill_kernels.compress_keys(q, k, call),
             rounds,
         ),
         row(
             "select_blocks",
-            lambda: select_blocks.default(q, k, state, *call),
-            lambda: prefill_kernels.select_blocks(q, k, *state, **keywords),
+            lambda: select_blocks.default(q, k, state, *call.arguments),
+            lambda: prefill_kernels.select_blocks(q, k, state, call),
             rounds,
         ),
         row(
             "block_attention",
-            lambda: block_attention.default(q, k, v, selection, *call),
-            lambda: prefill_kernels.attention_forward(q, k, v, selection[0], **keywords),
+            lambda: block_attention.default(q, k, v, selection, *call.arguments),
+            lambda: prefill_kernels.attention_forward(q, k, v, selection[0], call),
             rounds,
         ),
     ]

@@ -126,7 +126,7 @@ class BlockGeometry:
 
 def format_channels(sets: ChannelSets) -> str:
     """Sets of channels as runs, ``16-31+48-63``, those of different heads with ``/`` between them; "" for none."""
-    return "/".join("+".join(f"{run[0]}-{run[-1]}" for run in _runs(channels)) for channels in sets)
+    return "/".join("+".join(f"{run[0]}-{run[-1]}" for run in channel_runs(channels)) for channels in sets)
 
 
 def parse_channels(text: str) -> ChannelSets:
@@ -139,7 +139,7 @@ def parse_channels(text: str) -> ChannelSets:
     return tuple(tuple(n for first, last in part for n in range(int(first), int(last) + 1)) for part in runs)
 
 
-def _runs(numbers: Sequence[int]) -> list[Sequence[int]]:
-    """Ascending numbers, cut where one is left out."""
+def channel_runs(numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Ascending numbers, cut where one is left out; each part is a slice of adjacent channels."""
     cuts = [at for at, (one, other) in enumerate(pairwise(numbers), 1) if other != one + 1]
     return [numbers[begin:end] for begin, end in pairwise([0, *cuts, len(numbers)])]

@@ -8,11 +8,14 @@ tested against it. Formulas: arXiv 2509.24663, sections 3.1 (sparse attention) a
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .geometry import COARSE_FACTOR, BlockGeometry
+from .params import PrefillParams
 
 NEG_INF = float("-inf")
 
@@ -41,57 +44,112 @@ def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:
     return windows.mean(-1).to(k.dtype).double()
 
 
-def block_scores(q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int) -> Tensor:
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Scores ``r[j]`` of every key block for every query of one unpadded sequence.
 
     Args:
         q: ``[Hq, Lq, D]``; query ``i`` stands at position ``offset + i``.
         k: ``[Hkv, Lk, D]``.
-        geometry: the block geometry.
+        geometry: the block geometry, whose scorer decides.
         scale: softmax scale.
         offset: position of the first query.
+        key_mask: bool ``[Lk]``, False where a key is invalid; read by token scores.
+        window: sliding window, read by token scores.
 
     Returns:
-        float64 ``[Hkv, Lq, n_blocks]``; ``-inf`` where no compressed key of a block is visible.
+        float64 ``[Hkv, Lq, n_blocks]``; ``-inf`` where nothing of a block that is scored is visible: no compressed
+        key, or no token.
     """
-    g = geometry
-    heads_kv, length_k, _ = k.shape
-    heads_q, length_q, dim = q.shape
-    group = heads_q // heads_kv
-    size, stride = g.kernel_size, g.kernel_stride
-    queries = q.double().reshape(heads_kv, group, length_q, dim)
-    last = tile_position(torch.arange(length_q, device=q.device) + offset, g.query_block, length_k)  # [Lq]
+    heads_kv, (heads_q, length_q, dim) = k.shape[0], q.shape
+    queries = q.double().reshape(heads_kv, heads_q // heads_kv, length_q, dim)
+    positions = torch.arange(length_q, device=q.device) + offset
+    last = tile_position(positions, geometry.query_block, k.shape[1])  # [Lq]
+    if geometry.scorer == "tokens":
+        index = torch.arange(k.shape[1], device=k.device)
+        visible = index <= last[:, None]  # [Lq, Lk]
+        if key_mask is not None:
+            visible = visible & key_mask
+        if window is not None:
+            visible = visible & (index > last[:, None] - window)
+        scores, visible = _token_scores(scale * queries, k, visible, geometry)
+        return _shared(scores, positions, geometry.query_block).masked_fill(~visible, NEG_INF)
+    scores, visible = _window_scores(scale * queries, k, last, geometry)
+    scores = _shared(scores, positions, geometry.query_block).masked_fill(~visible, NEG_INF)
+    starts = geometry.kernel_stride * torch.arange(scores.shape[-1], device=k.device)
+    blocks = torch.arange(geometry.num_blocks(k.shape[1]), device=k.device)
+    begin, end = blocks * geometry.block_size, (blocks + 1) * geometry.block_size
+    overlaps = (starts < end[:, None]) & (starts + geometry.kernel_size > begin[:, None])  # [n_blocks, n1]
+    columns = [
+        scores[..., hit].amax(-1) if bool(hit.any()) else torch.full_like(scores[..., :1].sum(-1), NEG_INF)
+        for hit in overlaps
+    ]
+    return torch.stack(columns, -1) if columns else scores.new_empty(*scores.shape[:2], 0)
 
+
+def _shared(scores: Tensor, positions: Tensor, query_block: int) -> Tensor:
+    """Scores ``[Hkv, Lq, n]``, added up over the queries that share a selection."""
+    if query_block == 1:
+        return scores
+    tile = positions // query_block
+    return (tile[:, None] == tile[None, :]).double() @ scores
+
+
+def _window_scores(queries: Tensor, k: Tensor, last: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """Scores of compressed keys ``[Hkv, Lq, n1]`` for scaled queries ``[Hkv, G, Lq, D]``; which of them are visible."""
+    size, stride = geometry.kernel_size, geometry.kernel_stride
     k1 = pool_keys(k, size, stride)  # [Hkv, n1, D]
-    starts = stride * torch.arange(k1.shape[1], device=k.device)
-    visible = starts + size - 1 <= last[:, None]  # [Lq, n1]
-    logits = scale * queries @ k1[:, None].mT  # [Hkv, G, Lq, n1]
-    if g.lse == "exact":
+    visible = stride * torch.arange(k1.shape[1], device=k.device) + size - 1 <= last[:, None]  # [Lq, n1]
+    logits = queries @ k1[:, None].mT  # [Hkv, G, Lq, n1]
+    if geometry.lse == "exact":
         norm = logits.masked_fill(~visible, NEG_INF).logsumexp(-1, keepdim=True)
         normalised = visible.any(-1)  # [Lq]
     else:
         k2 = pool_keys(k, COARSE_FACTOR * size, COARSE_FACTOR * stride)  # [Hkv, n2, D]
         starts2 = COARSE_FACTOR * stride * torch.arange(k2.shape[1], device=k.device)
         visible2 = starts2 + COARSE_FACTOR * size - 1 <= last[:, None]
-        coarse = scale * queries @ k2[:, None].mT  # [Hkv, G, Lq, n2]
+        coarse = queries @ k2[:, None].mT  # [Hkv, G, Lq, n2]
         norm = coarse.masked_fill(~visible2, NEG_INF).logsumexp(-1, keepdim=True)
         normalised = visible2.any(-1)
     scores = torch.exp(logits - torch.where(normalised[:, None], norm, 0.0)).sum(1)  # [Hkv, Lq, n1]
-    scores = torch.where(normalised[:, None], scores, 0.0)
-    if g.query_block > 1:
-        tile = (torch.arange(length_q, device=q.device) + offset) // g.query_block
-        same = (tile[:, None] == tile[None, :]).double()  # [Lq, Lq]
-        scores = same @ scores
-    scores = scores.masked_fill(~visible, NEG_INF)
+    return torch.where(normalised[:, None], scores, 0.0), visible
 
-    blocks = torch.arange(g.num_blocks(length_k), device=k.device)
-    begin, end = blocks * g.block_size, (blocks + 1) * g.block_size
-    overlaps = (starts < end[:, None]) & (starts + size > begin[:, None])  # [n_blocks, n1]
-    columns = [
-        scores[..., hit].amax(-1) if bool(hit.any()) else torch.full_like(scores[..., :1].sum(-1), NEG_INF)
-        for hit in overlaps
-    ]
-    return torch.stack(columns, -1) if columns else scores.new_empty(*scores.shape[:2], 0)
+
+def index_keys(k: Tensor, geometry: BlockGeometry) -> Tensor:
+    """The channels of keys that token scores read, as they are stored: ``[Hkv, Lk, D]`` -> float64 ``[Hkv, Lk, d]``."""
+    sets = geometry.channels * (k.shape[0] if len(geometry.channels) == 1 else 1)
+    keys = torch.stack([k[head][:, list(channels)] for head, channels in enumerate(sets)])
+    if geometry.score_dtype == "key":
+        return keys.double()
+    kept, highest = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}[geometry.score_dtype]
+    step = keys.float().abs().amax(-1, keepdim=True) / highest  # rounded as in storage: in float32
+    parts = keys.float() / torch.where(step > 0, step, 1.0)
+    stored = parts.round().to(kept) if kept is torch.int8 else parts.to(kept)
+    return stored.double() * step.double()
+
+
+def _token_scores(queries: Tensor, k: Tensor, visible: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+    """Scores of blocks by their tokens for scaled queries ``[Hkv, G, Lq, D]``, and which have a visible one.
+
+    Token ``j`` scores ``t[j] = q.k[j]`` over the channels, a block the maximum ``m`` of its visible tokens, and a
+    query's heads are added: ``sum of exp(m - z)``, with ``z`` the log-sum-exp of ``m`` over all blocks.
+    """
+    sets = geometry.channels * (k.shape[0] if len(geometry.channels) == 1 else 1)
+    queries = torch.stack([queries[head][..., list(channels)] for head, channels in enumerate(sets)])
+    tokens = (queries @ index_keys(k, geometry)[:, None].mT).masked_fill(~visible, NEG_INF)  # [Hkv, G, Lq, Lk]
+    room = -k.shape[1] % geometry.block_size
+    best = pad(tokens, (0, room), value=NEG_INF).unflatten(-1, (-1, geometry.block_size)).amax(-1)
+    seen = pad(visible, (0, room)).unflatten(-1, (-1, geometry.block_size)).any(-1)  # [Lq, n_blocks]
+    norm = best.logsumexp(-1, keepdim=True)
+    return torch.exp(best - norm.masked_fill(norm.isinf(), 0.0)).sum(1), seen
 
 
 def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
@@ -100,13 +158,20 @@ def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
 
 
 def select_sequence(
-    q: Tensor, k: Tensor, *, geometry: BlockGeometry, scale: float, offset: int, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    offset: int,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`."""
     g = geometry
     length_q, length_k = q.shape[1], k.shape[1]
     count = g.num_blocks(length_k)
-    scores = block_scores(q, k, geometry=g, scale=scale, offset=offset)
+    scores = block_scores(q, k, geometry=g, scale=scale, offset=offset, key_mask=key_mask, window=window)
     positions = torch.arange(length_q, device=q.device) + offset
     own = tile_position(positions, g.query_block, length_k) // g.block_size  # [Lq]
     blocks = torch.arange(count, device=q.device)
@@ -122,89 +187,57 @@ def select_sequence(
     return chosen & candidate
 
 
-def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dense_len: int = 0,
-    window: int | None = None,
-) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, **fields: Any) -> Tensor:
     """Selected blocks of a batch, as a set.
 
     Args:
         q: ``[B, Hq, Lq, D]``; query ``i`` stands at key index ``offset + i``.
         k: ``[B, Hkv, Lk, D]``.
-        geometry: the block geometry.
-        scale: softmax scale.
-        offset: key index of the first query.
-        key_mask: bool ``[B, Lk]``; a row's sequence runs from its first to its last valid key.
-        offsets: integers ``[1]`` or ``[B]``, added to `offset`; a row's sequence then ends at its last query's key at
-            the latest.
-        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
-            stands at its last key.
-        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
-        dense_len: shorter sequences select nothing.
-        window: sliding window, in keys; a block wholly before it is no candidate.
+        fields: those of `PrefillParams`; without ``dense_len`` every sequence is sparse.
 
     Returns:
         bool ``[B, Hkv, Lq, n_blocks]``; blocks are numbered from the sequence's own first key.
     """
-    batch, _, length_q, _ = q.shape
-    _, heads_kv, length_k, _ = k.shape
-    chosen = q.new_zeros(batch, heads_kv, length_q, geometry.num_blocks(length_k), dtype=torch.bool)
-    placed = sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
-    for row, keys, queries, shift in placed:
-        length = keys.stop - keys.start
-        if length < max(dense_len, 1) or queries.stop <= queries.start:
+    call = PrefillParams(**{"dense_len": 0} | fields)
+    count = call.geometry.num_blocks(k.shape[2])
+    chosen = q.new_zeros(q.shape[0], k.shape[1], q.shape[2], count, dtype=torch.bool)
+    for row, keys, queries, shift in sequences(q, k, call):
+        if keys.stop - keys.start < max(call.dense_len, 1) or queries.stop <= queries.start:
             continue
         part = select_sequence(
             q[row, :, queries],
             k[row, :, keys],
-            geometry=geometry,
-            scale=scale,
+            geometry=call.geometry,
+            scale=call.scale,
             offset=shift + queries.start - keys.start,
-            window=window,
+            key_mask=None if call.key_mask is None else call.key_mask[row, keys],
+            window=call.window,
         )
         chosen[row, :, queries, : part.shape[-1]] = part
     return chosen
 
 
-def sequences(
-    batch: int,
-    length_q: int,
-    length_k: int,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> list[tuple[int, slice, slice, int]]:
+def sequences(q: Tensor, k: Tensor, call: PrefillParams) -> list[tuple[int, slice, slice, int]]:
     """Per sequence: its row, the slice of its keys, that of the queries that stand on them, and what a query's number
     is less than its key's.
     """
+    batch, length_q, length_k, offset = q.shape[0], q.shape[2], k.shape[2], call.first_key(q, k)
     every = slice(0, length_q)
-    if cu_seqlens_k is None:
-        mask = torch.ones(batch, length_k, dtype=torch.bool) if key_mask is None else key_mask
+    if call.cu_seqlens_k is None:
+        mask = torch.ones(batch, length_k, dtype=torch.bool) if call.key_mask is None else call.key_mask
         bounds = zip(*(number.tolist() for number in sequence_bounds(mask)), strict=True)
         places = [(row, slice(*bound), every, offset) for row, bound in enumerate(bounds)]
-        if offsets is not None:
-            shifts = [offset + number for number in offsets.expand(batch).tolist()]
+        if call.offsets is not None:
+            shifts = [offset + number for number in call.offsets.expand(batch).tolist()]
             ends = [max(keys.start, min(keys.stop, shifts[row] + length_q)) for row, keys, _, _ in places]
             places = [(row, slice(keys.start, ends[row]), every, shifts[row]) for row, keys, _, _ in places]
     else:
         places = []
-        for number, (begin, end) in enumerate(pairwise(cu_seqlens_k.tolist())):
+        for number, (begin, end) in enumerate(pairwise(call.cu_seqlens_k.tolist())):
             row = begin // max(length_k, 1)
             keys, queries, shift = slice(begin - row * length_k, end - row * length_k), every, offset
-            if cu_seqlens_q is not None:
-                queries = slice(*cu_seqlens_q[number : number + 2].tolist())
+            if call.cu_seqlens_q is not None:
+                queries = slice(*call.cu_seqlens_q[number : number + 2].tolist())
                 shift = keys.stop - queries.stop
             if begin < end:
                 places.append((row, keys, queries, shift))
@@ -216,22 +249,7 @@ def sequences(
     return found
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor | None,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    offset: int,
-    key_mask: Tensor | None = None,
-    offsets: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dense_len: int = 0,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, **fields: Any) -> tuple[Tensor, Tensor]:
     """Causal attention over selected blocks, or over everything.
 
     Args:
@@ -239,39 +257,31 @@ def attention(
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
         selected: bool ``[B, Hkv, Lq, n_blocks]`` from `select_blocks`; None for dense attention.
-        geometry: the block geometry.
-        scale: softmax scale.
-        offset: key index of the first query.
-        key_mask: bool ``[B, Lk]``, True where a key is valid.
-        offsets: as in `select_blocks`.
-        cu_seqlens_q: as in `select_blocks`.
-        cu_seqlens_k: as in `select_blocks`.
-        dense_len: queries of shorter sequences attend to every visible key.
-        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
+        fields: those of `PrefillParams`; without ``dense_len`` every sequence is sparse.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, float64. A query without a visible key
         gives 0 and ``-inf``; so do queries outside every sequence.
     """
+    call = PrefillParams(**{"dense_len": 0} | fields)
     batch, heads_q, length_q, dim = q.shape
     _, heads_kv, length_k, _ = k.shape
     group = heads_q // heads_kv
     allowed = torch.zeros(batch, heads_kv, length_q, length_k, dtype=torch.bool, device=q.device)
-    placed = sequences(batch, length_q, length_k, offset, key_mask, offsets, cu_seqlens_q, cu_seqlens_k)
-    for row, keys, queries, shift in placed:
+    for row, keys, queries, shift in sequences(q, k, call):
         positions = torch.arange(length_q, device=q.device)[queries] + shift
         key_index = torch.arange(length_k, device=q.device)[keys]
         see = key_index <= positions[:, None]  # [queries, keys]
-        if key_mask is not None:
-            see = see & key_mask[row, keys]
-        if window is not None:
-            see = see & (key_index > positions[:, None] - window)
-        if selected is not None and keys.stop - keys.start >= dense_len:
-            block = (key_index - keys.start) // geometry.block_size
+        if call.key_mask is not None:
+            see = see & call.key_mask[row, keys]
+        if call.window is not None:
+            see = see & (key_index > positions[:, None] - call.window)
+        if selected is not None and keys.stop - keys.start >= call.dense_len:
+            block = (key_index - keys.start) // call.geometry.block_size
             see = see & selected[row, :, queries][..., block]  # [Hkv, queries, keys]
         allowed[row, :, queries, keys] = see
     queries_ = q.double().reshape(batch, heads_kv, group, length_q, dim)
-    logits = scale * queries_ @ k.double()[:, :, None].mT  # [B, Hkv, G, Lq, Lk]
+    logits = call.scale * queries_ @ k.double()[:, :, None].mT  # [B, Hkv, G, Lq, Lk]
     logits = logits.masked_fill(~allowed[:, :, None], NEG_INF)
     empty = ~allowed.any(-1)[:, :, None]  # [B, Hkv, 1, Lq]
     lse = logits.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, NEG_INF)

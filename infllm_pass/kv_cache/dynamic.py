@@ -1,8 +1,8 @@
 """State of dynamic caches (``torch.cat``): its layout, its memory, and the graph inputs that hold it.
 
 Such a cache is another tensor after every call, longer by the call's keys. Its state lies slots first,
-``[n, B, Hkv, W]``, in memory with room for more, so that the slots of any length are a prefix: the graph gets a view of
-it, whose strides stay the same while its size follows from the number of keys.
+``[n, B, Hkv, ...]``, in memory with room for more, so that the slots of any length are a prefix: the graph gets a view
+of it, whose strides stay the same while its size follows from the number of keys.
 """
 
 from __future__ import annotations
@@ -121,11 +121,12 @@ class DynamicCacheSpec:
         )
 
     def examples(self, keys: Tensor) -> list[Tensor]:
-        """The state as the graph gets it, ``[B, Hkv, n, W]``, for an example of all keys ``[B, Hkv, L, D]``."""
+        """The state as the graph gets it, ``[B, Hkv, n, ...]``, for an example of all keys ``[B, Hkv, L, D]``."""
         found = []
         for tensor in self.layout(keys.shape, keys.dtype):
-            batch, heads, _, width = tensor.shape
-            strides = heads * width, width, batch * heads * width, 1
+            batch, heads, _, *width = tensor.shape
+            size = width[0] if width else 1
+            strides = heads * size, size, batch * heads * size, *[1] * len(width)
             found.append(torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=keys.device))
         return found
 
@@ -140,17 +141,17 @@ class DynamicCacheSpec:
         return self.layout((self.rows(inputs), heads, int(length), dim), self.dtype)
 
     def new_memory(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Uninitialised memory for them, ``[n, B, Hkv, W]``."""
+        """Uninitialised memory for them, ``[n, B, Hkv, ...]``."""
         device = inputs[self.position].device
         found = []
         for tensor in self.tensors(inputs):
-            batch, heads, slots, width = tensor.shape
-            found.append(torch.empty((slots, batch, heads, width), dtype=tensor.dtype, device=device))
+            batch, heads, slots, *width = tensor.shape
+            found.append(torch.empty((slots, batch, heads, *width), dtype=tensor.dtype, device=device))
         return found
 
 
 def with_room(memory: Tensor, slots: int) -> Tensor:
-    """Memory ``[n, B, Hkv, W]`` with room for so many slots: the same, or twice as many, copied."""
+    """Memory ``[n, B, Hkv, ...]`` with room for so many slots: the same, or twice as many, copied."""
     if memory.shape[0] >= slots:
         return memory
     wider = memory.new_empty(max(slots, 2 * memory.shape[0]), *memory.shape[1:])

@@ -24,7 +24,7 @@ class StateTensor:
 
     Attributes:
         name: what the graph's input is called.
-        shape: ``[B, Hkv, n, W]``; `n` alone follows from the number of keys, and never shrinks as that grows.
+        shape: ``[B, Hkv, n, ...]``; `n` alone follows from the number of keys, and never shrinks as that grows.
         dtype: its dtype.
     """
 

@@ -34,7 +34,7 @@ class CacheState:
     """What is kept of one cache.
 
     Attributes:
-        tensors: ``[B, Hkv, n, W]`` each, as the spec's layout says: the compressed keys.
+        tensors: ``[B, Hkv, n, ...]`` each, as the spec's layout says: compressed keys, or index keys.
         filled: int32 ``[B]``: keys of each row, from its first, that they stand for.
         first: int32 ``[B]``: slot of each row's first key.
         version: the cache's version counter after the last call; None: the state is to be made anew.
@@ -69,13 +69,13 @@ class CacheState:
         return *self.tensors, self.filled, self.first
 
     def prefix(self, described: tuple[StateTensor, ...]) -> tuple[Tensor, ...]:
-        """What the graph of a dynamic cache gets: views of memory ``[n, B, Hkv, W]`` that has room for more."""
+        """What the graph of a dynamic cache gets: views of memory ``[n, B, Hkv, ...]`` that has room for more."""
         slots = [tensor.shape[2] for tensor in described]
         roomy = [with_room(memory, count) for memory, count in zip(self.tensors, slots, strict=True)]
         if any(new is not old for new, old in zip(roomy, self.tensors, strict=True)):
             self.streams.clear()  # of other memory
         self.tensors = roomy
-        views = [memory[:count].permute(1, 2, 0, 3) for memory, count in zip(roomy, slots, strict=True)]
+        views = [memory[:count].movedim(0, 2) for memory, count in zip(roomy, slots, strict=True)]
         return *views, self.filled, self.first
 
 

@@ -11,7 +11,7 @@ Formulas: arXiv 2509.24663, sections 3.1 and 3.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,12 @@ from torch.nn.functional import pad
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
 from .sequences import AttentionParams
+from .tokens import HIDDEN, token_block_scores
 
 LOG2E = math.log2(math.e)
 
 CHUNK_LOGITS = 2**21
 """Logits of a chunk of queries: 8 MB in float32. A quarter and four times as many are slower at 4k tokens."""
-
-HIDDEN = -1e30
-"""Logit of a masked key: finite, so that no difference is a NaN."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,13 +59,13 @@ def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) ->
         compressed[:, : pooled.shape[1]] = pooled
 
 
-def select_blocks(q: Tensor, k1: Tensor, k2: Tensor, length: int, params: AttentionParams) -> Tensor:
+def select_blocks(q: Tensor, state: Sequence[Tensor], length: int, params: AttentionParams) -> Tensor:
     """The blocks that every query of one sequence visits.
 
     Args:
         q: ``[Hkv, G, n, D]``; query ``i`` stands at position ``offset + i``, ``offset + n <= length``.
-        k1: ``[Hkv, n1, D]``, the compressed keys; read where a query has more candidates than it visits.
-        k2: ``[Hkv, n2, D]``, the coarse ones; read for ``lse="coarse"``.
+        state: the compressed keys ``[Hkv, n1, D]`` and the coarse ones ``[Hkv, n2, D]``, or the index keys
+            ``[Hkv, length, d]`` as numbers; read where a query has more candidates than it visits.
         length: keys in the sequence.
         params: the geometry, and what queries see.
 
@@ -82,12 +80,12 @@ def select_blocks(q: Tensor, k1: Tensor, k2: Tensor, length: int, params: Attent
     chosen = torch.where(slots <= own[:, None], slots, -1).int().repeat(heads, 1, 1)  # all, where these are no more
     crowded = (own - first >= g.selected_blocks).nonzero()
     begin = int(crowded[0]) if crowded.numel() else tokens
-    columns = max(1, heads * group * g.num_compressed(length))
+    columns = max(1, heads * group * (length if g.scorer == "tokens" else g.num_compressed(length)))
     step = max(1, CHUNK_LOGITS // columns // g.query_block) * g.query_block
     while begin < tokens:  # whole tiles of queries that share a selection
         end = min(tokens, (params.offset + begin + step) // g.query_block * g.query_block - params.offset)
         some = slice(begin, end)
-        scores = _block_scores(q[:, :, some], k1, k2, last[some], length, params)  # [Hkv, n, blocks]
+        scores = _block_scores(q[:, :, some], state, last[some], length, params)  # [Hkv, n, blocks]
         blocks, mine = torch.arange(scores.shape[-1], device=q.device), own[some, None]
         candidate = (blocks >= first[some, None]) & (blocks <= mine)
         forced = candidate & ((blocks < g.init_blocks) | (blocks >= mine - g.local_blocks))
@@ -101,41 +99,54 @@ def select_blocks(q: Tensor, k1: Tensor, k2: Tensor, length: int, params: Attent
     return chosen
 
 
-def _block_scores(q: Tensor, k1: Tensor, k2: Tensor, last: Tensor, length: int, params: AttentionParams) -> Tensor:
-    """Scores ``[Hkv, n, blocks]`` of a chunk, ``-inf`` where no window of a block is visible.
+def _block_scores(q: Tensor, state: Sequence[Tensor], last: Tensor, length: int, params: AttentionParams) -> Tensor:
+    """Scores ``[Hkv, n, blocks]`` of a chunk, ``-inf`` where nothing of a block that is scored is visible.
 
     Args:
         q: ``[Hkv, G, n, D]``.
-        k1: ``[Hkv, n1, D]``.
-        k2: ``[Hkv, n2, D]``.
-        last: ``[n]``, the position up to which each query's shared selection sees windows.
+        state: as in `select_blocks`.
+        last: ``[n]``, the position up to which each query's shared selection sees.
         length: keys in the sequence.
-        params: the geometry and the scale.
+        params: the geometry, the scale and what queries see.
     """
-    g, (heads, group, tokens, dim) = params.geometry, q.shape
-    rows = q.reshape(heads, group * tokens, dim).to(compute_dtype(q.dtype)) * (params.scale * LOG2E)
+    rows = q.to(compute_dtype(q.dtype)) * (params.scale * LOG2E)
+    if params.geometry.scorer == "tokens":
+        return _shared(token_block_scores(rows, state[0], last, length, params), last, params.geometry.query_block)
+    return _pooled_scores(rows, state[0], state[1], last, length, params.geometry)
+
+
+def _shared(scores: Tensor, last: Tensor, query_block: int) -> Tensor:
+    """Scores ``[Hkv, n, ...]`` of queries, added up over those that share a selection."""
+    if query_block == 1:
+        return scores
+    tile = last // query_block - last[0] // query_block
+    sums = scores.new_zeros(scores.shape[0], int(tile[-1]) + 1, scores.shape[2]).index_add_(1, tile, scores)
+    return sums[:, tile]
+
+
+def _pooled_scores(q: Tensor, k1: Tensor, k2: Tensor, last: Tensor, length: int, g: BlockGeometry) -> Tensor:
+    """`_block_scores` by compressed keys, of scaled queries."""
+    heads, group, count, dim = q.shape
+    rows = q.reshape(heads, group * count, dim)
 
     def visible(factor: int) -> Tensor:  # windows that end at or before `last`, [n, windows]
         size, stride = factor * g.kernel_size, factor * g.kernel_stride
-        count = max(0, (int(last[-1]) + 1 - size) // stride + 1)
-        return torch.arange(count, device=q.device) * stride + size - 1 <= last[:, None]
+        windows = max(0, (int(last[-1]) + 1 - size) // stride + 1)
+        return torch.arange(windows, device=q.device) * stride + size - 1 <= last[:, None]
 
     def logits(keys: Tensor, seen: Tensor) -> Tensor:  # [Hkv, G, n, windows]
-        return (rows @ keys[:, : seen.shape[1]].to(rows.dtype).mT).view(heads, group, tokens, seen.shape[1])
+        return (rows @ keys[:, : seen.shape[1]].to(rows.dtype).mT).view(heads, group, count, seen.shape[1])
 
     norm_keys, norm_seen = (k1, visible(1)) if g.lse == "exact" else (k2, visible(COARSE_FACTOR))
     seen = visible(1)
     norm = _log2sumexp2(logits(norm_keys, norm_seen).masked_fill_(~norm_seen, HIDDEN))
     scores = (logits(k1, seen) - norm).exp2_().sum(1)  # [Hkv, n, windows]
-    if g.query_block > 1:
-        tile = last // g.query_block - last[0] // g.query_block
-        sums = scores.new_zeros(heads, int(tile[-1]) + 1, scores.shape[2]).index_add_(1, tile, scores)
-        scores = sums[:, tile]
+    scores = _shared(scores, last, g.query_block)
     scores.masked_fill_(~norm_seen.any(1)[:, None], 0.0).masked_fill_(~seen, -torch.inf)
     # Block j overlaps the windows [j * per_block - overhang, (j + 1) * per_block).
     per_block, overhang = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
-    count = g.num_blocks(length)
-    scores = pad(scores, (overhang, count * per_block - scores.shape[2]), value=-torch.inf)
+    blocks = g.num_blocks(length)
+    scores = pad(scores, (overhang, blocks * per_block - scores.shape[2]), value=-torch.inf)
     return scores.unfold(-1, per_block + overhang, per_block).amax(-1)
 
 

@@ -7,33 +7,23 @@ arXiv 2509.24663, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
+from ..params import DecodeParams
 from . import chunked, native
 from .chunked import compute_dtype, pool_keys
 from .sequences import AttentionParams
+from .tokens import index_keys, read_index
 
 
 @torch.no_grad()
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    filled: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    key_mask: Tensor | None,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeParams
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last queries of every row over its valid keys, sparse from ``dense_len`` keys on.
 
@@ -41,44 +31,39 @@ def decode_attention(
         q: ``[B, Hq, Lq, D]``; query ``i`` of a row stands in slot ``lengths - Lq + i``.
         k: ``[B, Hkv, C, D]``, any strides; only slots of valid keys are read.
         v: ``[B, Hkv, C, Dv]``.
-        k1: ``[B, Hkv, n1, D]``, any strides: means of the windows among a row's first `filled` keys; brought up to
-            date.
-        k2: the same for coarse windows.
-        filled: int32 ``[B]``; set to the rows' lengths.
-        lengths: integers ``[B]`` or ``[1]``: one past the last valid key.
-        starts: the same: the first valid key; None: 0.
-        key_mask: bool ``[B, C]``: False hides a key from attention, and from nothing else.
-        geometry: the block geometry.
-        scale: softmax scale.
-        dense_len: rows with fewer keys are dense.
-        window: sliding window in keys, or None.
+        state: what is kept of a row's first `filled` keys, any strides, brought up to date: means of windows
+            ``[B, Hkv, n1, D]`` and of coarse ones, from the first key on, or index keys ``[B, Hkv, C, d]`` in their
+            keys' slots and, in 8 bits, scales ``[B, Hkv, C]``; then `filled`, int32 ``[B]``, set to the rows' lengths.
+        call: the geometry, the scale, and where rows begin and end.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp ``[B, Hq, Lq]``,
         float32 (float64 for float64 inputs); 0 and ``-inf`` for a query that sees no key.
     """
+    *kept, filled = state
+    dense_len, key_mask = call.dense_len, call.key_mask
     batch, heads_q, length_q = q.shape[:3]
     capacity, dim_v = v.shape[2:]
     out = q.new_zeros(batch, length_q, heads_q, dim_v)
     lse = q.new_full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
-    ends = lengths.clamp(0, capacity).expand(batch).tolist()
-    begins = [0] * batch if starts is None else starts.clamp(min=0).expand(batch).tolist()
+    ends = call.lengths.clamp(0, capacity).expand(batch).tolist()
+    begins = [0] * batch if call.starts is None else call.starts.clamp(min=0).expand(batch).tolist()
     begins = [min(begin, end) for begin, end in zip(begins, ends, strict=True)]
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         old = max(0, min(int(filled[row]), end - begin - length_q))
-        for compressed, factor in ((k1[row], 1), (k2[row], COARSE_FACTOR)):
-            sizes = geometry.kernel_size * factor, geometry.kernel_stride * factor
-            _compress_new(k[row, :, begin:end], compressed, old, *sizes)
+        _bring_up_to_date([part[row] for part in kept], k[row], (begin, end), old, call.geometry)
         filled[row] = end - begin
-    params = AttentionParams(geometry, scale, window=window)
-    if not native.decode_attention(q, k, v, (k1, k2), (begins, ends), key_mask, params, dense_len, out, lse):
+    params = AttentionParams(call.geometry, call.scale, window=call.window)
+    if not native.decode_attention(q, k, v, kept, (begins, ends), key_mask, params, dense_len, out, lse):
         heads, group = v.shape[1], heads_q // v.shape[1]
         for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             _attend_row(
                 q[row].reshape(heads, group, length_q, q.shape[3]),
                 k[row, :, begin:end],
                 v[row, :, begin:end],
-                (k1[row], k2[row]) if end - begin >= dense_len else None,
+                _read_row([part[row] for part in kept], (begin, end), params, lse.dtype)
+                if end - begin >= dense_len
+                else None,
                 out[row].view(length_q, heads, group, dim_v).permute(1, 2, 0, 3),
                 lse[row].view(heads, group, length_q),
                 replace(params, mask=None if key_mask is None else key_mask[row, begin:end]),
@@ -90,19 +75,42 @@ def _attend_row(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    compressed: tuple[Tensor, Tensor] | None,
+    state: Sequence[Tensor] | None,
     out: Tensor,
     lse: Tensor,
     params: AttentionParams,
 ) -> None:
-    """One row in torch operators, arguments as in `chunked.attend_blocks`; dense where compressed keys are None."""
+    """One row in torch operators, arguments as in `chunked.attend_blocks`; dense without a state."""
     length, length_q = k.shape[1], q.shape[2]
     queries = slice(max(0, length_q - length), length_q)  # those that stand on a key
     if queries.start == length_q:
         return
     q, params = q[:, :, queries], replace(params, offset=max(0, length - length_q))
-    blocks = None if compressed is None else chunked.select_blocks(q, *compressed, length, params)
+    blocks = None if state is None else chunked.select_blocks(q, state, length, params)
     chunked.attend_blocks(q, k, v, blocks, out[:, :, queries], lse[:, :, queries], params)
+
+
+def _read_row(
+    state: Sequence[Tensor], bounds: tuple[int, int], params: AttentionParams, dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """The state of a row between two slots, in the form of `chunked.select_blocks`."""
+    if params.geometry.scorer == "tokens":
+        return [read_index([part[:, slice(*bounds)] for part in state], dtype)]
+    return state
+
+
+def _bring_up_to_date(
+    state: Sequence[Tensor], k: Tensor, bounds: tuple[int, int], old: int, geometry: BlockGeometry
+) -> None:
+    """Write what is kept of a row's keys after its first ``old``; it lies between two slots of ``k [Hkv, C, D]``."""
+    begin, end = bounds
+    if geometry.scorer == "tokens":
+        for part, new in zip(state, index_keys(k[:, begin + old : end], geometry), strict=True):
+            part[:, begin + old : end] = new
+        return
+    for compressed, factor in zip(state, (1, COARSE_FACTOR), strict=True):
+        sizes = geometry.kernel_size * factor, geometry.kernel_stride * factor
+        _compress_new(k[:, begin:end], compressed, old, *sizes)
 
 
 def _compress_new(k: Tensor, compressed: Tensor, old: int, size: int, stride: int) -> None:

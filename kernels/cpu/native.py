@@ -27,11 +27,14 @@ from torch import Tensor
 from infllm_pass.compat.inductor import compiled_cpp, cpp_errors
 from infllm_pass.errors import UncompiledKernelWarning
 
-from ..geometry import BlockGeometry
+from ..geometry import BlockGeometry, ScoreDtype
 from .sequences import AttentionParams
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "c10::BFloat16", torch.float16: "c10::Half", torch.float64: "double"}
 """What the kernels compute with, as C++ names it."""
+
+INDEX_KINDS: tuple[ScoreDtype, ...] = ("key", "int8", "fp8")
+"""What index keys are stored in, in the order of ``infllm::IndexKind``."""
 
 NO_WINDOW = 2**62
 """A window that every key is in."""
@@ -43,7 +46,8 @@ def _fields(text: str) -> dict[str, int]:
 
 
 _FIXED = (
-    "window dense_len kernel_size kernel_stride block_size init_blocks local_blocks selected_blocks exact query_block"
+    "window dense_len kernel_size kernel_stride block_size init_blocks local_blocks selected_blocks exact query_block "
+    "index_dims index_kind"
 )
 
 CALL_FIELDS = _fields(
@@ -75,10 +79,11 @@ using T = {number};
 _FUNCTIONS = {
     "decode_attention.h": """
 extern "C" void decode_attention(
-    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const T* k1, const T* k2,
-    const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out, infllm::Real<T>* lse) {
+    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const void* k1, const void* k2,
+    const int32_t* channels, const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out,
+    infllm::Real<T>* lse) {
   const auto call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
-  infllm::DecodeStep<T>(call, q, k, v, k1, k2, begins, ends, key_mask).run(out, lse);
+  infllm::DecodeStep<T>(call, q, k, v, k1, k2, channels, begins, ends, key_mask).run(out, lse);
 }
 """,
     "switchable_attention.h": """
@@ -98,6 +103,13 @@ extern "C" void select_blocks(
   infllm::select_blocks<T>(
       infllm::call_of<infllm::Call>(numbers, scale), q, {k1, strides1[1]}, strides1[0], {k2, strides2[1]}, strides2[0],
       blocks);
+}
+
+extern "C" void select_by_tokens(
+    const int64_t* numbers, double scale, const T* q, const infllm::Real<T>* index, const int64_t* strides,
+    const bool* valid, const int32_t* channels, int32_t* blocks) {
+  infllm::select_by_tokens<T>(
+      infllm::call_of<infllm::Call>(numbers, scale), q, index, strides, valid, channels, blocks);
 }
 
 extern "C" void attend_blocks(
@@ -178,15 +190,19 @@ def call_numbers(
 def fixed_numbers(window: int | None, dense_len: int, geometry: BlockGeometry) -> dict[str, int]:
     """Those integers of a call, of a prompt or a step, that do not depend on its tensors."""
     sizes = {name: int(value) for name, value in vars(geometry).items() if name in CALL_FIELDS}
-    exact = int(geometry.lse == "exact")
-    return {"window": NO_WINDOW if window is None else window, "dense_len": dense_len, "exact": exact, **sizes}
+    words = {
+        "exact": int(geometry.lse == "exact"),
+        "index_dims": geometry.score_dims,
+        "index_kind": INDEX_KINDS.index(geometry.score_dtype),
+    }
+    return {"window": NO_WINDOW if window is None else window, "dense_len": dense_len, **words, **sizes}
 
 
 def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: tuple[Tensor, Tensor],
+    state: Sequence[Tensor],
     bounds: tuple[list[int], list[int]],
     key_mask: Tensor | None,
     params: AttentionParams,
@@ -194,13 +210,13 @@ def decode_attention(
     out: Tensor,
     lse: Tensor,
 ) -> bool:
-    """Attention of a decode step, the compressed keys being up to date.
+    """Attention of a decode step, the state being up to date.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
         k: ``[B, Hkv, C, D]``.
         v: ``[B, Hkv, C, Dv]``.
-        state: K1 and K2, ``[B, Hkv, n, D]``.
+        state: K1 and K2, ``[B, Hkv, n, D]``; or index keys ``[B, Hkv, C, d]`` and, in 8 bits, scales ``[B, Hkv, C]``.
         bounds: first valid key of each row, and one past the last one: ``0 <= begin <= end <= C``.
         key_mask: bool ``[B, C]``, any strides; False hides a key.
         params: its offset and mask are not read.
@@ -214,10 +230,12 @@ def decode_attention(
     Warns:
         UncompiledKernelWarning: there is no compiler, or it failed; once.
     """
-    q, (k1, k2) = adjacent(q), state
-    library = _library_for("decode_attention.h", q, k, v, k1, k2)
+    q, geometry = adjacent(q), params.geometry
+    alike = [x for x in state if geometry.score_dtype == "key" or geometry.scorer == "pooled"]
+    library = _library_for("decode_attention.h", q, k, v, *alike)
     if library is None:
         return False
+    k1, k2 = state[0], state[-1]
     batch, heads_q, length_q, dim = q.shape
     numbers = integers(
         DECODE_FIELDS,
@@ -236,6 +254,7 @@ def decode_attention(
         _int64s(numbers),
         ctypes.c_double(params.scale),
         *map(_address, (q, k, v, k1, k2)),
+        channel_numbers(geometry, v.shape[1]) if geometry.scorer == "tokens" else None,
         *map(_int64s, bounds),
         *map(_address, (key_mask, out, lse)),
     )
@@ -260,21 +279,30 @@ def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) ->
     return True
 
 
-def select_blocks(q: Tensor, k1: Tensor, k2: Tensor, length: int, params: AttentionParams) -> Tensor | None:
+def select_blocks(q: Tensor, state: Sequence[Tensor], length: int, params: AttentionParams) -> Tensor | None:
     """`kernels.cpu.chunked.select_blocks`, blocks ascending and -1 last; None where it was not computed."""
-    library = _library_for("switchable_attention.h", q, k1, k2)
+    library = _library_for("switchable_attention.h", q, *(state if params.geometry.scorer == "pooled" else ()))
     if library is None:
         return None
-    keys = k1.new_empty(()).expand(q.shape[0], length, q.shape[3])  # for its shape
+    keys = q.new_empty(()).expand(q.shape[0], length, q.shape[3])  # for its shape
     blocks = torch.empty(q.shape[0], q.shape[2], params.geometry.selected_blocks, dtype=torch.int32)
-    library.select_blocks(
-        _sequence_numbers(q, keys, keys, params),
-        ctypes.c_double(params.scale),
-        *map(_address, (q, k1, k2)),
-        *(_int64s(x.stride()[:2]) for x in (k1, k2)),
-        _address(blocks),
-    )
+    call = _sequence_numbers(q, keys, keys, params), ctypes.c_double(params.scale), _address(q)
+    strides = [_int64s(x.stride()[:2]) for x in state]
+    if params.geometry.scorer == "tokens":
+        mask, _ = _contiguous(params.mask, None)
+        channels = channel_numbers(params.geometry, q.shape[0])
+        library.select_by_tokens(*call, _address(state[0]), *strides, _address(mask), channels, _address(blocks))
+    else:
+        library.select_blocks(*call, *map(_address, state), *strides, _address(blocks))
     return blocks
+
+
+@cache
+def channel_numbers(geometry: BlockGeometry, heads: int) -> Any:
+    """The channels of each key/value head, ``int32_t [heads][index_dims]``."""
+    sets = geometry.channels * (heads if len(geometry.channels) == 1 else 1)
+    numbers = [channel for channels in sets for channel in channels]
+    return (ctypes.c_int32 * len(numbers))(*numbers)
 
 
 def attend_blocks(

@@ -11,6 +11,7 @@ from torch import Tensor
 from infllm_pass.errors import ShapeError
 
 from ..geometry import BlockGeometry
+from ..params import PrefillParams
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,6 @@ class AttentionParams:
     offset: int = 0
     window: int | None = None
     mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a call's sequences lie.
-
-    Attributes:
-        offset: key index of a row's first query.
-        key_mask: bool ``[batch, length_k]``, True where a key is valid; None if all are. Without packed bounds a
-            row's sequence runs from its first to its last valid key.
-        offsets: integers ``[1]`` or ``[batch]``, added to `offset`; a row's sequence then ends at its last query's key
-            at the latest.
-        cu_seqlens_q: integers ``[R + 1]``, batch 1: packed sequences' query bounds; the last query of a sequence
-            stands at its last key.
-        cu_seqlens_k: integers ``[R + 1]``: packed sequences' key bounds, counted through all rows.
-    """
-
-    offset: int
-    key_mask: Tensor | None = None
-    offsets: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +57,10 @@ class Sequence:
         length: int = self.keys.stop - self.keys.start
         return length
 
+    def params(self, call: PrefillParams) -> AttentionParams:
+        """What the call says of this sequence."""
+        return AttentionParams(call.geometry, call.scale, self.offset, call.window, self.mask)
+
 
 @dataclass(frozen=True)
 class _Stretch:
@@ -91,21 +74,19 @@ class _Stretch:
     shift: int
 
 
-def sequences(batch: int, length_q: int, length_k: int, placement: Placement) -> Iterator[Sequence]:
+def sequences(q: Tensor, k: Tensor, call: PrefillParams) -> Iterator[Sequence]:
     """The sequences of a batch that some query stands on.
 
     Args:
-        batch: rows.
-        length_q: queries in a row.
-        length_k: keys in a row.
-        placement: where sequences lie in rows.
+        q: ``[B, Hq, Lq, D]``; of it and of k only the sizes are read.
+        k: ``[B, Hkv, Lk, D]``.
+        call: where sequences lie in rows.
 
     Raises:
         ShapeError: packed bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    packed = placement.cu_seqlens_k is not None
-    key_mask = placement.key_mask
-    for stretch in (_packed if packed else _rows)(batch, length_q, length_k, placement):
+    key_mask = call.key_mask
+    for stretch in (_rows if call.cu_seqlens_k is None else _packed)(q, k, call):
         row, start, stop = stretch.row, stretch.start, stretch.stop
         low = max(stretch.begin, start - stretch.shift)
         high = min(stretch.end, stop - stretch.shift)
@@ -114,28 +95,28 @@ def sequences(batch: int, length_q: int, length_k: int, placement: Placement) ->
             yield Sequence(row, slice(start, stop), slice(low, high), low + stretch.shift - start, mask)
 
 
-def _rows(batch: int, length_q: int, length_k: int, placement: Placement) -> Iterator[_Stretch]:
+def _rows(q: Tensor, k: Tensor, call: PrefillParams) -> Iterator[_Stretch]:
     """One stretch a row."""
-    offset, offsets, key_mask = placement.offset, placement.offsets, placement.key_mask
-    shifts = [offset] * batch if offsets is None else (offsets + offset).expand(batch).tolist()
+    batch, length_q, offset = q.shape[0], q.shape[2], call.first_key(q, k)
+    shifts = [offset] * batch if call.offsets is None else (call.offsets + offset).expand(batch).tolist()
     for row, shift in enumerate(shifts):
-        start, stop = 0, length_k
-        if key_mask is not None:
-            valid = key_mask[row].nonzero()[:, 0]
+        start, stop = 0, k.shape[2]
+        if call.key_mask is not None:
+            valid = call.key_mask[row].nonzero()[:, 0]
             start, stop = (int(valid[0]), int(valid[-1]) + 1) if valid.numel() else (0, 0)
-        if offsets is not None:
+        if call.offsets is not None:
             stop = max(start, min(stop, shift + length_q))
         yield _Stretch(row, start, stop, 0, length_q, shift)
 
 
-def _packed(batch: int, length_q: int, length_k: int, placement: Placement) -> Iterator[_Stretch]:
+def _packed(q: Tensor, k: Tensor, call: PrefillParams) -> Iterator[_Stretch]:
     """The stretches that bounds give, without empty ones."""
-    cu_seqlens_q, cu_seqlens_k = placement.cu_seqlens_q, placement.cu_seqlens_k
-    assert cu_seqlens_k is not None
-    keys = list(pairwise(_bounds("cu_seqlens_k", cu_seqlens_k, batch * length_k)))
+    length_q, length_k = q.shape[2], k.shape[2]
+    assert call.cu_seqlens_k is not None
+    keys = list(pairwise(_bounds("cu_seqlens_k", call.cu_seqlens_k, q.shape[0] * length_k)))
     queries = None
-    if cu_seqlens_q is not None:
-        queries = list(pairwise(_bounds("cu_seqlens_q", cu_seqlens_q, length_q)))
+    if call.cu_seqlens_q is not None:
+        queries = list(pairwise(_bounds("cu_seqlens_q", call.cu_seqlens_q, length_q)))
     for number, (first, end) in enumerate(keys):
         if first == end:
             continue
@@ -146,7 +127,7 @@ def _packed(batch: int, length_q: int, length_k: int, placement: Placement) -> I
                 f"cu_seqlens_k has a sequence of keys {first} to {end}: it crosses a row of {length_k} keys"
             )
         if queries is None:
-            yield _Stretch(row, start, stop, 0, length_q, placement.offset)
+            yield _Stretch(row, start, stop, 0, length_q, call.first_key(q, k))
         else:
             yield _Stretch(row, start, stop, *queries[number], stop - queries[number][1])
 

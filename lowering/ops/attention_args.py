@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from infllm_pass.compat.aten import OpOverload, operator_name
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.params import DecodeParams, PrefillParams
 
 from .sources import SOURCES
 
@@ -81,43 +82,17 @@ ARGUMENTS = {
 """All arguments, in the order in which operators take them."""
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(PrefillParams):
     """What a call over whole prompts says beside q, k and v; fields: see `ARGUMENTS`."""
-
-    scale: float
-    dense_len: int
-    geometry: BlockGeometry
-    key_mask: Tensor | None = None
-    offsets: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    offset: int | None = None
-    window: int | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The operators' last arguments."""
         return _positional(self)
 
-    def first_key(self, q: Tensor, k: Tensor) -> int:
-        """Key index of query 0, to which `offsets` are added."""
-        if self.offset is not None:
-            return self.offset
-        return k.shape[2] - q.shape[2] if self.offsets is None else 0
 
-
-@dataclass(frozen=True)
-class DecodeCall:
+class DecodeCall(DecodeParams):
     """What a decode step says beside q, k, v and the state; fields: see `ARGUMENTS`."""
-
-    lengths: Tensor
-    scale: float
-    dense_len: int
-    geometry: BlockGeometry
-    starts: Tensor | None = None
-    key_mask: Tensor | None = None
-    window: int | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:

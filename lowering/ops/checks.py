@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from infllm_pass.compat.tensors import current_mode
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
-from infllm_pass.kernels.cpu.sequences import Placement, sequences
-from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.cpu.sequences import sequences
+from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, format_channels
+from infllm_pass.kernels.scorer import StateTensor
 from infllm_pass.kernels.tracing import is_traced
 
 from .attention_args import AttentionCall
@@ -77,17 +80,63 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) ->
     _check_match("q", q, "v", v)
 
 
-def check_state(q: Tensor, k: Tensor, state: Sequence[Tensor], count: int) -> None:
-    """Check that compressed keys, `state`, are those of such keys on this device.
+def check_channels(k: Tensor, geometry: BlockGeometry) -> None:
+    """Check that the channels of token scores are channels of such keys.
 
     Raises:
-        ShapeError: they are not as many tensors as `compress_keys` gives here.
+        ShapeError: they are not.
+    """
+    if geometry.scorer == "tokens":
+        reason = _refuse_channels(geometry.channels, int(k.shape[1]), int(k.shape[3]))
+        if reason:
+            raise ShapeError(f"channels are {format_channels(geometry.channels) or 'none'}: {reason}")
+
+
+@lru_cache
+def _refuse_channels(sets: ChannelSets, heads: int, dim: int) -> str:
+    """What is expected of the channels for keys of some heads; "" if it holds."""
+    if len(sets) not in (1, heads):
+        return f"expected one set, or one for each of the {heads} key/value heads"
+    if any(len(channels) != len(sets[0]) or not channels for channels in sets):
+        return "expected as many in each set, at least one"
+    if any(list(channels) != sorted({*channels}) or channels[0] < 0 or channels[-1] >= dim for channels in sets):
+        return f"expected different numbers in ascending order, below head_dim {dim}"
+    return ""
+
+
+def check_state(q: Tensor, k: Tensor, state: Sequence[Tensor], expected: Sequence[StateTensor]) -> None:
+    """Check that a state is the one of such keys on this device, where it is not the Triton kernels'.
+
+    Args:
+        q: the queries.
+        k: the keys ``[B, Hkv, Lk, D]``.
+        state: what `compress_keys` is to have given.
+        expected: its tensors, as the kernels of this device describe them.
+
+    Raises:
+        ShapeError: they are not as many tensors, or of another shape.
         DtypeError: they have another dtype.
         DeviceError: they are on another device.
     """
+    check_state_count(q, state, len(expected))
+    for tensor, each in zip(state, expected, strict=True):
+        _check_kind(each.name, tensor, k, each.dtype)
+        shape = (*k.shape[:2], *each.shape)
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(
+                f"{each.name} has shape {tuple(tensor.shape)}: expected {shape}; give infllm::select_blocks the state "
+                "that infllm::compress_keys made of the same keys"
+            )
+
+
+def check_state_count(q: Tensor, state: Sequence[Tensor], count: int) -> None:
+    """Check that a state has as many tensors as `compress_keys` gives on this device.
+
+    Raises:
+        ShapeError: it has not.
+    """
     if len(state) != count:
         raise ShapeError(f"state has {len(state)} tensors: expected the {count} of infllm::compress_keys on {q.device}")
-    _check_kind("state", state[0], k, k.dtype)
 
 
 def check_selection(q: Tensor, selection: Sequence[Tensor], count: int) -> None:
@@ -218,6 +267,8 @@ def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
         if size > MAX_HEAD_DIM:
             return f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
+    if geometry.scorer != "pooled":
+        return f'scorer="{geometry.scorer}": the Triton kernels score blocks by pooled keys; set scorer="pooled"'
     if scale <= 0.0:
         return f"scale={scale}: the Triton kernels take positive scales"
     if geometry.block_size % 16 or not 16 <= geometry.block_size <= 128:
@@ -246,12 +297,13 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
         DeviceError: tensors are on different devices.
     """
     check_attention(q, k, v, call.key_mask)
+    check_channels(k, call.geometry)
     check_sequences(q, call)
     if refused_by_tiled(q, v, call.scale, call.geometry) is not None:
         return False
     check_tiled(q, k, v, call.geometry)
     if call.cu_seqlens_k is not None and _may_read(call.cu_seqlens_k):
-        check_bounds(q, k, call.cu_seqlens_q, call.cu_seqlens_k)
+        check_bounds(q, k, call)
     return True
 
 
@@ -273,14 +325,13 @@ def check_tiled(q: Tensor, k: Tensor, v: Tensor, geometry: BlockGeometry) -> Non
         )
 
 
-def check_bounds(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor) -> None:
+def check_bounds(q: Tensor, k: Tensor, call: AttentionCall) -> None:
     """Read the bounds of packed sequences, and check them.
 
     Raises:
         ShapeError: bounds descend, leave the tensors, or let a sequence cross a row.
     """
-    placement = Placement(0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    for _ in sequences(q.shape[0], q.shape[2], k.shape[2], placement):
+    for _ in sequences(q, k, replace(call, key_mask=None)):
         pass
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels.cpu import decode as torch_kernels
-from infllm_pass.kernels.geometry import COARSE_FACTOR, BlockGeometry
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.scorer import StateTensor, scorer_of
 
 from . import checks
 from .attention_args import DECODE, DecodeCall
@@ -29,27 +30,21 @@ State = Sequence[Tensor]
 
 
 def new_state(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
-    """Compressed keys of a cache that nothing was compressed of yet: `k1`, `k2` and `filled`.
+    """The state of a cache of which nothing is kept yet.
 
     Args:
         k: the cache, ``[B, Hkv, C, D]``.
-        geometry: the block geometry.
+        geometry: the block geometry, whose scorer says what is kept.
 
     Returns:
-        Uninitialised ``[B, Hkv, n1, D]`` and ``[B, Hkv, n2, D]``, one window at least, and int32 ``[B]`` zeros.
+        The scorer's tensors, ``[B, Hkv, ...]`` each, uninitialised, and `filled`, int32 ``[B]`` zeros.
     """
-    batch, heads, capacity, dim = k.shape
-    fine, coarse = state_slots(capacity, geometry)
-    k1, k2 = (torch.empty(batch, heads, slots, dim, dtype=k.dtype, device=k.device) for slots in (fine, coarse))
-    return [k1, k2, torch.zeros(batch, dtype=torch.int32, device=k.device)]
+    kept = [torch.empty(k.shape[:2] + each.shape, dtype=each.dtype, device=k.device) for each in _kept(k, geometry)]
+    return [*kept, torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)]
 
 
-def state_slots(capacity: int, geometry: BlockGeometry) -> tuple[int, int]:
-    """Windows of `k1` and `k2` for a cache: those of its capacity, at least one; sizes may be symbolic."""
-    size, stride = geometry.kernel_size, geometry.kernel_stride
-    fine = torch.sym_max(1, (capacity - size) // stride + 1)
-    coarse = torch.sym_max(1, (capacity - COARSE_FACTOR * size) // (COARSE_FACTOR * stride) + 1)
-    return fine, coarse
+def _kept(k: Tensor, geometry: BlockGeometry) -> list[StateTensor]:
+    return scorer_of(geometry).state(geometry, k.shape[2], k.shape[3], k.dtype)
 
 
 def check_decode(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall) -> None:
@@ -61,27 +56,36 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall
         DeviceError: tensors are on different devices.
     """
     check_attention(q, k, v, call.key_mask)
-    if len(state) != 3:
-        raise ShapeError(f"state has {len(state)} tensors: expected k1, k2 and filled, as new_state makes them")
-    k1, k2, filled = state
+    checks.check_channels(k, call.geometry)
+    described = _kept(k, call.geometry)
+    if len(state) != len(described) + 1:
+        names = ", ".join(each.name for each in described)
+        raise ShapeError(f"state has {len(state)} tensors: expected {names} and filled, as new_state makes them")
+    *kept, filled = state
     if q.shape[2] < 1 or q.shape[2] > k.shape[2]:
         raise ShapeError(
             f"q has {q.shape[2]} tokens and the cache k {k.shape[2]} slots: expected at least one token, and a slot "
             "for each; raise the cache's capacity"
         )
-    for name, keys, slots in zip(("k1", "k2"), (k1, k2), state_slots(k.shape[2], call.geometry), strict=True):
-        if keys.dtype != k.dtype:
-            raise DtypeError(f"{name} is {keys.dtype} and k {k.dtype}: make the state for the cache's dtype")
-        if keys.device != k.device:
-            raise DeviceError(f"{name} is on {keys.device} and k on {k.device}: make the state on the cache's device")
-        expected = (k.shape[0], k.shape[1], k.shape[3])
-        if keys.dim() != 4 or (keys.shape[0], keys.shape[1], keys.shape[3]) != expected or keys.shape[2] < slots:
+    for each, tensor in zip(described, kept, strict=True):
+        name, (slots, *width) = each.name, each.shape
+        if tensor.dtype != each.dtype:
+            raise DtypeError(f"{name} is {tensor.dtype} and k {k.dtype}: make the state for the cache's dtype")
+        if tensor.device != k.device:
+            raise DeviceError(f"{name} is on {tensor.device} and k on {k.device}: make the state on the cache's device")
+        expected = (*k.shape[:2], *width)
+        if (
+            tensor.dim() != 3 + len(width)
+            or (*tensor.shape[:2], *tensor.shape[3:]) != expected
+            or tensor.shape[2] < slots
+        ):
+            sizes = ", ".join(map(str, (*k.shape[:2], "n", *width)))
             raise ShapeError(
-                f"{name} has shape {tuple(keys.shape)}: expected [{k.shape[0]}, {k.shape[1]}, n, {k.shape[3]}] with "
-                f"n at least {slots}, the windows of the cache's capacity {k.shape[2]}; make a new state"
+                f"{name} has shape {tuple(tensor.shape)}: expected [{sizes}] with n at least {slots}, what is kept of "
+                f"the cache's capacity {k.shape[2]}; make a new state"
             )
-        if keys.stride(3) != 1:
-            raise ShapeError(f"{name} has strides {tuple(keys.stride())}: expected 1 for the last, and any others")
+        if width and tensor.stride(3) != 1:
+            raise ShapeError(f"{name} has strides {tuple(tensor.stride())}: expected 1 for the last, and any others")
     if filled.dtype != torch.int32:
         raise DtypeError(f"filled is {filled.dtype}: expected torch.int32")
     if filled.dim() != 1 or filled.shape[0] != k.shape[0]:
@@ -123,13 +127,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall) -> 
         from . import decode_triton  # needs Triton, which CPU installations lack
 
         return decode_triton.launched(q, k, v, state, call)
-    return torch_kernels.decode_attention(
-        *(q, k, v, *state, call.lengths, call.starts, call.key_mask),
-        geometry=call.geometry,
-        scale=call.scale,
-        dense_len=call.dense_len,
-        window=call.window,
-    )
+    return torch_kernels.decode_attention(q, k, v, state, call)
 
 
 def _decode_fake(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall) -> tuple[Tensor, Tensor]:
@@ -165,10 +163,11 @@ decode_attention = Operator(
     seen=_seen,
     doc="""Attention of the last queries of every row over a cache, sparse from ``dense_len`` keys on.
 
-The state is `k1` and `k2`, ``[B, Hkv, n, D]``, the means of the windows that are complete among the row's first
-`filled` keys, counted from its first valid one, and `filled`, int32 ``[B]``. The operator writes those that became
-complete since, and sets `filled` to the row's length. What the caller has to keep: a key that changes after it was
-compressed, other than those of this call's queries, lowers `filled` to its position (0 for another sequence, or another
+The state is what the scorer keeps of a row's first `filled` keys, counted from its first valid one, and `filled`, int32
+``[B]``. Pooled scores keep `k1` and `k2`, ``[B, Hkv, n, D]``, the means of the windows that are complete; token scores
+keep `ki`, ``[B, Hkv, n, d]``, some channels of each key, in its slot, and, in 8 bits, `ki_scale`, ``[B, Hkv, n]``. The
+operator writes what came since, and sets `filled` to the row's length. What the caller has to keep: a key that changes
+later, other than those of this call's queries, lowers `filled` to its position (0 for another sequence, or another
 first key). A cache that was cut back needs nothing: the queries' own keys count as new in every call. Nothing is
 differentiated through it.
 

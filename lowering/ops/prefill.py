@@ -43,12 +43,6 @@ def _is_tiled(q: Tensor, v: Tensor, call: AttentionCall) -> bool:
     return checks.refused_by_tiled(q, v, call.scale, call.geometry) is None
 
 
-def _placed(call: AttentionCall, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """A call as the torch operators take it."""
-    names = ("geometry", "scale", "key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "window", "dense_len")
-    return {"offset": call.first_key(q, k), **{name: getattr(call, name) for name in names}}
-
-
 def _launched(function: str, *arguments: Any) -> Any:
     """One of the Triton kernels' functions, whose launches run at once, with all of their options."""
     from infllm_pass.kernels.triton.launch import launching_at_once
@@ -80,13 +74,13 @@ def _seen(q: Tensor, v: Tensor, call: AttentionCall) -> Seen:
 def _compress(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
     if checks.check_call(q, k, k, call):
         return _launched("compress_keys", q, k, call)  # type: ignore[no-any-return]
-    return torch_kernels.compress_keys(q, k, **_placed(call, q, k))
+    return torch_kernels.compress_keys(q, k, call)
 
 
 def _compress_fake(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
     if checks.check_call(q, k, k, call):
         return _allocated("compress_keys", q, k, call)  # type: ignore[no-any-return]
-    return torch_kernels.new_windows(k, call.geometry)
+    return torch_kernels.new_state(k, call.geometry)
 
 
 compress_keys = Operator(
@@ -98,8 +92,9 @@ compress_keys = Operator(
     seen=lambda q, k, call: _seen(q, k, call),
     doc="""What `select_blocks` reads of the keys: the state.
 
-Returns the tensors of the state, whose form is that of the device. Compressed keys are means of windows of keys, fine
-and coarse, taken in float32 (float64 for float64) and stored in k's dtype; a window that is not complete has none.
+Returns the tensors of the state, whose form is that of the device. For pooled scores they are compressed keys: means of
+windows of keys, fine and coarse, taken in float32 (float64 for float64) and stored in k's dtype; a window that is not
+complete has none. For token scores they are index keys: some channels of every key, in k's dtype or in 8 bits.
 
 Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anything is computed.""",
 )
@@ -107,10 +102,11 @@ Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anyth
 
 def _select(q: Tensor, k: Tensor, state: Selection, call: AttentionCall) -> list[Tensor]:
     tiled = checks.check_call(q, k, k, call)
-    checks.check_state(q, k, state, _triton().STATE if tiled else 2)
     if tiled:
+        checks.check_state_count(q, state, _triton().STATE)
         return _launched("select_blocks", q, k, state, call)  # type: ignore[no-any-return]
-    return [torch_kernels.select_blocks(q, k, *state, **_placed(call, q, k))]
+    checks.check_state(q, k, state, torch_kernels.state_of(k, call.geometry))
+    return [torch_kernels.select_blocks(q, k, state, call)]
 
 
 def _select_fake(q: Tensor, k: Tensor, state: Selection, call: AttentionCall) -> list[Tensor]:
@@ -140,7 +136,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection, call: Attenti
         checks.check_selection(q, selection, _triton().SELECTION)
         return _launched("block_attention", q, k, v, selection, call)  # type: ignore[no-any-return]
     checks.check_blocks(q, k, selection)
-    return torch_kernels.attention_forward(q, k, v, selection[0] if selection else None, **_placed(call, q, k))
+    return torch_kernels.attention_forward(q, k, v, selection[0] if selection else None, call)
 
 
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, selection: Selection, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -172,7 +168,7 @@ def _backward(
         fields = (grad_out, q, k, v, out, lse, selection, call)
         return _launched("block_attention_backward", *fields)  # type: ignore[no-any-return]
     blocks = selection[0] if selection else None
-    gradients = torch_kernels.attention_backward(grad_out, q, k, v, out, lse, blocks, **_placed(call, q, k))
+    gradients = torch_kernels.attention_backward(grad_out, q, k, v, out, lse, blocks, call)
     dq, dk, dv = (gradient.contiguous() for gradient in gradients)
     return dq, dk, dv
 

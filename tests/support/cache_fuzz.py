@@ -11,13 +11,14 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import infllm_pass
+from infllm_pass import SparseAttentionConfig
 from tests.support.cache_support import CONFIG, CachedAttention, GrowingAttention, caches, expected, scatter, tokens
 from tests.support.common import relative_error
 
@@ -34,16 +35,18 @@ class Conversation:
         values: the same.
         lengths: slots in use, a number a row.
         valid: bool ``[BATCH, CAPACITY]``: padding before the rows, and holes.
+        config: what the model is configured with.
     """
 
     keys: Tensor
     values: Tensor
     lengths: list[int]
     valid: Tensor
+    config: SparseAttentionConfig
 
     @classmethod
-    def new(cls, rng: random.Random) -> Conversation:
-        talk = cls(*caches(BATCH, CAPACITY), [0] * BATCH, torch.ones(BATCH, CAPACITY, dtype=torch.bool))
+    def new(cls, rng: random.Random, config: SparseAttentionConfig) -> Conversation:
+        talk = cls(*caches(BATCH, CAPACITY), [0] * BATCH, torch.ones(BATCH, CAPACITY, dtype=torch.bool), config)
         talk.pad(rng)
         return talk
 
@@ -65,7 +68,7 @@ class Conversation:
     def expected(self, module: CachedAttention, x: Tensor) -> Tensor:
         """What the oracle gives for the tokens appended last."""
         position = torch.tensor(self.lengths) - x.shape[1]
-        return expected(module, x, self.keys, self.values, position, self.valid)
+        return expected(module, x, self.keys, self.values, position, self.valid, self.config)
 
     def crop(self, rng: random.Random) -> None:
         """Take tokens back, from each row a number of its own."""
@@ -85,8 +88,8 @@ class GrowingConversation(Conversation):
     """Two rows of one length of a cache that grows by concatenation; `valid` has a place for every key to come."""
 
     @classmethod
-    def new(cls, rng: random.Random) -> Conversation:
-        talk = cls(*caches(BATCH, 0), [0] * BATCH, torch.ones(BATCH, CAPACITY, dtype=torch.bool))
+    def new(cls, rng: random.Random, config: SparseAttentionConfig) -> Conversation:
+        talk = cls(*caches(BATCH, 0), [0] * BATCH, torch.ones(BATCH, CAPACITY, dtype=torch.bool), config)
         talk.pad(rng)
         return talk
 
@@ -106,7 +109,7 @@ class GrowingConversation(Conversation):
 
     def expected(self, module: CachedAttention, x: Tensor) -> Tensor:
         length = self.lengths[0]
-        return expected(module, x, self.keys, self.values, length - x.shape[1], self.valid[:, :length])
+        return expected(module, x, self.keys, self.values, length - x.shape[1], self.valid[:, :length], self.config)
 
     def crop(self, rng: random.Random) -> None:
         """Take tokens back: from views of the cache, or from copies."""
@@ -132,6 +135,7 @@ class Session:
         rng: decides.
         model: the sparsified module.
         module: the original.
+        config: what the model is configured with.
         kind: of the conversations.
         talks: conversations; the current one is the first.
         log: what was done since the sequence began.
@@ -140,6 +144,7 @@ class Session:
     rng: random.Random
     model: Callable[..., Tensor]
     module: CachedAttention
+    config: SparseAttentionConfig = CONFIG
     kind: type[Conversation] = Conversation
     talks: list[Conversation] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -196,7 +201,7 @@ class Session:
         if len(self.talks) > 2:
             self.talks.pop(self.rng.randrange(3))
         if self.rng.random() < 0.5:
-            self.talks.insert(0, self.kind.new(self.rng))
+            self.talks.insert(0, self.kind.new(self.rng, self.config))
         self.rng.shuffle(self.talks)
 
     def write(self) -> None:
@@ -222,7 +227,7 @@ class Session:
 
     def run(self, operations: int) -> None:
         """One sequence of operations, from a new cache on."""
-        self.talks, self.log = [self.kind.new(self.rng)], []
+        self.talks, self.log = [self.kind.new(self.rng, self.config)], []
         calls = [self.prompt, self.step, self.step, self.step, self.several]
         others = [self.crop, self.reset, self.reorder, self.swap, self.write, self.mask, self.original]
         for _ in range(operations):
@@ -231,7 +236,7 @@ class Session:
             operation()
 
 
-def fuzz(sequences: int, seed: int = 0, operations: int = 14, *, growing: bool = False) -> Session:
+def fuzz(sequences: int, seed: int = 0, operations: int = 14, *, growing: bool = False, **settings: Any) -> Session:
     """Run sequences of operations; the session, for what its model compiled.
 
     Args:
@@ -239,6 +244,7 @@ def fuzz(sequences: int, seed: int = 0, operations: int = 14, *, growing: bool =
         seed: of the first.
         operations: of a sequence.
         growing: over caches that grow by concatenation, not static ones.
+        settings: fields of the configuration.
 
     Raises:
         AssertionError: a call differs from recomputation.
@@ -246,8 +252,10 @@ def fuzz(sequences: int, seed: int = 0, operations: int = 14, *, growing: bool =
     torch.manual_seed(seed)
     torch._dynamo.reset()
     module = GrowingAttention() if growing else CachedAttention(scatter)
-    model = infllm_pass.sparsify(torch.compile(module, backend="eager"), CONFIG)
-    session = Session(random.Random(seed), model, module, GrowingConversation if growing else Conversation)
+    config = replace(CONFIG, **settings)
+    model = infllm_pass.sparsify(torch.compile(module, backend="eager"), config)
+    kind = GrowingConversation if growing else Conversation
+    session = Session(random.Random(seed), model, module, config, kind)
     for number in range(sequences):
         torch.manual_seed(seed + number)
         session.rng.seed(seed + number)
@@ -258,5 +266,6 @@ def fuzz(sequences: int, seed: int = 0, operations: int = 14, *, growing: bool =
 if __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     for growing in (False, True):
-        print(infllm_pass.report(fuzz(count, growing=growing).model))
-        print(f"{count} sequences over {'growing' if growing else 'static'} caches, no mismatch")
+        for scorer in ("pooled", "tokens"):
+            print(infllm_pass.report(fuzz(count, growing=growing, scorer=scorer).model))
+            print(f"{count} sequences over {'growing' if growing else 'static'} caches, {scorer}: no mismatch")

@@ -148,7 +148,7 @@ def expected(
     rows = []
     for row, first in enumerate(positions.tolist()):
         part, seen = slice(row, row + 1), slice(0, first + x.shape[1])
-        common = {"geometry": config.geometry, "scale": DIM**-0.5, "dense_len": config.dense_len}
+        common = {"geometry": config.geometry_for(DIM), "scale": DIM**-0.5, "dense_len": config.dense_len}
         common |= {"offset": first} if valid is None else {"offset": 0, "offsets": positions[part]}
         if valid is not None:
             seen, common["key_mask"] = slice(None), valid[part]  # a row ends at its last query, in a hole or not

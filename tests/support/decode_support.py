@@ -71,11 +71,11 @@ class Cache:
         cache = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
         return cache.transpose(1, 2) if self.token_first else cache
 
-    def _new_state(self) -> tuple[Tensor, Tensor, Tensor]:
-        k1, k2, filled = new_state(self.k, self.geometry)
+    def _new_state(self) -> list[Tensor]:
+        *kept, filled = new_state(self.k, self.geometry)
         if self.slot_first:
-            k1, k2 = (state.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for state in (k1, k2))
-        return k1, k2, filled
+            kept = [state.movedim(2, 0).contiguous().movedim(0, 2) for state in kept]
+        return [*kept, filled]
 
     def start(self, row: int) -> int:
         """The row's first valid key."""
@@ -89,9 +89,13 @@ class Cache:
 
     def forget(self) -> None:
         """Drop the state: nothing is filled, and what there was is poisoned."""
-        self.state[0].fill_(torch.nan)
-        self.state[1].fill_(torch.nan)
-        self.state[2].zero_()
+        *kept, filled = self.state
+        for state in kept:
+            if state.dtype.itemsize == 1:
+                state.view(torch.uint8).fill_(0x5B)
+            else:
+                state.fill_(torch.nan)
+        filled.zero_()
 
     def crop(self, count: int) -> None:
         """Take the last keys of every row back; nobody tells the operator."""
@@ -136,7 +140,17 @@ class Cache:
     def selected(self, q: Tensor, row: int) -> Tensor:
         """The set of blocks that the oracle selects in one row, bool ``[1, Hkv, Lq, n_blocks]``."""
         (row_q, row_k, _), common = self._row(q, row)
-        return reference.select_blocks(row_q, row_k, **common)
+        if self.geometry.scorer == "pooled" or row_k.shape[2] < max(1, self.dense_len):
+            return reference.select_blocks(row_q, row_k, **common)
+        del common["dense_len"]
+        lead = max(0, -common["offset"])  # queries before the first key
+        common |= {"offset": common["offset"] + lead, "key_mask": self._mask(row)}
+        chosen = reference.select_sequence(row_q[0, :, lead:], row_k[0], **common)
+        return torch.nn.functional.pad(chosen, (0, 0, lead, 0))[None]
+
+    def _mask(self, row: int) -> Tensor:
+        """Which of a row's keys are not hidden."""
+        return self.key_mask[row, self.start(row) : self.lengths[row]]
 
     def expected(self, q: Tensor, row: int, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the oracle gives for one row, over its valid keys alone; for its own selection unless one is given."""
@@ -146,9 +160,8 @@ class Cache:
             return row_v.new_zeros(*shape, self.value_dim), row_v.new_full(shape, -torch.inf)
         if selected is None:
             selected = self.selected(q, row)
-        keys = slice(self.start(row), self.lengths[row])
         # One more feature lowers what is hidden: the oracle's own key mask would move the row's first and last key.
-        hidden = ~self.key_mask[row, keys][None, None, :, None].expand(-1, self.heads, -1, -1)
+        hidden = ~self._mask(row)[None, None, :, None].expand(-1, self.heads, -1, -1)
         row_q = torch.nn.functional.pad(row_q.double(), (0, 1), value=1.0)
         row_k = torch.cat([row_k.double(), HIDDEN * hidden.double()], -1)
         out, lse = reference.attention(row_q, row_k, row_v, selected, **common)
@@ -168,7 +181,7 @@ class Cache:
             assert error <= bound * max(float(expected.norm()), 1e-9), (row, length)
             assert torch.equal(lse[row] != -torch.inf, seen)
             assert not seen.any() or float((lse[row] - expected_lse[0])[seen].abs().max()) <= 20 * bound
-            assert int(self.state[2][row]) == length - self.start(row)
+            assert int(self.state[-1][row]) == length - self.start(row)
         return out, lse
 
     def check(self, q: Tensor, bound: float = 1e-5) -> None:

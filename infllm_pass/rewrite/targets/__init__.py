@@ -6,7 +6,7 @@ queries over a cache whose state can be kept, the block-sparse operators for the
 """
 
 from infllm_pass.rewrite.targets.block_sparse import BlockSparse
-from infllm_pass.rewrite.targets.decode import CompressedKeys, Decode
+from infllm_pass.rewrite.targets.decode import Decode, ScorerState
 from infllm_pass.rewrite.targets.sdpa import CausalSdpa
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, Target
@@ -17,11 +17,11 @@ __all__ = [
     "DEFAULT_TARGETS",
     "BlockSparse",
     "CausalSdpa",
-    "CompressedKeys",
     "Decode",
     "Kernels",
     "Refusal",
     "Request",
+    "ScorerState",
     "SiteBuilder",
     "Target",
 ]

@@ -1,4 +1,4 @@
-"""The decode operator: few queries over a cache, whose compressed keys are kept from call to call."""
+"""The decode operator: few queries over a cache, of whose keys the scorer's state is kept from call to call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.scorer import scorer_of
 from infllm_pass.kv_cache.spec import StateTensor
 from infllm_pass.lowering.ops.attention_args import geometry_text
-from infllm_pass.lowering.ops.decode import decode_attention, state_slots
+from infllm_pass.lowering.ops.decode import decode_attention
 from infllm_pass.plan.planner import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_bias
@@ -23,16 +24,16 @@ _NEVER_SPARSE = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)
-class CompressedKeys:
-    """The state of InfLLM-V2's selection: the means of key windows, fine and coarse."""
+class ScorerState:
+    """What the scorer of a geometry keeps of keys."""
 
     geometry: BlockGeometry
 
     def __call__(self, keys: Sequence[Any], dtype: torch.dtype) -> tuple[StateTensor, ...]:
-        """`k1` and `k2` for keys ``[B, Hkv, L, D]``: ``[B, Hkv, n1, D]`` and ``[B, Hkv, n2, D]``."""
+        """The scorer's tensors for keys ``[B, Hkv, L, D]``, ``[B, Hkv, ...]`` each."""
         batch, heads, length, dim = keys
-        names = zip(("k1", "k2"), state_slots(length, self.geometry), strict=True)
-        return tuple(StateTensor(name, (batch, heads, slots, dim), dtype) for name, slots in names)
+        kept = scorer_of(self.geometry).state(self.geometry, length, dim, dtype)
+        return tuple(StateTensor(each.name, (batch, heads, *each.shape), each.dtype) for each in kept)
 
 
 class Decode:
@@ -54,9 +55,9 @@ class Decode:
             return Refusal("its keys are too few")
         return refuses_bias(request)
 
-    def state(self, request: Request) -> CompressedKeys:
-        """The compressed keys."""
-        return CompressedKeys(request.geometry)
+    def state(self, request: Request) -> ScorerState:
+        """Compressed keys, or index keys."""
+        return ScorerState(request.geometry)
 
     def kernels(self, request: Request) -> Kernels:
         """The Triton kernels where they take the site."""

@@ -1,7 +1,7 @@
-// A decode step of switchable attention on the CPU: a few new queries over a cache whose compressed keys are given
-// (InfLLM-V2, arXiv 2509.24663, sections 3.1 and 3.2). Plain C++17 with vector extensions and OpenMP.
+// A decode step of switchable attention on the CPU: a few new queries over a cache whose compressed or index keys are
+// given (InfLLM-V2, arXiv 2509.24663, sections 3.1 and 3.2). Plain C++17 with vector extensions and OpenMP.
 //
-// A step is bound by memory: it reads its compressed keys and the keys and values that it visits, once and in place. A
+// A step is bound by memory: it reads its compressed or index keys and the keys and values that it visits, once and in place. A
 // tile is what shares a selection: adjacent queries of a batch row, for one key/value head. Scores are computed by tile
 // and range of windows, attention by query and range of visited keys (split-K), so that all threads have work at any batch
 // size; a query's partial softmaxes are reduced at the end. Logits are in units of log 2.
@@ -17,6 +17,7 @@ namespace infllm {
 namespace {
 
 constexpr int64_t SCORED_WINDOWS = 512;  // compressed keys of one task
+constexpr int64_t SCORED_TOKENS = 1024;  // index keys of one task, about
 constexpr int64_t RANGE_KEYS = 128;      // adjacent keys whose logits are held at once
 constexpr int64_t PARTIAL_KEYS = 512;    // visited keys of one task, about
 constexpr int ROWS = 4, VECTORS = 4;     // of one product: what the registers hold
@@ -25,9 +26,10 @@ constexpr int ROWS = 4, VECTORS = 4;     // of one product: what the registers h
 struct DecodeCall {
   int64_t batch, heads, group, length_q, dim, dim_v;
   int64_t stride_q[3], stride_k[3], stride_v[3];   // of batch, head and token; features are adjacent
-  int64_t stride_k1[3], stride_k2[3];              // of batch, head and window
+  int64_t stride_k1[3], stride_k2[3];              // of batch, head and window; index keys and their scales: and slot
   int64_t stride_mask[2], window, dense_len;       // window: keys, more than there are if there is none
   int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, exact, query_block;
+  int64_t index_dims, index_kind;  // channels that token scores read, 0 for pooled scores; see IndexKind
   int64_t threads;
   double scale;
 };
@@ -43,13 +45,14 @@ struct SharedTile {
   int64_t length, last;              // keys of the sequence, and the position that decides what is selected
   bool chooses;                      // whether the best `taken` of the blocks from `low` to `high` are visited
   int64_t low, high, taken;
-  int64_t fine_begin, fine_end, coarse_end;  // windows that count
+  int64_t fine_begin, fine_end, coarse_end;  // windows that count; where tokens are scored, blocks
   std::vector<R> queries;                // [tokens * group][padded dim], times scale and log2(e)
-  std::vector<R> fine, coarse;           // logits of windows, [tokens * group][padded count]
+  std::vector<R> index_queries;          // their channels, [tokens * group][padded index_dims]
+  std::vector<R> fine, coarse;           // logits of windows, or maxima of blocks, [tokens * group][padded count]
   std::vector<int64_t> chosen;               // ascending
 };
 
-// Logits of a stretch of compressed keys.
+// Logits of a stretch of compressed keys, or of blocks of index keys.
 struct ScoreTask {
   int64_t tile;
   bool coarse;
@@ -188,12 +191,14 @@ class DecodeStep {
       const T* q,
       const T* k,
       const T* v,
-      const T* fine,
-      const T* coarse,
+      const void* fine,
+      const void* coarse,
+      const int32_t* channels,
       const int64_t* begins,
       const int64_t* ends,
       const bool* key_mask)
-      : call_(call), q_(q), k_(k), v_(v), fine_(fine), coarse_(coarse), begins_(begins), key_mask_(key_mask) {
+      : call_(call), q_(q), k_(k), v_(v), fine_(fine), coarse_(coarse), channels_(channels), begins_(begins),
+        key_mask_(key_mask) {
     for (int64_t row = 0; row < call.batch; row++)
       for (int64_t head = 0; head < call.heads; head++)
         add_tiles(row, head, ends[row] - begins[row]);
@@ -215,7 +220,10 @@ class DecodeStep {
         load_queries(tiles_[number]);
 #pragma omp for schedule(dynamic)
       for (size_t number = 0; number < score_tasks_.size(); number++)
-        score(score_tasks_[number], scratch);
+        if (call_.index_dims > 0)
+          score_stored(score_tasks_[number], scratch);
+        else
+          score(score_tasks_[number], scratch);
 #pragma omp for schedule(dynamic)
       for (size_t number = 0; number < tiles_.size(); number++)
         if (tiles_[number].chooses)
@@ -258,6 +266,10 @@ class DecodeStep {
     tile.taken =
         call_.selected_blocks - call_.local_blocks - 1 - std::max<int64_t>(0, call_.init_blocks - reach);
     tile.chooses = tile.high - tile.low > tile.taken;
+    if (call_.index_dims > 0) {
+      tile.coarse_end = 0, tile.fine_begin = reach, tile.fine_end = tile.last / call_.block_size + 1;
+      return;
+    }
     tile.coarse_end = windows_up_to(tile.last, factor * size, factor * step);
     tile.fine_begin = std::max<int64_t>(0, tile.low * per_block - (size / step - 1));
     tile.fine_end = std::max(tile.fine_begin, std::min(tile.high * per_block, windows_up_to(tile.last, size, step)));
@@ -269,8 +281,10 @@ class DecodeStep {
   }
 
   void add_score_tasks(int64_t tile, bool coarse, Range windows) {
-    for (int64_t begin = windows.begin; begin < windows.end; begin += SCORED_WINDOWS)
-      score_tasks_.push_back({tile, coarse, {begin, std::min(begin + SCORED_WINDOWS, windows.end)}});
+    const int64_t step =
+        call_.index_dims > 0 ? std::max<int64_t>(1, SCORED_TOKENS / call_.block_size) : SCORED_WINDOWS;
+    for (int64_t begin = windows.begin; begin < windows.end; begin += step)
+      score_tasks_.push_back({tile, coarse, {begin, std::min(begin + step, windows.end)}});
   }
 
   void load_queries(SharedTile<R>& tile) const {
@@ -285,6 +299,12 @@ class DecodeStep {
     }
     if (!tile.chooses)
       return;
+    const int64_t width = padded<R>(call_.index_dims), rows = tile.tokens * call_.group;
+    tile.index_queries.assign(rows * width, R{0});
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t place = 0; place < call_.index_dims; place++)
+        tile.index_queries[row * width + place] =
+            tile.queries[row * wide + channels_[tile.head * call_.index_dims + place]];
     tile.coarse.assign(tile.tokens * call_.group * padded<R>(tile.coarse_end), static_cast<R>(HIDDEN));
     tile.fine.assign(tile.tokens * call_.group * padded<R>(tile.fine_end - tile.fine_begin), static_cast<R>(HIDDEN));
   }
@@ -292,7 +312,7 @@ class DecodeStep {
   void score(const ScoreTask& task, std::vector<R>& scratch) {
     SharedTile<R>& tile = tiles_[task.tile];
     const bool of_fine = !task.coarse || call_.exact;
-    const T* from = of_fine ? fine_ : coarse_;
+    const T* from = static_cast<const T*>(of_fine ? fine_ : coarse_);
     const int64_t* stride = of_fine ? call_.stride_k1 : call_.stride_k2;
     from += tile.row * stride[0] + tile.head * stride[1] + task.windows.begin * stride[2];
     const int64_t count = task.windows.end - task.windows.begin, first = task.coarse ? 0 : tile.fine_begin;
@@ -304,7 +324,101 @@ class DecodeStep {
         tile.queries.data(), tile.tokens * call_.group, padded<R>(call_.dim), keys, apart, count, to, width);
   }
 
+  void score_stored(const ScoreTask& task, std::vector<R>& scratch) {
+    if (call_.index_kind == INDEX_INT8)
+      score_tokens(task, static_cast<const int8_t*>(fine_), scratch);
+    else if (call_.index_kind == INDEX_FP8)
+      score_tokens(task, static_cast<const Fp8*>(fine_), scratch);
+    else
+      score_tokens(task, static_cast<const T*>(fine_), scratch);
+  }
+
+  // The largest logits of blocks' visible tokens.
+  template <typename I>
+  void score_tokens(const ScoreTask& task, const I* from, std::vector<R>& scratch) {
+    SharedTile<R>& tile = tiles_[task.tile];
+    const int64_t size = call_.block_size, dims = call_.index_dims, wide = padded<R>(dims), first = begins_[tile.row];
+    const int64_t rows = tile.tokens * call_.group, width = padded<R>(tile.fine_end - tile.fine_begin);
+    const int64_t stride = call_.stride_k1[2], seen_from = first_key(tile.last);
+    from += tile.row * call_.stride_k1[0] + tile.head * call_.stride_k1[1] + first * stride;
+    const float* scales = call_.index_kind == INDEX_AS_KEYS ? nullptr
+        : static_cast<const float*>(coarse_) + tile.row * call_.stride_k2[0] + tile.head * call_.stride_k2[1] +
+            first * call_.stride_k2[2];
+    const bool* mask = key_mask_ == nullptr
+        ? nullptr
+        : key_mask_ + tile.row * call_.stride_mask[0] + first * call_.stride_mask[1];
+    scratch.assign(LANES<R> * wide + rows * LANES<R>, R{0});
+    R* maxima = scratch.data() + LANES<R> * wide;  // [rows][LANES]
+    for (int64_t block = task.windows.begin; block < task.windows.end; block++) {
+      std::fill_n(maxima, rows * LANES<R>, static_cast<R>(HIDDEN));
+      const int64_t end = std::min((block + 1) * size, tile.last + 1);
+      for (int64_t key = std::max(block * size, seen_from); key < end; key += LANES<R>) {
+        const int64_t count = std::min<int64_t>(LANES<R>, end - key);
+        const R* keys[LANES<R>];
+        R factors[LANES<R>], terms[LANES<R>] = {};  // of a logit; a hidden key's are 0 and HIDDEN
+        for (int64_t lane = 0; lane < LANES<R>; lane++) {
+          const int64_t place = key + std::min(lane, count - 1);
+          keys[lane] = index_key(from + place * stride, dims, scratch.data() + lane * wide);
+          factors[lane] = scales == nullptr ? R{1} : R{scales[place * call_.stride_k2[2]]};
+        }
+        if (count < LANES<R> || mask != nullptr)
+          for (int64_t lane = 0; lane < LANES<R>; lane++)
+            if (lane >= count || (mask != nullptr && !mask[(key + lane) * call_.stride_mask[1]]))
+              factors[lane] = R{0}, terms[lane] = static_cast<R>(HIDDEN);
+        for (int64_t row = 0; row < rows; row++) {
+          const R* query = tile.index_queries.data() + row * wide;
+          Vector<R> sums[LANES<R>] = {};
+          for (int64_t place = 0; place < wide; place += LANES<R>) {
+            const Vector<R> numbers = load(query + place);
+            for (int lane = 0; lane < LANES<R>; lane++)
+              sums[lane] = multiply_add(numbers, load(keys[lane] + place), sums[lane]);
+          }
+          R* top = maxima + row * LANES<R>;
+          store(top, maximum(load(top), multiply_add(sums_of<R>(sums), load(factors), load(terms))));
+        }
+      }
+      for (int64_t row = 0; row < rows; row++)
+        tile.fine[row * width + block - tile.fine_begin] = reduce_max(load(maxima + row * LANES<R>));
+    }
+  }
+
+  // An index key as whole vectors: where it lies, or copied.
+  template <typename I>
+  static const R* index_key(const I* from, int64_t dims, R* to) {
+    if constexpr (std::is_same_v<I, R>)
+      if (dims % LANES<R> == 0)
+        return from;
+    int64_t place = 0;
+    for (; place + LANES<R> <= dims; place += LANES<R>)
+      store(to + place, widen<R>(from + place));
+    if (place < dims) {
+      I rest[LANES<R>] = {};
+      std::copy(from + place, from + dims, rest);
+      store(to + place, widen<R>(rest));
+    }
+    return to;
+  }
+
   void choose_best(SharedTile<R>& tile) const {
+    if (call_.index_dims > 0)
+      weigh_blocks(tile);
+    else
+      weigh_windows(tile);
+  }
+
+  // Takes the best blocks by the maxima of all.
+  void weigh_blocks(SharedTile<R>& tile) const {
+    const int64_t width = padded<R>(tile.fine_end - tile.fine_begin);
+    std::vector<R> scores(width, R{0});
+    for (int64_t row = 0; row < tile.tokens * call_.group; row++)
+      add_block_weights(tile.fine.data() + row * width, width, scores.data());
+    for (int64_t block = 0; block < width; block++)  // the same blocks for all rows
+      if (tile.fine[block] <= static_cast<R>(0.5 * HIDDEN))
+        scores[block] = R{-1};
+    take(tile, scores);
+  }
+
+  void weigh_windows(SharedTile<R>& tile) const {
     const int64_t rows = tile.tokens * call_.group;
     const int64_t wide = padded<R>(tile.coarse_end), width = padded<R>(tile.fine_end - tile.fine_begin);
     std::vector<R> scores(width, R{0});
@@ -321,6 +435,10 @@ class DecodeStep {
       for (int64_t window = 0; window < width; window += LANES<R>)
         store(scores.data() + window, load(scores.data() + window) + exp2(load(fine + window) - norm));
     }
+    take(tile, scores);
+  }
+
+  void take(SharedTile<R>& tile, const std::vector<R>& scores) const {
     BlockRanking<R>(call_).each_best(
         scores.data(), tile.fine_begin, tile.fine_end, tile.low, tile.high, tile.taken,
         [&](int64_t block) { tile.chosen.push_back(block); });
@@ -446,7 +564,9 @@ class DecodeStep {
   }
 
   const DecodeCall& call_;
-  const T *q_, *k_, *v_, *fine_, *coarse_;
+  const T *q_, *k_, *v_;
+  const void *fine_, *coarse_;  // K1 and K2, or index keys and their scales
+  const int32_t* channels_;     // that index keys have, [heads][index_dims]
   const int64_t* begins_;
   const bool* key_mask_;
   std::vector<SharedTile<R>> tiles_;

@@ -30,6 +30,7 @@ struct Call {
   int64_t stride_q[3], stride_k[3], stride_v[3];  // of batch, head and token; features are adjacent
   int64_t offset, window, dense_len;              // window: keys, more than length_k if there is none
   int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, exact, query_block;
+  int64_t index_dims, index_kind;  // channels that token scores read, 0 for pooled scores; see IndexKind
   double scale;
 
   int64_t group() const {
@@ -44,13 +45,10 @@ struct Sequence {
   int64_t begin, end;     // positions of the queries that exist
 };
 
-// TILE_ROWS rows of `depth` numbers times one panel. to[i] = product, or with `accumulate` to[i] * decay[i] + product.
-template <bool accumulate, typename R>
-inline void multiply(const R* const* rows, int64_t depth, const R* panel, R* const* to, const R* decay) {
-  Vector<R> sums[TILE_ROWS][TILE_VECTORS];
-  for (int row = 0; row < TILE_ROWS; row++)
-    for (int column = 0; column < TILE_VECTORS; column++)
-      sums[row][column] = accumulate ? load(to[row] + column * LANES<R>) * decay[row] : Vector<R>{};
+// Adds TILE_ROWS rows of `depth` numbers times one panel to sums.
+template <typename R>
+inline __attribute__((always_inline)) void add_products(
+    const R* const* rows, int64_t depth, const R* panel, Vector<R> (&sums)[TILE_ROWS][TILE_VECTORS]) {
   const R *row0 = rows[0], *row1 = rows[1], *row2 = rows[2], *row3 = rows[3], *row4 = rows[4], *row5 = rows[5];
   static_assert(TILE_ROWS == 6, "the rows are written out");
   for (int64_t step = 0; step < depth; step++) {
@@ -62,9 +60,32 @@ inline void multiply(const R* const* rows, int64_t depth, const R* panel, R* con
       for (int column = 0; column < TILE_VECTORS; column++)
         sums[row][column] = multiply_add(broadcast(values[row]), factors[column], sums[row][column]);
   }
+}
+
+// Rows times one panel: to[i] = product, or with `accumulate` to[i] * decay[i] + product.
+template <bool accumulate, typename R>
+inline void multiply(const R* const* rows, int64_t depth, const R* panel, R* const* to, const R* decay) {
+  Vector<R> sums[TILE_ROWS][TILE_VECTORS];
+  for (int row = 0; row < TILE_ROWS; row++)
+    for (int column = 0; column < TILE_VECTORS; column++)
+      sums[row][column] = accumulate ? load(to[row] + column * LANES<R>) * decay[row] : Vector<R>{};
+  add_products<R>(rows, depth, panel, sums);
   for (int row = 0; row < TILE_ROWS; row++)
     for (int column = 0; column < TILE_VECTORS; column++)
       store(to[row] + column * LANES<R>, sums[row][column]);
+}
+
+// The largest products of each row with the columns of one panel, lane by lane: one vector a row.
+template <typename R>
+inline void multiply_max(const R* const* rows, int64_t depth, const R* panel, R* const* to) {
+  Vector<R> sums[TILE_ROWS][TILE_VECTORS] = {};
+  add_products<R>(rows, depth, panel, sums);
+  for (int row = 0; row < TILE_ROWS; row++) {
+    Vector<R> top = sums[row][0];
+    for (int column = 1; column < TILE_VECTORS; column++)
+      top = maximum(top, sums[row][column]);
+    store(to[row], top);
+  }
 }
 
 // Vectors of `dim` numbers as columns of panels: [ceil(count / PANEL)][dim][PANEL], zeros after the last one.
@@ -90,6 +111,37 @@ class PackedColumns {
   std::vector<R> numbers_;
 };
 
+// Index keys as columns of panels: those of a block are adjacent and padded to whole vectors. What is no key, or no
+// valid one, is hidden by one number more, which queries multiply by 1.
+template <typename R>
+class IndexColumns {
+ public:
+  IndexColumns(const Call& call, int64_t length)
+      : apart(round_up(call.block_size, LANES<R>)), size_(call.block_size), dims_(call.index_dims),
+        columns_(ceil_div(length, size_) * apart, dims_ + 1) {
+    for (int64_t column = 0; column < round_up(ceil_div(length, size_) * apart, PANEL<R>); column++)
+      columns_.at(column, dims_) = static_cast<R>(HIDDEN);
+  }
+
+  // Sets a key that may be seen; `from` has index_dims numbers.
+  void set(int64_t key, const R* from) {
+    const int64_t column = key / size_ * apart + key % size_;
+    for (int64_t place = 0; place < dims_; place++)
+      columns_.at(column, place) = from[place];
+    columns_.at(column, dims_) = R{0};
+  }
+
+  const R* panel(int64_t number) const {
+    return columns_.panel(number);
+  }
+
+  const int64_t apart;  // columns of a block
+
+ private:
+  const int64_t size_, dims_;
+  PackedColumns<R> columns_;
+};
+
 // What all chunks of one key/value head read.
 template <typename T>
 struct Head {
@@ -98,6 +150,8 @@ struct Head {
   Sequence sequence;
   bool sparse;
   std::unique_ptr<PackedColumns<Real<T>>> k1, k2;  // where blocks are scored; k2 unless the normaliser is exact
+  std::unique_ptr<IndexColumns<Real<T>>> index;    // the same, by tokens
+  const int32_t* channels;                         // that index keys have
 };
 
 // Adjacent queries of one key/value head, as rows (token x group + member), and which blocks each token visits.

@@ -1,9 +1,9 @@
-// Compressed keys, and block selection from them (InfLLM-V2, arXiv 2509.24663, section 3.2).
+// Compressed keys, and block selection from them or from index keys (InfLLM-V2, arXiv 2509.24663, section 3.2).
 
 #ifndef INFLLM_SELECT_BLOCKS_H
 #define INFLLM_SELECT_BLOCKS_H
 
-#include "query_chunk.h"
+#include "token_scores.h"
 
 namespace infllm {
 namespace {
@@ -69,7 +69,16 @@ inline bool needs_scores(const Call& call, int64_t length) {
   return length > call.selected_blocks * call.block_size;
 }
 
-// Makes a head ready for selection.
+// Makes a head ready for selection by tokens; `index` is [length][index_dims], `apart` numbers apart.
+template <typename T>
+void take_index(const Call& call, Head<T>& head, const Real<T>* index, int64_t apart) {
+  head.index = std::make_unique<IndexColumns<Real<T>>>(call, head.sequence.length);
+  for (int64_t key = 0; key < head.sequence.length; key++)
+    if (head.valid == nullptr || head.valid[key])
+      head.index->set(key, index + key * apart);
+}
+
+// Makes a head ready for selection by compressed keys.
 template <typename T>
 void take_compressed(const Call& call, Head<T>& head, CompressedKeys<T> k1, CompressedKeys<T> k2) {
   const int64_t last = head.sequence.length - 1, size = call.kernel_size, step = call.kernel_stride;
@@ -84,7 +93,8 @@ class BlockSelector {
  public:
   using R = Real<T>;
 
-  explicit BlockSelector(const Call& call) : call_(call), logits_(TILE_ROWS * PANEL<R>), ranking_(call) {}
+  explicit BlockSelector(const Call& call)
+      : call_(call), logits_(TILE_ROWS * PANEL<R>), ranking_(call), tokens_(call) {}
 
   void run(QueryChunk<T>& chunk) {
     chunk_ = &chunk;
@@ -115,13 +125,23 @@ class BlockSelector {
   }
 
  private:
-  // Adjacent queries that share a selection: of the candidates [low, high), more than `free`, the best `free` are taken.
-  struct SharedTile {
-    int64_t token, tokens, last, low, high, free;
-  };
-
   // Scores the tiles in `scored_`, takes their best blocks, and empties the list.
   void take_best() {
+    const int64_t size = call_.kernel_size, step = call_.kernel_stride;
+    const bool by_tokens = call_.index_dims > 0;
+    const int64_t width = by_tokens ? tokens_.run(*chunk_, scored_, scores_) : score_windows();
+    for (size_t number = 0; number < scored_.size(); number++) {
+      const SharedTile& tile = scored_[number];
+      const int64_t seen = by_tokens ? tile.last / call_.block_size + 1 : windows_up_to(tile.last, size, step);
+      ranking_.each_best(
+          scores_.data() + number * width, 0, seen, tile.low, tile.high, tile.free,
+          [&](int64_t block) { chunk_->visit(tile.token, tile.tokens, block, block + 1); });
+    }
+    scored_.clear();
+  }
+
+  // Scores of all windows up to those of the last tile, [tile][width]; returns the width.
+  int64_t score_windows() {
     const int64_t size = call_.kernel_size, step = call_.kernel_stride, group = chunk_->group;
     const int64_t factor = call_.exact ? 1 : COARSE_FACTOR;
     const int64_t begin = scored_.front().token, end = scored_.back().token + scored_.back().tokens;
@@ -141,14 +161,7 @@ class BlockSelector {
       for (int lane = 0; lane < PANEL<R>; lane += LANES<R>)
         store(to + lane, load(to + lane) + exp2(load(logits + lane) - lse_[row]));
     });
-    for (size_t number = 0; number < scored_.size(); number++) {
-      const SharedTile& tile = scored_[number];
-      const int64_t seen = windows_up_to(tile.last, size, step);
-      ranking_.each_best(
-          scores_.data() + number * width, 0, seen, tile.low, tile.high, tile.free,
-          [&](int64_t block) { chunk_->visit(tile.token, tile.tokens, block, block + 1); });
-    }
-    scored_.clear();
+    return width;
   }
 
   // Log-sum-exp of each row's logits over the visible normalising keys; where none is visible all scores are to be 0.
@@ -196,21 +209,12 @@ class BlockSelector {
   std::vector<int64_t> tile_of_, seen_;  // of a row: its tile, and how many normalising keys it sees
   std::vector<R> lse_, totals_, scores_;
   BlockRanking<R> ranking_;
+  TokenScores<T> tokens_;
 };
 
-// The blocks that every query of one sequence visits, ascending, then -1: [heads][length_q][selected_blocks]. K1 and K2
-// are read where a query has more candidates than it visits.
+// The blocks that every query visits of heads that are ready, ascending, then -1: [heads][length_q][selected_blocks].
 template <typename T>
-void select_blocks(
-    const Call& call, const T* q, CompressedKeys<T> k1, int64_t head_stride1, CompressedKeys<T> k2,
-    int64_t head_stride2, int32_t* blocks) {
-  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, nullptr);
-  if (needs_scores(call, call.length_k)) {
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t head = 0; head < call.heads; head++)
-      take_compressed<T>(
-          call, all_heads[head], {k1.data + head * head_stride1, k1.stride}, {k2.data + head * head_stride2, k2.stride});
-  }
+void select_of_heads(const Call& call, const std::vector<Head<T>>& all_heads, int32_t* blocks) {
   each_chunk<T, BlockSelector<T>>(call, all_heads, [&](QueryChunk<T>& chunk, BlockSelector<T>& selector, int64_t head) {
     selector.run(chunk);
     int32_t* to = blocks + (head * call.length_q + chunk.begin - call.offset) * call.selected_blocks;
@@ -222,6 +226,36 @@ void select_blocks(
       std::fill(to + place, to + call.selected_blocks, -1);
     }
   });
+}
+
+// The same for one sequence, by K1 and K2, which are read where a query has more candidates than it visits.
+template <typename T>
+void select_blocks(
+    const Call& call, const T* q, CompressedKeys<T> k1, int64_t head_stride1, CompressedKeys<T> k2,
+    int64_t head_stride2, int32_t* blocks) {
+  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, nullptr);
+  if (needs_scores(call, call.length_k)) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t head = 0; head < call.heads; head++)
+      take_compressed<T>(
+          call, all_heads[head], {k1.data + head * head_stride1, k1.stride}, {k2.data + head * head_stride2, k2.stride});
+  }
+  select_of_heads(call, all_heads, blocks);
+}
+
+// The same by index keys, [heads][length_k][index_dims] with strides of heads and keys; `valid` is of keys, or null.
+template <typename T>
+void select_by_tokens(
+    const Call& call, const T* q, const Real<T>* index, const int64_t* strides, const bool* valid,
+    const int32_t* channels, int32_t* blocks) {
+  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, valid);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t head = 0; head < call.heads; head++) {
+    all_heads[head].channels = channels + head * call.index_dims;
+    if (needs_scores(call, call.length_k))
+      take_index(call, all_heads[head], index + head * strides[0], strides[1]);
+  }
+  select_of_heads(call, all_heads, blocks);
 }
 
 }  // namespace

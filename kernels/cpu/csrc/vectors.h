@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__FMA__)
@@ -59,6 +60,9 @@ using Element = std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>>;
 constexpr int COARSE_FACTOR = 4;   // K2 pools windows this many times longer, and further apart, than K1
 constexpr double HIDDEN = -1e30;   // logit of a masked key; finite, so that no difference is a NaN
 constexpr double LOG2E = 1.4426950408889634;
+
+// What index keys are stored in: T, or a byte with a scale a token.
+enum IndexKind { INDEX_AS_KEYS, INDEX_INT8, INDEX_FP8 };
 
 // A call from its integers, all fields in their order, and the last one, the scale.
 template <typename C>
@@ -132,6 +136,10 @@ inline Element<V> reduce(V value, Function combine) {
 
 template <typename V>
 inline Element<V> reduce_max(V value) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return _mm512_reduce_max_ps((__m512)value);
+#endif
   return reduce(value, [](auto a, auto b) { return std::max(a, b); });
 }
 
@@ -142,6 +150,30 @@ inline Element<V> reduce_sum(V value) {
     return _mm512_reduce_add_ps((__m512)value);
 #endif
   return reduce(value, [](auto a, auto b) { return a + b; });
+}
+
+// Sums of adjacent lanes, `half` apart, of a and b: in each 2 * half lanes those of a, then those of b.
+template <typename R, int half, int... lane>
+inline Vector<R> add_halves(Vector<R> a, Vector<R> b, std::integer_sequence<int, lane...>) {
+  constexpr int count = sizeof...(lane);
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (lane % (2 * half) < half ? lane : count + lane - half)...) +
+      __builtin_shufflevector(a, b, (lane % (2 * half) < half ? lane + half : count + lane)...);
+#else
+  using Integers = typename VectorTypes<R>::Integers;
+  const Integers one = {(lane % (2 * half) < half ? lane : count + lane - half)...};
+  return __builtin_shuffle(a, b, one) + __builtin_shuffle(a, b, one + half);
+#endif
+}
+
+// The sums of LANES vectors, one a lane; the vectors are overwritten.
+template <typename R, int half = LANES<R> / 2>
+inline Vector<R> sums_of(Vector<R>* x) {
+  for (int number = 0; number < half; number++)
+    x[number] = add_halves<R, half>(x[number], x[number + half], std::make_integer_sequence<int, LANES<R>>());
+  if constexpr (half > 1)
+    return sums_of<R, half / 2>(x);
+  return x[0];
 }
 
 template <typename R>
@@ -165,6 +197,58 @@ struct Exp2<double> {
       9.6181291076284769e-03, 5.5504108664821576e-02, 2.4022650695910072e-01, 6.9314718055994529e-01,
       1.0};
 };
+
+// A number of 8 bits: sign, four bits of exponent and three of mantissa (e4m3fn); NaN does not occur.
+struct Fp8 {
+  uint8_t bits;
+};
+
+// LANES bytes as integers; compilers take conversions of so many steps apart, lane by lane.
+template <typename R, typename I>
+inline typename VectorTypes<R>::Integers widen_bytes(const void* from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<R, float>) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(from));
+    return (typename VectorTypes<R>::Integers)(
+        std::is_signed_v<I> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<R, float>) {
+    const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(from));
+    return (typename VectorTypes<R>::Integers)(
+        std::is_signed_v<I> ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  }
+#endif
+  typedef I Bytes __attribute__((vector_size(LANES<R>)));
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, typename VectorTypes<R>::Integers);
+}
+
+// LANES numbers in the type of the arithmetic.
+template <typename R, typename I>
+inline Vector<R> widen(const I* from) {
+  using Integers = typename VectorTypes<R>::Integers;
+  if constexpr (std::is_same_v<I, R>) {
+    return load(from);
+  } else if constexpr (std::is_same_v<I, Fp8>) {
+    const Integers bits = widen_bytes<R, uint8_t>(from);
+    constexpr int mantissa = Exp2<R>::MANTISSA_BITS, bias = Exp2<R>::BIAS - 1;
+    const auto value = [&](int exponent) {  // of a number with a point before the mantissa
+      return (Vector<R>)(((bits & 0x7f) << (mantissa - 3)) + ((Integers{} + (bias + exponent)) << mantissa));
+    };
+    // Below 2^-6 the exponent is that of 2^-6, and nothing stands before the point.
+    const Vector<R> size = (bits & 0x78) != 0 ? value(-7) : value(-6) - broadcast(R(0.015625));
+    return (bits & 0x80) != 0 ? -size : size;
+  } else if constexpr (std::is_same_v<I, int8_t>) {
+    return __builtin_convertvector(widen_bytes<R, int8_t>(from), Vector<R>);
+  } else {
+    R value[LANES<R>];
+    for (int lane = 0; lane < LANES<R>; lane++)
+      value[lane] = static_cast<R>(from[lane]);
+    return load(value);
+  }
+}
 
 // 2 ** x; 0 below Exp2::LOWEST, and no more than 2 ** Exp2::HIGHEST, so that sums of many are finite.
 template <typename V>
@@ -194,20 +278,36 @@ inline double exp2(double x) {
   return exp2(broadcast(x))[0];
 }
 
+// Adds the weights of blocks by the largest logits of their tokens, `width` of them, whole vectors.
+template <typename R>
+void add_block_weights(const R* maxima, int64_t width, R* to) {
+  Vector<R> tops = load(maxima), total{};
+  for (int64_t block = LANES<R>; block < width; block += LANES<R>)
+    tops = maximum(tops, load(maxima + block));
+  const R top = reduce_max(tops);
+  for (int64_t block = 0; block < width; block += LANES<R>)
+    total += exp2(load(maxima + block) - top);
+  const R norm = top + std::log2(reduce_sum(total));
+  for (int64_t block = 0; block < width; block += LANES<R>)
+    store(to + block, load(to + block) + exp2(load(maxima + block) - norm));
+}
+
 // Complete windows of `size` keys, `stride` apart, that end at or before a position.
 inline int64_t windows_up_to(int64_t position, int64_t size, int64_t stride) {
   return position + 1 < size ? 0 : (position + 1 - size) / stride + 1;
 }
 
 // Top-k of the blocks [low, high), in no order: a block's score is the maximum over the windows that overlap it, of which
-// [begin, end) have a score; none is negative. Ties go to the lower block.
+// [begin, end) have a score, negative where nothing of it is visible; where tokens are scored a block is the window. Ties
+// go to the lower block.
 template <typename R>
 struct BlockRanking {
   int64_t windows_per_block, overhang;  // windows that begin in a block; windows of earlier blocks that reach into it
 
   template <typename C>
   explicit BlockRanking(const C& call)
-      : windows_per_block(call.block_size / call.kernel_stride), overhang(call.kernel_size / call.kernel_stride - 1) {}
+      : windows_per_block(call.index_dims > 0 ? 1 : call.block_size / call.kernel_stride),
+        overhang(call.index_dims > 0 ? 0 : call.kernel_size / call.kernel_stride - 1) {}
 
   template <typename Function>
   void each_best(const R* scores, int64_t begin, int64_t end, int64_t low, int64_t high, int64_t count, Function take) {
@@ -220,7 +320,7 @@ struct BlockRanking {
         const R best = *std::max_element(scores + (from - begin), scores + (to - begin));
         Bits bits;  // of numbers that are not negative: ordered as they are
         std::memcpy(&bits, &best, sizeof bits);
-        key = Key{bits} + 1;
+        key = best < R{0} ? Key{0} : Key{bits} + 1;
       }
       keys_.push_back(key << 31 | static_cast<Key>(0x7fffffff - block));
     }

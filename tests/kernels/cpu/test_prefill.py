@@ -17,6 +17,7 @@ from infllm_pass.kernels import reference
 from infllm_pass.kernels.cpu import chunked, native, prefill
 from infllm_pass.kernels.cpu.sequences import AttentionParams
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.params import PrefillParams
 from tests.support.common import relative_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -85,8 +86,20 @@ def packed(rng: random.Random, batch: int, length_q: int, length_k: int) -> dict
     return bounds
 
 
+def by_tokens(rng: random.Random, geometry: BlockGeometry, heads: int, dim: int) -> BlockGeometry:
+    """The geometry with token scores over random channels: one set, or one for each head."""
+    count = rng.choice([1, 3, dim // 2, dim])
+    channels = tuple(tuple(sorted(rng.sample(range(dim), count))) for _ in range(rng.choice([1, heads])))
+    sizes = {"block_size": rng.choice([geometry.block_size, 3 * geometry.block_size])}
+    kept = rng.choice(["key", "key", "int8", "fp8"])
+    return dataclasses.replace(geometry, scorer="tokens", channels=channels, score_dtype=kept, **sizes)
+
+
+SCORERS = ("pooled", "tokens")
+
+
 @st.composite
-def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False) -> Case:
+def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False, scorers=SCORERS) -> Case:
     # One seed decides everything: drawn one by one, most sizes come out too small to leave a block out.
     seed = draw(st.integers(0, 2**32 - 1))
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -102,6 +115,8 @@ def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False) ->
     geometry = dataclasses.replace(
         rng.choice(GEOMETRIES), lse=rng.choice(["coarse", "exact"]), query_block=rng.choice([1, 1, 2, 16, 12])
     )
+    if scorers != ("pooled",):
+        geometry = rng.choice([geometry, by_tokens(rng, geometry, heads, dim)])
     layout = rng.choice(["heads first", "tokens first", "every other"])
 
     def data(heads, length, dim):
@@ -138,9 +153,13 @@ def cases(draw, dtypes=tuple(TOLERANCE), masks=True, placed=True, long=False) ->
     return Case(data(heads * group, length_q, dim), data(heads, length_k, dim), data(heads, length_k, dim_v), keywords)
 
 
+def params(**fields) -> PrefillParams:
+    return PrefillParams(**{"dense_len": 0} | fields)
+
+
 def select(q: torch.Tensor, k: torch.Tensor, **keywords) -> torch.Tensor:
     """Compression and selection."""
-    return prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
+    return prefill.select_blocks(q, k, prefill.compress_keys(q, k, params(**keywords)), params(**keywords))
 
 
 def as_set(blocks: torch.Tensor, count: int) -> torch.Tensor:
@@ -165,14 +184,18 @@ def undecided(case: Case) -> torch.Tensor:
     q, k, keywords = case.q, case.k, case.keywords
     g = case.geometry
     unsure = torch.zeros(q.shape[0], k.shape[1], q.shape[2], dtype=torch.bool)
-    names = ("offset", "key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k")
-    where = {name: keywords.get(name) for name in names}
-    for row, keys, queries, shift in reference.sequences(q.shape[0], q.shape[2], k.shape[2], **where):
+    for row, keys, queries, shift in reference.sequences(q, k, params(**keywords)):
         if queries.stop <= queries.start:
             continue
         length, offset = keys.stop - keys.start, shift + queries.start - keys.start
         scores = reference.block_scores(
-            q[row, :, queries], k[row, :, keys], geometry=g, scale=keywords["scale"], offset=offset
+            q[row, :, queries],
+            k[row, :, keys],
+            geometry=g,
+            scale=keywords["scale"],
+            offset=offset,
+            key_mask=None if keywords["key_mask"] is None else keywords["key_mask"][row, keys],
+            window=keywords["window"],
         )
         positions = torch.arange(queries.stop - queries.start) + offset
         position = reference.tile_position(positions, g.query_block, length)[:, None]
@@ -210,7 +233,7 @@ def test_attends_to_the_reference_set(case, mode):
     blocks = None if chosen is None else as_numbers(chosen, case.geometry.selected_blocks)
     q, k, v = (x.double().requires_grad_() for x in (case.q, case.k, case.v))
     expected, expected_lse = reference.attention(q, k, v, chosen, **case.keywords)
-    out, lse = prefill.attention_forward(case.q, case.k, case.v, blocks, **case.keywords)
+    out, lse = prefill.attention_forward(case.q, case.k, case.v, blocks, params(**case.keywords))
 
     dtype = case.q.dtype
     assert out.dtype == dtype
@@ -231,7 +254,7 @@ def test_attends_to_the_reference_set(case, mode):
 
     grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
     expected.backward(grad.double())
-    grads = prefill.attention_backward(grad, case.q, case.k, case.v, out, lse, blocks, **case.keywords)
+    grads = prefill.attention_backward(grad, case.q, case.k, case.v, out, lse, blocks, params(**case.keywords))
     for actual, source in zip(grads, (q, k, v), strict=True):
         assert actual.dtype == dtype
         # A query that sees one key has no gradient but rounding: measure against what cancels in it.
@@ -253,13 +276,13 @@ def test_padding_never_changes_a_sequence(case, left, right):
     padded = select(case.q, k, **keywords)
     assert torch.equal(alone, padded)
     for chosen in (alone, None):
-        one = prefill.attention_forward(case.q, case.k, case.v, chosen, **case.keywords)
-        two = prefill.attention_forward(case.q, k, v, chosen, **keywords)
+        one = prefill.attention_forward(case.q, case.k, case.v, chosen, params(**case.keywords))
+        two = prefill.attention_forward(case.q, k, v, chosen, params(**keywords))
         assert torch.equal(one[0], two[0])
         assert torch.equal(one[1], two[1])
         grad = torch.randn_like(one[0])
-        grads = prefill.attention_backward(grad, case.q, case.k, case.v, *one, chosen, **case.keywords)
-        padded_grads = prefill.attention_backward(grad, case.q, k, v, *two, chosen, **keywords)
+        grads = prefill.attention_backward(grad, case.q, case.k, case.v, *one, chosen, params(**case.keywords))
+        padded_grads = prefill.attention_backward(grad, case.q, k, v, *two, chosen, params(**keywords))
         assert torch.equal(grads[0], padded_grads[0])
         for part, whole in zip(grads[1:], padded_grads[1:], strict=True):
             assert torch.equal(part, whole[:, :, left : left + length])
@@ -277,14 +300,14 @@ def test_a_prompt_may_come_in_chunks(case, cuts):
     m = case.geometry.query_block
     edges = sorted({0, length, *(cut // m * m for cut in cuts if cut < length)})
     blocks = select(q, k, **keywords)
-    out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+    out, lse = prefill.attention_forward(q, k, v, blocks, params(**keywords))
     for begin, end in itertools.pairwise(edges):
         keywords["offset"] = begin
         part = select(q[:, :, begin:end], k[:, :, :end], **keywords)
         count = case.geometry.num_blocks(length)
         assert torch.equal(as_set(part, count), as_set(blocks[:, :, begin:end], count))
         part_out, part_lse = prefill.attention_forward(
-            q[:, :, begin:end], k[:, :, :end], v[:, :, :end], part, **keywords
+            q[:, :, begin:end], k[:, :, :end], v[:, :, :end], part, params(**keywords)
         )
         torch.testing.assert_close(part_out, out[:, :, begin:end])
         torch.testing.assert_close(part_lse, lse[:, :, begin:end])
@@ -301,13 +324,13 @@ def test_several_chunks(length, group):
     blocks = as_numbers(chosen, geometry.selected_blocks)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = reference.attention(*leaves, chosen, **keywords)
-    out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+    out, lse = prefill.attention_forward(q, k, v, blocks, params(**keywords))
     assert relative_error(out, expected) <= 1e-6
     assert relative_error(lse, expected_lse) <= 1e-6
     grad = torch.randn_like(out)
     expected.backward(grad.double())
-    grads = prefill.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
-    again = prefill.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    grads = prefill.attention_backward(grad, q, k, v, out, lse, blocks, params(**keywords))
+    again = prefill.attention_backward(grad, q, k, v, out, lse, blocks, params(**keywords))
     for actual, repeated, source in zip(grads, again, leaves, strict=True):
         assert relative_error(actual, source.grad) <= 1e-5
         assert torch.equal(actual, repeated)
@@ -330,12 +353,12 @@ def test_far_logits_that_dwarf_the_band(sharpness):
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = reference.attention(*leaves, chosen, **keywords)
     numbers = as_numbers(chosen, 6)
-    out, lse = prefill.attention_forward(q, k, v, numbers, **keywords)
+    out, lse = prefill.attention_forward(q, k, v, numbers, params(**keywords))
     assert relative_error(lse, expected_lse) <= 1e-6
     assert relative_error(out, expected) <= 1e-4 * sharpness / 30  # the rounding of logits of 1e3 and more
     grad = torch.randn_like(out)
     expected.backward(grad.double())
-    grads = prefill.attention_backward(grad, q, k, v, out, lse, numbers, **keywords)
+    grads = prefill.attention_backward(grad, q, k, v, out, lse, numbers, params(**keywords))
     assert all(torch.isfinite(x).all() for x in grads)
     assert relative_error(grads[2], leaves[2].grad) <= 1e-3
 
@@ -349,13 +372,13 @@ def test_queries_that_see_nothing(length):
     blocks = as_numbers(chosen, 4)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, _ = reference.attention(*leaves, chosen, **keywords)
-    out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+    out, lse = prefill.attention_forward(q, k, v, blocks, params(**keywords))
     assert (out[:, :, 5:100:7] == 0).all()
     assert (lse[:, :, 5:100:7] == -torch.inf).all()
     assert relative_error(out, expected) <= 1e-5
     grad = torch.randn_like(out)
     expected.backward(grad.double())
-    grads = prefill.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    grads = prefill.attention_backward(grad, q, k, v, out, lse, blocks, params(**keywords))
     for actual, source in zip(grads, leaves, strict=True):
         assert relative_error(actual, source.grad) <= 1e-5
 
@@ -370,11 +393,11 @@ def test_holes_among_the_selected_keys(length_q):
     blocks = as_numbers(chosen, 4)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, _ = reference.attention(*leaves, chosen, **keywords)
-    out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+    out, lse = prefill.attention_forward(q, k, v, blocks, params(**keywords))
     assert relative_error(out, expected) <= 1e-5
     grad = torch.randn_like(out)
     expected.backward(grad.double())
-    grads = prefill.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    grads = prefill.attention_backward(grad, q, k, v, out, lse, blocks, params(**keywords))
     for actual, source in zip(grads, leaves, strict=True):
         assert relative_error(actual, source.grad) <= 1e-5
 
@@ -389,9 +412,9 @@ def test_rows_shorter_than_dense_len_are_dense():
     assert (blocks[0] == -1).all()
     assert (blocks[1, :, 20:] >= 0).any(-1).all()
     assert (blocks[2] >= 0).any(-1).all()
-    out, _ = prefill.attention_forward(q, k, v, blocks, **keywords)
-    dense, _ = prefill.attention_forward(q, k, v, None, **keywords)
-    sparse, _ = prefill.attention_forward(q, k, v, blocks, **{**keywords, "dense_len": 0})
+    out, _ = prefill.attention_forward(q, k, v, blocks, params(**keywords))
+    dense, _ = prefill.attention_forward(q, k, v, None, params(**keywords))
+    sparse, _ = prefill.attention_forward(q, k, v, blocks, params(**{**keywords, "dense_len": 0}))
     assert torch.equal(out[0], dense[0])
     assert torch.equal(out[1:], sparse[1:])
     assert not torch.equal(dense[1:], sparse[1:])
@@ -403,7 +426,7 @@ def test_half_precision_is_as_good_as_dense():
     expected, _ = reference.attention(q, k, v, None, **keywords)
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     blocks = select(q, k, **keywords)
-    out, _ = prefill.attention_forward(q, k, v, blocks, **keywords)
+    out, _ = prefill.attention_forward(q, k, v, blocks, params(**keywords))
     assert relative_error(out, expected) <= 1.05 * relative_error(dense, expected)
 
 
@@ -436,7 +459,7 @@ def test_pooled_keys(size, stride, dtype):
         k = torch.randn(2, length, 8).to(dtype)
         geometry = BlockGeometry(size, stride, 16 * stride)
         q = k[None, :, -1:]
-        compressed = prefill.compress_keys(q, k[None], geometry=geometry, scale=1.0, offset=length - q.shape[2])
+        compressed = prefill.compress_keys(q, k[None], params(geometry=geometry, scale=1.0, offset=length - q.shape[2]))
         for windows, factor in zip(compressed, (1, 4), strict=True):
             expected = reference.pool_keys(k, factor * size, factor * stride).to(dtype)
             assert windows.dtype == dtype
@@ -448,10 +471,10 @@ def test_inputs_are_left_alone():
     copies = [x.clone() for x in (q, k, v)]
     keywords = {"geometry": SMALL, "scale": 0.25, "offset": 0}
     blocks = select(q, k, **keywords)
-    out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
+    out, lse = prefill.attention_forward(q, k, v, blocks, params(**keywords))
     grad = torch.randn_like(out)
     kept = [x.clone() for x in (grad, out, lse, blocks)]
-    prefill.attention_backward(grad, q, k, v, out, lse, blocks, **keywords)
+    prefill.attention_backward(grad, q, k, v, out, lse, blocks, params(**keywords))
     for x, copy in zip((q, k, v, grad, out, lse, blocks), (*copies, *kept), strict=True):
         assert torch.equal(x, copy)
 
@@ -465,16 +488,17 @@ def test_memory_is_linear_in_the_length(place, computed):
 import resource, torch
 from infllm_pass.kernels.cpu import native, prefill
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.params import PrefillParams
 for name in ENTRIES:
     setattr(native, name, lambda *_: None)
 q, k, v = (torch.randn(1, h, 16384, 16) for h in (3, 1, 1))
-keywords = dict(geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale=0.25, offset=0)
-prefill.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, **keywords)
-keywords |= dict(PLACE)
+keywords = dict(dense_len=0, geometry=BlockGeometry(local_blocks=2, selected_blocks=6), scale=0.25, offset=0)
+prefill.attention_forward(q[:, :, :512], k[:, :, :512], v[:, :, :512], None, PrefillParams(**keywords))
+call = PrefillParams(**keywords | dict(PLACE))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-blocks = prefill.select_blocks(q, k, *prefill.compress_keys(q, k, **keywords), **keywords)
-out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
-prefill.attention_backward(out, q, k, v, out, lse, blocks, **keywords)
+blocks = prefill.select_blocks(q, k, prefill.compress_keys(q, k, call), call)
+out, lse = prefill.attention_forward(q, k, v, blocks, call)
+prefill.attention_backward(out, q, k, v, out, lse, blocks, call)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     script = script.replace("PLACE", place).replace("ENTRIES", repr(ENTRIES if computed == "torch operators" else ()))
@@ -493,20 +517,18 @@ def test_what_is_computed_in_c_plus_plus(dtype, layout, monkeypatch):
     q, k, v = (strided(torch.randn(1, heads, 100, 8).to(dtype), layout) for heads in (4, 2, 2))
     numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0}
     blocks = select(q, k, **numbers)
-    out, lse = prefill.attention_forward(q, k, v, blocks, **numbers)
-    prefill.attention_backward(out[:, :1, :, :1].expand_as(out), q, k, v, out, lse, blocks, **numbers)
+    out, lse = prefill.attention_forward(q, k, v, blocks, params(**numbers))
+    prefill.attention_backward(out[:, :1, :, :1].expand_as(out), q, k, v, out, lse, blocks, params(**numbers))
     elsewhere = torch.empty(2, 2, 100, 8, device="meta"), *(torch.empty(2, 50, 8, device="meta") for _ in range(2))
-    assert native.select_blocks(*elsewhere, 100, AttentionParams(SMALL, 1.0)) is None
+    assert native.select_blocks(elsewhere[0], elsewhere[1:], 100, AttentionParams(SMALL, 1.0)) is None
 
 
 @PROPERTY
-@given(cases())
+@given(cases(scorers=("pooled",)))
 def test_compressed_keys_are_those_of_the_reference(case):
     keywords, g = case.keywords, case.geometry
-    where = {name: keywords.get(name) for name in ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k")}
-    length_q, length_k = case.q.shape[2], case.k.shape[2]
-    compressed = prefill.compress_keys(case.q, case.k, **keywords)
-    for row, keys, queries, _ in reference.sequences(case.q.shape[0], length_q, length_k, keywords["offset"], **where):
+    compressed = prefill.compress_keys(case.q, case.k, params(**keywords))
+    for row, keys, queries, _ in reference.sequences(case.q, case.k, params(**keywords)):
         if queries.stop <= queries.start or keys.stop - keys.start < keywords["dense_len"]:
             continue
         for windows, factor in zip(compressed, (1, 4), strict=True):
@@ -527,8 +549,10 @@ def test_the_same_bits_for_any_number_of_threads():
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             blocks = select(q, k, **keywords)
-            out, lse = prefill.attention_forward(q, k, v, blocks, **keywords)
-            results.append((blocks, out, *prefill.attention_backward(out, q, k, v, out, lse, blocks, **keywords)))
+            out, lse = prefill.attention_forward(q, k, v, blocks, params(**keywords))
+            results.append(
+                (blocks, out, *prefill.attention_backward(out, q, k, v, out, lse, blocks, params(**keywords)))
+            )
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -540,10 +564,10 @@ def test_masks_and_blocks_in_any_layout():
     numbers = {"geometry": SMALL, "scale": 1.0, "offset": 0}
     blocks = select(q, k, **numbers)
     mask = torch.rand(2, 300) < 0.7
-    expected = prefill.attention_forward(q, k, v, blocks, key_mask=mask, **numbers)
+    expected = prefill.attention_forward(q, k, v, blocks, params(key_mask=mask, **numbers))
     apart = torch.stack((mask, ~mask), -1)[..., 0], blocks.transpose(1, 2).contiguous().transpose(1, 2)
     assert not apart[0][0].is_contiguous()
-    got = prefill.attention_forward(q, k, v, apart[1], key_mask=apart[0], **numbers)
+    got = prefill.attention_forward(q, k, v, apart[1], params(key_mask=apart[0], **numbers))
     assert all(map(torch.equal, got, expected))
 
 

@@ -12,6 +12,7 @@ from torch._inductor.codecache import CppCodeCache
 from infllm_pass.errors import DeviceError, DtypeError, ShapeError, UncompiledKernelWarning
 from infllm_pass.kernels.cpu import native
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.scorer import scorer_of
 from infllm_pass.lowering.ops import decode
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from tests.support.decode_support import SMALL, Cache
@@ -45,10 +46,34 @@ ODD = {
     "no key is seen": {"holes": 1.1},
 }
 
+TOKENS = replace(SMALL, scorer="tokens", channels=((0, 3, *range(6, 16)),))
+EACH_ITS_OWN = replace(TOKENS, channels=((0, 2, 5), (1, 13, 15)))
+EIGHT_BITS = {name: replace(TOKENS, score_dtype=name) for name in ("int8", "fp8")}
+ODD |= {
+    f"tokens, {name}": {**sizes, "geometry": replace(sizes.get("geometry", SMALL), **by)}
+    for by in ({"scorer": "tokens", "channels": TOKENS.channels},)
+    for name, sizes in ODD.items()
+    if "windows" not in name.split(", ") and name != "exact"
+}
+ODD |= {
+    "tokens, channels of each head": {"geometry": EACH_ITS_OWN},
+    "tokens, all channels": {"geometry": replace(TOKENS, channels=(tuple(range(16)),))},
+    "tokens, blocks of 24": {"geometry": replace(TOKENS, block_size=24, kernel_stride=4)},
+    "tokens, group 4": {"geometry": TOKENS, "group": 4},
+    "tokens, group 16": {"geometry": TOKENS, "group": 16, "heads": 1},
+    "tokens, shared by 4": {"geometry": replace(EACH_ITS_OWN, query_block=4)},
+}
+for name, eight in EIGHT_BITS.items():
+    ODD[f"tokens, {name}"] = {"geometry": eight}
+    ODD[f"tokens, {name}, slots first"] = {"geometry": eight, "slot_first": True}
+    ODD[f"tokens, {name}, float64"] = {"geometry": eight, "dtype": torch.float64}
+    ODD[f"tokens, {name}, holes"] = {"geometry": replace(eight, query_block=16), "holes": 0.4, "token_first": True}
+
 
 def operator(*arguments):
-    q, k, v, *state, geometry = arguments
-    return decode.decode_attention(q, k, v, state[:3], *state[3:], geometry_text(geometry))
+    q, k, v, *others, geometry = arguments
+    count = len(decode.new_state(k, geometry))
+    return decode.decode_attention(q, k, v, others[:count], *others[count:], geometry_text(geometry))
 
 
 @pytest.fixture
@@ -80,9 +105,10 @@ def test_steps_in_torch_operators_equal_the_oracle(sizes):
 
 @pytest.mark.parametrize("dense_len", [0, 2000, 5000])
 @pytest.mark.parametrize("shared", [1, 16])
-def test_what_is_cut_into_parts(dense_len, shared, in_c_plus_plus):
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS], ids=["pooled", "tokens"])
+def test_what_is_cut_into_parts(dense_len, shared, geometry, in_c_plus_plus):
     """More windows, and more visited keys, than one task of the kernel in C++ takes."""
-    geometry = replace(SMALL, selected_blocks=60, query_block=shared)
+    geometry = replace(geometry, selected_blocks=60, query_block=shared)
     cache = Cache(operator, [2500, 1700], [0, 33], capacity=2600, geometry=geometry, dense_len=dense_len)
     cache.grow(1, 5, 1)
     assert set(in_c_plus_plus) == {True}
@@ -126,9 +152,10 @@ def test_a_cache_grows_key_by_key_from_nothing_across_dense_len():
     Cache(operator, [0, 9, 30], starts=[0, 9, 17], dense_len=50, heads=1).grow(*[1] * 80)
 
 
-def test_half_precision():
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS, *EIGHT_BITS.values()])
+def test_half_precision(geometry):
     for dtype in (torch.bfloat16, torch.float16):
-        Cache(operator, [64], dtype=dtype).grow(1, 1, 3, bound=1e-2)
+        Cache(operator, [64], geometry=geometry, dtype=dtype).grow(1, 1, 3, bound=1e-2)
 
 
 def test_queries_before_the_first_key_give_nothing():
@@ -138,8 +165,9 @@ def test_queries_before_the_first_key_give_nothing():
     cache.check(q)
 
 
-def test_state_is_the_same_however_it_came_about():
-    cache = Cache(operator, [0, 20], starts=[0, 7])
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS, EIGHT_BITS["int8"]], ids=["pooled", "tokens", "int8"])
+def test_state_is_the_same_however_it_came_about(geometry):
+    cache = Cache(operator, [0, 20], starts=[0, 7], geometry=geometry)
     for _ in range(100):
         cache.attend(cache.append(1))
     grown = [tensor.clone() for tensor in cache.state]
@@ -150,18 +178,21 @@ def test_state_is_the_same_however_it_came_about():
 
 
 @pytest.mark.parametrize("again", [1, 3, 30])
-def test_a_cache_that_was_cut_back_is_noticed(again):
-    cache = Cache(operator, [100, 90])
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS], ids=["pooled", "tokens"])
+def test_a_cache_that_was_cut_back_is_noticed(again, geometry):
+    cache = Cache(operator, [100, 90], geometry=geometry)
     cache.grow(1)
     cache.crop(25)
     cache.grow(again, 1)
 
 
-def test_random_operations():
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS, EIGHT_BITS["fp8"]], ids=["pooled", "tokens", "fp8"])
+def test_random_operations(geometry):
     torch.manual_seed(3)
     for _ in range(10):
         starts = torch.randint(0, 30, (3,)).tolist()
-        cache = Cache(operator, [start + int(torch.randint(0, 90, ())) for start in starts], starts, dense_len=70)
+        lengths = [start + int(torch.randint(0, 90, ())) for start in starts]
+        cache = Cache(operator, lengths, starts, geometry, dense_len=70)
         for _ in range(8):
             if torch.rand(()) < 0.2:
                 cache.crop(int(torch.randint(1, 40, ())))
@@ -174,7 +205,7 @@ def test_random_operations():
 def arguments(**changes):
     geometry = changes.pop("geometry", SMALL)
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 8)
-    names = ("k1", "k2", "filled")
+    names = (*(each.name for each in scorer_of(geometry).state(geometry, 64, 16, k.dtype)), "filled")
     state = dict(zip(names, decode.new_state(k, geometry), strict=True))
     state |= {name: changes.pop(name) for name in names if name in changes}
     given = {"q": q, "k": k, "v": v, "state": list(state.values())}
@@ -211,6 +242,33 @@ BAD = {
         "key_mask is on meta and q on cpu",
     ),
     "window": ({"window": 0}, ShapeError, "window=0"),
+    "short ki": (
+        {"geometry": TOKENS, "ki": torch.zeros(2, 2, 63, 12)},
+        ShapeError,
+        "ki has shape .*, 12\\] with n at least 64, .*make a new state",
+    ),
+    "ki of other channels": ({"geometry": TOKENS, "ki": torch.zeros(2, 2, 64, 13)}, ShapeError, "ki has shape"),
+    "ki dtype": (
+        {"geometry": EIGHT_BITS["int8"], "ki": torch.zeros(2, 2, 64, 12)},
+        DtypeError,
+        "ki is torch.float32 and k torch.float32: make the state for",
+    ),
+    "scales in half": (
+        {"geometry": EIGHT_BITS["fp8"], "ki_scale": torch.zeros(2, 2, 64).half()},
+        DtypeError,
+        "ki_scale is torch.float16",
+    ),
+    "a channel too many": (
+        {"geometry": replace(TOKENS, channels=((3, 16),))},
+        ShapeError,
+        "channels are 3-3\\+16-16: expected different numbers in ascending order, below head_dim 16",
+    ),
+    "three sets of channels": (
+        {"geometry": replace(TOKENS, channels=((3,), (4,), (5,)))},
+        ShapeError,
+        "expected one set, or one for each of the 2 key/value heads",
+    ),
+    "no channels": ({"geometry": replace(TOKENS, channels=())}, ShapeError, "channels are none: expected one set"),
 }
 
 
@@ -219,15 +277,17 @@ def test_bad_arguments_are_refused_before_anything_is_written(case):
     changes, error, message = BAD[case]
     given = arguments(**changes)
     for state in given[3]:
-        state.fill_(7)
+        state.copy_(torch.full(state.shape, 7.0))
     with pytest.raises(error, match=message):
         decode.decode_attention(*given)
-    assert all(bool((state == 7).all()) for state in given[3] if state.device.type == "cpu")
+    assert all(bool((state.float() == 7).all()) for state in given[3] if state.device.type == "cpu")
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_opcheck(padded):
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS, EIGHT_BITS["int8"]], ids=["pooled", "tokens", "int8"])
+def test_opcheck(padded, geometry):
     changes = {"starts": torch.tensor([0, 9]), "key_mask": torch.rand(2, 64) < 0.8} if padded else {}
+    changes["geometry"] = geometry
     torch.library.opcheck(decode.decode_attention.default, arguments(**changes))
 
 
