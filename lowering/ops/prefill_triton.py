@@ -8,12 +8,12 @@ and its gradient find them planned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from infllm_pass.errors import ShapeError
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
 from infllm_pass.kernels.triton.prefill import compress, pooled
@@ -94,9 +94,7 @@ def block_attention(
         batch, heads, length, _ = q.shape
         log_sum = q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
         return q.new_zeros(batch, length, heads, v.shape[3]).transpose(1, 2), log_sum
-    lists, plan = _selected(q, k, selection, call)
-    whole = _covers_every_query(q, k, call)
-    return attention_forward(q, k, v, lists, plan, **_numbers(call), every_query=whole)
+    return attention_forward(_inputs(q, k, v, selection, call))
 
 
 def block_attention_backward(
@@ -114,23 +112,16 @@ def block_attention_backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    lists, plan = _selected(q, k, selection, call)
-    delta = output_delta(grad_out, out)
+    given = _inputs(q, k, v, selection, call)
+    gradients = grad_out, lse, output_delta(grad_out, out), given
+    return query_gradient(*gradients), *key_gradients(*gradients)
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, selection: Sequence[Tensor], call: AttentionCall) -> AttentionInputs:
+    """A call of attention as the kernels take it; errors: see `_selected`."""
+    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "key_mask", "window")}
     whole = _covers_every_query(q, k, call)
-    dq = query_gradient(grad_out, q, k, v, lse, delta, lists, plan, **_numbers(call), every_query=whole)
-    dk, dv = key_gradients(grad_out, q, k, v, lse, delta, lists, plan, **_numbers(call))
-    return dq, dk, dv
-
-
-def _numbers(call: AttentionCall) -> dict[str, Any]:
-    """What all kernels of attention take of a call."""
-    return {
-        "geometry": call.geometry,
-        "scale": call.scale,
-        "dense_len": call.dense_len,
-        "key_mask": call.key_mask,
-        "window": call.window,
-    }
+    return AttentionInputs(q, k, v, *_selected(q, k, selection, call), **numbers, every_query=whole)
 
 
 def _selected(

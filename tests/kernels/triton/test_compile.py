@@ -332,14 +332,13 @@ def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
     geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
     shape = TileShape.choose(variant.group)
     window = 4096 if variant.window else None
-    constants = scattered_constants(shape, geometry, variant.dim, variant.value_dim, window is not None, launch)
     known = {
         **tile_arguments(variant, launch),
         **dict.fromkeys(("state", "scratch"), torch.int32),
         "pool": variant.dtype,
         "sums": torch.float32,
         **dict.fromkeys(("num_tiles", "num_blocks", "chunk_tiles", "ranges", "heads"), "i32"),
-        **constants,
+        **scattered_constants(geometry, shape.tokens, window is not None),
     }
     arguments = {name: known.get(name, "i32:16") for name in _scattered_kernel.arg_names}
     with warnings.catch_warnings():

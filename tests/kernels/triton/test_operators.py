@@ -7,6 +7,7 @@ import torch
 
 from infllm_pass.errors import ShapeError
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
 from infllm_pass.kernels.triton.decode.select import decode_select
@@ -49,7 +50,7 @@ def test_a_prompt(sparse):
         assert torch.equal(selection[2], lists.counts)
         torch.library.opcheck(prefill.compress_keys.default, (q, k, *call), test_utils=SHAPES)
         torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call), test_utils=SHAPES)
-    expected = attention_forward(q, k, v, lists, plan, **numbers, every_query=True)
+    expected = attention_forward(AttentionInputs(q, k, v, lists, plan, **numbers, every_query=True))
     for mine, other in zip(prefill.block_attention(q, k, v, selection, *call), expected, strict=True):
         assert torch.equal(mine, other)
         assert mine.stride() == other.stride()
