@@ -32,6 +32,19 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 """Bytes that one program may use, by compute capability."""
 
 
+RELEASE_SPILLS = {"3.8": {"key_gradients": 16, "select": 24, "scattered": 44}}
+"""Bytes that a release of Triton spills beyond what is allowed on sm_90, by kernel.
+
+The releases before and after 3.8 compile the same kernels without; assemblers of CUDA 12.8, 12.9 and 13.0 make no
+difference, so it is what 3.8 hands to them.
+"""
+
+
+def spills_allowed(name: str, usual: int) -> int:
+    """Bytes that a hot variant of a kernel may spill on sm_90, `usual` with most releases of Triton."""
+    return usual + RELEASE_SPILLS.get(".".join(triton.__version__.split(".")[:2]), {}).get(name, 0)
+
+
 @dataclass(frozen=True)
 class Variant:
     """Sizes and options for which a kernel is compiled.
@@ -258,7 +271,7 @@ def test_compiles(kernel, variant, capability, record_property):
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
         # Where registers are limited, what only a program's start and end need may spill.
-        assert used["spilled"] <= (0 if launch.max_registers is None else 64)
+        assert used["spilled"] <= spills_allowed(kernel.name, 0 if launch.max_registers is None else 64)
 
 
 SELECTION = [
@@ -310,7 +323,7 @@ def test_block_selection_compiles(variant, capability, record_property):
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
         # What only a panel's start and end need may spill.
-        assert used["spilled"] <= 64
+        assert used["spilled"] <= spills_allowed("select", 64)
 
 
 SCATTERED = find_config(ScatteredConfig, "scattered", 90, 2, 128)
@@ -350,7 +363,7 @@ def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
         assert launch.programs * (used["shared"] + 1024) <= 228 * 1024
     if variant.hot:
         # Where registers are limited, numbers that outlive a ticket may spill.
-        assert used["spilled"] <= (0 if launch.max_registers is None else 128)
+        assert used["spilled"] <= spills_allowed("scattered", 0 if launch.max_registers is None else 128)
         assert launch.programs * 128 * used["registers"] <= 1 << 16
 
 
