@@ -74,7 +74,7 @@ class SelectionConfig(LaunchConfig):
 
     Attributes:
         columns: tokens x heads of one product, at most.
-        windows: compressed keys of one scoring step.
+        windows: compressed keys, or index keys of tokens, of one scoring step.
         normaliser_keys: compressed keys of one step of the normaliser.
         rows: queries ranked at once.
         programs: persistent programs per multiprocessor.
@@ -164,6 +164,7 @@ AnyConfig = TypeVar("AnyConfig", LaunchConfig, SelectionConfig, ScatteredConfig,
 CLASSES: dict[str, type[Any]] = {
     "compress": LaunchConfig,
     "select": SelectionConfig,
+    "select_tokens": SelectionConfig,
     "attention_forward": LaunchConfig,
     "scattered": ScatteredConfig,
     "query_gradient": LaunchConfig,
