@@ -200,10 +200,10 @@ def _select_tokens_kernel(
                 largest = tl.full([W, READ], float("-inf"), tl.float32)
                 for line in range(C // W):
                     column = line * W + tl.arange(0, W)
-                    norm = tl.load(norms_at + column)
-                    at = block_at[None, :] + column[:, None] * SCORED_BLOCKS
-                    some = tl.load(at, mask=inside[None, :], other=float("-inf"))
-                    weights += tl.exp2(some - norm[:, None])
+                    normaliser = tl.load(norms_at + column)
+                    some_at = block_at[None, :] + column[:, None] * SCORED_BLOCKS
+                    some = tl.load(some_at, mask=inside[None, :], other=float("-inf"))
+                    weights += tl.exp2(some - normaliser[:, None])
                     if HAS_KEY_MASK:
                         largest = tl.maximum(largest, some)
                 score = tl.sum(tl.reshape(weights, [PR, W // PR, READ]), 1)  # [PR, READ]
