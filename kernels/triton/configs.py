@@ -120,8 +120,11 @@ class DecodeConfig:
     Attributes:
         chunk: coarse keys per program of compression and normaliser; a multiple of 8.
         keys: keys of one compression step.
-        compress_warps: warps of a compression program.
+        compress_warps: warps of a program of compression, or of token scores.
         compress_stages: depth of its software pipeline.
+        token_blocks: blocks per program of token scores; a multiple of 8.
+        token_keys: index keys of one of its steps.
+        token_stages: depth of its software pipeline.
         blocks: key blocks per scoring program.
         score_warps: warps of a scoring program.
         score_stages: depth of its software pipeline.
@@ -141,6 +144,9 @@ class DecodeConfig:
     keys: int = 64
     compress_warps: int = 4
     compress_stages: int = 2
+    token_blocks: int = 16
+    token_keys: int = 128
+    token_stages: int = 3
     blocks: int = 32
     score_warps: int = 4
     score_stages: int = 4

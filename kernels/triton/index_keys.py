@@ -245,9 +245,7 @@ def index_keys(k: Tensor, *, geometry: BlockGeometry) -> IndexKeys:
     batch, heads, length, _ = k.shape
     count = batch * heads * length + SLACK_KEYS
     channels = place_channels(geometry, k)
-    keys = torch.empty(
-        count, channels.padded, dtype=INDEX_DTYPES.get(geometry.score_dtype, k.dtype), device=k.device
-    )
+    keys = torch.empty(count, channels.padded, dtype=INDEX_DTYPES.get(geometry.score_dtype, k.dtype), device=k.device)
     plain = geometry.score_dtype == "key"
     scales = None if plain else torch.empty(count, dtype=torch.float32, device=k.device)
     wrap_triton(_index_keys_kernel)[(triton.cdiv(length, _GATHERED_ROWS), batch * heads)](

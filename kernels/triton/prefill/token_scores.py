@@ -166,9 +166,8 @@ def _select_tokens_kernel(
                 key = start + number
                 if (step // STEPS + 1) * SPAN > least + 1:
                     scores = mask_scores(scores, key[None, :], sees[:, None], window, True, True, False)
-                if HAS_WINDOW:
-                    if step // STEPS * SPAN <= most - window:
-                        scores = mask_scores(scores, key[None, :], sees[:, None], window, True, False, True)
+                if HAS_WINDOW and step // STEPS * SPAN <= most - window:
+                    scores = mask_scores(scores, key[None, :], sees[:, None], window, True, False, True)
                 if HAS_KEY_MASK:
                     valid = tl.load(mask_row + key.to(tl.int64) * mask_token_stride, mask=key < length, other=0) != 0
                     scores = mask_scores(scores, 0, 0, 0, valid[None, :], False, False)

@@ -10,7 +10,7 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
-from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_select
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
 from infllm_pass.kernels.triton.prefill.pooled import select_tiles
@@ -127,7 +127,7 @@ def test_a_decode_step(monkeypatch):
     numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 80, "window": None}
     states = [[tensor.zero_() for tensor in new_state(k, GEOMETRY)] for _ in range(2)]
     rows = DecodeRows(lengths, starts)
-    blocks = decode_select(q, k, DecodeState(*states[0]), rows, **numbers)
+    blocks = decode_select(DecodeStep(q, k, rows, **numbers), DecodeState(*states[0]))
     expected = decode_attend(q, k, v, blocks, rows, None, **numbers)
     given = (q, k, v, states[1], lengths, starts, None, None, SCALE, 80, geometry_text(GEOMETRY))
     results = decode_attention(*given)

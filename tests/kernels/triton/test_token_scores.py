@@ -111,7 +111,9 @@ def test_sets_equal_the_oracles(group, sizes):
     check(group, **sizes)
 
 
-@pytest.mark.parametrize("channels", [SCATTERED, BY_HEAD, (LOW[0], SCATTERED[0])], ids=["scattered", "by head", "mixed"])
+@pytest.mark.parametrize(
+    "channels", [SCATTERED, BY_HEAD, (LOW[0], SCATTERED[0])], ids=["scattered", "by head", "mixed"]
+)
 @pytest.mark.parametrize("score_dtype", ["key", "int8"])
 def test_sets_of_channels(channels, score_dtype):
     check(3, length=150, queries=90, heads=2, batch=2, channels=channels, score_dtype=score_dtype)
