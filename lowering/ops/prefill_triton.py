@@ -49,7 +49,8 @@ def state_count(geometry: BlockGeometry) -> int:
 def compress_keys(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
     """`infllm::compress_keys`."""
     if _is_empty(q, k):
-        return [k.new_empty(0), *(q.new_empty(0, dtype=torch.int32) for _ in range(state_count(call.geometry) - 1))]
+        kept = [k.new_empty(0, dtype=dtype) for _, dtype, *_ in _state_shapes(k, call.geometry)]
+        return [*kept, q.new_empty(0, dtype=torch.int32)]
     table = _list_sequences(q, k, call)
     if call.geometry.scorer == "tokens":
         return [*index_keys(k, geometry=call.geometry).tensors, table.sequences]
@@ -76,8 +77,8 @@ def select_blocks(q: Tensor, k: Tensor, state: Sequence[Tensor], call: Attention
             or not buffer.is_contiguous()
         ):
             raise ShapeError(
-                f"{name} is {buffer.dtype} {tuple(buffer.shape)}: expected {dtype} {tuple(expected)}, contiguous; give "
-                "infllm::select_blocks the state that infllm::compress_keys made of the same keys"
+                f"{name} has shape {tuple(buffer.shape)} of {buffer.dtype}: expected {tuple(expected)} of {dtype}, "
+                "contiguous; give infllm::select_blocks the state that infllm::compress_keys made of the same keys"
             )
     # A table of its own: results of an operator are no views of what it was given.
     table = SequenceTable(sequences.clone(), call.cu_seqlens_k is not None)
