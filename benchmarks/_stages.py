@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import CompressedKeys, compress_keys
@@ -60,13 +61,12 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected blocks: output ``[B, Hq, Lq, Dv]`` and log-sum-exp ``[B, Hq, Lq]``."""
     with launching_at_once():
-        return attention_forward(
-            *(q, k, v, selection.lists, selection.plan),
-            geometry=config.geometry,
-            scale=q.shape[3] ** -0.5,
-            dense_len=config.dense_len,
-            every_query=True,
-        )
+        return attention_forward(_inputs(q, k, v, selection, config))
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, selection: Selection, config: SparseAttentionConfig) -> AttentionInputs:
+    numbers = (config.geometry, q.shape[3] ** -0.5, config.dense_len)
+    return AttentionInputs(q, k, v, selection.lists, selection.plan, *numbers, every_query=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, config: SparseAttentionConfig) -> Tensor:
@@ -88,13 +88,9 @@ def backward(
     from infllm_pass.kernels.triton.backward.dkv import key_gradients
     from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
 
-    sizes = {"geometry": config.geometry, "scale": q.shape[3] ** -0.5, "dense_len": config.dense_len}
     with launching_at_once():
-        delta = output_delta(grad, out)
-        saved = (grad, q, k, v, lse, delta, selection.lists, selection.plan)
-        dq = query_gradient(*saved, **sizes, every_query=True)
-        dk, dv = key_gradients(*saved, **sizes)
-    return dq, dk, dv
+        saved = grad, lse, output_delta(grad, out), _inputs(q, k, v, selection, config)
+        return query_gradient(*saved), *key_gradients(*saved)
 
 
 def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> CompressedKeys:

@@ -74,7 +74,7 @@ class SelectionConfig(LaunchConfig):
 
     Attributes:
         columns: tokens x heads of one product, at most.
-        windows: compressed keys of one scoring step.
+        windows: compressed keys, or index keys of tokens, of one scoring step.
         normaliser_keys: compressed keys of one step of the normaliser.
         rows: queries ranked at once.
         programs: persistent programs per multiprocessor.
@@ -120,8 +120,11 @@ class DecodeConfig:
     Attributes:
         chunk: coarse keys per program of compression and normaliser; a multiple of 8.
         keys: keys of one compression step.
-        compress_warps: warps of a compression program.
+        compress_warps: warps of a program of compression, or of token scores.
         compress_stages: depth of its software pipeline.
+        token_blocks: blocks per program of token scores; a multiple of 8.
+        token_keys: index keys of one of its steps.
+        token_stages: depth of its software pipeline.
         blocks: key blocks per scoring program.
         score_warps: warps of a scoring program.
         score_stages: depth of its software pipeline.
@@ -141,6 +144,9 @@ class DecodeConfig:
     keys: int = 64
     compress_warps: int = 4
     compress_stages: int = 2
+    token_blocks: int = 16
+    token_keys: int = 128
+    token_stages: int = 3
     blocks: int = 32
     score_warps: int = 4
     score_stages: int = 4
@@ -164,6 +170,7 @@ AnyConfig = TypeVar("AnyConfig", LaunchConfig, SelectionConfig, ScatteredConfig,
 CLASSES: dict[str, type[Any]] = {
     "compress": LaunchConfig,
     "select": SelectionConfig,
+    "select_tokens": SelectionConfig,
     "attention_forward": LaunchConfig,
     "scattered": ScatteredConfig,
     "query_gradient": LaunchConfig,

@@ -267,8 +267,6 @@ def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):
         if size > MAX_HEAD_DIM:
             return f"{name} has head_dim {size}: the Triton kernels take 1 to {MAX_HEAD_DIM}"
-    if geometry.scorer != "pooled":
-        return f'scorer="{geometry.scorer}": the Triton kernels score blocks by pooled keys; set scorer="pooled"'
     if scale <= 0.0:
         return f"scale={scale}: the Triton kernels take positive scales"
     if geometry.block_size % 16 or not 16 <= geometry.block_size <= 128:

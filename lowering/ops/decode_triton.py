@@ -1,7 +1,8 @@
 """The decode step in Triton kernels: what `infllm::decode_attention` computes on CUDA devices. Nothing syncs the host.
 
-Launches whose grids follow from shapes alone: compressed keys and normaliser, block scores and their ranking (a launch
-of its own in steps of several tokens), attention, merge. Which rows are sparse is decided on the device.
+Launches whose grids follow from shapes alone: compressed keys or index keys with their normaliser, block scores and
+their ranking (a launch of its own in steps of several tokens), attention, merge. Which rows are sparse is decided on
+the device.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from infllm_pass.compat.inductor import compiles_ahead_of_time, records_cuda_graphs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
-from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
-from infllm_pass.kernels.triton.decode.select import decode_compress_kernel, decode_select
+from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
+from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_compress_kernel, decode_select
+from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import recording_drops_pdl
 
@@ -25,14 +27,13 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """The kernels of a step, in the form that compilers record; the state is written."""
     rows = DecodeRows(call.lengths, call.starts)
-    numbers = {
-        "geometry": call.geometry,
-        "scale": call.scale,
-        "dense_len": call.dense_len,
-        "window": call.window,
-    }
-    blocks = decode_select(q, k, DecodeState(*state), rows, **numbers)  # type: ignore[arg-type]
-    return decode_attend(q, k, v, blocks, rows, call.key_mask, **numbers)  # type: ignore[arg-type]
+    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "window")}
+    step = DecodeStep(q, k, rows, **numbers, key_mask=call.key_mask)
+    if call.geometry.scorer == "tokens":
+        blocks = decode_select_tokens(step, IndexState.of(state))
+    else:
+        blocks = decode_select(step, DecodeState(*state))
+    return decode_attend(q, k, v, blocks, rows, call.key_mask, **numbers)
 
 
 def launched(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeCall) -> tuple[Tensor, Tensor]:

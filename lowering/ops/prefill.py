@@ -103,7 +103,7 @@ Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anyth
 def _select(q: Tensor, k: Tensor, state: Selection, call: AttentionCall) -> list[Tensor]:
     tiled = checks.check_call(q, k, k, call)
     if tiled:
-        checks.check_state_count(q, state, _triton().STATE)
+        checks.check_state_count(q, state, _triton().state_count(call.geometry))
         return _launched("select_blocks", q, k, state, call)  # type: ignore[no-any-return]
     checks.check_state(q, k, state, torch_kernels.state_of(k, call.geometry))
     return [torch_kernels.select_blocks(q, k, state, call)]

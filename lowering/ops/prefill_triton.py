@@ -1,8 +1,8 @@
 """Attention over whole prompts in Triton kernels: what the operators of `prefill` compute on CUDA devices.
 
-Nothing is read on the host, and grids follow from shapes alone. The state is K1 and K2 (`CompressedKeys`) and the table
-of sequences; a selection is the lists of blocks (`TileLists`) and the tables of tiles (`TilePlan`), so that attention
-and its gradient find them planned.
+Nothing is read on the host, and grids follow from shapes alone. The state is what the scorer reads of the keys, K1 and
+K2 (`CompressedKeys`) or index keys (`IndexKeys`), and the table of sequences; a selection is the lists of blocks
+(`TileLists`) and the tables of tiles (`TilePlan`), so that attention and its gradient find them planned.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from infllm_pass.errors import ShapeError
+from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.scorer import INDEX_DTYPES
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
-from infllm_pass.kernels.triton.prefill import compress, pooled
+from infllm_pass.kernels.triton.index_keys import SLACK_KEYS, IndexKeys, index_keys
+from infllm_pass.kernels.triton.prefill import compress, pooled, token_scores
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import LEAD_SLOTS, SLACK_SLOTS, CompressedKeys, slots_of
 from infllm_pass.kernels.triton.tile_schedule import (
@@ -26,12 +30,9 @@ from infllm_pass.kernels.triton.tile_schedule import (
     list_sequences,
     panel_bound,
 )
-from infllm_pass.kernels.triton.tile_tables import SequenceTable, TileLists, TilePlan, TileShape
+from infllm_pass.kernels.triton.tile_tables import SequenceTable, TileLists, TilePlan, TileShape, padded_dim
 
 from .attention_args import AttentionCall
-
-STATE = 3
-"""Tensors of the state."""
 
 SELECTION = 5
 """Tensors of a selection that is not empty."""
@@ -40,12 +41,19 @@ LISTS = ("blocks", "tokens", "counts")
 """Its first ones."""
 
 
+def state_count(geometry: BlockGeometry) -> int:
+    """Tensors of the state."""
+    return 2 if geometry.scorer == "tokens" and geometry.score_dtype == "key" else 3
+
+
 def compress_keys(q: Tensor, k: Tensor, call: AttentionCall) -> list[Tensor]:
     """`infllm::compress_keys`."""
     if _is_empty(q, k):
-        nothing = k.new_empty(0, k.shape[3])
-        return [nothing, nothing.clone(), q.new_empty(0, dtype=torch.int32)]
+        kept = [k.new_empty(0, dtype=dtype) for _, dtype, *_ in _state_shapes(k, call.geometry)]
+        return [*kept, q.new_empty(0, dtype=torch.int32)]
     table = _list_sequences(q, k, call)
+    if call.geometry.scorer == "tokens":
+        return [*index_keys(k, geometry=call.geometry).tensors, table.sequences]
     keys = compress.compress_keys(k, table, geometry=call.geometry)
     return [keys.fine, keys.coarse, table.sequences]
 
@@ -57,33 +65,46 @@ def select_blocks(q: Tensor, k: Tensor, state: Sequence[Tensor], call: Attention
         ShapeError: the state is not that of these keys.
     """
     shape = _tile_shape(q, k, call)
-    fine, coarse, sequences = state
+    *kept, sequences = state
     if _is_empty(q, k):
         dtypes = (torch.int16, shape.mask_dtype, torch.int32, torch.int32, torch.int32)
         return [q.new_empty(0, dtype=dtype) for dtype in dtypes]
-    batch, heads, length_k, dim = k.shape
-    slots = slots_of(length_k, call.geometry)
-    for name, buffer, count in zip(("K1", "K2"), (fine, coarse), slots, strict=True):
-        expected = (LEAD_SLOTS.value + batch * heads * count + SLACK_SLOTS, dim)
-        if buffer.dim() != 2 or buffer.shape[0] != expected[0] or buffer.shape[1] != dim or not buffer.is_contiguous():
+    for buffer, (name, dtype, *expected) in zip(kept, _state_shapes(k, call.geometry), strict=True):
+        if (
+            buffer.dtype != dtype
+            or buffer.dim() != len(expected)
+            or any(found != size for found, size in zip(buffer.shape, expected, strict=True))
+            or not buffer.is_contiguous()
+        ):
             raise ShapeError(
-                f"{name} has shape {tuple(buffer.shape)}: expected {expected}, contiguous; give infllm::select_blocks "
-                "the state that infllm::compress_keys made of the same keys"
+                f"{name} has shape {tuple(buffer.shape)} of {buffer.dtype}: expected {tuple(expected)} of {dtype}, "
+                "contiguous; give infllm::select_blocks the state that infllm::compress_keys made of the same keys"
             )
     # A table of its own: results of an operator are no views of what it was given.
     table = SequenceTable(sequences.clone(), call.cu_seqlens_k is not None)
     plan = cut_panels(shape, table, batch=q.shape[0], length_q=q.shape[2])
-    lists = pooled.select_tiles(
-        q,
-        CompressedKeys(fine, coarse, batch, heads, *slots),
-        plan,
-        geometry=call.geometry,
-        scale=call.scale,
-        dense_len=call.dense_len,
-        length_k=length_k,
-        window=call.window,
-    )
+    batch, heads, length_k, _ = k.shape
+    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "window")}
+    if call.geometry.scorer == "tokens":
+        keys = IndexKeys(kept[0], kept[1] if len(kept) > 1 else None)
+        numbers |= {"heads_kv": heads, "key_mask": call.key_mask}
+        lists = token_scores.select_tiles(q, keys, plan, length_k=length_k, **numbers)
+    else:
+        compressed = CompressedKeys(*kept, batch, heads, *slots_of(length_k, call.geometry))  # type: ignore[call-arg]
+        lists = pooled.select_tiles(q, compressed, plan, length_k=length_k, **numbers)
     return [lists.blocks, lists.tokens, lists.counts, plan.sequences, plan.panels]
+
+
+def _state_shapes(k: Tensor, geometry: BlockGeometry) -> list[tuple[Any, ...]]:
+    """Name, dtype and sizes of the tensors of a state, without the table of sequences."""
+    batch, heads, length, dim = k.shape
+    if geometry.scorer == "tokens":
+        count = batch * heads * length + SLACK_KEYS
+        kept = ("ki", INDEX_DTYPES.get(geometry.score_dtype, k.dtype), count, padded_dim(geometry.score_dims))
+        return [kept] if geometry.score_dtype == "key" else [kept, ("ki_scale", torch.float32, count)]
+    around = LEAD_SLOTS.value + SLACK_SLOTS
+    slots = zip(("K1", "K2"), slots_of(length, geometry), strict=True)
+    return [(name, k.dtype, batch * heads * number + around, dim) for name, number in slots]
 
 
 def block_attention(
@@ -94,9 +115,7 @@ def block_attention(
         batch, heads, length, _ = q.shape
         log_sum = q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
         return q.new_zeros(batch, length, heads, v.shape[3]).transpose(1, 2), log_sum
-    lists, plan = _selected(q, k, selection, call)
-    whole = _covers_every_query(q, k, call)
-    return attention_forward(q, k, v, lists, plan, **_numbers(call), every_query=whole)
+    return attention_forward(_inputs(q, k, v, selection, call))
 
 
 def block_attention_backward(
@@ -114,23 +133,16 @@ def block_attention_backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    lists, plan = _selected(q, k, selection, call)
-    delta = output_delta(grad_out, out)
+    given = _inputs(q, k, v, selection, call)
+    gradients = grad_out, lse, output_delta(grad_out, out), given
+    return query_gradient(*gradients), *key_gradients(*gradients)
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, selection: Sequence[Tensor], call: AttentionCall) -> AttentionInputs:
+    """A call of attention as the kernels take it; errors: see `_selected`."""
+    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "key_mask", "window")}
     whole = _covers_every_query(q, k, call)
-    dq = query_gradient(grad_out, q, k, v, lse, delta, lists, plan, **_numbers(call), every_query=whole)
-    dk, dv = key_gradients(grad_out, q, k, v, lse, delta, lists, plan, **_numbers(call))
-    return dq, dk, dv
-
-
-def _numbers(call: AttentionCall) -> dict[str, Any]:
-    """What all kernels of attention take of a call."""
-    return {
-        "geometry": call.geometry,
-        "scale": call.scale,
-        "dense_len": call.dense_len,
-        "key_mask": call.key_mask,
-        "window": call.window,
-    }
+    return AttentionInputs(q, k, v, *_selected(q, k, selection, call), **numbers, every_query=whole)
 
 
 def _selected(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.kernels.triton.decode import attention, select
+from infllm_pass.kernels.triton.decode import attention, select, token_scores
 from infllm_pass.kernels.triton.decode.compress import decode_compress_kernel
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import dependent_launch
@@ -40,7 +40,7 @@ def _poisoned():
 
 def operator(*arguments):
     q, k, v, *others, geometry = arguments
-    return decode_attention(q, k, v, others[:3], *others[3:], geometry_text(geometry))
+    return decode_attention(q, k, v, others[:-6], *others[-6:], geometry_text(geometry))
 
 
 def cache(*arguments, **sizes):
@@ -55,11 +55,22 @@ SIZES = [
     {"group": 16, "dim": 128, "value_dim": 128},
     {"group": 16, "dim": 256, "value_dim": 256, "heads": 1},
 ]
+
+
+def tokens(kept, score_dtype="key", query_block=1, geometry=SMALL):
+    """Token scores over the first channels."""
+    scored = {"scorer": "tokens", "channels": (tuple(range(kept)),), "score_dtype": score_dtype}
+    return replace(geometry, **scored, query_block=query_block)
+
+
 OPTIONS = {
     "whole": {},
     "padded, holes": {"starts": [0, 17, 3, 40, 0], "holes": 0.3},
     "window": {"window": 100, "starts": [0, 17, 3, 40, 0]},
     "exact": {"geometry": replace(SMALL, lse="exact")},
+    "tokens": {"geometry": tokens(16)},
+    "tokens, padded, holes": {"geometry": tokens(16, "int8"), "starts": [0, 17, 3, 40, 0], "holes": 0.3},
+    "tokens, window": {"geometry": tokens(16, "fp8", 16), "window": 100, "starts": [0, 17, 3, 40, 0]},
 }
 LENGTHS = [120, 80, 140, 55, 61]
 
@@ -95,12 +106,17 @@ GEOMETRY = BlockGeometry(selected_blocks=64)
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("sizes", HOT, ids=str)
-def test_half_precision_at_length(sizes, dtype):
+@pytest.mark.parametrize(
+    "geometry",
+    [GEOMETRY, *(tokens(32, form, geometry=GEOMETRY) for form in ("key", "int8", "fp8"))],
+    ids=["pooled", "tokens", "int8", "fp8"],
+)
+def test_half_precision_at_length(sizes, dtype, geometry):
     heads_q, heads, dim, queries = sizes
     steps = cache(
         [20000, 16500 - queries, 7000],
         starts=[0, 37, 0],
-        geometry=GEOMETRY,
+        geometry=geometry,
         group=heads_q // heads,
         heads=heads,
         dim=dim,
@@ -146,7 +162,8 @@ class Attention(nn.Module):
         super().__init__()
         self.steps = steps
         self.k, self.v = (nn.Buffer(x.nan_to_num()) for x in (steps.k, steps.v))
-        self.k1, self.k2, self.filled = (nn.Buffer(x) for x in new_state(steps.k, steps.geometry))
+        *kept, self.filled = (nn.Buffer(x) for x in new_state(steps.k, steps.geometry))
+        self.kept = nn.ParameterList(kept)
         self.lengths = nn.Buffer(torch.tensor(steps.lengths, device=DEVICE))
         self.rows = nn.Buffer(torch.arange(len(steps.lengths), device=DEVICE))
 
@@ -155,7 +172,7 @@ class Attention(nn.Module):
         self.k[self.rows, :, self.lengths] = key
         self.v[self.rows, :, self.lengths] = value
         self.lengths.add_(1)
-        state = [self.k1, self.k2, self.filled]
+        state = [*self.kept, self.filled]
         steps = self.steps
         numbers = (steps.scale, steps.dense_len, geometry_text(steps.geometry))
         return decode_attention(q, self.k, self.v, state, self.lengths, None, None, None, *numbers)[0]
@@ -167,16 +184,20 @@ class Attention(nn.Module):
             assert relative_error(out[row], self.steps.expected(q, row)[0][0]) <= 1e-5
 
 
-def growing() -> tuple[Attention, list[Tensor]]:
+SCORERS = pytest.mark.parametrize("geometry", [SMALL, tokens(8)], ids=["pooled", "tokens"])
+
+
+def growing(geometry: BlockGeometry) -> tuple[Attention, list[Tensor]]:
     """A layer whose two rows cross ``dense_len`` while they grow, and tensors for the inputs of a step."""
-    steps = cache([30, 150], geometry=replace(SMALL, selected_blocks=5), dense_len=190, capacity=512, value_dim=16)
+    steps = cache([30, 150], geometry=replace(geometry, selected_blocks=5), dense_len=190, capacity=512, value_dim=16)
     inputs = [torch.zeros(2, 4, 1, 16), torch.zeros(2, 2, 16), torch.zeros(2, 2, 16)]
     return Attention(steps), [x.to(DEVICE) for x in inputs]
 
 
-def test_one_cuda_graph_serves_300_steps_and_both_sides_of_dense_len():
+@SCORERS
+def test_one_cuda_graph_serves_300_steps_and_both_sides_of_dense_len(geometry):
     """Nothing is read on the host, in no step."""
-    layer, inputs = growing()
+    layer, inputs = growing(geometry)
     begin = layer.lengths.clone()
     layer(*inputs)
     torch.cuda.synchronize()
@@ -203,8 +224,9 @@ def test_one_cuda_graph_serves_300_steps_and_both_sides_of_dense_len():
 
 
 @torch.no_grad()
-def test_a_compiled_step_runs_as_one_cuda_graph_for_300_steps():
-    layer, inputs = growing()
+@SCORERS
+def test_a_compiled_step_runs_as_one_cuda_graph_for_300_steps(geometry):
+    layer, inputs = growing(geometry)
     counters.clear()
     compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
     for number in range(300):
@@ -222,24 +244,25 @@ def test_a_compiled_step_runs_as_one_cuda_graph_for_300_steps():
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90")
 @pytest.mark.parametrize("heads", [(32, 2), (32, 8), (12, 4)], ids=str)
 @pytest.mark.parametrize("length", [5000, 9000], ids=["dense", "sparse"])
-def test_launches_that_overlap_give_the_same_bits(heads, length, monkeypatch):
+@pytest.mark.parametrize("geometry", [GEOMETRY, tokens(32, geometry=GEOMETRY)], ids=["pooled", "tokens"])
+def test_launches_that_overlap_give_the_same_bits(heads, length, geometry, monkeypatch):
     """Layer after layer in one CUDA graph: every kernel begins while the one before ends, also the next layer's."""
     lengths = torch.tensor([length, length + 2000], device=DEVICE)
     shape = (2, heads[1], length + 3000, 128)
     caches = [[torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)] for _ in range(6)]
-    states = [new_state(k, GEOMETRY) for k, _ in caches]
+    states = [new_state(k, geometry) for k, _ in caches]
     q = torch.randn(2, heads[0], 1, 128, device=DEVICE, dtype=torch.bfloat16)
-    numbers = (lengths, None, None, None, 128**-0.5, 8192, geometry_text(GEOMETRY))
+    numbers = (lengths, None, None, None, 128**-0.5, 8192, geometry_text(geometry))
 
     def layers() -> Tensor:
         x = q
         for (k, v), state in zip(caches, states, strict=True):
-            state[2].zero_()
+            state[-1].zero_()
             x = q + 30 * decode_attention(x, k, v, state, *numbers)[0]
         return x
 
     with monkeypatch.context() as one_by_one:
-        for module in (attention, select):
+        for module in (attention, select, token_scores):
             one_by_one.setattr(module, "dependent_launch", lambda *_: {"DEPENDENT": False})
         expected = layers()
     with launching_at_once():
@@ -256,13 +279,14 @@ def test_launches_that_overlap_give_the_same_bits(heads, length, monkeypatch):
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "in CUDA graphs"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_opcheck(padded, recorded, monkeypatch):
+@SCORERS
+def test_opcheck(padded, recorded, geometry, monkeypatch):
     """Whether compilers see the kernels or the operator."""
     monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: recorded)
-    steps = cache([60, 50], [0, 9] if padded else None, holes=0.2 if padded else 0.0, dense_len=55)
+    steps = cache([60, 50], [0, 9] if padded else None, holes=0.2 if padded else 0.0, dense_len=55, geometry=geometry)
     q = steps.append(2)
     starts = steps.numbers([0, 9]) if padded else None
-    state = [steps.state[0].zero_(), steps.state[1].zero_(), steps.state[2]]
+    state = [each.zero_() for each in steps.state]
     given = (q, steps.k.nan_to_num(), steps.v.nan_to_num(), state, steps.numbers(steps.lengths), starts)
     given = (*given, steps.key_mask if padded else None, None, 0.25, 55, geometry_text(steps.geometry))
     torch.library.opcheck(decode_attention.default, given)

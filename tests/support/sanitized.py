@@ -64,7 +64,7 @@ def always_scattered() -> Iterator[list[bool]]:
 
     def gather(*arguments: Any, **named: Any) -> None:
         original(*arguments, **named)
-        done.append(bool(arguments[7][0]))
+        done.append(bool(arguments[3][0]))
 
     original = attention.attend_scattered
     measured = find_config(ScatteredConfig, "scattered", 90, 2, 128)

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import BlockGeometry
+from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
 from ..tile_ops import UNBOUNDED, mask_scores
-from ..tile_tables import TABLE_COLUMNS, TileLists, TilePlan, padded_dim
+from ..tile_tables import TABLE_COLUMNS, padded_dim
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, invert_selection
 from .split_work import PIECE_STEPS, POOL_BYTES, add_pieces, plan_pieces, unit_of_slot
 
@@ -281,54 +281,41 @@ def _key_gradients_kernel(
 
 def key_gradients(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    lists: TileLists | None,
-    plan: TilePlan,
+    given: AttentionInputs,
     *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    key_mask: Tensor | None = None,
-    window: int | None = None,
     piece_steps: int = PIECE_STEPS,
     pool_bytes: int = POOL_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and the values of block-sparse attention.
 
     Args:
-        grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``; unit stride in the last dimension, as in all below.
-        q: ``[B, Hq, Lq, D]``.
-        k: ``[B, Hkv, Lk, D]``.
-        v: ``[B, Hkv, Lk, Dv]``.
+        grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``, any strides with the last one 1.
         lse: natural log-sum-exp of the forward, float32 ``[B, Hq, Lq]``, contiguous.
         delta: row sums of ``grad_out * out``, float32 ``[B, Hq, Lq]``, contiguous.
-        lists: the selection of the forward (see `invert_selection`); None: every sequence is dense.
-        plan: the tiles of the forward.
-        geometry: the block geometry of the selection.
-        scale: softmax scale, positive.
-        dense_len: sequences with fewer keys are dense.
-        key_mask: bool ``[B, Lk]``, True where a key is valid.
-        window: the site's sliding window in keys.
+        given: the call, as the forward had it; see `invert_selection`.
         piece_steps: steps of the smallest piece into which a block's queries are cut, a power of two.
         pool_bytes: memory for the sums of pieces, which bounds how small the pieces become.
 
     Returns:
         Contiguous gradients in the dtypes of `k` and `v`; 0 for keys that no query sees.
     """
+    q, k, v, key_mask = given.q, given.k, given.v, given.key_mask
     batch, heads, length_k = k.shape[:3]
-    dim, value_dim = int(k.shape[3]), int(v.shape[3])
-    length_q = q.shape[2]
-    shape = plan.shape
-    block_size = geometry.block_size
+    length_q, (dim, value_dim) = q.shape[2], given.dims
+    shape, block_size = given.plan.shape, given.geometry.block_size
     # Of different shapes on purpose: a compiler merges two equal allocations, and then copies one of them.
     grad_k = torch.zeros(k.numel() // dim, dim, dtype=k.dtype, device=k.device)
     grad_v = torch.zeros(v.numel(), dtype=v.dtype, device=v.device)
     key_lists = invert_selection(
-        lists, plan, geometry=geometry, batch=batch, length_k=length_k, dense_len=dense_len, window=window
+        given.lists,
+        given.plan,
+        geometry=given.geometry,
+        batch=batch,
+        length_k=length_k,
+        dense_len=given.dense_len,
+        window=given.window,
     )
     table = key_lists.table
     num_units = table.shape[0] * heads
@@ -340,7 +327,7 @@ def key_gradients(
         slot_size=block_size * (dim + value_dim),
         pool_bytes=pool_bytes,
     )
-    launch = config_for(LaunchConfig, "key_gradients", k, padded_dim(max(dim, value_dim)))
+    launch = config_for(LaunchConfig, "key_gradients", k, given.padded)
     tile_heads = min(shape.padded_group, launch.rows)
     keys = launch.step_keys(block_size)
     wrap_triton(_key_gradients_kernel)[((pieces.limit + num_units) * (block_size // keys),)](
@@ -361,10 +348,8 @@ def key_gradients(
         pieces.slots,
         pieces.size,
         *grad_out.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *((0, 0) if key_mask is None else key_mask.stride()),
+        *given.strides,
+        *given.mask_strides,
         heads,
         length_q,
         length_k,
@@ -372,8 +357,8 @@ def key_gradients(
         table.shape[0],
         0 if key_lists.queries is None else key_lists.queries.shape[1],
         pieces.limit,
-        0 if window is None else window,
-        scale,
+        0 if given.window is None else given.window,
+        given.scale,
         GROUP=shape.group,
         TILE_HEADS=tile_heads,
         HEAD_CHUNKS=shape.padded_group // tile_heads,
@@ -384,13 +369,12 @@ def key_gradients(
         BLOCK_DV=padded_dim(value_dim),
         BLOCK_SIZE=block_size,
         BLOCK_N=keys,
-        QUERY_BLOCK=geometry.query_block,
-        HAS_LISTS=lists is not None,
+        QUERY_BLOCK=given.geometry.query_block,
+        HAS_LISTS=given.lists is not None,
         HAS_KEY_MASK=key_mask is not None,
-        HAS_WINDOW=window is not None,
+        HAS_WINDOW=given.window is not None,
         PRECISION=precision(k),
         **launch.options,
     )
-    sizes = {"heads": heads, "length_k": length_k, "dim": dim, "value_dim": value_dim, "block_size": block_size}
-    add_pieces(grad_k, grad_v, pieces, key_lists, key_mask, **sizes)
+    add_pieces(grad_k, grad_v, pieces, key_lists, given)
     return grad_k.view(k.shape), grad_v.view(v.shape)

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import BlockGeometry
+from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
-from ..launch import fixed_token_stride, precision, wrap_triton
+from ..launch import wrap_triton
 from ..tile_ops import (
     LOG2_E,
-    UNBOUNDED,
     count_visits,
     in_registers,
     load_attention_tile,
@@ -27,7 +26,6 @@ from ..tile_ops import (
     row_addresses,
     row_mask,
 )
-from ..tile_tables import TileLists, TilePlan, padded_dim
 
 _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
@@ -378,85 +376,43 @@ def _query_gradient_kernel(
     )
 
 
-def query_gradient(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    lists: TileLists | None,
-    plan: TilePlan,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    key_mask: Tensor | None = None,
-    window: int | None = None,
-    every_query: bool,
-) -> Tensor:
+def query_gradient(grad_out: Tensor, lse: Tensor, delta: Tensor, given: AttentionInputs) -> Tensor:
     """Gradient of q, the selection held fixed.
 
     Args:
         grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``, any strides with the last one 1.
-        q: ``[B, Hq, Lq, D]``.
-        k: ``[B, Hkv, Lk, D]``.
-        v: ``[B, Hkv, Lk, Dv]``.
         lse: float32 ``[B, Hq, Lq]``, contiguous, from `attention_forward`.
         delta: float32 ``[B, Hq, Lq]``, contiguous, from `output_delta`.
-        lists: as the forward had it, like all that follows.
-        plan: the tiles.
-        geometry: the block geometry.
-        scale: softmax scale.
-        dense_len: sequences with fewer keys are dense.
-        key_mask: bool ``[B, Lk]``, True where a key is valid.
-        window: sliding window, in keys.
-        every_query: whether every query belongs to a panel of the plan; if not, the others get 0.
+        given: the call, as the forward had it.
 
     Returns:
-        ``[B, Hq, Lq, D]`` in q's dtype, contiguous.
+        ``[B, Hq, Lq, D]`` in q's dtype, contiguous; 0 for a query of no panel.
     """
-    batch, heads_q, length_q = q.shape[:3]
-    heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
-    grad_q = (q.new_empty if every_query else q.new_zeros)((batch, heads_q, length_q, dim))
-    shape = plan.shape
-    launch = config_for(LaunchConfig, "query_gradient", q, padded_dim(max(dim, value_dim)))
-    parts = shape.tokens * shape.padded_group // launch.rows
-    wrap_triton(_query_gradient_kernel)[(plan.num_tiles, heads_kv * parts)](
+    q = given.q
+    grad_q = (q.new_empty if given.every_query else q.new_zeros)(q.shape)
+    launch = config_for(LaunchConfig, "query_gradient", q, given.padded)
+    wrap_triton(_query_gradient_kernel)[given.programs(launch.rows)](
         grad_out,
         q,
-        k,
-        v,
+        given.k,
+        given.v,
         lse,
         delta,
         grad_q,
-        plan.panels,
-        plan.panels if lists is None else lists.blocks,
-        plan.panels if lists is None else lists.tokens,
-        plan.panels if lists is None else lists.counts,
-        plan.panels if key_mask is None else key_mask,
+        *given.tables,
         *grad_out.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *given.strides,
         *grad_q.stride()[:3],
         *lse.stride()[:2],
-        *((0, 0) if key_mask is None else key_mask.stride()),
-        0 if lists is None else lists.blocks.stride(1),
-        dense_len,
-        UNBOUNDED if window is None else window,
-        scale,
-        scale * LOG2_E,
+        *given.mask_strides,
+        given.capacity,
+        given.dense_len,
+        given.bound,
+        given.scale,
+        given.scale * LOG2_E,
         LOG2_E,
-        **shape.constants(geometry, dim, value_dim, launch.rows),
-        BLOCK_N=launch.step_keys(geometry.block_size),
-        HAS_LISTS=lists is not None,
-        HAS_WINDOW=window is not None,
-        HAS_KEY_MASK=key_mask is not None,
+        **given.list_constants(launch),
         QUERIES_IN_REGISTERS=launch.queries_in_registers,
-        K_TOKEN_STRIDE=fixed_token_stride(k),
-        V_TOKEN_STRIDE=fixed_token_stride(v),
-        PRECISION=precision(q),
         **launch.options,
     )
     return grad_q

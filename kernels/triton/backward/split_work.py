@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention_inputs import AttentionInputs
 from ..launch import wrap_triton
 from ..tile_tables import TABLE_COLUMNS, padded_dim
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_RUN, BlockQueries
@@ -198,19 +199,7 @@ def plan_pieces(
     return Pieces(slots, size, torch.empty(limit * slot_size, dtype=torch.float32, device=device), limit)
 
 
-def add_pieces(
-    grad_k: Tensor,
-    grad_v: Tensor,
-    pieces: Pieces,
-    lists: BlockQueries,
-    key_mask: Tensor | None,
-    *,
-    heads: int,
-    length_k: int,
-    dim: int,
-    value_dim: int,
-    block_size: int,
-) -> None:
+def add_pieces(grad_k: Tensor, grad_v: Tensor, pieces: Pieces, lists: BlockQueries, given: AttentionInputs) -> None:
     """Write the gradients of the units that were cut.
 
     Args:
@@ -218,21 +207,17 @@ def add_pieces(
         grad_v: memory of ``[B, Hkv, Lk, Dv]``, contiguous.
         pieces: the pieces, computed.
         lists: the queries of each unit.
-        key_mask: bool ``[B, Lk]``; gradients of other keys are not written.
-        heads: ``Hkv``.
-        length_k: ``Lk``.
-        dim: ``D``.
-        value_dim: ``Dv``.
-        block_size: tokens in a key block.
+        given: the call; gradients of keys that its mask hides are not written.
     """
+    block_size, (dim, value_dim), (_, heads, length_k) = given.geometry.block_size, given.dims, given.k.shape[:3]
     wrap_triton(_add_pieces_kernel)[(pieces.limit, block_size // _REDUCED_KEYS)](
         grad_k,
         grad_v,
         pieces.pool,
-        lists.table if key_mask is None else key_mask,
+        lists.table if given.key_mask is None else given.key_mask,
         lists.table,
         pieces.slots,
-        *((0, 0) if key_mask is None else key_mask.stride()),
+        *given.mask_strides,
         heads,
         length_k,
         lists.table.shape[0] * heads,
@@ -242,5 +227,5 @@ def add_pieces(
         BLOCK_DV=padded_dim(value_dim),
         BLOCK_SIZE=block_size,
         KEYS=_REDUCED_KEYS,
-        HAS_KEY_MASK=key_mask is not None,
+        HAS_KEY_MASK=given.key_mask is not None,
     )

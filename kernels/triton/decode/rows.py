@@ -7,6 +7,7 @@ a few adjacent queries (TOKENS) with all heads of a group, PADDED_GROUP columns 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
@@ -95,6 +96,26 @@ class DecodeState:
     k1: Tensor
     k2: Tensor
     filled: Tensor
+
+
+@dataclass(frozen=True)
+class IndexState:
+    """Index keys of a cache, kept from step to step.
+
+    Attributes:
+        ki: ``[B, Hkv, n, d]``, last stride 1: channels of the keys, each in its slot; ``n`` at least the capacity.
+        ki_scale: float32 ``[B, Hkv, n]`` for keys of 8 bits; None: they have none.
+        filled: int32 ``[B]``: so many keys of the row, from its first, have not changed since they were stored.
+    """
+
+    ki: Tensor
+    ki_scale: Tensor | None
+    filled: Tensor
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> IndexState:
+        """From the tensors of a state: `ki`, `ki_scale` if there is one, `filled`."""
+        return cls(tensors[0], tensors[1] if len(tensors) > 2 else None, tensors[-1])
 
 
 def _row_stride(tensor: Tensor) -> int:

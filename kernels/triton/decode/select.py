@@ -6,6 +6,10 @@ else a third kernel ranks. Grids follow from the cache's capacity; programs beyo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,14 +32,14 @@ from .rows import (
     line_of,
     scored_range,
 )
-from .topk import decode_rank_kernel, list_chosen, list_forced
+from .topk import decode_rank_kernel, rank_when_last
 
 DECODE_PARTS = tl.constexpr(32)
 """Partial normalisers that are added at once."""
 
 
 @triton.jit
-def _join_normalisers(
+def join_normalisers(
     parts_row,
     count,
     stride,
@@ -157,7 +161,7 @@ def _decode_score_kernel(
             token = tl.program_id(2) * TOKENS + columns // GP
             real = (token < length_q) & (member < G) & (base + token >= 0)
             turned = load_columns(q_row, stride_qh, stride_qt, token, member, real, D, DP)
-            norm = _join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)  # [C]
+            norm = join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)  # [C]
         pooled = tl.full([BLOCKS, ROWS], -1.0, tl.float32)
         for part in range(RATIO + OVERLAP):
             index = block * RATIO + (part - OVERLAP)
@@ -170,7 +174,7 @@ def _decode_score_kernel(
                     token = begin + columns // GP
                     real = (token < end_token) & (member < G)
                     turned = load_columns(q_row, stride_qh, stride_qt, token, member, real, D, DP)
-                    norm = _join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)
+                    norm = join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)
                     product = tl.dot(windows, turned, input_precision=PRECISION)
                     score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
             else:
@@ -184,111 +188,173 @@ def _decode_score_kernel(
         inside = (block[:, None] >= low[None, :]) & (block[:, None] < high[None, :])
         tl.store(to, key, mask=inside & exists[None, :])
     if RANKS:
-        begin, end, taken = scored_range(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
-        blocks_row = blocks + pair * BUDGET
-        first = tl.program_id(0) == 0
-        if first & (head == 0):
-            tl.store(filled + batch, length)
-        if (length >= dense_len) & (length > 0):
-            if first:
-                list_forced(blocks_row, length - 1, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
-            chunk = tl.program_id(0)
-            if (end > begin) & (chunk >= begin // BLOCKS) & (chunk <= (end - 1) // BLOCKS):
-                tl.debug_barrier()  # all threads have written before one of them says so
-                arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
-                if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
-                    list_chosen(keys + pair * num_blocks, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
+        rank_when_last(
+            keys + pair * num_blocks, blocks + pair * BUDGET, filled + batch, arrivals + pair, head == 0,
+            length, dense_len, window, BLOCK, INIT, LOCAL, BUDGET, BLOCKS, RANKED, WIDTH, HAS_WINDOW,
+        )  # fmt: skip
 
 
-def decode_select(
-    q: Tensor,
-    k: Tensor,
-    state: DecodeState,
-    rows: DecodeRows,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    window: int | None,
-) -> Tensor:
-    """Bring the compressed keys up to date, and list the blocks that every line of every sparse row visits.
+@dataclass(frozen=True)
+class DecodeStep:
+    """What the selection of a step computes with, whatever scores its blocks.
 
-    Args:
+    Attributes:
         q: ``[B, Hq, Lq, D]``, last stride 1.
         k: ``[B, Hkv, C, D]``, last stride 1; only valid keys are read.
-        state: compressed keys, written.
         rows: where the rows' keys lie.
         geometry: the block geometry.
         scale: softmax scale.
         dense_len: rows with fewer keys select nothing.
         window: sliding window in keys, or None.
+        key_mask: bool ``[B, C]``: False hides a key; None: no key is hidden. Pooled scores do not read it.
+    """
+
+    q: Tensor
+    k: Tensor
+    rows: DecodeRows
+    geometry: BlockGeometry
+    scale: float
+    dense_len: int
+    window: int | None = None
+    key_mask: Tensor | None = None
+
+    @cached_property
+    def shape(self) -> DecodeShape:
+        """Tiles and lines."""
+        group = int(self.q.shape[1]) // int(self.k.shape[1])
+        return DecodeShape.choose(group, int(self.q.shape[2]), self.geometry.query_block, self.q.element_size())
+
+    @cached_property
+    def launch(self) -> DecodeConfig:
+        """The configuration of the kernels."""
+        return config_for(DecodeConfig, "decode", self.q, padded_dim(int(self.q.shape[3])))
+
+    @property
+    def pairs(self) -> int:
+        """Rows x key/value heads."""
+        return self.k.shape[0] * self.k.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the capacity."""
+        return self.geometry.num_blocks(self.k.shape[2])
+
+    @property
+    def bound(self) -> int:
+        """The sliding window, or one that never ends."""
+        return UNBOUNDED if self.window is None else self.window
+
+    @property
+    def ranks_at_once(self) -> bool:
+        """Whether the scoring kernel ranks."""
+        return int(self.k.shape[1]) <= self.launch.fused_rank_heads and self.shape.length_q == 1
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Constants of all kernels."""
+        return {
+            "QUERY_BLOCK": self.geometry.query_block,
+            "BLOCK": self.geometry.block_size,
+            "BUDGET": self.geometry.selected_blocks,
+            "HAS_STARTS": self.rows.starts is not None,
+        }
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """Constants of kernels that multiply queries."""
+        shape = self.shape
+        return {"G": shape.group, "GP": shape.padded_group, "TOKENS": shape.tokens, "PRECISION": precision(self.q)}
+
+    @property
+    def ranking(self) -> dict[str, Any]:
+        """Constants of kernels that rank."""
+        return {
+            "LINES": self.shape.lines,
+            "INIT": self.geometry.init_blocks,
+            "LOCAL": self.geometry.local_blocks,
+            "HAS_WINDOW": self.window is not None,
+            "WIDTH": triton.next_power_of_2(self.geometry.selected_blocks),
+            "RANKED": self.launch.rank_blocks,
+        }
+
+    def parts(self, chunks: int) -> Tensor:
+        """Memory for the partial normalisers of so many programs of a pair."""
+        # No size of 1 and no two equal shapes: compilers specialise on the one and merge the other.
+        count = self.pairs * chunks * self.shape.tiles * self.shape.columns
+        return torch.empty(count, 1, dtype=torch.float32, device=self.q.device)
+
+    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for keys, arrivals and blocks."""
+        lines, device = self.pairs * self.shape.lines, self.q.device
+        keys = torch.empty(lines * self.num_blocks, dtype=torch.int32, device=device)
+        blocks = torch.empty(lines, self.geometry.selected_blocks, dtype=torch.int32, device=device)
+        return keys, torch.empty(self.pairs, 1, 1, dtype=torch.int32, device=device), blocks
+
+    def score_grid(self) -> tuple[int, int, int]:
+        """Programs that score blocks."""
+        tiles = self.shape.tiles if self.geometry.query_block == 1 else self.shape.lines
+        return (self.num_blocks + self.launch.blocks - 1) // self.launch.blocks, self.pairs, tiles
+
+    def rank(self, keys: Tensor, blocks: Tensor, filled: Tensor) -> None:
+        """Rank the scored blocks, where the scoring kernel did not."""
+        if self.ranks_at_once:
+            return
+        wrap_triton(decode_rank_kernel)[(self.shape.lines, self.pairs)](
+            *self.rows.arguments,
+            keys,
+            blocks,
+            filled,
+            self.k.shape[1],
+            self.k.shape[2],
+            self.num_blocks,
+            self.shape.length_q,
+            self.dense_len,
+            self.bound,
+            **self.common,
+            **self.ranking,
+            **dependent_launch(decode_rank_kernel, self.q),
+            num_warps=self.launch.rank_warps,
+        )
+
+
+def decode_select(step: DecodeStep, state: DecodeState) -> Tensor:
+    """Bring the compressed keys up to date, and list the blocks that every line of every sparse row visits.
 
     Returns:
         int32 ``[B * Hkv * lines, selected_blocks]``, in no particular order. How many entries a line has follows from
         its position: all candidates where they are not more than the budget, else the budget.
     """
-    g = geometry
-    batch, heads, capacity = k.shape[:3]
-    dim, padded = int(q.shape[3]), padded_dim(int(q.shape[3]))
-    shape = DecodeShape.choose(int(q.shape[1]) // int(heads), int(q.shape[2]), g.query_block, q.element_size())
-    launch = config_for(DecodeConfig, "decode", q, padded)
+    q, g, shape, launch = step.q, step.geometry, step.shape, step.launch
+    heads, capacity, dim = step.k.shape[1:]
     exact = g.lse == "exact"
     owned = launch.chunk * COARSE_FACTOR  # fine windows of one program
     chunks = torch.sym_max(1, (state.k1.shape[2] + owned - 1) // owned)
     chunks = torch.sym_max(chunks, (state.k2.shape[2] + launch.chunk - 1) // launch.chunk)
-    num_blocks = g.num_blocks(capacity)
-    # No size of 1 and no two equal shapes: compilers specialise on the one and merge the other.
-    pairs = batch * heads
-    parts = torch.empty(pairs * chunks * shape.tiles * shape.columns, 1, dtype=torch.float32, device=q.device)
-    keys = torch.empty(pairs * shape.lines * num_blocks, dtype=torch.int32, device=q.device)
-    blocks = torch.empty(pairs * shape.lines, g.selected_blocks, dtype=torch.int32, device=q.device)
-    arrivals = torch.empty(pairs, 1, 1, dtype=torch.int32, device=q.device)
-    common = {
-        "QUERY_BLOCK": g.query_block,
-        "BLOCK": g.block_size,
-        "BUDGET": g.selected_blocks,
-        "HAS_STARTS": rows.starts is not None,
-    }
-    products = {
-        "G": shape.group,
-        "GP": shape.padded_group,
-        "TOKENS": shape.tokens,
-        "D": dim,
-        "DP": padded,
-        "KERNEL": g.kernel_size,
-        "STRIDE": g.kernel_stride,
-        "PRECISION": precision(q),
-    }
-    ranking = {
-        "LINES": shape.lines,
-        "INIT": g.init_blocks,
-        "LOCAL": g.local_blocks,
-        "HAS_WINDOW": window is not None,
-        "WIDTH": triton.next_power_of_2(g.selected_blocks),
-        "RANKED": launch.rank_blocks,
-    }
-    ranks = int(heads) <= launch.fused_rank_heads and shape.length_q == 1
-    wrap_triton(decode_compress_kernel)[(chunks, pairs)](
-        *rows.arguments,
+    parts = step.parts(chunks)
+    keys, arrivals, blocks = step.lists()
+    windows = {"D": int(dim), "DP": padded_dim(int(dim)), "KERNEL": g.kernel_size, "STRIDE": g.kernel_stride}
+    products = {**step.products, **windows}
+    wrap_triton(decode_compress_kernel)[(chunks, step.pairs)](
+        *step.rows.arguments,
         q,
-        k,
+        step.k,
         state.k1,
         state.k2,
         state.filled,
         parts,
         arrivals,
         *q.stride()[:3],
-        *k.stride()[:3],
+        *step.k.stride()[:3],
         *state.k1.stride()[:3],
         *state.k2.stride()[:3],
-        scale * LOG2_E,
+        step.scale * LOG2_E,
         heads,
         capacity,
         chunks,
         shape.length_q,
         shape.tiles,
-        dense_len,
-        **common,
+        step.dense_len,
+        **step.common,
         **products,
         EXACT=exact,
         CHUNK=launch.chunk,
@@ -297,9 +363,8 @@ def decode_select(
         num_warps=launch.warps(launch.compress_warps, shape.columns),
         num_stages=launch.compress_stages,
     )
-    tiles = shape.tiles if g.query_block == 1 else shape.lines
-    wrap_triton(_decode_score_kernel)[((num_blocks + launch.blocks - 1) // launch.blocks, pairs, tiles)](
-        *rows.arguments,
+    wrap_triton(_decode_score_kernel)[step.score_grid()](
+        *step.rows.arguments,
         q,
         state.k1,
         parts,
@@ -309,43 +374,26 @@ def decode_select(
         state.filled,
         *q.stride()[:3],
         *state.k1.stride()[:3],
-        scale * LOG2_E,
+        step.scale * LOG2_E,
         heads,
         capacity,
         chunks,
-        num_blocks,
+        step.num_blocks,
         shape.length_q,
         shape.tiles,
-        dense_len,
-        UNBOUNDED if window is None else window,
-        **common,
+        step.dense_len,
+        step.bound,
+        **step.common,
         **products,
-        **ranking,
+        **step.ranking,
         NORM_KEYS=owned if exact else launch.chunk,
         NORM_SIZE=g.kernel_size if exact else COARSE_FACTOR * g.kernel_size,
         NORM_STRIDE=g.kernel_stride if exact else COARSE_FACTOR * g.kernel_stride,
         BLOCKS=launch.blocks,
-        RANKS=ranks,
+        RANKS=step.ranks_at_once,
         **dependent_launch(_decode_score_kernel, q),
         num_warps=launch.warps(launch.score_warps, shape.columns),
         num_stages=launch.score_stages,
     )
-    if ranks:
-        return blocks
-    wrap_triton(decode_rank_kernel)[(shape.lines, pairs)](
-        *rows.arguments,
-        keys,
-        blocks,
-        state.filled,
-        heads,
-        capacity,
-        num_blocks,
-        shape.length_q,
-        dense_len,
-        UNBOUNDED if window is None else window,
-        **common,
-        **ranking,
-        **dependent_launch(decode_rank_kernel, q),
-        num_warps=launch.rank_warps,
-    )
+    step.rank(keys, blocks, state.filled)
     return blocks

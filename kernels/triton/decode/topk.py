@@ -110,6 +110,41 @@ def list_chosen(
         seen += tl.sum(level + (higher << 16), 0)
 
 
+@triton.jit
+def rank_when_last(
+    keys_row,
+    blocks_row,
+    filled_at,
+    arrivals_at,
+    notes,  # whether this program's head notes how many keys are kept by now
+    length,
+    dense_len,
+    window,
+    BLOCK: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BUDGET: tl.constexpr,
+    BLOCKS: tl.constexpr,  # that a program scores
+    RANKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """For rows of a single query: the last program of a row and head to arrive ranks the blocks."""
+    begin, end, taken = scored_range(length - 1, window, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW)
+    first = tl.program_id(0) == 0
+    if first & notes:
+        tl.store(filled_at, length)
+    if (length >= dense_len) & (length > 0):
+        if first:
+            list_forced(blocks_row, length - 1, window, begin, end, BLOCK, INIT, LOCAL, WIDTH, HAS_WINDOW)
+        chunk = tl.program_id(0)
+        if (end > begin) & (chunk >= begin // BLOCKS) & (chunk <= (end - 1) // BLOCKS):
+            tl.debug_barrier()  # all threads have written before one of them says so
+            arrived = tl.atomic_add(arrivals_at, 1, sem="acq_rel")
+            if arrived == (end - 1) // BLOCKS - begin // BLOCKS:
+                list_chosen(keys_row, blocks_row + (BUDGET - taken), begin, end, taken, RANKED)
+
+
 @triton.jit(do_not_specialize=["capacity", "num_blocks", "dense_len", "window", "length_q"])
 def decode_rank_kernel(
     lengths,

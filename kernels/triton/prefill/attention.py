@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import BlockGeometry
+from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
-from ..launch import fixed_token_stride, precision, wrap_triton
+from ..launch import wrap_triton
 from ..tile_ops import (
     LN_2,
     LOG2_E,
     LOWEST_SCORE,
-    UNBOUNDED,
     count_visits,
     forced_visits,
     in_registers,
@@ -34,7 +33,7 @@ from ..tile_ops import (
     row_mask,
     softmax_weights,
 )
-from ..tile_tables import TileLists, TilePlan, padded_dim
+from ..tile_tables import padded_dim
 from .choose import choose_variant
 from .scattered.persistent import attend_scattered, offer_scattered
 
@@ -344,100 +343,49 @@ def _attention_forward_kernel(
     )
 
 
-def _launch(q: Tensor, v: Tensor) -> LaunchConfig:
-    """The configuration of the forward."""
-    return config_for(LaunchConfig, "attention_forward", q, padded_dim(max(int(x.shape[3]) for x in (q, v))))
-
-
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: TileLists | None,
-    plan: TilePlan,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    dense_len: int,
-    key_mask: Tensor | None = None,
-    window: int | None = None,
-    every_query: bool,
-) -> tuple[Tensor, Tensor]:
+def attention_forward(given: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Causal attention of every query over the keys of its blocks.
-
-    Args:
-        q: ``[B, Hq, Lq, D]``, any strides with the last one 1, as for `k` and `v`.
-        k: ``[B, Hkv, Lk, D]``.
-        v: ``[B, Hkv, Lk, Dv]``.
-        lists: the selection; None where all sequences are dense.
-        plan: the tiles.
-        geometry: the block geometry.
-        scale: softmax scale, positive.
-        dense_len: sequences with fewer keys are dense, whatever `lists` has for them.
-        key_mask: bool ``[B, Lk]``, True where a key is valid.
-        window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
-        every_query: whether every query belongs to a panel of the plan; if not, the others get 0 and -inf.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's dtype, which lies in memory as ``[B, Lq, Hq, Dv]``, and the log-sum-exp, float32
         ``[B, Hq, Lq]``. A query without a visible key gives 0 and -inf.
     """
+    q, geometry = given.q, given.geometry
     batch, heads_q, length_q = q.shape[:3]
-    heads_kv, dim, value_dim = k.shape[1], int(q.shape[3]), int(v.shape[3])
+    dim, value_dim = given.dims
     out_shape, lse_shape = (batch, length_q, heads_q, value_dim), (batch, heads_q, length_q)
-    if every_query:
+    if given.every_query:
         out = q.new_empty(out_shape)
         lse = q.new_empty(lse_shape, dtype=torch.float32)
     else:
         out = q.new_zeros(out_shape)
         lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
-    shape = plan.shape
-    launch = _launch(q, v).as_launched(_attention_forward_kernel)
-    parts = shape.tokens * shape.padded_group // launch.rows
-    offered = None
-    if lists is not None:
-        offered = offer_scattered(q, v, plan, geometry=geometry, length_k=k.shape[2], window=window)
-        if offered is not None:
-            choose_variant(*offered, lists, plan, geometry=geometry, window=window)
-    wrap_triton(_attention_forward_kernel)[(plan.num_tiles, heads_kv * parts)](
+    launch = config_for(LaunchConfig, "attention_forward", q, given.padded).as_launched(_attention_forward_kernel)
+    offered = offer_scattered(given)
+    if offered is not None:
+        choose_variant(*offered, given)
+    wrap_triton(_attention_forward_kernel)[given.programs(launch.rows)](
         q,
-        k,
-        v,
+        given.k,
+        given.v,
         out,
         lse,
-        plan.panels,
-        plan.panels if lists is None else lists.blocks,
-        plan.panels if lists is None else lists.tokens,
-        plan.panels if lists is None else lists.counts,
-        plan.panels if key_mask is None else key_mask,
-        plan.panels if offered is None else offered[0],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        out.stride(0),
-        out.stride(2),
-        out.stride(1),
-        *lse.stride()[:2],
-        *((0, 0) if key_mask is None else key_mask.stride()),
-        0 if lists is None else lists.blocks.stride(1),
-        dense_len,
-        UNBOUNDED if window is None else window,
-        scale * LOG2_E,
-        **shape.constants(geometry, dim, value_dim, launch.rows),
-        BLOCK_N=launch.step_keys(geometry.block_size),
+        *given.tables,
+        given.plan.panels if offered is None else offered[0],
+        *given.strides,
+        *(out.stride(0), out.stride(2), out.stride(1), *lse.stride()[:2]),
+        *given.mask_strides,
+        given.capacity,
+        given.dense_len,
+        given.bound,
+        given.scale * LOG2_E,
+        **given.list_constants(launch),
         INIT_BLOCKS=geometry.init_blocks,
         LOCAL_BLOCKS=geometry.local_blocks,
-        HAS_LISTS=lists is not None,
         SCATTERED_OFFERED=offered is not None,
-        HAS_WINDOW=window is not None,
-        HAS_KEY_MASK=key_mask is not None,
         SPLIT=launch.queries_in_registers and padded_dim(dim) >= 32,
-        K_TOKEN_STRIDE=fixed_token_stride(k),
-        V_TOKEN_STRIDE=fixed_token_stride(v),
-        PRECISION=precision(q),
         **launch.options,
     )
-    if lists is not None and offered is not None:
-        common = {"geometry": geometry, "scale": scale, "key_mask": key_mask, "window": window}
-        attend_scattered(q, k, v, out, lse, lists, plan, *offered, **common)
+    if offered is not None:
+        attend_scattered(given, out, lse, *offered)
     return out.transpose(1, 2), lse

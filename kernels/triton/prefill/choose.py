@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import BlockGeometry
+from ..attention_inputs import AttentionInputs
 from ..configs import ScatteredConfig
 from ..launch import wrap_triton
-from ..tile_ops import UNBOUNDED, forced_visits
-from ..tile_tables import PANEL_BEGIN, PANEL_END, PANEL_POSITION, TABLE_COLUMNS, TileLists, TilePlan
+from ..tile_ops import forced_visits
+from ..tile_tables import PANEL_BEGIN, PANEL_END, PANEL_POSITION, TABLE_COLUMNS
 from .scattered.persistent import max_scored_blocks
 
 
@@ -55,40 +55,31 @@ def _choose_kernel(
     tl.store(state, scattered.to(tl.int32))
 
 
-def choose_variant(
-    state: Tensor,
-    launch: ScatteredConfig,
-    lists: TileLists,
-    plan: TilePlan,
-    *,
-    geometry: BlockGeometry,
-    window: int | None = None,
-) -> None:
+def choose_variant(state: Tensor, launch: ScatteredConfig, given: AttentionInputs) -> None:
     """Decide on the device whether key-stationary attention beats the union of a tile's blocks.
 
     Args:
         state: from `offer_scattered`; its first number becomes 1 where `attend_scattered` is to run, else 0.
         launch: from it, too.
-        lists: the selection.
-        plan: the tiles.
-        geometry: the block geometry.
-        window: sliding window in keys.
+        given: the call.
     """
+    plan, geometry = given.plan, given.geometry
     shape = plan.shape
+    panels, _, _, counts, _ = given.tables
     wrap_triton(_choose_kernel)[(1,)](
         state,
-        plan.panels,
-        lists.counts,
+        panels,
+        counts,
         plan.num_tiles,
-        lists.counts.shape[1],
-        UNBOUNDED if window is None else window,
+        counts.shape[1],
+        given.bound,
         launch.threshold * shape.padded_group,
         TOKENS=shape.tokens,
         TILES=shape.tiles,
         BLOCK_SIZE=geometry.block_size,
         INIT_BLOCKS=geometry.init_blocks,
         LOCAL_BLOCKS=geometry.local_blocks,
-        SCORED=max_scored_blocks(geometry, window is not None),
+        SCORED=max_scored_blocks(geometry, given.window is not None),
         WIDTH=2048,
         num_warps=8,
     )

@@ -46,11 +46,15 @@ class PanelScorer:
         name: as in `kernels.scorer.Scorer`.
         constants: constants of its own, from the tile shape, the geometry and the configuration.
         scratch: from all constants, 32-bit words of scratch of its own: so many, and so many a block.
+        tuned: the kernel's name in the tuning tables.
+        dim: the padded numbers of a product's row that its configuration goes by; None: those of a head.
     """
 
     name: str
     constants: Callable[[TileShape, BlockGeometry, SelectionConfig], Constants]
     scratch: Callable[[Constants], tuple[int, int]]
+    tuned: str = "select"
+    dim: int | None = None
 
 
 @triton.jit
@@ -321,7 +325,7 @@ def select_blocks(
     list_tokens = torch.empty(plan.num_tiles + 1, heads_kv, capacity, dtype=shape.mask_dtype, device=q.device)
     list_counts = torch.empty(plan.num_tiles, heads_kv, dtype=torch.int32, device=q.device)
     rows = shape.panel_tokens // g.query_block
-    config = config_for(SelectionConfig, "select", q, padded_dim(dim)).for_panel(rows)
+    config = config_for(SelectionConfig, scorer.tuned, q, scorer.dim or padded_dim(dim)).for_panel(rows)
     constants = selection_constants(shape, g, dim, window is not None, config)
     constants |= scorer.constants(shape, g, config)
     fixed, per_block = scorer.scratch(constants)

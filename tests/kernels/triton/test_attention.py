@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
 from infllm_pass.kernels.triton.configs import LaunchConfig, override
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
@@ -158,7 +159,8 @@ def check(
         "window": case.window,
         "every_query": every_query,
     }
-    out, lse = attention_forward(q, k, v, lists, plan, **common)
+    given = AttentionInputs(q, k, v, lists, plan, **common)
+    out, lse = attention_forward(given)
     assert out.dtype == case.dtype
     assert out.transpose(1, 2).is_contiguous()
     bound = BOUND[case.dtype]
@@ -170,7 +172,7 @@ def check(
     grad = torch.randn_like(out)
     delta = output_delta(grad, out)
     assert_close(delta, (grad.double() * expected).sum(-1), 4 * bound)
-    grad_q = query_gradient(grad, q, k, v, lse, delta, lists, plan, **common)
+    grad_q = query_gradient(grad, lse, delta, given)
     assert grad_q.dtype == case.dtype
     assert grad_q.is_contiguous()
     expected.backward(grad.double())
@@ -347,13 +349,14 @@ def test_no_less_exact_than_dense_attention(group, dtype):
     plan = case.plan(0)
     lists = lists_from_sets(chosen, plan, chosen.shape[-1])
     common = {"geometry": case.geometry, "scale": case.scale, "dense_len": 0, "every_query": True}
-    out, lse = attention_forward(q, k, v, lists, plan, **common)
+    given = AttentionInputs(q.clone(), k, v, lists, plan, **common)
+    out, lse = attention_forward(given)
     q.requires_grad_()
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert relative_error(out, expected) <= 2 * relative_error(plain, expected)
 
     grad = torch.randn_like(out)
-    grad_q = query_gradient(grad, q.detach(), k, v, lse, output_delta(grad, out), lists, plan, **common)
+    grad_q = query_gradient(grad, lse, output_delta(grad, out), given)
     expected.backward(grad.double())
     plain.backward(grad)
     assert relative_error(grad_q, exact[0].grad) <= 2 * relative_error(q.grad, exact[0].grad)

@@ -8,6 +8,7 @@ import torch
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.backward.block_to_query import invert_selection
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.tile_schedule import plan_packed_tiles, plan_tiles
@@ -117,18 +118,9 @@ def check(
     run = functools.partial(
         key_gradients,
         grad_out,
-        q,
-        k,
-        v,
         lse.float(),
         delta.float(),
-        lists,
-        plan,
-        geometry=geometry,
-        scale=SCALE,
-        dense_len=dense_len,
-        key_mask=key_mask,
-        window=window,
+        AttentionInputs(q, k, v, lists, plan, geometry, SCALE, dense_len, key_mask, window),
         **options,
     )
     actual = run()
@@ -280,9 +272,7 @@ def test_packed_sequences(chunked):
         lse[:, :, queries], delta[:, :, queries] = lse_.float(), delta_.float()
         expected[0][:, :, keys], expected[1][:, :, keys] = grad_k, grad_v
     lists = lists_from_sets(selected, plan, 8, dense_len=dense_len)
-    actual = key_gradients(
-        grad_out, q, k, v, lse, delta, lists, plan, geometry=GEOMETRY, scale=SCALE, dense_len=dense_len
-    )
+    actual = key_gradients(grad_out, lse, delta, AttentionInputs(q, k, v, lists, plan, GEOMETRY, SCALE, dense_len))
     compare(actual, expected, torch.float32, 1e-5)
 
 

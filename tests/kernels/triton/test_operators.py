@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from infllm_pass.errors import ShapeError
+from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
-from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState
-from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
+from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_select
+from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
 from infllm_pass.kernels.triton.prefill.pooled import select_tiles
@@ -21,7 +26,9 @@ from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, arrange
 
 GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
+TOKENS = replace(GEOMETRY, scorer="tokens", channels=((*range(4, 8), *range(12, 16)),), score_dtype="int8")
 SCALE = 0.3
+SCORERS = pytest.mark.parametrize("geometry", [GEOMETRY, TOKENS], ids=["pooled", "tokens"])
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +56,7 @@ def test_a_prompt(sparse):
         assert torch.equal(selection[2], lists.counts)
         torch.library.opcheck(prefill.compress_keys.default, (q, k, *call), test_utils=SHAPES)
         torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call), test_utils=SHAPES)
-    expected = attention_forward(q, k, v, lists, plan, **numbers, every_query=True)
+    expected = attention_forward(AttentionInputs(q, k, v, lists, plan, **numbers, every_query=True))
     for mine, other in zip(prefill.block_attention(q, k, v, selection, *call), expected, strict=True):
         assert torch.equal(mine, other)
         assert mine.stride() == other.stride()
@@ -75,9 +82,10 @@ def test_gradients_flow_to_q_k_and_v_only(length):
     assert [each.shape for each in gradients] == [each.shape for each in (q, k, v)]
 
 
-def test_empty_calls_give_what_others_give():
+@SCORERS
+def test_empty_calls_give_what_others_give(geometry):
     """The same number of tensors with the same dtypes."""
-    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
+    call = AttentionCall(SCALE, 0, geometry).arguments
     dtypes = []
     for length in (0, 40):
         q, k, v = tensors(length)
@@ -86,6 +94,32 @@ def test_empty_calls_give_what_others_give():
         results = prefill.block_attention(q, k, v, selection, *call)
         dtypes.append([each.dtype for each in (*state, *selection, *results)])
     assert dtypes[0] == dtypes[1]
+
+
+@pytest.mark.parametrize("score_dtype", ["key", "int8", "fp8"])
+@pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
+def test_a_prompt_by_token_scores(score_dtype, holes):
+    """The whole prompt equals the oracle, and compilers see the shapes of all that is passed on."""
+    q, k, v = tensors(150)
+    geometry = replace(TOKENS, score_dtype=score_dtype)
+    key_mask = torch.rand(1, 150, device=DEVICE) < 0.7 if holes else None
+    fields = {"geometry": geometry, "scale": SCALE, "key_mask": key_mask}
+    call = AttentionCall(dense_len=0, **fields).arguments
+    state = prefill.compress_keys(q, k, *call)
+    selection = prefill.select_blocks(q, k, state, *call)
+    out, _ = prefill.block_attention(q, k, v, selection, *call)
+    selected = reference.select_blocks(q, k, **fields)
+    expected, _ = reference.attention(q, k, v, selected, **fields)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    checked = SHAPES[1:] if score_dtype == "fp8" else SHAPES  # the schema's check multiplies, which float8 cannot
+    torch.library.opcheck(prefill.compress_keys.default, (q, k, *call), test_utils=checked)
+    torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call), test_utils=checked)
+    if not holes:
+        with pytest.raises(ShapeError, match=r"ki has shape .* made of the same keys"):
+            prefill.select_blocks(q, k[:, :, :-1], state, *call)
+    other = AttentionCall(dense_len=0, **{**fields, "geometry": GEOMETRY}).arguments
+    with pytest.raises(ShapeError, match="state"):
+        prefill.select_blocks(q, k, state, *other)
 
 
 def test_a_state_or_selection_of_other_tensors_is_refused():
@@ -118,17 +152,22 @@ def test_bounds_of_valid_keys():
             assert (first, end) == (valid[0], valid[-1] + 1)
 
 
-def test_a_decode_step(monkeypatch):
+@SCORERS
+def test_a_decode_step(geometry, monkeypatch):
     """The operator also writes the state; compilers call it, as where CUDA graphs record it."""
     monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: True)
     q, k, v = (torch.randn(2, heads, size, 16, device=DEVICE) for heads, size in ((4, 1), (2, 120), (2, 120)))
     lengths, starts = torch.tensor([110, 70], device=DEVICE), torch.tensor([3, 0], device=DEVICE)
-    numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 80, "window": None}
-    states = [[tensor.zero_() for tensor in new_state(k, GEOMETRY)] for _ in range(2)]
+    numbers = {"geometry": geometry, "scale": SCALE, "dense_len": 80, "window": None}
+    states = [[tensor.zero_() for tensor in new_state(k, geometry)] for _ in range(2)]
     rows = DecodeRows(lengths, starts)
-    blocks = decode_select(q, k, DecodeState(*states[0]), rows, **numbers)
+    step = DecodeStep(q, k, rows, **numbers)
+    tokens = geometry.scorer == "tokens"
+    blocks = (
+        decode_select_tokens(step, IndexState.of(states[0])) if tokens else decode_select(step, DecodeState(*states[0]))
+    )
     expected = decode_attend(q, k, v, blocks, rows, None, **numbers)
-    given = (q, k, v, states[1], lengths, starts, None, None, SCALE, 80, geometry_text(GEOMETRY))
+    given = (q, k, v, states[1], lengths, starts, None, None, SCALE, 80, geometry_text(geometry))
     results = decode_attention(*given)
     for mine, other in zip((*results, *states[1]), (*expected, *states[0]), strict=True):
         assert torch.equal(mine, other)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.configs import ScatteredConfig, override
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
@@ -29,7 +30,7 @@ def calls(monkeypatch):
 
     def gather(*arguments, **named):
         original(*arguments, **named)
-        made.append(int(arguments[7][0]))
+        made.append(int(arguments[3][0]))
 
     original = attention.attend_scattered
     monkeypatch.setattr(attention, "attend_scattered", gather)
@@ -122,11 +123,12 @@ def test_the_device_chooses(local):
     sets = (far.any(2) | (blocks < 1) | (blocks >= own - 1)) & (blocks <= own)
     plan = case.plan(0)
     lists = lists_from_sets(sets[:, None], plan, 20)
-    q, _, v = case.inputs()
+    common = {"geometry": case.geometry, "scale": case.scale, "dense_len": 0}
+    given = AttentionInputs(*case.inputs(), lists, plan, **common)
     with override(scattered=ScatteredConfig()):
-        offered = persistent.offer_scattered(q, v, plan, geometry=case.geometry, length_k=320)
+        offered = persistent.offer_scattered(given)
     assert offered is not None
-    choose_variant(*offered, lists, plan, geometry=case.geometry)
+    choose_variant(*offered, given)
     assert int(offered[0][0]) == (0 if local else 1)
 
 
@@ -172,7 +174,7 @@ def test_every_run_gives_the_same_bits(calls):
     sets = (far | (blocks < 1) | (blocks >= own - 1)) & (blocks <= own)
     lists = lists_from_sets(sets, plan, 47)
     common = {"geometry": case.geometry, "scale": 128**-0.5, "dense_len": 0, "every_query": True}
-    results = [attention_forward(q, k, v, lists, plan, **common) for _ in range(3)]
+    results = [attention_forward(AttentionInputs(q, k, v, lists, plan, **common)) for _ in range(3)]
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
     assert all(calls)
     assert calls

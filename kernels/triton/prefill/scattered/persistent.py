@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ....geometry import BlockGeometry
+from ...attention_inputs import AttentionInputs
 from ...backward.block_to_query import block_bound
 from ...configs import ScatteredConfig, optional_config
-from ...launch import fixed_token_stride, multiprocessors, precision, wrap_triton
-from ...tile_ops import LOG2_E, UNBOUNDED
-from ...tile_tables import TileLists, TilePlan, TileShape, padded_dim
+from ...launch import multiprocessors, wrap_triton
+from ...tile_ops import LOG2_E
 from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
 from .partials import MERGED_ROWS, attend_pieces, merge_queries
 
@@ -330,156 +330,104 @@ def max_scored_blocks(geometry: BlockGeometry, has_window: bool) -> int:
     return max(0, geometry.selected_blocks - forced)
 
 
-def offer_scattered(
-    q: Tensor,
-    v: Tensor,
-    plan: TilePlan,
-    *,
-    geometry: BlockGeometry,
-    length_k: int,
-    window: int | None = None,
-) -> tuple[Tensor, ScatteredConfig] | None:
+def offer_scattered(given: AttentionInputs) -> tuple[Tensor, ScatteredConfig] | None:
     """What `attend_scattered` needs for a call, where it serves such calls.
-
-    Args:
-        q: ``[B, Hq, Lq, D]``.
-        v: ``[B, Hkv, Lk, Dv]``.
-        plan: the tiles.
-        geometry: the block geometry.
-        length_k: keys of a row.
-        window: sliding window in keys.
 
     Returns:
         None where the kernel does not serve the call; else its state, int32, all 0, whose first number is to become 1
         where the kernel is to run, and its configuration.
     """
-    shape = plan.shape
-    scored = max_scored_blocks(geometry, window is not None)
-    block_size, padded = geometry.block_size, padded_dim(max(int(q.shape[3]), int(v.shape[3])))
-    launch = optional_config(ScatteredConfig, "scattered", q, padded)
+    q, geometry, shape = given.q, given.geometry, given.plan.shape
+    block_size = geometry.block_size
+    launch = optional_config(ScatteredConfig, "scattered", q, given.padded)
     # Tiles of few tokens gain little; tokens of a tile must share their own block, so that they share what is forced;
     # and a block's keys and values stay in shared memory, each in one piece.
     if (
         launch is None
-        or scored == 0
+        or given.lists is None
+        or max_scored_blocks(geometry, given.window is not None) == 0
         or geometry.query_block > 1
         or shape.padded_group > 8
         or block_size % shape.tokens
         or block_size & -block_size != block_size
-        or block_size * padded * q.element_size() > launch.block_bytes
+        or block_size * given.padded * q.element_size() > launch.block_bytes
     ):
         return None
     launch = launch.as_launched(_scattered_kernel)
-    ranges = triton.cdiv(plan.num_tiles, _chunk_tiles(q, v, plan, scored, launch))
-    num_blocks = block_bound(plan, batch=q.shape[0], length_k=length_k, block_size=block_size)
-    size = _STATE.value + ranges * v.shape[1] * _PHASES.value + _SMALL_RING * num_blocks
+    ranges = triton.cdiv(given.plan.num_tiles, _chunk_tiles(given, launch))
+    size = _STATE.value + ranges * given.v.shape[1] * _PHASES.value + _SMALL_RING * _num_blocks(given)
     return torch.zeros(size, dtype=torch.int32, device=q.device), launch
 
 
-def _chunk_tiles(q: Tensor, v: Tensor, plan: TilePlan, scored: int, launch: ScatteredConfig) -> int:
+def _num_blocks(given: AttentionInputs) -> int:
+    batch, _, length_k = given.k.shape[:3]
+    return block_bound(given.plan, batch=batch, length_k=length_k, block_size=given.geometry.block_size)
+
+
+def _chunk_tiles(given: AttentionInputs, launch: ScatteredConfig) -> int:
     """Tiles of a chunk: as many as the memory for partial results holds."""
-    row = plan.shape.tokens * scored * plan.shape.group * (int(v.shape[3]) * q.element_size() + 4)
-    tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), plan.num_tiles)
+    shape, scored = given.plan.shape, max_scored_blocks(given.geometry, given.window is not None)
+    row = shape.tokens * scored * shape.group * (given.dims[1] * given.q.element_size() + 4)
+    tiles: int = torch.sym_min(max(1, launch.pool_bytes // (_POOL_RING * row)), given.plan.num_tiles)
     return tiles
 
 
-def scattered_constants(
-    shape: TileShape, geometry: BlockGeometry, dim: int, value_dim: int, has_window: bool, launch: ScatteredConfig
-) -> dict[str, int | bool]:
-    """The sizes for which the kernel is compiled, by their names."""
+def scattered_constants(geometry: BlockGeometry, tokens: int, has_window: bool) -> dict[str, int]:
+    """What the kernel is compiled for beside `AttentionInputs.constants`, for tiles of so many tokens."""
     scored = max_scored_blocks(geometry, has_window)
     return {
-        **shape.constants(geometry, dim, value_dim, launch.rows),
         "INIT_BLOCKS": geometry.init_blocks,
         "LOCAL_BLOCKS": geometry.local_blocks,
         "SCORED": scored,
         "PADDED_SCORED": triton.next_power_of_2(scored),
         "PIECE": _PIECE,
-        "WIDTH": max(32, min(128, 2048 // shape.tokens)),
+        "WIDTH": max(32, min(128, 2048 // tokens)),
         "SMALL_RING": _SMALL_RING,
         "POOL_RING": _POOL_RING,
-        "HAS_WINDOW": has_window,
     }
 
 
-def attend_scattered(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: TileLists,
-    plan: TilePlan,
-    state: Tensor,
-    launch: ScatteredConfig,
-    *,
-    geometry: BlockGeometry,
-    scale: float,
-    key_mask: Tensor | None = None,
-    window: int | None = None,
-) -> None:
+def attend_scattered(given: AttentionInputs, out: Tensor, lse: Tensor, state: Tensor, launch: ScatteredConfig) -> None:
     """Add the scored blocks of every query to `out` and `lse`, if `state` says so.
 
     Args:
-        q: ``[B, Hq, Lq, D]``, any strides with the last one 1, as for `k` and `v`.
-        k: ``[B, Hkv, Lk, D]``.
-        v: ``[B, Hkv, Lk, Dv]``.
+        given: the call.
         out: ``[B, Lq, Hq, Dv]``: attention to the forced blocks; changed.
         lse: float32 ``[B, Hq, Lq]``: its log-sum-exp; changed.
-        lists: the selection.
-        plan: the tiles.
         state: from `offer_scattered`, its first number decided; changed.
         launch: from `offer_scattered`.
-        geometry: the block geometry.
-        scale: softmax scale, positive.
-        key_mask: bool ``[B, Lk]``, True where a key is valid.
-        window: sliding window in keys.
     """
-    batch, heads, length_k = k.shape[:3]
-    shape, dim, value_dim = plan.shape, int(k.shape[3]), int(v.shape[3])
-    scored = max_scored_blocks(geometry, window is not None)
-    chunk_tiles = _chunk_tiles(q, v, plan, scored, launch)
-    num_blocks = block_bound(plan, batch=batch, length_k=length_k, block_size=geometry.block_size)
-    entries = chunk_tiles * shape.tokens * scored
-    slots = _POOL_RING * entries * shape.group
-    small = (
-        1 + num_blocks * 2 + (num_blocks + entries // _PIECE) * PIECE_WIDTH.value + entries + chunk_tiles * shape.tokens
-    )
+    q, plan, geometry = given.q, given.plan, given.geometry
+    tokens, has_window = plan.shape.tokens, given.window is not None
+    scored = max_scored_blocks(geometry, has_window)
+    chunk_tiles = _chunk_tiles(given, launch)
+    num_blocks = _num_blocks(given)
+    entries = chunk_tiles * tokens * scored
+    slots = _POOL_RING * entries * plan.shape.group
+    small = 1 + num_blocks * 2 + (num_blocks + entries // _PIECE) * PIECE_WIDTH.value + entries + chunk_tiles * tokens
     wrap_triton(_scattered_kernel)[(launch.programs * multiprocessors(q.device),)](
         q,
-        k,
-        v,
+        given.k,
+        given.v,
         out,
         lse,
-        plan.panels,
-        lists.blocks,
-        lists.tokens,
-        lists.counts,
-        plan.panels if key_mask is None else key_mask,
+        *given.tables,
         state,
         torch.empty(_SMALL_RING, small, dtype=torch.int32, device=q.device),
-        torch.empty(slots, value_dim, dtype=q.dtype, device=q.device),
+        torch.empty(slots, given.dims[1], dtype=q.dtype, device=q.device),
         torch.empty(slots, dtype=torch.float32, device=q.device),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        out.stride(0),
-        out.stride(2),
-        out.stride(1),
-        *lse.stride()[:2],
-        *((0, 0) if key_mask is None else key_mask.stride()),
-        lists.blocks.stride(1),
+        *given.strides,
+        *(out.stride(0), out.stride(2), out.stride(1), *lse.stride()[:2]),
+        *given.mask_strides,
+        given.capacity,
         plan.num_tiles,
         num_blocks,
         chunk_tiles,
         triton.cdiv(plan.num_tiles, chunk_tiles),
-        heads,
-        UNBOUNDED if window is None else window,
-        scale * LOG2_E,
-        **scattered_constants(shape, geometry, dim, value_dim, window is not None, launch),
-        HAS_KEY_MASK=key_mask is not None,
-        K_TOKEN_STRIDE=fixed_token_stride(k),
-        V_TOKEN_STRIDE=fixed_token_stride(v),
-        PRECISION=precision(q),
+        given.k.shape[1],
+        given.bound,
+        given.scale * LOG2_E,
+        **given.constants(launch.rows),
+        **scattered_constants(geometry, tokens, has_window),
         **launch.options,
     )
