@@ -201,6 +201,11 @@ class Layouts:
         floats = before.is_floating_point and after.is_floating_point
         return bool(floats and torch.promote_types(before, after) == after)
 
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write to the memory of a node's tensor, in order."""
+        cell, nodes = storage(node), list(self._positions)
+        return [nodes[number] for number, written in self._writes if written == cell]
+
     def position(self, node: fx.Node) -> int:
         """The place of a node in the graph."""
         return self._positions[node]
