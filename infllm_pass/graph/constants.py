@@ -20,7 +20,19 @@ MOST_ELEMENTS = 1 << 16
 _UNREAD = {Kind.DROPOUT, Kind.ATTENTION, Kind.FLEX_ATTENTION, Kind.MULTI_HEAD_ATTENTION, Kind.CHECK, Kind.FULL}
 """Kinds that are random, or never make a table."""
 
-_MORE = {"reciprocal", "exp", "exp2", "log", "log2", "float_power", "square", "rsqrt", "linspace", "logspace", "sigmoid"}
+_MORE = {
+    "reciprocal",
+    "exp",
+    "exp2",
+    "log",
+    "log2",
+    "float_power",
+    "square",
+    "rsqrt",
+    "linspace",
+    "logspace",
+    "sigmoid",
+}
 """Functions beside those of the table."""
 
 

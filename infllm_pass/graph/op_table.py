@@ -24,6 +24,7 @@ __all__ = [
     "Kind",
     "Write",
     "read",
+    "read_copy",
     "read_in_place",
     "read_update",
     "read_write",
@@ -389,6 +390,13 @@ def read_update(node: fx.Node) -> Write | None:
         middle = [slice(None)] * (example.dim() - len(before) - len(after))
         return Write(target, (*before, *middle, *after), node.args[2])
     return None
+
+
+def read_copy(node: fx.Node) -> fx.Node | None:
+    """The tensor that a node writes over all of its first argument, by ``copy_``; None for any other node."""
+    if _called(node) != "copy_" or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        return None
+    return node.args[1]
 
 
 def _called(node: fx.Node) -> str:

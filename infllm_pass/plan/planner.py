@@ -195,9 +195,7 @@ def _score_channels(site: AttentionSite, chosen: Configured, head_dim: int, rota
         ConfigError: the configured ones do not fit the site.
     """
     if chosen.channels is not None:
-        return ScoreChannels(
-            checked_sets(chosen.channels, head_dim, int(site.kv_heads), chosen.config), chosen.origin
-        )
+        return ScoreChannels(checked_sets(chosen.channels, head_dim, int(site.kv_heads), chosen.config), chosen.origin)
     if chosen.config.score_dims_of(head_dim) == head_dim:
         return from_rotary("", head_dim, chosen.config)
     return from_rotary(rotary.read(site, head_dim), head_dim, chosen.config)

@@ -11,6 +11,7 @@ import cmath
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -18,10 +19,12 @@ from torch import fx
 
 from infllm_pass.graph.constants import Constants
 from infllm_pass.graph.facts import example_of
-from infllm_pass.sites.elements import Element, Elements, NotRead, Product, Sum, Wave, mixed
+from infllm_pass.sites.elements import Elements, NotRead
+from infllm_pass.sites.forms import form_of
 from infllm_pass.sites.index_algebra import FEATURE
 from infllm_pass.sites.layouts import Layouts
 from infllm_pass.sites.site import AttentionSite
+from infllm_pass.sites.sums import Element, Factor, Product, Sum, Wave, mixed
 
 logger = logging.getLogger("infllm_pass")
 
@@ -53,8 +56,10 @@ class RotaryReader:
     """
 
     def __init__(self, layouts: Layouts) -> None:
+        self._layouts = layouts
         self._elements = Elements(layouts)
         self._constants = Constants(layouts.facts.held)
+        self._known: dict[Any, Rotary | str] = {}
 
     def read(self, site: AttentionSite, head_dim: int) -> Rotary | str:
         """The rotary embedding of a site's keys, or why none is known.
@@ -63,7 +68,11 @@ class RotaryReader:
             site: the site.
             head_dim: channels of its keys.
         """
-        found = self._read(site, head_dim)
+        form = form_of(self._layouts, site.key_heads.node, site.key_heads.index)
+        found = self._known.get(form) if form is not None else None
+        if found is None:
+            found = self._read(site, head_dim)
+            self._known[form] = found
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("channels: keys %s: %s", site.key_heads.node.name, found)
         return found
@@ -179,55 +188,48 @@ class _Turn:
     def of(pair: Pair, sources: tuple[Element, Element], rotated: Mapping[int, Sum]) -> _Turn | None:
         """What turns a pair; None where that is no rotation."""
         rows = [_coefficients(rotated[channel], sources) for channel in pair]
-        if None in rows:
+        if rows[0] is None or rows[1] is None:
             return None
-        (own, other), (below, across) = (row for row in rows if row is not None)
-        waves = [each[0] for each in (own, other, below, across)]
-        if not all(isinstance(wave, Wave) for wave in waves):
-            elements = tuple(each[0] for each in (own, other))
-            found = tuple(each for each in elements if isinstance(each, Element))
-            return _Turn(pair, sources, found) if len(found) == 2 else None
-        functions = [wave.function for wave in waves if isinstance(wave, Wave)]
-        angles = {wave.angle for wave in waves if isinstance(wave, Wave)}
+        matrix = [*rows[0], *rows[1]]
+        waves = [wave for wave, _ in matrix if isinstance(wave, Wave)]
+        if len(waves) < len(matrix):
+            elements = tuple(each for each, _ in rows[0] if isinstance(each, Element))
+            return _Turn(pair, sources, elements) if len(elements) == 2 else None
+        functions = [wave.function for wave in waves]
+        signs = [number for (_, number), function in zip(matrix, functions, strict=True) if function == "sin"]
         turned = functions in (["cos", "sin", "sin", "cos"], ["sin", "cos", "cos", "sin"])
-        by_sine = [each[1] for each, function in zip((own, other, below, across), functions, strict=True) if function == "sin"]
-        if not turned or len(angles) != 1 or by_sine[0] * by_sine[1] > 0:
-            return None
-        (angle,) = angles
-        if len(angle) != 1:
+        angle = waves[0].angle
+        if not turned or any(wave.angle != angle for wave in waves) or signs[0] * signs[1] > 0 or len(angle) != 1:
             return None
         return _Turn(pair, sources, angle=next(iter(angle)))
 
 
-def _coefficients(
-    terms: Sum, sources: tuple[Element, Element]
-) -> tuple[tuple[Element | Wave, float], tuple[Element | Wave, float]] | None:
+_Coefficient = tuple[Factor, float]
+
+
+def _coefficients(terms: Sum, sources: tuple[Element, Element]) -> tuple[_Coefficient, _Coefficient] | None:
     """What a sum multiplies each of two elements with, beside what it multiplies both with."""
-    found = []
+    rest: list[tuple[list[Factor], float]] = []
     for source in sources:
-        products = [(product, number) for product, number in terms if source in product]
+        products = [(list(product), number) for product, number in terms if source in product]
         if len(products) != 1:
             return None
-        product, number = products[0]
-        found.append((list(product), number))
-        found[-1][0].remove(source)
-    (first, one), (second, two) = found
+        products[0][0].remove(source)
+        rest += products
+    (first, one), (second, two) = rest
     for factor in list(first):
         if factor in second:
             first.remove(factor)
             second.remove(factor)
-    if len(first) != 1 or len(second) != 1:
-        own = [_strongest(each) for each in (first, second)]
-        if own[0] is None or own[1] is None:
-            return None
-        return (own[0], one), (own[1], two)
-    return (first[0], one), (second[0], two)
+    own, other = _turning(first), _turning(second)
+    return None if own is None or other is None else ((own, one), (other, two))
 
 
-def _strongest(factors: Sequence[Element | Wave]) -> Element | Wave | None:
-    """Of several factors the one sine or cosine."""
-    waves = [factor for factor in factors if isinstance(factor, Wave)]
-    return waves[0] if len(waves) == 1 else None
+def _turning(factors: Sequence[Factor]) -> Factor | None:
+    """Of several factors the one that is a sine or cosine, or the only one."""
+    waves: list[Factor] = [factor for factor in factors if isinstance(factor, Wave)]
+    found = waves or list(factors)
+    return found[0] if len(found) == 1 else None
 
 
 def _pairs(rotated: Mapping[int, Sum]) -> dict[Pair, tuple[Element, Element]] | None:
@@ -245,7 +247,7 @@ def _pairs(rotated: Mapping[int, Sum]) -> dict[Pair, tuple[Element, Element]] | 
             return None
         if low not in mates:
             mates |= {low: high, high: low}
-            first, second = sorted(elements, key=lambda element: (element.part, tuple(map(str, element.index))))
+            first, second = elements
             found[low, high] = (first, second)
     return found if len(mates) == len(rotated) else None
 
@@ -318,7 +320,7 @@ def text_of(terms: Sum) -> str:
     return " + ".join(parts) or "0"
 
 
-def _factor_text(factor: Element | Wave) -> str:
+def _factor_text(factor: Factor) -> str:
     if isinstance(factor, Wave):
         return f"{factor.function}({text_of(factor.angle)})"
     place = f"{factor.node.name}[{', '.join(map(str, factor.index))}]"
