@@ -17,6 +17,9 @@ from infllm_pass.graph.op_table import read
 MOST_ELEMENTS = 1 << 16
 """Of a tensor that is computed here."""
 
+MOST_DEEP = 32
+"""Operators that a value is computed by, one after the other."""
+
 _UNREAD = {Kind.DROPOUT, Kind.ATTENTION, Kind.FLEX_ATTENTION, Kind.MULTI_HEAD_ATTENTION, Kind.CHECK, Kind.FULL}
 """Kinds that are random, or never make a table."""
 
@@ -47,21 +50,23 @@ class Constants:
         self._tensors = {**held.looked_at, **held.tensors}
         self._known: dict[fx.Node, Tensor | None] = {}
 
-    def of(self, node: fx.Node) -> Tensor | None:
+    def of(self, node: fx.Node, depth: int = MOST_DEEP) -> Tensor | None:
         """The value of a node's tensor; None: it depends on the call, or cannot be computed here."""
+        if depth == 0:
+            return None
         if node not in self._known:
             self._known[node] = None  # a failure on the way is no value
-            self._known[node] = self._compute(node)
+            self._known[node] = self._compute(node, depth)
         return self._known[node]
 
-    def _compute(self, node: fx.Node) -> Tensor | None:
+    def _compute(self, node: fx.Node, depth: int) -> Tensor | None:
         held = self._tensors.get(node)
         if held is not None or node.op not in ("call_function", "call_method"):
             return held
         example = example_of(node)
         if not isinstance(example, Tensor) or not self._may_run(node, example):
             return None
-        inputs = {source: self.of(source) for source in node.all_input_nodes}
+        inputs = {source: self.of(source, depth - 1) for source in node.all_input_nodes}
         if any(value is None for value in inputs.values()):
             return None
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)

@@ -14,11 +14,14 @@ from torch import fx
 
 from infllm_pass.graph.facts import GraphFacts, axis, size
 from infllm_pass.graph.kinds import Call, Kind
-from infllm_pass.graph.op_table import Write, read_copy, read_in_place, read_update, read_write
+from infllm_pass.graph.op_table import Write, read, read_copy, read_in_place, read_update, read_write
 from infllm_pass.sites.element_rules import RULES, ZERO, somewhere
 from infllm_pass.sites.layouts import LAYOUT_KINDS, Index, Layouts
 from infllm_pass.sites.scalars import read_number
 from infllm_pass.sites.sums import Element, Opaque, Sum, number_of, single
+
+MOST_DEEP = 64
+"""Operators that are followed one after the other; what lies deeper is an element of its own."""
 
 
 class NotRead(Exception):
@@ -38,6 +41,8 @@ class Elements:
         self._known: dict[tuple[fx.Node, Index, str, int], Sum] = {}
         self._calls: dict[fx.Node, Call | None] = {}
         self._numbers: dict[fx.Node, float | None] = {}
+        self._same: dict[fx.Node, fx.Node] = {}
+        self._made: dict[tuple[object, str], fx.Node] = {}
 
     def of(self, node: fx.Node, index: Index, before: fx.Node | None = None) -> Sum:
         """The element of a tensor.
@@ -52,6 +57,20 @@ class Elements:
         """
         return _Reader(self, self._facts).element(node, index, "", before)
 
+    def same(self, node: fx.Node, facts: GraphFacts, depth: int = MOST_DEEP) -> fx.Node:
+        """The first node that was asked for of those that compute the same, in the same way of the same."""
+        if depth == 0:
+            return node
+        if node not in self._same:
+            found = node
+            call = read(node)
+            if call is not None and call.kind is not Kind.DROPOUT and not facts.is_overwritten(node):
+                names = {source: self.same(source, facts, depth - 1).name for source in node.all_input_nodes}
+                key = (node.target, repr(fx.map_arg((node.args, node.kwargs), names.__getitem__)))
+                found = self._made.setdefault(key, node)
+            self._same[node] = found if found.graph is node.graph else node
+        return self._same[node]
+
     def layouts_of(self, facts: GraphFacts) -> Layouts:
         """The layout operators of one of the graphs."""
         if facts not in self._layouts:
@@ -65,6 +84,7 @@ class _Reader:
     def __init__(self, elements: Elements, facts: GraphFacts) -> None:
         self.elements = elements
         self.facts = facts
+        self.depth = 0
         self.layouts = elements.layouts_of(facts)
 
     def element(self, node: fx.Node, index: Index, part: str, before: fx.Node | None) -> Sum:
@@ -76,15 +96,21 @@ class _Reader:
         key = (node, index, part, at)
         known = self.elements._known
         if key not in known:
-            known[key] = self._written(node, index, part, before) if overwritten else self._computed(node, index, part)
+            self.depth += 1
+            try:
+                known[key] = (
+                    self._written(node, index, part, before) if overwritten else self._computed(node, index, part)
+                )
+            finally:
+                self.depth -= 1
         return known[key]
 
     def _computed(self, node: fx.Node, index: Index, part: str) -> Sum:
         try:
-            found = self._rule(node, index, part)
+            found = self._rule(node, index, part) if self.depth < MOST_DEEP else None
         except Opaque:
             found = None
-        return single(Element(node, index, part)) if found is None else found
+        return single(Element(self.elements.same(node, self.facts), index, part)) if found is None else found
 
     def _rule(self, node: fx.Node, index: Index, part: str) -> Sum | None:
         """What a node computes, of the elements of its arguments."""

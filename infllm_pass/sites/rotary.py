@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from infllm_pass.graph.constants import Constants
@@ -135,17 +136,16 @@ class RotaryReader:
         return abs(cmath.phase(vectors[1] / vectors[0])) if all(vectors) else None
 
     def _value(self, element: Element, position: int | None = None) -> float | None:
-        """The value of an element of a constant; along one dimension without a number, that at a position."""
+        """The value of an element of a constant; where its place depends on one thing only, that at a position."""
         tensor = self._constants.of(element.node)
-        if tensor is None:
+        place = [part if position is None else _at(part, position) for part in element.index]
+        if tensor is None or not all(part.is_Integer for part in place):
             return None
-        free = [part for part in element.index if not part.is_Integer]
-        if len(free) > (position is not None):
+        if len({thing for part in element.index for thing in _unknowns(part)}) > 1:
             return None
-        place = tuple(int(part) if part.is_Integer else position for part in element.index)
-        if any(at is None or at >= extent for at, extent in zip(place, tensor.shape, strict=True)):
+        if any(at >= extent for at, extent in zip(place, tensor.shape, strict=True)):
             return None
-        value = complex(tensor[place].item())
+        value = complex(tensor[tuple(map(int, place))].item())
         number = value.imag if element.part == "imaginary" else value.real
         if element.part == "inverse":
             return 1.0 / number if number else None
@@ -258,17 +258,28 @@ def _likely(elements: frozenset[Element], terms: Sum) -> int:
     return sum(isinstance(factor, Wave) or factor.node.op != "call_function" for factor in rest)
 
 
+def _unknowns(part: sympy.Expr) -> set[sympy.Expr]:
+    """What a place depends on: elements of tensors, else indices."""
+    found: set[sympy.Expr] = part.atoms(AppliedUndef) or part.free_symbols
+    return found
+
+
+def _at(part: sympy.Expr, position: int) -> sympy.Expr:
+    """A place where what it depends on has a value."""
+    return part.xreplace({thing: sympy.Integer(position) for thing in _unknowns(part)})
+
+
 def _places(turns: Sequence[_Turn]) -> list[int] | None:
     """For each pair the place of its frequency in the one vector that all are read from; None: there is no such."""
-    by_node: dict[tuple[fx.Node, int], dict[int, list[int]]] = {}
+    by_node: dict[tuple[fx.Node, int], dict[int, int]] = {}
     for number, turn in enumerate(turns):
         for element in turn.made_of:
             for dim, part in enumerate(element.index):
                 if part.is_Integer:
-                    by_node.setdefault((element.node, dim), {}).setdefault(int(part), []).append(number)
-    for places in by_node.values():
-        seen = {number: place for place, numbers in places.items() for number in numbers}
-        if len(seen) == len(turns) and len(places) == len(turns):
+                    seen = by_node.setdefault((element.node, dim), {})
+                    seen[number] = min(int(part), seen.get(number, int(part)))
+    for seen in by_node.values():
+        if len(seen) == len(turns) == len(set(seen.values())):
             return [seen[number] for number in range(len(turns))]
     return None
 

@@ -1,5 +1,7 @@
 """The rotary embedding of a site's keys: read off every spelling, and measured on the keys themselves."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -330,7 +332,7 @@ def test_pairs_are_read_and_turn_by_ascending_frequencies(spelling, dynamic):
     assert not found.rotary.order  # by their values
     angles = measured(found.keys, found.rotary)
     assert len(angles) == len(SPELLINGS[spelling])
-    assert all(low <= high + 1e-6 for low, high in zip(angles, angles[1:], strict=False))
+    assert all(low <= high + 1e-6 for low, high in pairwise(angles))
     assert angles[0] < angles[-1]
 
 
@@ -345,7 +347,8 @@ def test_exported_graphs_give_the_same_pairs(spelling):
     found = RotaryReader(layouts).read(site, DIM)
     assert isinstance(found, Rotary), found
     if spelling is Shuffled:  # no values here: by index, and said so
-        assert found.order and sorted(found.pairs) == sorted(expected.pairs)
+        assert found.order
+        assert sorted(found.pairs) == sorted(expected.pairs)
     else:
         assert (found.pairs, found.unrotated) == (expected.pairs, expected.unrotated)
 
@@ -467,7 +470,8 @@ def test_sines_of_the_graph_around_a_nested_one_are_followed():
     torch.compile(Checkpointed(), backend=observer)(same_rows().requires_grad_())
     (found,) = observer.found
     assert isinstance(found.rotary, Rotary), found.rotary
-    assert found.rotary.pairs == tuple(reversed(HALF)) and not found.rotary.order
+    assert found.rotary.pairs == tuple(reversed(HALF))
+    assert not found.rotary.order
 
 
 class Plain(Attention):
@@ -568,5 +572,6 @@ def test_layers_of_one_form_are_read_once_and_others_for_themselves():
     first, second, third, fourth = (found.rotary for found in observer.found)
     assert len(reads) == 3
     assert first == second
-    assert third.pairs != first.pairs and sorted(third.pairs) == sorted(first.pairs)
+    assert third.pairs != first.pairs
+    assert sorted(third.pairs) == sorted(first.pairs)
     assert fourth.pairing == "interleaved"
