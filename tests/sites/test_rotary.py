@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.export.export import _held_values
+from infllm_pass.graph.buffers import HeldTensors
 from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.plan.score_channels import from_rotary
 from infllm_pass.sites import find_sites
@@ -340,17 +342,21 @@ def test_pairs_are_read_and_turn_by_ascending_frequencies(spelling, dynamic):
 def test_exported_graphs_give_the_same_pairs(spelling):
     model = spelling().eval()
     expected = observed(model, same_rows()).rotary
-    module = torch.export.export(model, (same_rows(),)).module(check_guards=False)
-    (view, *_) = all_graphs(module)
-    layouts = Layouts(view.facts)
-    (site,) = find_sites(view.facts, layouts)
-    found = RotaryReader(layouts).read(site, DIM)
-    assert isinstance(found, Rotary), found
-    if spelling is Shuffled:  # no values here: by index, and said so
-        assert found.order
-        assert sorted(found.pairs) == sorted(expected.pairs)
-    else:
-        assert (found.pairs, found.unrotated) == (expected.pairs, expected.unrotated)
+    program = torch.export.export(model, (same_rows(),))
+    values = _held_values(program)
+    found = []
+    for known in (values, {}):
+        nodes = {node: known[node.name] for node in program.graph.nodes if node.name in known}
+        (view, *_) = all_graphs(program.graph_module, HeldTensors({}, looked_at=nodes))
+        layouts = Layouts(view.facts)
+        (site,) = find_sites(view.facts, layouts)
+        found.append(RotaryReader(layouts).read(site, DIM))
+    with_values, without = found
+    assert with_values == expected
+    assert isinstance(without, Rotary), without
+    assert sorted(without.pairs) == sorted(expected.pairs)
+    assert without.order or spelling in (Computed, Wavelengths)  # these have no buffer
+    assert (without.pairs == expected.pairs) is (spelling is not Shuffled)
 
 
 def chosen(rotary, dims=16):
