@@ -138,7 +138,7 @@ def export_with_report(
     module = copy.deepcopy(program.graph_module)
     failure: Exception | None = None
     try:
-        found = run_on_export(module, policy, branch=Branch.SPARSE)
+        found = run_on_export(module, policy, branch=Branch.SPARSE, values=_held_values(program))
     except CarriedError as carried:
         failure = carried.error
     if failure is not None:
@@ -184,6 +184,15 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
             "the module too: export it with torch.export.export(..., strict=True), and give that program"
         ) from error
     return functional
+
+
+def _held_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """The buffers and constants of a program, by the names of their placeholders."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    stores = (program.state_dict, program.constants)
+    found = ((name, next((store[key] for store in stores if key in store), None)) for name, key in names.items())
+    return {name: value for name, value in found if isinstance(value, torch.Tensor)}
 
 
 def _calls_operators(module: fx.GraphModule) -> bool:

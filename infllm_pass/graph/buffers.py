@@ -69,10 +69,12 @@ class HeldTensors:
     Attributes:
         tensors: real tensors by placeholder or ``get_attr`` node.
         readings: what was read of them.
+        looked_at: further tensors, which only choices that are right for any values may depend on.
     """
 
     tensors: Mapping[fx.Node, Tensor]
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
+    looked_at: Mapping[fx.Node, Tensor] = field(default_factory=dict)
 
     def read(self, node: fx.Node) -> ClosedForm | None:
         """The closed form of a held tensor; None if it has none, or if writing to it would go unseen."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -18,75 +17,20 @@ import torch.nn.functional as F
 from torch import fx
 
 from infllm_pass.compat import aten as private
+from infllm_pass.graph.kinds import Call, Kind
 
-
-class Kind(Enum):
-    """What an operator computes."""
-
-    ATTENTION = auto()
-    ARANGE = auto()
-    FULL = auto()
-    NEG = auto()
-    ABS = auto()
-    ADD = auto()
-    SUB = auto()
-    MUL = auto()
-    FLOORDIV = auto()
-    EQ = auto()
-    NE = auto()
-    LT = auto()
-    LE = auto()
-    GT = auto()
-    GE = auto()
-    AND = auto()
-    OR = auto()
-    NOT = auto()
-    WHERE = auto()
-    CAST = auto()
-    IDENTITY = auto()
-    DETACH = auto()
-    GETITEM = auto()
-    UNSQUEEZE = auto()
-    EXPAND = auto()
-    RESHAPE = auto()
-    TRANSPOSE = auto()
-    PERMUTE = auto()
-    REPEAT = auto()
-    REPEAT_INTERLEAVE = auto()
-    DIFF = auto()
-    CUMSUM = auto()
-    DIV = auto()
-    MATMUL = auto()
-    BADDBMM = auto()
-    EINSUM = auto()
-    SOFTMAX = auto()
-    DROPOUT = auto()
-    MASKED_FILL = auto()
-    TANH = auto()
-    SQRT = auto()
-    POW = auto()
-    CAT = auto()
-    MAX = auto()
-    CLAMP = auto()
-    SIZE = auto()
-    CHECK = auto()
-    SCALAR_TENSOR = auto()
-    FLEX_ATTENTION = auto()
-    MULTI_HEAD_ATTENTION = auto()
-    XOR = auto()
-    TRIL = auto()
-    TRIU = auto()
-    PAD = auto()
-    HIDE_DIM = auto()
-    SHOW_DIM = auto()
-
-
-@dataclass(frozen=True)
-class Call:
-    """A node read through the table: what it computes and its arguments by name."""
-
-    kind: Kind
-    args: dict[str, Any]
+__all__ = [
+    "Call",
+    "Kind",
+    "Write",
+    "read",
+    "read_copy",
+    "read_in_place",
+    "read_update",
+    "read_write",
+    "scatters",
+    "written_arguments",
+]
 
 
 @dataclass(frozen=True)
@@ -335,6 +279,27 @@ _spell(Kind.PAD, "input pad value", [aten.constant_pad_nd.default])
 _spell(Kind.GETITEM, "input indices", [aten.index], _tensors_as_index)
 _spell(Kind.HIDE_DIM, "input dim level", [private.ADD_BATCH_DIM])
 _spell(Kind.SHOW_DIM, "input level size dim", [private.REMOVE_BATCH_DIM])
+_spell(Kind.COS, "input", [torch.cos, "cos", aten.cos.default])
+_spell(Kind.SIN, "input", [torch.sin, "sin", aten.sin.default])
+_spell(Kind.STACK, "tensors dim", [torch.stack, aten.stack.default])
+_spell(
+    Kind.SPLIT,
+    "input sizes dim",
+    [
+        *(torch.split, torch.functional.split, "split", torch.chunk, "chunk", torch.tensor_split, "tensor_split"),
+        *(torch.split_with_sizes, "split_with_sizes", aten.split.Tensor, aten.split.sizes),
+        *(aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, aten.tensor_split.indices),
+    ],
+)
+_spell(Kind.UNBIND, "input dim", [torch.unbind, "unbind", aten.unbind.int])
+_spell(Kind.OUTER, "input vec2", [torch.outer, "outer", aten.outer.default, torch.ger, "ger"])
+_spell(Kind.GATHER, "input dim index", [torch.gather, "gather", aten.gather.default])
+_spell(Kind.EMBEDDING, "weight indices", [torch.embedding, aten.embedding.default])
+_spell(Kind.GETITEM, "input dim index", [torch.index_select, "index_select", aten.index_select.default], _as_index)
+_spell(Kind.POLAR, "abs angle", [torch.polar, aten.polar.default])
+_spell(Kind.COMPLEX, "real imag", [torch.complex, aten.complex.default])
+_spell(Kind.VIEW_AS_COMPLEX, "input", [torch.view_as_complex, aten.view_as_complex.default])
+_spell(Kind.VIEW_AS_REAL, "input", [torch.view_as_real, aten.view_as_real.default])
 
 _IN_PLACE: dict[object, Kind] = {}
 """In-place spellings, by the kind that computes the same into new memory; see `read_in_place`."""
@@ -387,10 +352,12 @@ class Write:
     Attributes:
         target: the tensor.
         entries: for each dimension a slice, or a node that holds positions.
+        value: what is written there.
     """
 
     target: fx.Node
     entries: tuple[Any, ...]
+    value: Any
 
 
 def read_write(node: fx.Node) -> Write | None:
@@ -410,7 +377,7 @@ def read_update(node: fx.Node) -> Write | None:
     full: list[Any] = [slice(None)] * example.dim()
     if name in ("index_copy", "scatter") and len(node.args) == 4 and isinstance(node.args[1], int):
         full[node.args[1] % example.dim()] = node.args[2]
-        return Write(target, tuple(full))
+        return Write(target, tuple(full), node.args[3])
     if node.target is operator.setitem or (name == "index_put" and len(node.args) == 3):
         index = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
         if node.target is not operator.setitem:
@@ -421,8 +388,15 @@ def read_update(node: fx.Node) -> Write | None:
         before = list(index[: gap[0]] if gap else index)
         after = list(index[gap[0] + 1 :] if gap else ())
         middle = [slice(None)] * (example.dim() - len(before) - len(after))
-        return Write(target, (*before, *middle, *after))
+        return Write(target, (*before, *middle, *after), node.args[2])
     return None
+
+
+def read_copy(node: fx.Node) -> fx.Node | None:
+    """The tensor that a node writes over all of its first argument, by ``copy_``; None for any other node."""
+    if _called(node) != "copy_" or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        return None
+    return node.args[1]
 
 
 def _called(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import CarriedError, ConfigError
 from infllm_pass.graph.facts import same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
@@ -21,9 +22,12 @@ from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.cache_writes import writes_slots
 from infllm_pass.plan.length_guard import Branch
-from infllm_pass.plan.site_config import SiteConfig, configured
+from infllm_pass.plan.score_channels import ScoreChannels, checked_sets, from_rotary
+from infllm_pass.plan.site_config import Configured, SiteConfig, configured
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
+from infllm_pass.sites.layouts import Layouts
+from infllm_pass.sites.rotary import RotaryReader
 from infllm_pass.sites.scalars import read_number
 from infllm_pass.stages import Stage, each_in, stage
 
@@ -50,7 +54,8 @@ class SitePlan:
         mask: what the mask lets through, if that was proved causal.
         scale: softmax scale as a number; None until it is known.
         config: what sparse attention selects here, and from which length on; None for a site that was refused before.
-        channels: channels of the heads that token scores read; None: they are not used, or read all.
+        channels: channels of the heads that token scores read; None: they are not used.
+        scores: how blocks are scored, for people; "" for a site that stays dense.
         error: what the pass itself failed with; None: it did not.
     """
 
@@ -61,6 +66,7 @@ class SitePlan:
     scale: float | None = None
     config: SparseAttentionConfig | None = None
     channels: ChannelSets | None = None
+    scores: str = ""
     error: Exception | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -133,8 +139,10 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
         CarriedError: see `site_config.configured`.
     """
     interpreter = Interpreter(view.facts)
+    layouts = Layouts(view.facts)
+    rotary = RotaryReader(layouts)
     plans = []
-    sites = list(each_in(Stage.FIND, find_sites(view.facts)))
+    sites = list(each_in(Stage.FIND, find_sites(view.facts, layouts)))
     for site in sites:
         if isinstance(site, AttentionSite) and view.rewritable and _may_be_causal(site):
             with suppress(Exception):  # raised again where the site is planned, and reported there
@@ -149,7 +157,8 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
         else:
             try:
                 with stage(Stage.PLAN):
-                    plans.append(_configure(_plan_site(site, interpreter), config, site_config))
+                    plan = _configure(_plan_site(site, interpreter), config, site_config, rotary)
+                plans.append(plan)
             except Exception as error:
                 plans.append(failed(site, error))
     return plans
@@ -160,19 +169,42 @@ def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
     return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}", error=error)
 
 
-def _configure(plan: SitePlan, config: SparseAttentionConfig, site_config: SiteConfig | None) -> SitePlan:
+def _configure(
+    plan: SitePlan, config: SparseAttentionConfig, site_config: SiteConfig | None, rotary: RotaryReader
+) -> SitePlan:
     """The plan with the site's configuration, which may leave it dense."""
-    if not plan.switchable or not isinstance(plan.site, AttentionSite):
+    site = plan.site
+    if not plan.switchable or not isinstance(site, AttentionSite):
         return plan
-    chosen = configured(site_config, plan.site, config)
+    chosen = configured(site_config, site, config)
     if chosen is None:
         return replace(plan, reason=Reason.EXCLUDED)
-    plan = replace(plan, config=chosen)
+    plan = replace(plan, config=chosen.config)
     window = None if plan.mask is None else plan.mask.window
-    if window is not None and int(window) <= chosen.visited_tokens:
-        seen = f"the window is {int(window)} keys, and {chosen.visited_tokens} are visited"
+    if window is not None and int(window) <= chosen.config.visited_tokens:
+        seen = f"the window is {int(window)} keys, and {chosen.config.visited_tokens} are visited"
         return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen)
-    return plan
+    if chosen.config.scorer == "pooled":
+        return replace(plan, scores="pooled")
+    head_dim = int(site.shape(site.key_heads)[3])
+    try:
+        channels = _score_channels(site, chosen, head_dim, rotary)
+    except ConfigError as error:
+        raise CarriedError(error) from error
+    return replace(plan, channels=channels.sets, scores=channels.described(head_dim))
+
+
+def _score_channels(site: AttentionSite, chosen: Configured, head_dim: int, rotary: RotaryReader) -> ScoreChannels:
+    """The channels that a site's token scores read: those of its configuration, or those of its rotary embedding.
+
+    Raises:
+        ConfigError: the configured ones do not fit the site.
+    """
+    if chosen.channels is not None:
+        return ScoreChannels(checked_sets(chosen.channels, head_dim, int(site.kv_heads), chosen.config), chosen.origin)
+    if chosen.config.score_dims_of(head_dim) == head_dim:
+        return from_rotary("", head_dim, chosen.config)
+    return from_rotary(rotary.read(site, head_dim), head_dim, chosen.config)
 
 
 def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:

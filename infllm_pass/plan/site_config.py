@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from infllm_pass.config import SparseAttentionConfig
@@ -25,6 +26,21 @@ def site_config_of(filter_fn: SiteFilter | None, site_config: SiteConfig | None)
     return site_config if filter_fn is None else _Filtered(filter_fn, site_config)
 
 
+@dataclass(frozen=True)
+class Configured:
+    """What one site is configured with.
+
+    Attributes:
+        config: the configuration.
+        channels: channels that token scores read as the function of sites gave them, not checked; None: it gave none.
+        origin: where they come from, for people.
+    """
+
+    config: SparseAttentionConfig
+    channels: object = None
+    origin: str = ""
+
+
 class _Filtered:
     """A site configuration behind a filter; a class, since sparsified models are pickled."""
 
@@ -43,11 +59,12 @@ class _Filtered:
 
 def configured(
     site_config: SiteConfig | None, site: AttentionSite, default: SparseAttentionConfig
-) -> SparseAttentionConfig | None:
+) -> Configured | None:
     """The configuration of one site; None: the user wants it dense.
 
     Args:
-        site_config: the user's function; a mapping that it returns holds the fields that differ from the default.
+        site_config: the user's function; a mapping that it returns holds the fields that differ from the default, and
+            maybe ``"channels"``, those that token scores read, with ``"channels_from"``, their origin in words.
         site: the site.
         default: the model's configuration.
 
@@ -56,13 +73,15 @@ def configured(
             configuration that is not valid.
     """
     if site_config is None:
-        return default
+        return Configured(default)
     try:
         answer: object = site_config(site)
         if answer is None or isinstance(answer, SparseAttentionConfig):
-            return answer
+            return None if answer is None else Configured(answer)
         if isinstance(answer, Mapping):
-            return SparseAttentionConfig.from_dict({**default.to_dict(), **answer})
+            fields = {**default.to_dict(), **answer}
+            channels, origin = fields.pop("channels", None), fields.pop("channels_from", "given by site_config")
+            return Configured(SparseAttentionConfig.from_dict(fields), channels, str(origin))
     except Exception as error:
         raise CarriedError(error) from error
     expected = "a function that returns a SparseAttentionConfig, a dict of the fields that differ, or None"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from torch import fx
+from torch import Tensor, fx
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.decompose import Expansion, expand_composites
@@ -133,7 +133,11 @@ def _is_excluded(plan: SitePlan, policy: SitePolicy) -> bool:
 
 
 def run_on_export(
-    module: fx.GraphModule, policy: SitePolicy | SparseAttentionConfig, *, branch: Branch | None = None
+    module: fx.GraphModule,
+    policy: SitePolicy | SparseAttentionConfig,
+    *,
+    branch: Branch | None = None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> GraphReport:
     """Decide about every attention site of an exported graph, and rewrite them for one side of the switch.
 
@@ -141,6 +145,8 @@ def run_on_export(
         module: the graph of a ``torch.export.ExportedProgram``: ATen operators before any decomposition.
         policy: what is to become of its sites; `dense_len` decides nothing here.
         branch: the side that every switchable site is rewritten for; None: decide only, and leave the graph alone.
+        values: tensors that the program holds, by the names of their placeholders; only the channels that token scores
+            read may depend on them.
 
     Returns:
         What was found and done.
@@ -150,16 +156,18 @@ def run_on_export(
     """
     policy = policy if isinstance(policy, SitePolicy) else SitePolicy(policy)
     trace = PassTrace(0)
+    given = values or {}
+    held = HeldTensors({}, looked_at={node: given[node.name] for node in module.graph.nodes if node.name in given})
     with trace.run(module):
         if branch is None:
             decisions: list[Decision] = []
-            for view in all_graphs(module):
+            for view in all_graphs(module, held):
                 rewriter = Rewriter(view.facts, targets=policy.targets)
                 plans = plan_graph(view, policy.config, policy.site_config)
                 decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans]
         else:
             chosen = LengthGuard(branch, "", False)
-            decisions = _run(module, policy, lambda _plan: chosen)
+            decisions = _run(module, policy, lambda _plan: chosen, held)
     report = _report(0, decisions, policy, trace)
     trace.finish(report)
     return report

@@ -60,6 +60,8 @@ class SiteDecision:
         reason: name of the `Reason`.
         explanation: why, and what would change it.
         config: the fields of the site's configuration that differ from the model's, and their values here.
+        scores: how blocks are scored, and by which channels; "" for a dense site.
+        channels: all channels that token scores read, a set for all key/value heads or one for each. Not in the table.
         traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
         reproducer: the script that makes this failure happen again, or why none was written; "" if none was asked for.
     """
@@ -72,6 +74,8 @@ class SiteDecision:
     reason: str
     explanation: str
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    scores: str = ""
+    channels: tuple[tuple[int, ...], ...] = ()
     traceback: str = ""
     reproducer: str = ""
 
@@ -167,7 +171,7 @@ class Report:
 
 
 _PLACE = ("site", "module")
-_FOLDED = ("module", "mask", "cache state", "config", "why")
+_FOLDED = ("module", "mask", "scores", "cache state", "config", "why")
 _COLUMNS = tuple(
     Column(name, name, folds=name in _FOLDED, right=False, drop_empty=True)
     for name in (
@@ -178,6 +182,7 @@ _COLUMNS = tuple(
         "mask",
         "decision",
         "runs",
+        "scores",
         "kernels",
         "cache state",
         "config",
@@ -200,6 +205,7 @@ def _cells(rows: list[SiteReport]) -> dict[str, str]:
         "mask": first.mask + (", elided" if first.mask_elided else ""),
         "decision": first.decision,
         "runs": first.branch,
+        "scores": first.scores,
         "kernels": first.kernels,
         "cache state": ": ".join(filter(None, (first.cache_state, first.cache_detail))),
         "config": ", ".join(f"{name}={value}" for name, value in first.config.items()),
@@ -282,6 +288,8 @@ def _decision(plan: SitePlan, guard: LengthGuard | None, default: SparseAttentio
         reason=plan.reason.name,
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
         config=_differing(plan.config or default, default),
+        scores=plan.scores if plan.switchable else "",
+        channels=(plan.channels or ()) if plan.switchable else (),
         traceback="" if plan.error is None else "".join(traceback.format_exception(plan.error)),
     )
 

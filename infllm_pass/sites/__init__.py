@@ -29,15 +29,16 @@ def read_composite(layouts: Layouts, node: fx.Node) -> PartialSite | None:
 _READERS = (read_fused, read_flex, read_handwritten, read_composite)
 
 
-def find_sites(facts: GraphFacts) -> Iterator[AttentionSite | PartialSite]:
+def find_sites(facts: GraphFacts, layouts: Layouts | None = None) -> Iterator[AttentionSite | PartialSite]:
     """Every attention of a graph, in order: those that were read to the end, and those that were not.
 
     A failure of a reader is a site of its own, and no exception.
 
     Args:
         facts: the graph's facts.
+        layouts: its layout operators, for whoever asks for more of them; None: made here.
     """
-    layouts = Layouts(facts)
+    layouts = Layouts(facts) if layouts is None else layouts
     for node in facts.graph.nodes:
         for reader in _READERS:
             try:

@@ -201,7 +201,7 @@ def operand_of(layouts: Layouts, choice: Choice) -> Operand:
                 example = getattr(example, name)(numbers)
             elif name == "unsqueeze":
                 example = example.unsqueeze(*numbers)
-    return Operand(node, choice.steps, example)
+    return Operand(node, choice.steps, example, choice.reading.index)
 
 
 def output_steps(layouts: Layouts, plan: Roles, node: fx.Node) -> tuple[Step, ...]:

@@ -73,6 +73,7 @@ class Layouts:
         self._plain = GraphFacts(facts.graph, {}, facts.bindings)
         self._positions = {node: number for number, node in enumerate(facts.graph.nodes)}
         self._steps: dict[Any, Index | None] = {}
+        self._maps: dict[tuple[fx.Node, fx.Node], Index | None] = {}
         self._writes: list[tuple[int, int | None]] = [
             (number, storage(target)) for node, number in self._positions.items() for target in written_arguments(node)
         ]
@@ -115,12 +116,14 @@ class Layouts:
             return None
         if self.facts.example(source).dim() == 0:
             return ()
-        key = self._signature(node, source)
-        if key not in self._steps:
-            self._steps[key] = self._evaluate_step(node, source)
-        moved = self._steps[key]
+        if (node, source) not in self._maps:
+            key = self._signature(node, source)
+            if key not in self._steps:
+                self._steps[key] = self._evaluate_step(node, source)
+            self._maps[node, source] = self._steps[key]
+        moved = self._maps[node, source]
         place = {axis(dim): expr for dim, expr in enumerate(index)}
-        return None if moved is None else tuple(part.xreplace(place) for part in moved)
+        return None if moved is None else tuple(_substituted(part, place) for part in moved)
 
     def _signature(self, node: fx.Node, source: fx.Node) -> Any:
         """All that a layout operator's index map depends on, equal for the layers of a model."""
@@ -201,6 +204,11 @@ class Layouts:
         floats = before.is_floating_point and after.is_floating_point
         return bool(floats and torch.promote_types(before, after) == after)
 
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write to the memory of a node's tensor, in order."""
+        cell, nodes = storage(node), list(self._positions)
+        return [nodes[number] for number, written in self._writes if written == cell]
+
     def position(self, node: fx.Node) -> int:
         """The place of a node in the graph."""
         return self._positions[node]
@@ -280,3 +288,10 @@ class Layouts:
         times = [number for number, written in self._writes if written == cell]
         first, last = self._positions[reader], self._positions[later]
         return bool(times) and not any(first < number <= last for number in times)
+
+
+def _substituted(part: sympy.Expr, place: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
+    """A part of an index map at a place; most parts are one of its symbols, or a number."""
+    if part.is_Symbol:
+        return place.get(part, part)
+    return part if part.is_Integer else part.xreplace(place)

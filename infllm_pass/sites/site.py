@@ -29,11 +29,13 @@ class Operand:
         node: the node.
         steps: the operations, none for a node that has the layout already.
         example: fake tensor of the result.
+        index: where the node holds the tensor's elements, in terms of `index_algebra.FEATURE` along the head dimension.
     """
 
     node: fx.Node
     steps: tuple[Step, ...] = ()
     example: torch.Tensor = field(compare=False, repr=False, default=None)  # type: ignore[assignment]
+    index: tuple[sympy.Expr, ...] = field(compare=False, repr=False, default=())
 
 
 @dataclass(frozen=True)
