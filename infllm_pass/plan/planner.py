@@ -19,6 +19,7 @@ from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
 from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
 from infllm_pass.plan.cache_writes import writes_slots
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.plan.site_config import SiteConfig, configured
@@ -50,6 +51,7 @@ class SitePlan:
         mask: what the mask lets through, if that was proved causal.
         scale: softmax scale as a number; None until it is known.
         config: what sparse attention selects here, and from which length on; None for a site that was refused before.
+        dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given.
         channels: channels of the heads that token scores read; None: they are not used, or read all.
         error: what the pass itself failed with; None: it did not.
     """
@@ -60,6 +62,7 @@ class SitePlan:
     mask: MaskPredicate | None = None
     scale: float | None = None
     config: SparseAttentionConfig | None = None
+    dense_len_origin: str = ""
     channels: ChannelSets | None = None
     error: Exception | None = field(default=None, compare=False, repr=False)
 
@@ -167,12 +170,21 @@ def _configure(plan: SitePlan, config: SparseAttentionConfig, site_config: SiteC
     chosen = configured(site_config, plan.site, config)
     if chosen is None:
         return replace(plan, reason=Reason.EXCLUDED)
-    plan = replace(plan, config=chosen)
+    length = break_even(chosen, _place(plan.site)) if chosen.dense_len == "auto" else None
+    if length is not None:
+        chosen = chosen.with_dense_len(length.length)
+    plan = replace(plan, config=chosen, dense_len_origin="" if length is None else length.origin)
     window = None if plan.mask is None else plan.mask.window
     if window is not None and int(window) <= chosen.visited_tokens:
         seen = f"the window is {int(window)} keys, and {chosen.visited_tokens} are visited"
         return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen)
     return plan
+
+
+def _place(site: AttentionSite) -> AttentionPlace:
+    """Where a site runs, and its heads."""
+    device = device_name(site.query.example.device)
+    return AttentionPlace(device, int(site.query_heads), int(site.kv_heads), int(site.shape(site.query)[3]))
 
 
 def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:
