@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import infllm_pass
-from infllm_pass import SparseAttentionConfig
+from infllm_pass.config import PUBLISHED, SparseAttentionConfig
 
 WARM_UP = 4
 """Steps that compile, run once without a CUDA graph, record it, and replay it."""
@@ -268,7 +268,7 @@ def main() -> None:
     if wrong:
         command.error(f"--lengths: {wrong[0]} is no multiple of --chunk {chunk}, which a prompt is fed in")
     device = require_gpu()
-    config = config_for(arguments.blocks, SparseAttentionConfig().dense_len)
+    config = config_for(arguments.blocks, PUBLISHED["dense_len"])
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16, head=True)
     import transformers
 

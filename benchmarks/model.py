@@ -39,7 +39,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import infllm_pass
-from infllm_pass import SparseAttentionConfig
+from infllm_pass.config import PUBLISHED, SparseAttentionConfig
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -191,7 +191,7 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     lengths = arguments.lengths or list(TRAIN_LENGTHS if arguments.train else LENGTHS)
-    config = config_for(arguments.blocks, SparseAttentionConfig().dense_len)
+    config = config_for(arguments.blocks, PUBLISHED["dense_len"])
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
     if arguments.train:
         plain.train()

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import infllm_pass
-from infllm_pass import SparseAttentionConfig
+from infllm_pass.config import PUBLISHED, SparseAttentionConfig
 
 SIZES = {**LLAMA_3_8B, "vocab_size": 1024}
 """Tables of more words would only make the file larger."""
@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
-    config = config_for(arguments.blocks, SparseAttentionConfig().dense_len)
+    config = config_for(arguments.blocks, PUBLISHED["dense_len"])
     model = Logits(build(arguments.layers, SIZES, device, torch.bfloat16, head=True)).eval()
     header = gpu_header(device) | {"layers": arguments.layers, "sizes": SIZES}
     path = results_path("package", arguments.results, header)

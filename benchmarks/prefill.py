@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import infllm_pass
-from infllm_pass import SparseAttentionConfig
+from infllm_pass.config import PUBLISHED, SparseAttentionConfig
 from infllm_pass.errors import InfLLMError
 
 EXTRA = tuple(map(Heads.parse, ("9x3x64", "28x4x128", "32x32x128", "32x8x64", "16x8x256")))
@@ -167,7 +167,7 @@ def measure_mixed(device: torch.device, heads: Heads, lengths: tuple[int, ...] =
     Rows below ``dense_len`` attend densely. Dense attention is measured row by row without padding, the least that
     it can take: padded and masked it takes longer.
     """
-    longest, config = max(lengths), config_for(96, SparseAttentionConfig().dense_len)
+    longest, config = max(lengths), config_for(96, PUBLISHED["dense_len"])
     rows = [make_data("local", heads, length, device) for length in lengths]
     key_mask = torch.zeros(len(lengths), longest, dtype=torch.bool, device=device)
     padded = [rows[0][0].new_zeros(len(lengths), x.shape[1], longest, heads.dim) for x in rows[0]]

@@ -6,13 +6,16 @@ import difflib
 import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from infllm_pass.errors import ConfigError
 from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, LseMode, ScoreDtype, ScorerName
 
 LEAST_SCORE_DIMS = 16
 """Channels that token scores read are a multiple of so many."""
+
+PUBLISHED: dict[str, Any] = {"scorer": "pooled", "dense_len": 8192}
+"""What differs from the defaults in models that were trained with InfLLM-V2 (MiniCPM4.1)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class SparseAttentionConfig:
         init_blocks: blocks at the start of the sequence that every query visits.
         window_size: tokens before a query's own block that it always visits.
         topk: blocks visited beside ``window_size // block_size``; init blocks and the own block count.
-        dense_len: key length from which attention is sparse; shorter sequences stay dense. 0: always sparse.
+        dense_len: key length from which attention is sparse; shorter sequences stay dense. 0: always sparse; "auto":
+            where sparse attention breaks even on the device at hand, see `plan.break_even`.
         use_nope: MiniCPM4.1's key for selecting with keys before RoPE; only False is supported.
         lse: normaliser of block scores, "coarse" (the paper's approximation) or "exact".
         query_block: adjacent queries that share one selection; 1 selects for every query.
@@ -49,7 +53,7 @@ class SparseAttentionConfig:
     init_blocks: int = 1
     window_size: int = 2048
     topk: int = 64
-    dense_len: int = 8192
+    dense_len: int | Literal["auto"] = "auto"
     use_nope: bool = False
     lse: LseMode = "coarse"
     query_block: int = 1
@@ -60,9 +64,12 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
+            if name == "dense_len" and value == "auto":
+                continue
             least = 0 if name == "dense_len" else 1
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-                raise ConfigError(name, value, f"an integer of at least {least}")
+                auto = ', or "auto"' if name == "dense_len" else ""
+                raise ConfigError(name, value, f"an integer of at least {least}{auto}")
             object.__setattr__(self, name, int(value))
         for name, divisor in (
             ("block_size", "kernel_stride"),
@@ -105,6 +112,21 @@ class SparseAttentionConfig:
     def visited_tokens(self) -> int:
         """Tokens in a full budget of blocks: up to this length sparse and dense attention agree."""
         return self.selected_blocks * self.block_size
+
+    @property
+    def switch_length(self) -> int:
+        """``dense_len`` as a number.
+
+        Raises:
+            ConfigError: it is "auto", which only a device gives a number to.
+        """
+        if isinstance(self.dense_len, str):
+            raise ConfigError("dense_len", self.dense_len, "a number here")
+        return self.dense_len
+
+    def with_dense_len(self, length: int) -> SparseAttentionConfig:
+        """The same with another ``dense_len``."""
+        return replace(self, dense_len=length)
 
     def score_dims_of(self, head_dim: int) -> int:
         """Channels that token scores read of a head with so many.
@@ -168,6 +190,8 @@ class SparseAttentionConfig:
     def from_model_config(cls, config: object) -> SparseAttentionConfig:
         """Read ``config.sparse_config`` of a model configuration (MiniCPM4, MiniCPM4.1).
 
+        Such a model was trained with the published score: what the mapping leaves out is as published.
+
         Raises:
             ConfigError: the configuration has no ``sparse_config``, or it is invalid.
         """
@@ -178,7 +202,7 @@ class SparseAttentionConfig:
                 values,
                 f"a mapping on {type(config).__name__}, as MiniCPM4.1's config.json has",
             )
-        return cls.from_dict(values)
+        return cls.from_dict({**PUBLISHED, **values})
 
     @classmethod
     def coerce(cls, value: object) -> SparseAttentionConfig:

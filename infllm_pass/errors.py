@@ -17,6 +17,10 @@ class ConfigError(InfLLMError, ValueError):
         self.expected = expected
 
 
+class TuningError(InfLLMError, ValueError):
+    """The file of measured break-even lengths is damaged, or nothing can be measured."""
+
+
 class ShapeError(InfLLMError, ValueError):
     """Tensors handed to an attention operator do not fit each other."""
 

@@ -15,6 +15,7 @@ from infllm_pass.lowering.ops.attention_args import AttentionCall
 from infllm_pass.lowering.ops.checks import check_attention, check_sequences
 from infllm_pass.lowering.ops.cu_seqlens import segment_bounds
 from infllm_pass.lowering.ops.dispatch import attend
+from infllm_pass.plan.break_even import AttentionPlace, device_name, resolved
 
 
 def switchable_attention(
@@ -126,10 +127,11 @@ def _attend(
 ) -> Tensor:
     """The call by the operators, or by PyTorch's own attention; `place`: fields of `AttentionCall`."""
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
-    call = AttentionCall(factor, config.dense_len, config.geometry_for(k.shape[3]), **place)
+    config = resolved(config, AttentionPlace(device_name(q.device), q.shape[1], k.shape[1], q.shape[3]))
+    call = AttentionCall(factor, config.switch_length, config.geometry_for(k.shape[3]), **place)
     check_sequences(q, call)
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
-    sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.dense_len)
+    sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.switch_length)
     plain = all(each is None for each in place.values())
     if q.is_cuda and not sparse and q.shape[2] == k.shape[2] and plain:
         grouped = q.shape[1] != k.shape[1]

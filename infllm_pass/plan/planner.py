@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import CarriedError, ConfigError
+from infllm_pass.errors import CarriedError, ConfigError, TuningError
 from infllm_pass.graph.facts import same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
@@ -20,6 +20,7 @@ from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
 from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
 from infllm_pass.plan.cache_writes import writes_slots
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.plan.score_channels import ScoreChannels, checked_sets, from_rotary
@@ -54,6 +55,7 @@ class SitePlan:
         mask: what the mask lets through, if that was proved causal.
         scale: softmax scale as a number; None until it is known.
         config: what sparse attention selects here, and from which length on; None for a site that was refused before.
+        dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given.
         channels: channels of the heads that token scores read; None: they are not used.
         scores: how blocks are scored, for people; "" for a site that stays dense.
         error: what the pass itself failed with; None: it did not.
@@ -65,6 +67,7 @@ class SitePlan:
     mask: MaskPredicate | None = None
     scale: float | None = None
     config: SparseAttentionConfig | None = None
+    dense_len_origin: str = ""
     channels: ChannelSets | None = None
     scores: str = ""
     error: Exception | None = field(default=None, compare=False, repr=False)
@@ -179,18 +182,32 @@ def _configure(
     chosen = configured(site_config, site, config)
     if chosen is None:
         return replace(plan, reason=Reason.EXCLUDED)
-    plan = replace(plan, config=chosen.config)
+    try:
+        return _chosen(plan, site, chosen, rotary)
+    except (ConfigError, TuningError) as error:
+        raise CarriedError(error) from error
+
+
+def _chosen(plan: SitePlan, site: AttentionSite, chosen: Configured, rotary: RotaryReader) -> SitePlan:
+    """The plan of a switchable site with its configuration, numbers in the place of what a device or graph decides.
+
+    Raises:
+        ConfigError: the configured channels do not fit the site.
+        TuningError: the user's file of break-even lengths is damaged.
+    """
+    config, origin = chosen.config, ""
+    if config.dense_len == "auto":
+        found = break_even(config, _place(site))
+        config, origin = config.with_dense_len(found.length), found.origin
+    plan = replace(plan, config=config, dense_len_origin=origin)
     window = None if plan.mask is None else plan.mask.window
-    if window is not None and int(window) <= chosen.config.visited_tokens:
-        seen = f"the window is {int(window)} keys, and {chosen.config.visited_tokens} are visited"
+    if window is not None and int(window) <= config.visited_tokens:
+        seen = f"the window is {int(window)} keys, and {config.visited_tokens} are visited"
         return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen)
-    if chosen.config.scorer == "pooled":
+    if config.scorer == "pooled":
         return replace(plan, scores="pooled")
     head_dim = int(site.shape(site.key_heads)[3])
-    try:
-        channels = _score_channels(site, chosen, head_dim, rotary)
-    except ConfigError as error:
-        raise CarriedError(error) from error
+    channels = _score_channels(site, chosen, head_dim, rotary)
     return replace(plan, channels=channels.sets, scores=channels.described(head_dim))
 
 
@@ -205,6 +222,12 @@ def _score_channels(site: AttentionSite, chosen: Configured, head_dim: int, rota
     if chosen.config.score_dims_of(head_dim) == head_dim:
         return from_rotary("", head_dim, chosen.config)
     return from_rotary(rotary.read(site, head_dim), head_dim, chosen.config)
+
+
+def _place(site: AttentionSite) -> AttentionPlace:
+    """Where a site runs, and its heads."""
+    device = device_name(site.query.example.device)
+    return AttentionPlace(device, int(site.query_heads), int(site.kv_heads), int(site.shape(site.query)[3]))
 
 
 def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:

@@ -88,8 +88,8 @@ def run_pass(
         if switch is not Switch.BY_LENGTH or plan.config is None or not isinstance(plan.site, AttentionSite):
             return None
         if plan.length is None:
-            return decide_capacity(plan.site.shape(plan.site.key)[2], plan.config.dense_len)
-        return decide_length(plan.length, plan.config.dense_len)
+            return decide_capacity(plan.site.shape(plan.site.key)[2], plan.config.switch_length)
+        return decide_length(plan.length, plan.config.switch_length)
 
     policy = policy if isinstance(policy, SitePolicy) else SitePolicy(policy)
     following = PassTrace(number) if trace is None else trace

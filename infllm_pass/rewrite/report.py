@@ -60,6 +60,8 @@ class SiteDecision:
         reason: name of the `Reason`.
         explanation: why, and what would change it.
         config: the fields of the site's configuration that differ from the model's, and their values here.
+        dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given. Not in the
+            table.
         scores: how blocks are scored, and by which channels; "" for a dense site.
         channels: all channels that token scores read, a set for all key/value heads or one for each. Not in the table.
         traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
@@ -74,6 +76,7 @@ class SiteDecision:
     reason: str
     explanation: str
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    dense_len_origin: str = ""
     scores: str = ""
     channels: tuple[tuple[int, ...], ...] = ()
     traceback: str = ""
@@ -288,6 +291,7 @@ def _decision(plan: SitePlan, guard: LengthGuard | None, default: SparseAttentio
         reason=plan.reason.name,
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
         config=_differing(plan.config or default, default),
+        dense_len_origin=plan.dense_len_origin,
         scores=plan.scores if plan.switchable else "",
         channels=(plan.channels or ()) if plan.switchable else (),
         traceback="" if plan.error is None else "".join(traceback.format_exception(plan.error)),

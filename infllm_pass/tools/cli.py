@@ -1,4 +1,4 @@
-"""The command ``infllm-pass``: ``demo``, ``explain``, ``export`` and ``bench``."""
+"""The command ``infllm-pass``: ``demo``, ``explain``, ``export``, ``tune`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FIELD_HELP = {
     "init_blocks": "blocks at the start that every query visits",
     "window_size": "tokens before a query's own block that it always visits",
     "topk": "blocks visited beside window_size / block_size, initial and own block included",
-    "dense_len": "key length from which attention is sparse, 0: always",
+    "dense_len": "key length from which attention is sparse, 0: always, auto: where it breaks even",
     "lse": "normaliser of block scores",
     "query_block": "adjacent queries that share one selection",
     "scorer": "what blocks are scored by",
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_explain(commands)
     _add_export(commands)
+    _add_tune(commands)
     _add_bench(commands)
     return parser
 
@@ -201,6 +202,43 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure where sparse attention breaks even on this machine",
+        description="Times dense and sparse attention of one layer by length, on the GPU if there is one. Keeps the "
+        'break-even lengths for dense_len="auto": in $INFLLM_BREAK_EVEN or ~/.cache/infllm_pass/break_even.json.',
+    )
+    parser.add_argument(
+        "heads",
+        type=_heads,
+        nargs="+",
+        metavar="QxKxD",
+        help="query heads, key/value heads and channels of a head, such as 32x8x128",
+    )
+    parser.add_argument(
+        "--scorers", nargs="+", choices=get_args(ScorerName), default=get_args(ScorerName), help="(both)"
+    )
+    parser.add_argument("--longest", type=_positive, default=65536, metavar="N", help="longest length (65536)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add_format_options(parser)
+    _add_config(parser, {}, without=("scorer", "dense_len"))
+    parser.set_defaults(run=_tune)
+
+
+def _heads(text: str) -> object:
+    from infllm_pass.tools.tune_command import Heads
+
+    return Heads.parse(text)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.tune_command import tune
+
+    tune(options, lambda base: _configured(base, options), notes_console(options.format))
+    return 0
+
+
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
@@ -264,13 +302,13 @@ def _decode_script() -> str:
     return "decode" if torch.cuda.is_available() else "cpu_decode"
 
 
-def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> None:
+def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str], *, without: Sequence[str] = ()) -> None:
     """One option for every field of the configuration that has a choice; unset options are left out."""
     group = parser.add_argument_group(
         "block selection (defaults in brackets; a budget is topk + window_size / block_size blocks)"
     )
     for field in fields(SparseAttentionConfig):
-        if field.name not in _FIELD_HELP:
+        if field.name not in _FIELD_HELP or field.name in without:
             continue
         words = _FIELD_WORDS.get(field.name)
         default = defaults.get(field.name, field.default)
@@ -279,7 +317,7 @@ def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str]) -> No
             dest=field.name,
             default=argparse.SUPPRESS,
             help=_FIELD_HELP[field.name] + ("" if default is None else f" ({default})"),
-            **({"choices": words} if words else {"type": _natural, "metavar": "N"}),
+            **({"choices": words} if words else {"type": _READERS.get(field.name, _natural), "metavar": "N"}),
         )
 
 
@@ -293,6 +331,14 @@ def _natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return value
+
+
+def _length_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _natural(text)
+
+
+_READERS: dict[str, Any] = {"dense_len": _length_or_auto}
+"""Fields whose options are no mere numbers."""
 
 
 def _positive(text: str) -> int:

@@ -65,7 +65,7 @@ class DemoOptions:
         ):
             if not least <= value <= most:
                 raise ConfigError(name, value, f"{least} to {most}")
-        if self.config.dense_len > self.tokens:
+        if self.config.switch_length > self.tokens:
             raise ConfigError(
                 "dense_len", self.config.dense_len, f"at most the {self.tokens} tokens, so that a side is sparse"
             )

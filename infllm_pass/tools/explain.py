@@ -26,6 +26,10 @@ _TRACING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexErr
 """What a model that is given the wrong inputs raises."""
 
 
+EXPLAINED_TOKENS = 32768
+"""Length that a model is traced at where neither the command nor ``dense_len`` says one."""
+
+
 @dataclass(frozen=True)
 class _Target:
     """A model to explain.
@@ -65,7 +69,8 @@ def explain(
             else SparseAttentionConfig()
         )
         config = configured(base)
-        length = options.length or config.dense_len or config.visited_tokens
+        known = config.visited_tokens if config.dense_len == 0 else config.dense_len
+        length = options.length or (EXPLAINED_TOKENS if isinstance(known, str) else known)
         args, kwargs, described = _inputs(target, own, options.batch, length)
         try:
             found = infllm_pass.explain(target.model, *args, config=config, **kwargs)

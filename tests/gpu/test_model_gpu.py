@@ -572,7 +572,7 @@ def test_scratch_of_the_kernels_is_bounded(heads):
     scattered = find_config(ScatteredConfig, "scattered", 10 * major + minor, 2, 128)
     pool = scattered.pool_bytes if scattered and heads == 8 else 0  # offered to small groups only
     q, k, v = qkv(length, heads=(heads, 2, 2), dim=128, requires_grad=True)
-    config = SparseAttentionConfig()
+    config = SparseAttentionConfig(dense_len=8192)
     switchable_attention(q, k, v, config)
     with torch.no_grad():
         used = peak(lambda: switchable_attention(q, k, v, config))

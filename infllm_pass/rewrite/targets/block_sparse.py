@@ -41,7 +41,7 @@ class BlockSparse:
         operands = builder.operands()
         if self.kernels(request).name == "triton":
             operands = [builder.unit_stride(node) for node in operands]
-        call = (*builder.mask_arguments(), request.scale, config.dense_len, geometry_text(request.geometry))
+        call = (*builder.mask_arguments(), request.scale, config.switch_length, geometry_text(request.geometry))
         selection: fx.Node | list[fx.Node] = []
         if request.lowering is Lowering.SPARSE:
             state = builder.call(compress_keys.default, *operands[:2], *call)

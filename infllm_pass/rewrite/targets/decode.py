@@ -68,7 +68,7 @@ class Decode:
         operands = builder.operands()
         state, rows = builder.decoding_arguments()
         config = request.config
-        dense_len = config.dense_len if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
+        dense_len = config.switch_length if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
         if self.kernels(request).name == "triton":
             operands = [builder.unit_stride(node) for node in operands]
         call = (*rows, request.scale, dense_len, geometry_text(request.geometry))

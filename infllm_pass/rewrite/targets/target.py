@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import fx
 
-from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.config import PUBLISHED, SparseAttentionConfig
 from infllm_pass.kernels.cpu import native
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kv_cache.spec import StateLayout
@@ -34,8 +34,8 @@ class Request:
 
     @property
     def config(self) -> SparseAttentionConfig:
-        """What the site is configured with; the defaults for one that is not asked to be sparse."""
-        return self.plan.config or SparseAttentionConfig()
+        """What the site is configured with; as published for one that is not asked to be sparse."""
+        return self.plan.config or SparseAttentionConfig.from_dict(PUBLISHED)
 
     @property
     def geometry(self) -> BlockGeometry:

@@ -1,0 +1,202 @@
+"""``dense_len="auto"``: the length from which sparse attention is no slower than dense attention, from measured rows.
+
+Rows come with the package (``break_even.json``, from the benchmarks) and from the user's machine, which
+``infllm-pass tune`` measures. A geometry or device without a row gets the nearest one's length, scaled by the blocks
+that a query visits, and is reported as estimated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.errors import TuningError
+
+PACKAGED = Path(__file__).with_name("break_even.json")
+USER_FILE = "INFLLM_BREAK_EVEN"
+"""Environment variable: the file of the user's rows."""
+
+MULTIPLE = 256
+"""Lengths are rounded up to a multiple of so many tokens."""
+
+
+@dataclass(frozen=True)
+class BreakEvenRow:
+    """One measured break-even length.
+
+    Attributes:
+        device: name of the GPU as CUDA gives it, or "cpu".
+        scorer: how blocks are scored.
+        query_heads: query heads ``Hq``.
+        kv_heads: key/value heads ``Hkv``.
+        head_dim: channels of a head ``D``.
+        selected_blocks: blocks that a query visits in all.
+        block_size: tokens of a block.
+        query_block: adjacent queries that share one selection.
+        length: tokens from which sparse attention was no slower than dense attention.
+        source: where the number comes from.
+    """
+
+    device: str
+    scorer: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    selected_blocks: int
+    block_size: int
+    query_block: int
+    length: int
+    source: str
+
+    @property
+    def visited_tokens(self) -> int:
+        """Tokens in a full budget of blocks."""
+        return self.selected_blocks * self.block_size
+
+
+@dataclass(frozen=True)
+class AttentionPlace:
+    """Where attention runs, and its heads.
+
+    Attributes:
+        device: as in `BreakEvenRow`.
+        query_heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: channels of a head.
+    """
+
+    device: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """A length, and where it comes from, in words."""
+
+    length: int
+    origin: str
+
+
+def device_name(device: torch.device) -> str:
+    """What rows call a device: a GPU's name, "cpu", or the type of any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def user_file() -> Path:
+    """The file of the user's rows: `USER_FILE`, or ``infllm_pass/break_even.json`` in the user's cache folder."""
+    given = os.environ.get(USER_FILE)
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "infllm_pass" / "break_even.json"
+
+
+def break_even(config: SparseAttentionConfig, place: AttentionPlace) -> BreakEven:
+    """The length from which attention is to be sparse.
+
+    Args:
+        config: what is selected; its ``dense_len`` is not read.
+        place: where attention runs.
+
+    Raises:
+        TuningError: the user's file is damaged.
+    """
+    rows = [*_rows(PACKAGED), *_user_rows()]
+    kind = [row for row in rows if (row.device == "cpu") == (place.device == "cpu")]
+    near = min(reversed(kind), key=lambda row: _distance(row, config, place))  # the user's rows come first
+    scale = max(config.selected_blocks * config.block_size / near.visited_tokens, 0.5)
+    length = math.ceil(near.length * scale / MULTIPLE) * MULTIPLE
+    if _distance(near, config, place) == 0:
+        return BreakEven(length, f"break-even measured: {near.source}")
+    heads = f"{near.query_heads}x{near.kv_heads}x{near.head_dim}, {near.selected_blocks} blocks, {near.scorer} scores"
+    return BreakEven(length, f"break-even estimated from {near.device}, {heads}; `infllm-pass tune` measures it")
+
+
+def resolved(config: SparseAttentionConfig, place: AttentionPlace) -> SparseAttentionConfig:
+    """The configuration with a number as ``dense_len``.
+
+    Raises:
+        TuningError: see `break_even`.
+    """
+    return config.with_dense_len(break_even(config, place).length) if config.dense_len == "auto" else config
+
+
+def add_user_rows(rows: Iterable[BreakEvenRow]) -> Path:
+    """Keep rows in the user's file, in place of those of the same device and geometry.
+
+    Returns:
+        The file.
+
+    Raises:
+        TuningError: the file is damaged.
+    """
+    path = user_file()
+    kept = {_key(row): row for row in _rows(path)} if path.exists() else {}
+    kept |= {_key(row): row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"rows": [asdict(row) for row in kept.values()]}, indent=1) + "\n")
+    temporary.replace(path)
+    _parsed.cache_clear()
+    return path
+
+
+def _key(row: BreakEvenRow) -> tuple[Any, ...]:
+    return tuple(value for name, value in asdict(row).items() if name not in ("length", "source"))
+
+
+def _distance(row: BreakEvenRow, config: SparseAttentionConfig, place: AttentionPlace) -> float:
+    """How unlike a row is; 0 for the row of this very case. Another device or scorer counts more than any geometry."""
+    group, row_group = place.query_heads / place.kv_heads, row.query_heads / row.kv_heads
+    pairs = (
+        (group, row_group),
+        (place.head_dim, row.head_dim),
+        (config.selected_blocks * config.block_size, row.visited_tokens),
+        (place.query_heads, row.query_heads),
+        (config.query_block, row.query_block),
+        (config.block_size, row.block_size),
+    )
+    geometry: float = sum(abs(math.log2(one / other)) for one, other in pairs)
+    others = (row.device != place.device, 1000.0), (row.scorer != config.scorer, 100.0)
+    return geometry + sum(weight for differs, weight in others if differs)
+
+
+def _user_rows() -> tuple[BreakEvenRow, ...]:
+    path = user_file()
+    return _rows(path) if path.exists() else ()
+
+
+def _rows(path: Path) -> tuple[BreakEvenRow, ...]:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _parsed(path: Path, _changed: int) -> tuple[BreakEvenRow, ...]:
+    """The rows of a file.
+
+    Raises:
+        TuningError: it is not one of `add_user_rows`.
+    """
+    types = {field.name: int if field.type == "int" else str for field in fields(BreakEvenRow)}
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        read = tuple(BreakEvenRow(**row) for row in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TuningError(f"{path} is damaged ({error}): delete it, or run `infllm-pass tune` anew") from error
+    for row in read:
+        for name, type_ in types.items():
+            value = getattr(row, name)
+            if not isinstance(value, type_) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+                raise TuningError(f"{path} is damaged ({name}={value!r}): delete it, or run `infllm-pass tune` anew")
+    return read
