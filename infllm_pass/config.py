@@ -57,7 +57,7 @@ class SparseAttentionConfig:
     use_nope: bool = False
     lse: LseMode = "coarse"
     query_block: int = 1
-    scorer: ScorerName = "pooled"
+    scorer: ScorerName = "tokens"
     score_dims: int | None = None
     score_dtype: ScoreDtype = "key"
 

@@ -22,7 +22,9 @@ MINICPM4_1 = {
 def test_what_a_model_leaves_out_is_as_published():
     config = SparseAttentionConfig.from_model_config(SimpleNamespace(sparse_config={}))
     assert config == SparseAttentionConfig.from_dict({**MINICPM4_1, "scorer": "pooled"})
-    assert SparseAttentionConfig() == SparseAttentionConfig.from_dict({**MINICPM4_1, "dense_len": "auto"})
+    assert SparseAttentionConfig() == SparseAttentionConfig.from_dict(
+        {**MINICPM4_1, "dense_len": "auto", "scorer": "tokens"}
+    )
     assert (config.local_blocks, config.selected_blocks, config.visited_tokens) == (32, 96, 6144)
 
 
