@@ -360,6 +360,7 @@ def test_a_script_prints_its_rows_for_programs(bench, monkeypatch, tmp_path, cap
     if form == "--json":
         assert json.loads(out) == written
     else:
-        heading, line = out.splitlines()
-        assert dict(zip(heading.split(","), line.split(","), strict=True)) == {k: str(v) for k, v in written[0].items()}
+        heading, *lines = out.splitlines()
+        rows = [dict(zip(heading.split(","), line.split(","), strict=True)) for line in lines]
+        assert rows == [{name: str(value) for name, value in row.items()} for row in written]
     assert "written to" in err

@@ -39,11 +39,13 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
 
 def test_a_row_of_the_cpu():
     cpu_decode = importlib.import_module("cpu_decode")
-    row = cpu_decode.measure(300, argparse.Namespace(heads=2, heads_kv=1, dim=16, steps=2))
-    assert row["case"] == "decode/2x1x16/96/300"
-    assert row["ratio"] == pytest.approx(row["sparse_ms"] / row["dense_ms"])
-    assert row["cpu_ratio"] == pytest.approx(row["sparse_cpu_ms"] / row["dense_cpu_ms"])
-    assert row["refill_ms"] > 0
+    options = {"heads": 2, "heads_kv": 1, "dim": 16, "steps": 2, "score_dtype": "key"}
+    rows = cpu_decode.measure(300, argparse.Namespace(**options, scorers=["pooled", "tokens"]))
+    assert [row["case"] for row in rows] == ["decode/2x1x16/96/300/pooled", "decode/2x1x16/96/300/tokens"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["sparse_ms"] / row["dense_ms"])
+        assert row["cpu_ratio"] == pytest.approx(row["sparse_cpu_ms"] / row["dense_cpu_ms"])
+        assert row["refill_ms"] > 0
 
 
 def test_the_plot_has_a_line_for_every_case():
