@@ -12,10 +12,10 @@ import sympy
 import torch
 
 from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering
-from infllm_pass.kernels.cpu.native import call_numbers, fixed_numbers, header
+from infllm_pass.kernels.cpu.native import call_numbers, channel_numbers, fixed_numbers, header
 
 from ..export import fused_op
-from ..ops.attention_args import FUSED, geometry_of
+from ..ops.attention_args import FUSED, AttentionCall, geometry_of
 from ..ops.registry import Operator
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -44,13 +44,10 @@ class SwitchableAttention(ir.ExternKernelOut):
         tensors: q, k and v, with adjacent features; then, contiguous, the key mask and the offsets, if there are any.
         masked: whether there is a key mask.
         offset: key index of the first query, to which offsets are added.
-        fixed: from `fixed_numbers`.
-        scale: softmax scale.
+        call: the geometry, the scale, dense_len and the window.
     """
 
-    def __init__(
-        self, tensors: list[ir.IRNode], masked: bool, offset: sympy.Expr, fixed: tuple[int, ...], scale: float
-    ) -> None:
+    def __init__(self, tensors: list[ir.IRNode], masked: bool, offset: sympy.Expr, call: AttentionCall) -> None:
         q, _, v = tensors[:3]
         batch, heads, length, _ = q.get_size()
         dim_v = v.get_size()[3]
@@ -61,7 +58,7 @@ class SwitchableAttention(ir.ExternKernelOut):
             [length * heads * dim_v, dim_v, heads * dim_v, sympy.S.One],
         )
         super().__init__(layout, tensors, (offset,), op_overload=OPERATOR)
-        self.masked, self.offset, self.fixed, self.scale = masked, offset, fixed, scale
+        self.masked, self.offset, self.call = masked, offset, call
 
     def codegen(self, wrapper: Any) -> None:
         """Write the call, and the kernel in front of the first one."""
@@ -72,15 +69,22 @@ class SwitchableAttention(ir.ExternKernelOut):
             (offsets,), tensor = more, self.inputs[-1]
             count, index = wrapper.codegen_sizevar(tensor.get_size()[0]), tensor.get_dtype()
         name = kernel_name(wrapper, self.get_dtype(), index)
+        geometry, heads = self.call.geometry, int(self.inputs[1].get_size()[1])
+        fixed = fixed_numbers(self.call.window, self.call.dense_len, geometry)
         sizes = (tensor.get_size() for tensor in self.inputs[:3])
         strides = (tensor.get_stride() for tensor in self.inputs[:3])
         numbers = ", ".join(
             wrapper.codegen_sizevar(sympy.sympify(number))
-            for number in call_numbers(*sizes, *strides, self.offset, self.fixed)
+            for number in call_numbers(*sizes, *strides, self.offset, fixed)
         )
         call, out = f"{self.get_name()}_call", _pointer(wrapper, self)
         wrapper.writeline(f"const int64_t {call}[] = {{{numbers}}};")
-        arguments = (call, repr(self.scale), q, k, v, mask, offsets, count, out)
+        channels = "nullptr"
+        if geometry.channels:
+            channels = f"{call}_channels"
+            numbers = ", ".join(map(str, channel_numbers(geometry, heads)))
+            wrapper.writeline(f"static const int32_t {channels}[] = {{{numbers}}};")
+        arguments = (call, repr(self.call.scale), q, k, v, mask, offsets, count, channels, out)
         wrapper.writeline(f"{name}({', '.join(arguments)});")
 
 
@@ -101,10 +105,9 @@ def _lower(
     if offset is None:
         offset = k.get_size()[2] - q.get_size()[2] if offsets is None else 0
     more = (ir.ExternKernel.require_contiguous(x) for x in (key_mask, offsets) if x is not None)
-    fixed = fixed_numbers(window, dense_len, geometry_of(geometry))
     tensors = [*map(_with_adjacent_features, (q, k, v)), *more]
-    call = SwitchableAttention(tensors, key_mask is not None, sympy.sympify(offset), fixed, scale)
-    return ir.TensorBox.create(call)
+    call = AttentionCall(scale, dense_len, geometry_of(geometry), window=window)
+    return ir.TensorBox.create(SwitchableAttention(tensors, key_mask is not None, sympy.sympify(offset), call))
 
 
 def _with_adjacent_features(x: ir.TensorBox) -> ir.IRNode:
@@ -132,12 +135,14 @@ def kernel_name(wrapper: Any, dtype: torch.dtype, index: torch.dtype) -> str:
         number, key = DTYPE_TO_CPP[dtype], DTYPE_TO_CPP[index]
         declaration = (
             f'extern "C" void {name}(const int64_t* numbers, double scale, const {number}* q, const {number}* k, '
-            f"const {number}* v, const bool* key_mask, const {key}* offsets, int64_t offsets_count, {number}* out)"
+            f"const {number}* v, const bool* key_mask, const {key}* offsets, int64_t offsets_count, "
+            f"const int32_t* channels, {number}* out)"
         )
         source = (
             f"#include <torch/csrc/inductor/cpp_prefix.h>\n{header(HEADER)}\n{declaration} {{\n"
             "  infllm::switchable_attention(\n"
-            "      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, key_mask, offsets, offsets_count, out);\n}\n"
+            "      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, key_mask, offsets, offsets_count,\n"
+            "      channels, out);\n}\n"
         )
         wrapper.src_to_kernel[source] = name
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{declaration};\n")

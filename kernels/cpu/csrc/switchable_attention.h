@@ -31,9 +31,17 @@ Sequence sequence_of(const Call& call, int64_t row, const bool* key_mask, const 
   return {first, length, start, begin, std::max(begin, std::min(length, start + call.length_q))};
 }
 
+// Makes a head ready for selection.
 template <typename T>
 void compress(const Call& call, Head<T>& head) {
   const int64_t length = head.sequence.length;
+  if (call.index_dims > 0) {
+    std::vector<Real<T>> index(length * call.index_dims);
+    for (int64_t key = 0; key < length; key++)
+      store_index(call, head.k + key * call.stride_k[2], head.channels, index.data() + key * call.index_dims);
+    take_index(call, head, index.data(), call.index_dims);
+    return;
+  }
   std::vector<T> k1(length / call.kernel_stride * call.dim), k2(k1.size() / COARSE_FACTOR + call.dim);
   const CompressedKeys<T> fine{k1.data(), call.dim}, coarse{k2.data(), call.dim};
   compress_keys(call, head.k, call.stride_k[2], length, fine, coarse);
@@ -51,11 +59,12 @@ struct SelectAndAttend {
 // Attention of a call; `out` is [batch, length_q, heads_q, dim_v].
 //
 // key_mask: [batch, length_k], or null if all keys are valid. offsets: [offsets_count], 1 or one for each row of the
-// batch, added to call.offset, which is the key index of the first query; or null.
+// batch, added to call.offset, which is the key index of the first query; or null. channels: those that token scores
+// read, [heads][index_dims]; null for pooled scores.
 template <typename T, typename I>
 void switchable_attention(
     const Call& call, const T* q, const T* k, const T* v, const bool* key_mask, const I* offsets,
-    int64_t offsets_count, T* out) {
+    int64_t offsets_count, const int32_t* channels, T* out) {
   const int64_t group = call.heads_q / std::max<int64_t>(1, call.heads), heads = call.batch * call.heads;
   const int64_t row_size = call.heads_q * call.dim_v;
   if (heads == 0 || call.length_q == 0)
@@ -75,6 +84,7 @@ void switchable_attention(
     head.v = v + row * call.stride_v[0] + which * call.stride_v[1] + sequence.first * call.stride_v[2];
     head.valid = key_mask == nullptr ? nullptr : key_mask + row * call.length_k + sequence.first;
     head.sparse = sequence.length >= call.dense_len;
+    head.channels = channels == nullptr ? nullptr : channels + which * call.index_dims;
     for (int64_t query = 0; query < call.length_q; query++)
       if (query + sequence.start < sequence.begin || query + sequence.start >= sequence.end)
         std::fill_n(rows_of(number) + query * row_size, group * call.dim_v, static_cast<T>(0.0f));

@@ -15,6 +15,30 @@ struct SharedTile {
   int64_t token, tokens, last, low, high, free;
 };
 
+// A number rounded to three bits of mantissa and an exponent of -6 at least, ties to even, as 8 bits store it (e4m3fn).
+inline float round_to_fp8(float value) {
+  const int exponent = std::max(std::ilogb(value), -6);
+  return std::ldexp(std::nearbyint(std::ldexp(value, 3 - exponent)), exponent - 3);
+}
+
+// The channels of a key as they are stored and read again: kernels/cpu/tokens.py, index_keys and read_index.
+template <typename T>
+void store_index(const Call& call, const T* key, const int32_t* channels, Real<T>* to) {
+  float highest = 0.0f;
+  for (int64_t place = 0; place < call.index_dims; place++) {
+    to[place] = static_cast<Real<T>>(key[channels[place]]);
+    highest = std::max(highest, std::fabs(static_cast<float>(to[place])));
+  }
+  if (call.index_kind == INDEX_AS_KEYS)
+    return;
+  const float scale = highest / (call.index_kind == INDEX_INT8 ? 127.0f : 448.0f);
+  for (int64_t place = 0; place < call.index_dims; place++) {
+    const float part = static_cast<float>(to[place]) / (scale == 0.0f ? 1.0f : scale);
+    const float rounded = call.index_kind == INDEX_INT8 ? std::nearbyint(part) : round_to_fp8(part);
+    to[place] = static_cast<Real<T>>(rounded) * static_cast<Real<T>>(scale);
+  }
+}
+
 // Scores of a chunk's tiles; a thread keeps its scratch from one chunk to the next.
 template <typename T>
 class TokenScores {

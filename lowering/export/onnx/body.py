@@ -3,13 +3,15 @@
 Runtimes without a kernel for the operator run this body. The sparse/dense switch is an ``If`` inside it.
 
 Memory: a ``Loop`` takes the queries in chunks, one key/value head at a time. Block scores take
-``chunk x N / kernel_stride`` numbers and attention ``chunk x visited keys``; no tensor is N x N.
+``chunk x N / kernel_stride`` numbers, or ``chunk x N`` by tokens, and attention ``chunk x visited keys``; no tensor is
+N x N.
 
 Semantics: arXiv 2509.24663, section 3, as in `kernels.reference`. Arithmetic is float32 for all input dtypes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
 from infllm_pass.kernels.geometry import COARSE_FACTOR
+from infllm_pass.kernels.scorer import INDEX_HIGHEST
 
 from .builder_helpers import (
     BOOL,
@@ -36,6 +39,9 @@ from .op_spec import DOMAIN, NAME, AttentionNode
 
 CHUNK_ROWS = 256
 """Query rows (tokens x group) of a chunk: 256 x 8k float32 block scores are 8 MB at 128k."""
+
+TOKEN_CHUNK_ROWS = 64
+"""The same for token scores: 64 x 128k float32 logits are 32 MB at 128k."""
 
 STEP_TOKENS = 1024
 """Keys in one step of the online softmax."""
@@ -120,9 +126,10 @@ class _Writer:
         self.values = reshape(op, self.v, -1, dim_size(op, self.v, 3))  # [R * Lk, Dv]
         self.blocks = ceil_div(op, self.length_k, self.geometry.block_size)
         self.block = arange(op, self.blocks)
-        self._compress(op)
+        self._prepare_scores(op)
 
-        rows = op.Add(op.Max(op.Div(CHUNK_ROWS, self.group), [1]), m - 1)
+        chunk_rows = CHUNK_ROWS if self.geometry.scorer == "pooled" else TOKEN_CHUNK_ROWS
+        rows = op.Add(op.Max(op.Div(chunk_rows, self.group), [1]), m - 1)
         most = round_down(op, op.Add(self.length_q, 2 * m - 2), m)  # what a chunk holds at most, whole tiles
         self.chunk = op.Min(round_down(op, rows, m), most)
         self.chunks = op.Div(op.Sub(op.Add(op.Add(self.length_q, m - 1), self.chunk), 1), self.chunk)
@@ -159,28 +166,63 @@ class _Writer:
         grouped = reshape(op, x, op.Mul(self.batch, self.heads), heads, -1, dim)
         return reshape(op, op.Transpose(grouped, perm=[0, 2, 1, 3]), -1, heads, dim)
 
-    def _compress(self, op: OpBuilder) -> None:
-        """Compressed keys of whole sequences, ``K1`` and ``K2``, as ``[R, D, n]`` with ``n`` for whole blocks.
+    def _prepare_scores(self, op: OpBuilder) -> None:
+        """What scores read of the keys of whole sequences.
 
-        Windows that reach over the end are of no consequence: no query sees them.
+        Compressed keys, ``K1`` and ``K2``, as ``[R, D, n]`` with ``n`` for whole blocks: windows that reach over the
+        end are of no consequence, as no query sees them. Or index keys ``[R, d, N]`` of whole blocks.
         """
         g = self.geometry
+        if g.scorer == "tokens":
+            self.tokens = op.Mul(self.blocks, g.block_size)
+            self._prepare_index(op, self._aligned(op, self.tokens))
+            return
+        k = self._aligned(op, op.Add(op.Mul(self.blocks, g.block_size), COARSE_FACTOR * g.kernel_size))
+        windows = op.Mul(self.blocks, g.block_size // g.kernel_stride)
+        self.k1 = self._pool(op, k, 1, windows)
+        if g.lse == "coarse":
+            self.k2 = self._pool(op, k, COARSE_FACTOR, ceil_div(op, windows, COARSE_FACTOR))
+
+    def _aligned(self, op: OpBuilder, room: Value) -> Value:
+        """Keys float32 ``[R, D, room]`` from each sequence's own first key on."""
         k, dim = self.k, dim_size(op, self.k, 3)
-        if self.key_mask is not None:  # sequences begin at their own first key
-            index = op.Add(op.Unsqueeze(self.first, [1]), arange(op, self.length_k))
-            row = op.Mul(op.Unsqueeze(arange(op, self.batch), [1]), self.length_k)
-            index = op.Add(op.Min(index, op.Sub(self.length_k, 1)), row)
+        if self.key_mask is not None:
+            index = self._in_rows(op, self.length_k)
             tokens = op.Transpose(k, perm=[0, 2, 1, 3])  # [B, Lk, Hkv, D]
             tokens = reshape(op, tokens, op.Mul(self.batch, self.length_k), self.heads, dim)
             k = op.Transpose(op.Gather(tokens, index, axis=0), perm=[0, 2, 1, 3])
         k = op.Cast(reshape(op, k, op.Mul(self.batch, self.heads), self.length_k, dim), to=FLOAT)
         k = op.Transpose(k, perm=[0, 2, 1])  # [R, D, Lk]
-        room = op.Add(op.Mul(self.blocks, g.block_size), COARSE_FACTOR * g.kernel_size)
-        k = op.Pad(k, shape_vector(op, 0, 0, 0, 0, 0, op.Sub(room, self.length_k)), 0.0)
-        windows = op.Mul(self.blocks, g.block_size // g.kernel_stride)
-        self.k1 = self._pool(op, k, 1, windows)
-        if g.lse == "coarse":
-            self.k2 = self._pool(op, k, COARSE_FACTOR, ceil_div(op, windows, COARSE_FACTOR))
+        return op.Pad(k, shape_vector(op, 0, 0, 0, 0, 0, op.Sub(room, self.length_k)), 0.0)
+
+    def _in_rows(self, op: OpBuilder, count: Value) -> Value:
+        """Where the first tokens of each sequence stand among all rows' keys, the last key for more: ``[B, count]``."""
+        index = op.Add(op.Unsqueeze(self.first, [1]), arange(op, count))
+        row = op.Mul(op.Unsqueeze(arange(op, self.batch), [1]), self.length_k)
+        return op.Add(op.Min(index, op.Sub(self.length_k, 1)), row)
+
+    def _prepare_index(self, op: OpBuilder, k: Value) -> None:
+        """Index keys ``[R, d, N]`` as they are stored and read again, and which of these tokens are valid."""
+        g = self.geometry
+        if len(g.channels) == 1:
+            index = op.Gather(k, list(g.channels[0]), axis=1)
+        else:
+            dim, heads = dim_size(op, self.k, 3), len(g.channels)
+            of_head = [head for head in range(heads) for _ in g.channels[0]]
+            places = op.Add(op.Mul(of_head, dim), [channel for channels in g.channels for channel in channels])
+            index = op.Gather(reshape(op, k, self.batch, op.Mul(dim, heads), self.tokens), places, axis=1)
+            index = reshape(op, index, -1, g.score_dims, self.tokens)
+        if g.score_dtype != "key":
+            scale = op.Div(op.ReduceMax(op.Abs(index), [1], keepdims=1), INDEX_HIGHEST[g.score_dtype])
+            parts = op.Div(index, op.Where(op.Greater(scale, 0.0), scale, 1.0))
+            if g.score_dtype == "fp8":  # three bits of mantissa, exponents from -6 on
+                exponent = op.Floor(op.Div(op.Log(op.Max(op.Abs(parts), 2.0**-6)), math.log(2.0)))
+                step = op.Pow(2.0, op.Sub(exponent, 3.0))
+                parts = op.Mul(op.Round(op.Div(parts, step)), step)
+            index = op.Mul(op.Round(parts) if g.score_dtype == "int8" else parts, scale)
+        self.index = index
+        if self.key_mask is not None:
+            self.valid = op.Gather(reshape(op, self.key_mask, -1), self._in_rows(op, self.tokens), axis=0)  # [B, N]
 
     def _pool(self, op: OpBuilder, k: Value, factor: int, count: Value) -> _Windows:
         """Means of windows, rounded to the type of the keys."""
@@ -256,9 +298,21 @@ class _Writer:
     def _ranks(self, op: OpBuilder, q: Value, position: Value, last: Value, real: Value) -> Value:
         """What candidates are taken by, the highest first, ``[T, n_blocks]``: scores, and `FORCED`."""
         g = self.geometry
-        tiles = dim_size(op, last, 0)
+        shares = None
+        if g.query_block > 1:
+            inside = op.And(op.GreaterOrEqual(position, 0), op.Less(position, self.length))
+            shares = op.Unsqueeze(op.Cast(op.And(real, inside), to=FLOAT), [1])
+            shares = op.Expand(shares, shape_vector(op, 1, self.group))
+            shares = reshape(op, shares, dim_size(op, last, 0), -1, 1)
         q = reshape(op, q, -1, dim_size(op, q, 2))  # [C * G, D]
+        ranks = (self._window_ranks if g.scorer == "pooled" else self._token_ranks)(op, q, last, shares)
+        own = op.Unsqueeze(op.Div(last, g.block_size), [1])
+        local = op.GreaterOrEqual(self.block, op.Sub(own, g.local_blocks))
+        return op.Where(op.Or(op.Less(self.block, g.init_blocks), local), FORCED, ranks)
 
+    def _window_ranks(self, op: OpBuilder, q: Value, last: Value, shares: Value | None) -> Value:
+        """Scores of blocks by compressed keys, `UNSCORED` where none is visible, ``[T, n_blocks]``."""
+        g = self.geometry
         logits, visible = self._window_logits(op, q, self.k1, last)  # [T, m * G, n1], [T, n1]
         if g.lse == "coarse":
             normaliser, seen = self._window_logits(op, q, self.k2, last)
@@ -266,25 +320,50 @@ class _Writer:
         else:
             normaliser, seen, first_end = logits, visible, self.k1.first_end
         normaliser = op.Where(op.Unsqueeze(seen, [1]), normaliser, HIDDEN)
-        top = op.ReduceMax(normaliser, [2], keepdims=1)
-        total = op.ReduceSum(op.Exp(op.Sub(normaliser, top)), [2], keepdims=1)
-        scores = op.Exp(op.Sub(logits, op.Add(top, op.Log(total))))  # [T, m * G, n1]
-        if g.query_block > 1:
-            inside = op.And(op.GreaterOrEqual(position, 0), op.Less(position, self.length))
-            shares = op.Unsqueeze(op.Cast(op.And(real, inside), to=FLOAT), [1])
-            shares = reshape(op, op.Expand(shares, shape_vector(op, 1, self.group)), tiles, -1, 1)
-            scores = op.Where(op.Greater(shares, 0.5), scores, 0.0)
-        scores = op.Min(op.ReduceSum(scores, [1], keepdims=0), HIGHEST)  # [T, n1]
+        scores = self._weights(op, logits, normaliser, shares)  # [T, n1]
         scores = op.Where(op.GreaterOrEqual(op.Unsqueeze(last, [1]), first_end), scores, 0.0)
         scores = op.Where(visible, scores, UNSCORED)
-
         per_block, before = g.block_size // g.kernel_stride, g.kernel_size // g.kernel_stride - 1
         ranks = op.MaxPool(
             op.Unsqueeze(scores, [1]), kernel_shape=[per_block + before], strides=[per_block], pads=[before, 0]
         )  # the windows that overlap a block begin up to `before` windows ahead of it
-        own = op.Unsqueeze(op.Div(last, g.block_size), [1])
-        local = op.GreaterOrEqual(self.block, op.Sub(own, g.local_blocks))
-        return op.Where(op.Or(op.Less(self.block, g.init_blocks), local), FORCED, op.Squeeze(ranks, [1]))
+        return op.Squeeze(ranks, [1])
+
+    def _token_ranks(self, op: OpBuilder, q: Value, last: Value, shares: Value | None) -> Value:
+        """Scores of blocks by their largest token, `UNSCORED` where none is visible, ``[T, n_blocks]``."""
+        g = self.geometry
+        if len(g.channels) == 1:
+            q = op.Gather(q, list(g.channels[0]), axis=1)
+        else:
+            table = op.Constant(value=ir.tensor(g.channels, ir.DataType.INT64))
+            q = op.Gather(q, op.Squeeze(op.Gather(table, op.Mod(self.row, self.heads), axis=0), [0]), axis=1)
+        tiles, token, last = dim_size(op, last, 0), arange(op, self.tokens), op.Unsqueeze(last, [1])
+        visible = op.LessOrEqual(token, last)  # [T, N]
+        if self.node.window:
+            visible = op.And(visible, op.Greater(token, op.Sub(last, self.node.window)))
+        if self.key_mask is not None:
+            visible = op.And(visible, op.Gather(self.valid, op.Div(self.row, self.heads), axis=0))
+        logits = op.MatMul(q, op.Squeeze(op.Gather(self.index, self.row, axis=0), [0]))
+        logits = op.Where(op.Unsqueeze(visible, [1]), reshape(op, logits, tiles, -1, self.tokens), HIDDEN)
+        maxima = op.ReduceMax(reshape(op, logits, tiles, -1, self.blocks, g.block_size), [3], keepdims=0)
+        seen = op.Greater(op.ReduceMax(maxima, [1], keepdims=0), HIDDEN / 2)  # [T, n_blocks]
+        return op.Where(seen, self._weights(op, maxima, maxima, shares), UNSCORED)
+
+    def _weights(self, op: OpBuilder, logits: Value, normaliser: Value, shares: Value | None) -> Value:
+        """Sums ``[T, n]`` over a tile's queries and heads of the weights of logits ``[T, m * G, n]``.
+
+        Args:
+            op: builder of the branch.
+            logits: the logits.
+            normaliser: what they are normalised over, in the last dimension.
+            shares: 1 for each row of a tile that is a query, else 0, ``[T, m * G, 1]``; None: all are.
+        """
+        top = op.ReduceMax(normaliser, [2], keepdims=1)
+        total = op.ReduceSum(op.Exp(op.Sub(normaliser, top)), [2], keepdims=1)
+        weights = op.Exp(op.Sub(logits, op.Add(top, op.Log(total))))
+        if shares is not None:
+            weights = op.Where(op.Greater(shares, 0.5), weights, 0.0)
+        return op.Min(op.ReduceSum(weights, [1], keepdims=0), HIGHEST)
 
     def _window_logits(self, op: OpBuilder, q: Value, windows: _Windows, last: Value) -> tuple[Value, Value]:
         """Products with compressed keys ``[T, m * G, n]``, and which of these a tile sees, ``[T, n]``."""

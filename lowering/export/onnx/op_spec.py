@@ -14,6 +14,9 @@ DOMAIN = "infllm"
 NAME = "InfLLMV2Attention"
 VERSION = 1
 
+NO_CHANNELS = "none"
+"""The attribute ``channels`` of pooled scores: parsers drop texts that are empty."""
+
 
 @dataclass(frozen=True)
 class AttentionNode:
@@ -51,8 +54,9 @@ class AttentionNode:
     def from_attributes(cls, attributes: Mapping[str, Any]) -> AttentionNode:
         """The node with these attributes by name, as `attributes` gives them; others are ignored."""
         sizes = {field.name: attributes[field.name] for field in fields(BlockGeometry)}
+        channels = sizes["channels"]
         return cls(
-            BlockGeometry(**sizes | {"channels": parse_channels(sizes["channels"])}),
+            BlockGeometry(**sizes | {"channels": () if channels == NO_CHANNELS else parse_channels(channels)}),
             scale=attributes["scale"],
             dense_len=attributes["dense_len"],
             window=attributes["window"],
@@ -65,7 +69,7 @@ class AttentionNode:
         """The node's attributes, with those by which TensorRT finds a plugin."""
         return {
             **asdict(self.geometry),
-            "channels": format_channels(self.geometry.channels),
+            "channels": format_channels(self.geometry.channels) or NO_CHANNELS,
             "dense_len": self.dense_len,
             "window": self.window,
             "has_key_mask": int(self.masked),

@@ -22,6 +22,8 @@ from tests.support.common import relative_error  # noqa: E402
 SMALL = BlockGeometry(kernel_size=4, kernel_stride=2, block_size=8, init_blocks=1, local_blocks=2, selected_blocks=5)
 """Five blocks of eight in all: above 40 tokens the selection leaves keys out."""
 
+TOKENS = replace(SMALL, scorer="tokens", channels=((1, 2, 7, 15),))
+
 DENSE_LEN = 64
 TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 
@@ -99,6 +101,10 @@ VARIANTS = {
     "long-kernels": (replace(SMALL, kernel_size=8), {}),
     "kernels-that-do-not-overlap": (replace(SMALL, kernel_size=2), {}),
     "always-sparse": (SMALL, {"dense_len": 0}),
+    "tokens": (TOKENS, {}),
+    "tokens, all-channels, window": (replace(TOKENS, channels=(tuple(range(16)),)), {"window": 30}),
+    "tokens, tiles-of-four, int8": (replace(TOKENS, query_block=4, score_dtype="int8"), {"dense_len": 0}),
+    "tokens, fp8": (replace(TOKENS, score_dtype="fp8", block_size=12), {}),
 }
 LENGTHS = (1, 5, 37, 63, 64, 131, 300)
 
@@ -162,6 +168,17 @@ def test_padded_rows_take_their_own_side(variant):
         assert relative_error(out * real, oracle(node, q, k, v, key_mask) * real) <= 1e-5
 
 
+def test_every_head_has_channels_of_its_own():
+    geometry = replace(TOKENS, channels=((0, 3, 4), (1, 2, 15)))
+    for kept in ("key", "int8"):
+        node = AttentionNode(replace(geometry, score_dtype=kept), scale=0.3, dense_len=0)
+        q, k, v = tensors(2, (6, 2), 150, 150)
+        got = run(session(model(node)), q, k, v)
+        assert relative_error(got, oracle(node, q, k, v)) <= 1e-5
+        swapped = replace(node, geometry=replace(node.geometry, channels=geometry.channels[::-1]))
+        assert relative_error(got, oracle(swapped, q, k, v)) > 1e-2
+
+
 def test_every_row_has_its_own_offset():
     node = AttentionNode(replace(SMALL, query_block=2), scale=0.3, dense_len=DENSE_LEN, placed=True)
     runtime = session(model(node))
@@ -181,17 +198,18 @@ def test_queries_before_the_first_key_give_zero():
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_selected_blocks_are_those_of_the_oracle(dtype):
+@pytest.mark.parametrize("geometry", [SMALL, TOKENS], ids=["pooled", "tokens"])
+def test_selected_blocks_are_those_of_the_oracle(dtype, geometry):
     """Values that name their block turn the output into the set of blocks that a query visits."""
     length = 331
-    node = AttentionNode(SMALL, scale=0.3, dense_len=DENSE_LEN)
+    node = AttentionNode(geometry, scale=0.3, dense_len=DENSE_LEN)
     blocks = SMALL.num_blocks(length)
     q, k, _ = tensors(2, (6, 2), length, length, dtype=dtype)
     k = k / 3  # flat attention, so that no visited block has a weight of 0
     names = torch.eye(blocks)[torch.arange(length) // SMALL.block_size]
     v = names.expand(2, 2, -1, -1).to(dtype).contiguous()
     visited = run(session(model(node, dtype=dtype)), q, k, v).reshape(2, 2, 3, length, blocks).amax(2) > 0
-    expected = reference.select_blocks(q, k, geometry=SMALL, scale=node.scale, offset=0)
+    expected = reference.select_blocks(q, k, geometry=geometry, scale=node.scale, offset=0)
     decided = decided_queries(q, k, node)
     assert decided.float().mean() > 0.9
     assert torch.equal(visited & decided[..., None], expected & decided[..., None])
@@ -233,10 +251,13 @@ def test_scores_beyond_the_range_of_half_precision():
     assert out.abs().amax() > 0
 
 
-def test_no_tensor_is_quadratic(tmp_path):
+@pytest.mark.parametrize(
+    "scorer", [{}, {"scorer": "tokens", "channels": (tuple(range(16)),)}], ids=["pooled", "tokens"]
+)
+def test_no_tensor_is_quadratic(tmp_path, scorer):
     """Sizes of everything that ONNX Runtime computes at 4096 tokens, inside loops and branches too."""
     length = 4096
-    node = AttentionNode(BlockGeometry(local_blocks=8, selected_blocks=16), scale=0.125, dense_len=0)
+    node = AttentionNode(BlockGeometry(local_blocks=8, selected_blocks=16, **scorer), scale=0.125, dense_len=0)
     runtime = session(model(node), enable_profiling=True, profile_file_prefix=str(tmp_path / "profile"))
     q, k, v = tensors(1, (4, 2), length, length, 32, 32)
     run(runtime, q, k, v)

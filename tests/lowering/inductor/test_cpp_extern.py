@@ -23,6 +23,14 @@ VARIANTS = {
     "odd blocks": replace(SMALL, kernel_size=6, kernel_stride=3, block_size=21, window_size=21, topk=2, query_block=3),
 }
 
+TOKENS = replace(SMALL, scorer="tokens")
+VARIANTS |= {
+    "tokens": TOKENS,
+    "tokens, shared, int8": replace(TOKENS, query_block=4, score_dtype="int8"),
+    "tokens, odd blocks, fp8": replace(VARIANTS["odd blocks"], scorer="tokens", score_dtype="fp8"),
+}
+CHANNELS = ((0, 2, 3, 7), (1, 4, 5, 6))
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
@@ -57,6 +65,11 @@ class Wrapper:
         assert cpp_definition.rstrip(";\n") in source
 
 
+def geometry_of(config, q):
+    """The geometry; token scores read half of the channels, each of two heads its own."""
+    return config.geometry_for(q.shape[3], CHANNELS)
+
+
 def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=None):
     """The kernel's result for tensors; where nothing is written it holds NaN."""
     first = (0 if offsets is not None else k.shape[2] - q.shape[2]) if offset is None else offset
@@ -64,8 +77,10 @@ def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, w
         *(tensor.shape for tensor in (q, k, v)),
         *(tensor.stride() for tensor in (q, k, v)),
         first,
-        cpp_extern.fixed_numbers(window, config.dense_len, config.geometry),
+        cpp_extern.fixed_numbers(window, config.dense_len, geometry_of(config, q)),
     )
+    sets = geometry_of(config, q).channels
+    channels = torch.tensor(sets, dtype=torch.int32)
     out = torch.full((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), torch.nan, dtype=q.dtype)
     index = torch.int64 if offsets is None else offsets.dtype
     kernels[q.dtype, index](
@@ -73,6 +88,7 @@ def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, w
         ctypes.c_double(0.7),
         *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (q, k, v, key_mask, offsets)),
         ctypes.c_int64(0 if offsets is None else offsets.shape[0]),
+        ctypes.c_void_p(channels.data_ptr() if sets else None),
         ctypes.c_void_p(out.data_ptr()),
     )
     return out.transpose(1, 2)
@@ -82,7 +98,7 @@ def expect(config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=
     """The reference's result."""
     first = k.shape[2] - q.shape[2] if offset is None else offset
     common = {
-        "geometry": config.geometry,
+        "geometry": geometry_of(config, q),
         "scale": 0.7,
         "offset": 0 if offsets is not None else first,
         "key_mask": key_mask,
@@ -123,7 +139,7 @@ def test_heads(kernels, group, dim, dim_v):
     assert relative_error(run(kernels, SMALL, q, k, v), expect(SMALL, q, k, v)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["coarse", "shared", "odd blocks"])
+@pytest.mark.parametrize("name", ["coarse", "shared", "odd blocks", "tokens", "tokens, shared, int8"])
 @pytest.mark.parametrize("window", [None, 43, 90])
 def test_padding_and_windows(kernels, name, window):
     key_mask = torch.rand(2, 200) > 0.2

@@ -298,6 +298,8 @@ def test_a_compiled_step_writes_the_state():
         return decode.decode_attention(q, k, v, list(state), lengths, *numbers)
 
     q, k, v, state, lengths = arguments()[:5]
+    for each in state:
+        each.zero_()
     given = (q, k, v, lengths, *state)
     expected = [tensor.clone() for tensor in given]
     result = step(*expected)
