@@ -20,7 +20,9 @@ from infllm_pass.kernels.triton.decode.attention import MAX_SPLITS, _decode_atte
 from infllm_pass.kernels.triton.decode.compress import decode_compress_kernel
 from infllm_pass.kernels.triton.decode.rows import DecodeShape
 from infllm_pass.kernels.triton.decode.select import _decode_score_kernel
+from infllm_pass.kernels.triton.decode.token_scores import _decode_sum_kernel, decode_tokens_kernel
 from infllm_pass.kernels.triton.decode.topk import decode_rank_kernel
+from infllm_pass.kernels.triton.index_keys import FORMS
 from infllm_pass.lowering.ops import checks, decode_triton
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
@@ -157,6 +159,50 @@ def kernels(variant: Variant) -> dict[str, tuple[triton.JITFunction, int, int]]:
 def test_decode_kernels_compile(variant, capability, record_property):
     given = arguments(variant, capability)
     for name, (kernel, warps, stages) in kernels(variant).items():
+        report = compile_ahead(kernel, given, capability=capability, num_warps=warps, num_stages=stages)
+        record_property(name, report)
+        print(name, report)
+        assert report["shared"] <= SHARED_MEMORY[capability], name
+        if variant.hot and capability == 90:
+            assert report["spilled"] == 0, name
+
+
+TOKEN_VARIANTS = [
+    ("key", Variant(hot=True)),
+    ("key", Variant(group=4, hot=True)),
+    ("int8", Variant(group=4, length_q=4, starts=True, holes=True, hot=True)),
+    ("fp8", Variant(length_q=16, query_block=16, window=True)),
+    ("key", Variant(torch.float32, 256, 256, group=4, length_q=16, block_size=48)),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("form", "variant"), TOKEN_VARIANTS, ids=lambda each: getattr(each, "name", each))
+def test_decode_kernels_of_token_scores_compile(form, variant, capability, record_property):
+    shape = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize)
+    launch = find_config(DecodeConfig, "decode", 0, variant.dtype.itemsize, variant.dim)
+    kept = variant.dim // 4
+    given = {
+        **arguments(variant, capability),
+        "ki": {"key": variant.dtype, "int8": torch.int8, "fp8": torch.uint8}[form],
+        "ki_scale": variant.dtype if form == "key" else torch.float32,
+        "best": torch.float32,
+        "channels": torch.int32,
+        **{f"stride_{name}{axis}": "i32:16" for name in "is" for axis in "bht"},
+        "channel_stride": "i32",
+        "KEPT": kept,
+        "KP": kept,
+        "RUNS": 2,
+        "CODE": (16 << 9) | (16 | 32 << 9) << 18,
+        "FORM": FORMS[form],
+        "OWNED": launch.token_blocks,
+        "STEP_TOKENS": min(launch.token_keys // 8, variant.block_size & -variant.block_size),
+    }
+    for name, kernel, warps, stages in (
+        ("tokens", decode_tokens_kernel, launch.compress_warps, launch.token_stages),
+        ("sum", _decode_sum_kernel, launch.score_warps, 3),
+    ):
+        warps = launch.warps(warps, shape.columns)
         report = compile_ahead(kernel, given, capability=capability, num_warps=warps, num_stages=stages)
         record_property(name, report)
         print(name, report)
