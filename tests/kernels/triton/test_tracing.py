@@ -127,6 +127,7 @@ CASES = {
     "padded, window": (call(named=("key_mask",), window=40), [key_mask()], False),
     "device offset": (call(named=("offset",)), [torch.tensor([0], dtype=torch.int32)], False),
     "token scores, padded": (call(named=("key_mask",), config=TOKENS), [key_mask()], False),
+    "token scores": (call(config=replace(TOKENS, score_dtype="key")), [], False),
     "token scores, float8": (call(config=replace(TOKENS, score_dtype="fp8")), [], False),
 }
 

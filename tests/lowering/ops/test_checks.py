@@ -161,6 +161,16 @@ def test_devices_before_ampere_are_refused(capability, taken, monkeypatch, fake)
         assert str(raised.value) == f"cuda:0 has compute capability {found}: the Triton kernels need 8.0 or later"
 
 
+def test_float8_index_keys_need_ada(monkeypatch, fake):
+    config = SparseAttentionConfig(scorer="tokens", score_dtype="fp8")
+    monkeypatch.setattr(checks, "compute_capability", lambda _: (8, 9))
+    refuse(config=config)
+    monkeypatch.setattr(checks, "compute_capability", lambda _: (8, 6))
+    refuse(config=replace(config, score_dtype="int8"))
+    with pytest.raises(Refused, match=r'score_dtype="fp8": .* need compute capability 8\.9 .* set "int8" or "key"'):
+        refuse(config=config)
+
+
 def test_the_device_of_the_tensors_is_asked(monkeypatch):
     devices = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: devices[device.index])
