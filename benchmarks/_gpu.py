@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 import triton
@@ -19,6 +21,7 @@ from _data import Heads
 from _work import Ceilings, Work
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.kernels.geometry import BlockGeometry, ScoreDtype, ScorerName
 from infllm_pass.tools.output import add_format_options
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,9 +81,52 @@ def require_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def config_for(blocks: int, dense_len: int = 0) -> SparseAttentionConfig:
+@dataclass(frozen=True)
+class Scoring:
+    """How blocks are scored; the fields are those of the configuration."""
+
+    scorer: ScorerName = "tokens"
+    score_dims: int | None = None
+    score_dtype: ScoreDtype = "key"
+    query_block: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """What tells a case's name from that of the published score: nothing for that one."""
+        shared = f"/qb{self.query_block}" if self.query_block > 1 else ""
+        if self.scorer == "pooled":
+            return shared
+        return f"/tokens-{self.score_dims or 'auto'}-{self.score_dtype}{shared}"
+
+
+TOKENS = Scoring()
+"""The default."""
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Scoring`."""
+    parser.add_argument("--scorer", choices=get_args(ScorerName), default="tokens", help="scores of blocks (tokens)")
+    parser.add_argument("--score-dims", type=positive_option, metavar="D", help="channels (a quarter of the head)")
+    parser.add_argument("--score-dtype", choices=get_args(ScoreDtype), default="key", help="dtype of index keys (key)")
+    parser.add_argument("--query-block", type=positive_option, default=1, metavar="M", help="queries of one set (1)")
+
+
+def scoring_of(arguments: argparse.Namespace) -> Scoring:
+    """What those options say."""
+    return Scoring(arguments.scorer, arguments.score_dims, arguments.score_dtype, arguments.query_block)
+
+
+def config_for(blocks: int, dense_len: int = 0, scoring: Scoring = TOKENS) -> SparseAttentionConfig:
     """The default geometry with another budget of blocks; sparse at every length unless `dense_len` is given."""
-    return SparseAttentionConfig(topk=blocks - LOCAL_BLOCKS, dense_len=dense_len)
+    return SparseAttentionConfig(topk=blocks - LOCAL_BLOCKS, dense_len=dense_len, **dataclasses.asdict(scoring))
+
+
+def geometry_of(config: SparseAttentionConfig, dim: int) -> BlockGeometry:
+    """The geometry for heads whose rotary embedding pairs the halves: token scores read the lowest frequencies."""
+    if config.scorer == "pooled":
+        return config.geometry
+    half, pairs = dim // 2, config.score_dims_of(dim) // 2
+    return config.geometry_for(dim, ((*range(half - pairs, half), *range(dim - pairs, dim)),))
 
 
 def device_slug(name: str) -> str:

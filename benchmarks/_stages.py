@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from _gpu import geometry_of
 from torch import Tensor
 
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
+from infllm_pass.kernels.triton.index_keys import IndexKeys, index_keys
 from infllm_pass.kernels.triton.launch import launching_at_once
+from infllm_pass.kernels.triton.prefill import pooled, token_scores
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import CompressedKeys, compress_keys
-from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileLists, TilePlan, TileShape
 
@@ -30,29 +32,33 @@ class Selection:
 
 def plan(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> TilePlan:
     """The tiles of a call: queries ``[B, Hq, Lq, D]`` are the last of the keys ``[B, Hkv, Lk, D]``."""
-    return plan_tiles(
-        TileShape.choose(q.shape[1] // k.shape[1], config.query_block),
-        batch=q.shape[0],
-        length_q=q.shape[2],
-        length_k=k.shape[2],
-        block_size=config.block_size,
-        device=q.device,
-        offset=k.shape[2] - q.shape[2],
-    )
+    with launching_at_once():
+        return plan_tiles(
+            TileShape.choose(q.shape[1] // k.shape[1], config.query_block),
+            batch=q.shape[0],
+            length_q=q.shape[2],
+            length_k=k.shape[2],
+            block_size=config.block_size,
+            device=q.device,
+            offset=k.shape[2] - q.shape[2],
+        )
 
 
 def select(q: Tensor, k: Tensor, config: SparseAttentionConfig) -> Selection:
-    """Compress the keys, score the blocks and choose; the tiles' tables included."""
+    """What is kept of the keys, the blocks' scores and the choice; the tiles' tables included."""
+    tiles = plan(q, k, config)
+    keys = compress(k, tiles, config)
+    numbers = {
+        "geometry": geometry_of(config, k.shape[3]),
+        "scale": q.shape[3] ** -0.5,
+        "dense_len": config.dense_len,
+        "length_k": k.shape[2],
+    }
     with launching_at_once():
-        tiles = plan(q, k, config)
-        keys = compress_keys(k, tiles, geometry=config.geometry)
-        lists = select_tiles(
-            *(q, keys, tiles),
-            geometry=config.geometry,
-            scale=q.shape[3] ** -0.5,
-            dense_len=config.dense_len,
-            length_k=k.shape[2],
-        )
+        if isinstance(keys, IndexKeys):
+            lists = token_scores.select_tiles(q, keys, tiles, heads_kv=k.shape[1], **numbers)
+        else:
+            lists = pooled.select_tiles(q, keys, tiles, **numbers)
     return Selection(lists, tiles)
 
 
@@ -65,7 +71,7 @@ def attend(
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, selection: Selection, config: SparseAttentionConfig) -> AttentionInputs:
-    numbers = (config.geometry, q.shape[3] ** -0.5, config.dense_len)
+    numbers = (geometry_of(config, q.shape[3]), q.shape[3] ** -0.5, config.dense_len)
     return AttentionInputs(q, k, v, selection.lists, selection.plan, *numbers, every_query=True)
 
 
@@ -93,7 +99,10 @@ def backward(
         return query_gradient(*saved), *key_gradients(*saved)
 
 
-def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> CompressedKeys:
-    """Compressed keys alone, which `select` computes first."""
+def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> CompressedKeys | IndexKeys:
+    """Compressed keys or index keys alone, which `select` computes first."""
+    geometry = geometry_of(config, k.shape[3])
     with launching_at_once():
-        return compress_keys(k, tiles, geometry=config.geometry)
+        if geometry.scorer == "tokens":
+            return index_keys(k, geometry=geometry)
+        return compress_keys(k, tiles, geometry=geometry)

@@ -5,7 +5,8 @@
 * attention: 4 D flops a query head and visited (query, key) pair, with causal pairs counted exactly; bytes: q, k, v
   and the output once each;
 * selection: 2 D flops a query head and score of a compressed key: fine ones of blocks that are candidates but not
-  forced, coarse ones that are visible, both only for queries with more blocks than they visit; bytes: q and k once;
+  forced, coarse ones that are visible, both only for queries with more blocks than they visit. By token scores 2 d
+  flops a query head and visible token, d the channels, for the same queries. Bytes: q and k once;
 * forward: both of the above; backward: 10 D flops a query head and visited pair (five products); bytes: q, the output,
   its gradient and dq, k, v, dk and dv once each.
 
@@ -83,10 +84,20 @@ def attention_work(heads: Heads, length: int, geometry: BlockGeometry) -> Work:
     )
 
 
+def scored_tokens(length: int, geometry: BlockGeometry) -> int:
+    """Pairs of a query and a token whose scores selection needs, for one head."""
+    first = min(length, geometry.selected_blocks * geometry.block_size)  # the first query that chooses
+    return (length * (length + 1) - first * (first + 1)) // 2
+
+
 def selection_work(heads: Heads, length: int, geometry: BlockGeometry) -> Work:
-    """Compressing keys and scoring blocks."""
+    """Compressing keys, or copying their channels, and scoring blocks."""
+    if geometry.scorer == "tokens":
+        products = geometry.score_dims * scored_tokens(length, geometry)
+    else:
+        products = heads.dim * scored_keys(length, geometry)
     return Work(
-        2.0 * heads.queries * heads.dim * scored_keys(length, geometry),
+        2.0 * heads.queries * products,
         1.0 * ELEMENT * length * heads.dim * (heads.queries + heads.keys),
     )
 

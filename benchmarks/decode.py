@@ -4,8 +4,8 @@ One new token a row over a cache of so many keys. Every time is that of one laye
 a cache of its own, so that no layer finds its keys in the L2 cache. ``ms`` is a step that completes no window of
 compressed keys; ``update_ms`` one in which a fine and a coarse window complete, one step of 64; ``refill_ms`` the step
 after the state was dropped. ``dense_ms`` is the faster one of cuDNN's and PyTorch's flash attention. ``floor_ms``: the
-compressed keys and the visited keys and values, read once at 3.0 TB/s. Rows with ``mode`` dense have fewer keys than
-``dense_len``, and the operator decides on the device.
+compressed or index keys and the visited keys and values, read once at 3.0 TB/s. Rows with ``mode`` dense have fewer
+keys than ``dense_len``, and the operator decides on the device.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from _common import show
 from _data import MAIN, Heads
 from _gpu import (
     Row,
+    Scoring,
+    add_scoring,
     attempt,
     blocks_option,
     config_for,
+    geometry_of,
     gpu_header,
     gpu_parser,
     heads_option,
     positive_option,
     require_gpu,
     save,
+    scoring_of,
 )
 from rich.console import Console
 from rich.progress import track
@@ -62,6 +66,9 @@ FORMATS = dict.fromkeys(("ms", "update_ms", "refill_ms", "dense_ms", "floor_ms")
 SWEEP = {
     "chunk": (32, 128),
     "compress_warps": (8,),
+    "token_blocks": (8, 32, 64),
+    "token_keys": (64, 256),
+    "token_stages": (2, 4),
     "blocks": (16, 64),
     "score_warps": (2, 8),
     "score_stages": (2, 5),
@@ -106,7 +113,7 @@ class Layers:
             return step()
 
         steps = self.sparse(length, 0)
-        return [lambda step=s, filled=c[2][2]: call(step, filled) for s, c in zip(steps, self.caches, strict=True)]
+        return [lambda step=s, filled=c[2][-1]: call(step, filled) for s, c in zip(steps, self.caches, strict=True)]
 
     def dense(self, length: int, backend: SDPBackend) -> list[Callable[[], object]]:
         """Dense attention of every layer."""
@@ -164,15 +171,21 @@ def floor_bytes(heads: Heads, batch: int, length: int, geometry: BlockGeometry, 
     if not sparse:
         return 2 * batch * heads.keys * heads.dim * 2 * length
     visited = min(length, (g.selected_blocks - 1) * g.block_size + (length - 1) % g.block_size + 1)
+    if g.scorer == "tokens":
+        read = length * (2 * g.score_dims if g.score_dtype == "key" else g.score_dims + 4)
+        return batch * heads.keys * (read + 4 * heads.dim * visited)
     return 2 * batch * heads.keys * heads.dim * (g.num_compressed(length) + g.num_coarse(length) + 2 * visited)
 
 
-def measure(heads: Heads, batch: int, length: int, blocks: int, device: torch.device, *, sparse: bool) -> Row:
+def measure(
+    heads: Heads, batch: int, length: int, blocks: int, device: torch.device, scoring: Scoring, *, sparse: bool
+) -> Row:
     """The row of one case; a sparse row is sparse at every length."""
     mode = "sparse" if sparse else "dense"
-    geometry = config_for(blocks).geometry
+    geometry = geometry_of(config_for(blocks, 0, scoring), heads.dim)
     layers = Layers(heads, batch, length, geometry, device)
-    row: Row = {"case": f"decode/{heads}/{blocks}/{length}/{batch}/{mode}", "heads": str(heads), "mode": mode}
+    name = f"decode/{heads}/{blocks}/{length}/{batch}/{mode}{scoring.suffix}"
+    row: Row = {"case": name, "heads": str(heads), "mode": mode, "scorer": scoring.scorer}
     row |= {"blocks": blocks, "length": length, "batch": batch, "layers": len(layers.caches)}
     dense_len = 0 if sparse else DENSE_LEN
     row["ms"] = replayed_ms(layers.sparse(length - 8, dense_len))
@@ -191,9 +204,9 @@ def measure(heads: Heads, batch: int, length: int, blocks: int, device: torch.de
     return row
 
 
-def sweep(heads: Heads, batch: int, length: int, blocks: int, device: torch.device) -> list[Row]:
+def sweep(heads: Heads, batch: int, length: int, blocks: int, device: torch.device, scoring: Scoring) -> list[Row]:
     """The step with one number of its launch configuration changed at a time."""
-    layers = Layers(heads, batch, length, config_for(blocks).geometry, device)
+    layers = Layers(heads, batch, length, geometry_of(config_for(blocks, 0, scoring), heads.dim), device)
     usual = configs.config_for(configs.DecodeConfig, "decode", layers.q, heads.dim)
     changes: list[dict[str, Any]] = [{}, *({name: value} for name, values in SWEEP.items() for value in values)]
     rows = []
@@ -213,6 +226,7 @@ def parser() -> Any:
     options.add_argument("--batches", type=positive_option, nargs="+", default=[1, 8], metavar="N")
     options.add_argument("--blocks", type=blocks_option, default=64, metavar="N", help="visited blocks (64)")
     options.add_argument("--heads", type=heads_option, nargs="+", default=list(MAIN), metavar="QxKxD")
+    add_scoring(options)
     options.add_argument("--sweep", action="store_true", help="launch configurations instead, at the first length")
     return options
 
@@ -220,11 +234,12 @@ def parser() -> Any:
 def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
+    scoring, suffix = scoring_of(arguments), "" if arguments.scorer == "pooled" else "_tokens"
     cases = [(heads, batch) for heads in arguments.heads for batch in arguments.batches]
     rows: list[Row] = []
     if arguments.sweep:
         for heads, batch in cases:
-            rows += sweep(heads, batch, arguments.lengths[0], arguments.blocks, device)
+            rows += sweep(heads, batch, arguments.lengths[0], arguments.blocks, device, scoring)
             torch.cuda.empty_cache()
         stages = sorted({name for row in rows for name in row["stages_us"]})
         flat = [row | row["stages_us"] for row in rows]
@@ -232,15 +247,15 @@ def main() -> None:
             name: name.strip("_").split("_")[1] + " us" for name in stages
         }
         show(arguments.format, flat, titles, dict.fromkeys(("step_ms", "below_ms"), ".4f"))
-        save("decode_sweep", arguments.results, gpu_header(device), rows)
+        save(f"decode_sweep{suffix}", arguments.results, gpu_header(device), rows)
         return
     points = [(*case, length, True) for case in cases for length in arguments.lengths]
     points += [(*case, DENSE_LEN - 1, False) for case in cases]
     for heads, batch, length, sparse in track(points, "measuring", console=Console(stderr=True)):
-        rows.append(measure(heads, batch, length, arguments.blocks, device, sparse=sparse))
+        rows.append(measure(heads, batch, length, arguments.blocks, device, scoring, sparse=sparse))
         torch.cuda.empty_cache()
     show(arguments.format, rows, COLUMNS, FORMATS)
-    save("decode", arguments.results, gpu_header(device), rows)
+    save(f"decode{suffix}", arguments.results, gpu_header(device), rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from _data import CORRELATION, correlated
 from _gpu import (
     BASELINE_ERRORS,
     Row,
+    add_scoring,
     blocks_option,
     config_for,
     gpu_header,
@@ -33,6 +34,7 @@ from _gpu import (
     reason,
     require_gpu,
     results_path,
+    scoring_of,
 )
 from rich.console import Console
 from rich.progress import track
@@ -183,6 +185,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--data", nargs="+", choices=["random", "local"], default=["random", "local"], help="embeddings (both)"
     )
+    add_scoring(options)
     options.add_argument("--train", action="store_true", help="a training step in place of prefill")
     return options
 
@@ -191,7 +194,7 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     lengths = arguments.lengths or list(TRAIN_LENGTHS if arguments.train else LENGTHS)
-    config = config_for(arguments.blocks, PUBLISHED["dense_len"])
+    config = config_for(arguments.blocks, PUBLISHED["dense_len"], scoring_of(arguments))
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
     if arguments.train:
         plain.train()
@@ -200,6 +203,7 @@ def main() -> None:
 
     header = gpu_header(device) | {"transformers": transformers.__version__, "sizes": LLAMA_3_8B}
     name = "train" if arguments.train else "model"
+    name += "" if arguments.scorer == "pooled" else "_tokens"
     path = results_path(
         name if arguments.layers == 4 else f"{name}_{arguments.layers}_layers", arguments.results, header
     )

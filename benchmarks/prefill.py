@@ -26,12 +26,16 @@ import torch
 from _common import note, show
 from _data import LENGTHS, MAIN, SMOLLM2, Heads, make_data
 from _gpu import (
+    TOKENS,
     Row,
+    Scoring,
+    add_scoring,
     attempt,
     blocks_option,
     case_name,
     config_for,
     floored,
+    geometry_of,
     gpu_header,
     gpu_parser,
     heads_option,
@@ -40,6 +44,7 @@ from _gpu import (
     positive_option,
     require_gpu,
     save,
+    scoring_of,
     scratch_gb,
 )
 from _work import Ceilings, attention_work, selection_work
@@ -82,23 +87,25 @@ class Point:
     data: str
     flex: bool = False
     file: Path | None = None
+    scoring: Scoring = TOKENS
 
 
 def points(arguments: argparse.Namespace) -> Iterator[Point]:
     """The points of a run: those of the two main geometries, then others at 65 536 tokens."""
+    scoring = scoring_of(arguments)
     if arguments.quick:
         for heads in MAIN:
-            yield Point(heads, (64,), 32768, "local")
+            yield Point(heads, (64,), 32768, "local", scoring=scoring)
         return
     for heads in arguments.heads or MAIN:
         for length in arguments.lengths:
             for data in arguments.data:
                 flex = arguments.flex and data == "local" and length <= FLEX_LIMIT
-                yield Point(heads, tuple(arguments.blocks), length, data, flex, arguments.checkpoint_file)
+                yield Point(heads, tuple(arguments.blocks), length, data, flex, arguments.checkpoint_file, scoring)
     if not arguments.heads:
         for heads in EXTRA:
-            yield Point(heads, (96,), 65536, "local")
-        yield Point(SMOLLM2, (96,), 65536, "checkpoint", file=arguments.checkpoint_file)
+            yield Point(heads, (96,), 65536, "local", scoring=scoring)
+        yield Point(SMOLLM2, (96,), 65536, "checkpoint", file=arguments.checkpoint_file, scoring=scoring)
 
 
 def measure(point: Point, ceilings: Ceilings, device: torch.device) -> list[Row]:
@@ -118,7 +125,7 @@ def measure(point: Point, ceilings: Ceilings, device: torch.device) -> list[Row]
         found[0] |= common | extra
         found[0]["ratio"] = found[0]["ms"] / common["dense_ms"]
         if point.flex and number == 0:
-            attempt(found[0], "flex_blocks", partial(flex_blocks_ms, q, k, v, config_for(blocks)))
+            attempt(found[0], "flex_blocks", partial(flex_blocks_ms, q, k, v, config_for(blocks, 0, point.scoring)))
         rows += found
     return rows
 
@@ -128,12 +135,13 @@ def stage_rows(
 ) -> list[Row]:
     """The rows ``fwd``, ``select`` and ``attend``."""
     q, k, v = tensors
-    config = config_for(blocks)
-    geometry = config.geometry
+    config = config_for(blocks, 0, point.scoring)
+    geometry = geometry_of(config, point.heads.dim)
 
     def row(kind: str, ms: float) -> Row:
-        name = case_name(kind, point.heads, blocks, point.length, point.data)
+        name = case_name(kind, point.heads, blocks, point.length, point.data) + point.scoring.suffix
         return {"case": name, "kind": kind, "heads": str(point.heads), "blocks": blocks} | {
+            "scorer": point.scoring.scorer,
             "length": point.length,
             "data": point.data,
             "ms": ms,
@@ -161,13 +169,18 @@ def flex_blocks_ms(q: Tensor, k: Tensor, v: Tensor, config: SparseAttentionConfi
     return baselines.flex_ms(q, k, v, mask)
 
 
-def measure_mixed(device: torch.device, heads: Heads, lengths: tuple[int, ...] = MIXED_LENGTHS) -> Row:
+def measure_mixed(
+    device: torch.device,
+    heads: Heads,
+    lengths: tuple[int, ...] = MIXED_LENGTHS,
+    scoring: Scoring = TOKENS,
+) -> Row:
     """A batch of different lengths, padded on the left, through the public function with a key mask.
 
     Rows below ``dense_len`` attend densely. Dense attention is measured row by row without padding, the least that
     it can take: padded and masked it takes longer.
     """
-    longest, config = max(lengths), config_for(96, PUBLISHED["dense_len"])
+    longest, config = max(lengths), config_for(96, PUBLISHED["dense_len"], scoring)
     rows = [make_data("local", heads, length, device) for length in lengths]
     key_mask = torch.zeros(len(lengths), longest, dtype=torch.bool, device=device)
     padded = [rows[0][0].new_zeros(len(lengths), x.shape[1], longest, heads.dim) for x in rows[0]]
@@ -179,7 +192,8 @@ def measure_mixed(device: torch.device, heads: Heads, lengths: tuple[int, ...] =
     ms = milliseconds(lambda: infllm_pass.switchable_attention(q, k, v, config, key_mask=key_mask), device)
     dense = [milliseconds(baselines.dense(*row)[0], device, budget_ms=50) for row in rows]
     return {
-        "case": case_name("mixed", heads, 96, longest, "local"),
+        "case": case_name("mixed", heads, 96, longest, "local") + scoring.suffix,
+        "scorer": scoring.scorer,
         "kind": "mixed",
         "heads": str(heads),
         "blocks": 96,
@@ -193,13 +207,15 @@ def measure_mixed(device: torch.device, heads: Heads, lengths: tuple[int, ...] =
     }
 
 
-def measure_million(ceilings: Ceilings, device: torch.device) -> Row:
+def measure_million(ceilings: Ceilings, device: torch.device, scoring: Scoring) -> Row:
     """Forward at 1 048 576 tokens; dense attention is measured at 262 144 and multiplied by 16."""
-    heads, config = MAIN[0], config_for(64)
+    heads, config = MAIN[0], config_for(64, 0, scoring)
+    geometry = geometry_of(config, heads.dim)
     dense = milliseconds(baselines.dense(*make_data("local", heads, MILLION_DENSE, device))[0], device)
     q, k, v = make_data("local", heads, MILLION, device)
     row: Row = {
-        "case": case_name("fwd", heads, 64, MILLION, "local"),
+        "case": case_name("fwd", heads, 64, MILLION, "local") + scoring.suffix,
+        "scorer": scoring.scorer,
         "kind": "fwd",
         "heads": str(heads),
         "blocks": 64,
@@ -211,7 +227,7 @@ def measure_million(ceilings: Ceilings, device: torch.device) -> Row:
     }
     row["ratio"] = row["ms"] / row["dense_ms"]
     row["scratch_gb"] = scratch_gb(lambda: stages.forward(q, k, v, config), device)
-    work = attention_work(heads, MILLION, config.geometry) + selection_work(heads, MILLION, config.geometry)
+    work = attention_work(heads, MILLION, geometry) + selection_work(heads, MILLION, geometry)
     return floored(row, work, ceilings)
 
 
@@ -234,6 +250,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--checkpoint-file", type=Path, metavar="FILE", help="saved by checkpoint_inputs.py")
     options.add_argument("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out")
     options.add_argument("--quick", action="store_true", help="two cases of 32 768 tokens, under a minute")
+    add_scoring(options)
     options.add_argument("--million", action="store_true", help="1 048 576 tokens and nothing else")
     return options
 
@@ -245,7 +262,7 @@ def main() -> None:
     header: dict[str, Any] = gpu_header(device, ceilings)
     rows: list[Row] = []
     if arguments.million:
-        rows.append(measure_million(ceilings, device))
+        rows.append(measure_million(ceilings, device, scoring_of(arguments)))
     else:
         chosen = list(points(arguments))
         for point in track(chosen, "measuring", console=Console(stderr=True)):
@@ -255,10 +272,10 @@ def main() -> None:
                 note(arguments.format, f"left out: {point.heads} on {point.data} data: {error}")
             torch.cuda.empty_cache()
         if not arguments.quick and not arguments.heads:
-            rows.append(measure_mixed(device, MAIN[1]))
+            rows.append(measure_mixed(device, MAIN[1], scoring=scoring_of(arguments)))
     show(arguments.format, rows, COLUMNS, FORMATS)
     name = "prefill_million" if arguments.million else "prefill_quick" if arguments.quick else "prefill"
-    save(name, arguments.results, header, rows)
+    save(name if arguments.scorer == "pooled" else f"{name}_tokens", arguments.results, header, rows)
 
 
 if __name__ == "__main__":

@@ -24,17 +24,21 @@ from _common import note, show
 from _data import MAIN, Heads, make_data
 from _gpu import (
     Row,
+    add_scoring,
     attempt,
     blocks_option,
     config_for,
+    geometry_of,
     gpu_parser,
     heads_option,
     milliseconds,
     positive_option,
     require_gpu,
+    scoring_of,
 )
 from triton.errors import TritonError
 
+from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels.triton import configs
 
 
@@ -113,20 +117,21 @@ def write_row(file: Path, device: str, kernel: str, element_size: int, head_dim:
     file.write_text(json.dumps(table, indent=2) + "\n")
 
 
-def timing(kernel: str, heads: Heads, length: int, blocks: int, data: str, device: torch.device) -> Callable[[], float]:
+def timing(
+    kernel: str, heads: Heads, length: int, config: SparseAttentionConfig, data: str, device: torch.device
+) -> Callable[[], float]:
     """A function that times the stage that runs the kernel, in ms: bfloat16, one sequence, or one decode step."""
-    config = config_for(blocks)
     if kernel == "decode":
         import decode
 
-        steps = decode.Layers(heads, 1, length, config.geometry, device).sparse(length - 8, 0)
+        steps = decode.Layers(heads, 1, length, geometry_of(config, heads.dim), device).sparse(length - 8, 0)
         return lambda: decode.replayed_ms(steps)
     q, k, v = make_data(data, heads, length, device)
     selection = stages.select(q, k, config)
     out, lse = stages.attend(q, k, v, selection, config)
     calls: dict[str, Callable[[], object]] = {
         "compress": lambda: stages.compress(k, selection.plan, config),
-        "select": lambda: stages.select(q, k, config),
+        **dict.fromkeys(("select", "select_tokens"), lambda: stages.select(q, k, config)),
         **dict.fromkeys(("attention_forward", "scattered"), lambda: stages.attend(q, k, v, selection, config)),
         **dict.fromkeys(
             ("query_gradient", "key_gradients"),
@@ -168,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--length", type=positive_option, default=131072, metavar="N", help="tokens")
     options.add_argument("--blocks", type=blocks_option, default=64, metavar="N", help="visited blocks (64)")
     options.add_argument("--data", choices=["local", "random"], default="local")
+    add_scoring(options)
     options.add_argument("--try", dest="trials", type=trial, nargs="+", default=[], metavar="FIELD=VALUE,VALUE")
     options.add_argument("--write", action="store_true", help="write the fastest to the device's table")
     return options
@@ -177,11 +183,16 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     major, minor = torch.cuda.get_device_capability(device)
-    head_dim = max(16, triton.next_power_of_2(arguments.heads.dim))
+    scoring = scoring_of(arguments)
+    if arguments.kernel in ("compress", "select"):
+        scoring = dataclasses.replace(scoring, scorer="pooled")
+    config = config_for(arguments.blocks, 0, scoring)
+    size = config.score_dims_of(arguments.heads.dim) if arguments.kernel == "select_tokens" else arguments.heads.dim
+    head_dim = max(16, triton.next_power_of_2(size))
     kind = configs.CLASSES[arguments.kernel]
     current = configs.find_config(kind, arguments.kernel, 10 * major + minor, 2, head_dim) or kind()
     tried = candidates(current, arguments.trials)
-    case = (arguments.heads, arguments.length, arguments.blocks, arguments.data)
+    case = (arguments.heads, arguments.length, config, arguments.data)
     rows = measure(arguments.kernel, tried, timing(arguments.kernel, *case, device))
     told = [{key: value for key, value in row.items() if key != "config"} for row in rows]
     show(arguments.format, told, {"stage_ms": "ms"}, {"stage_ms": ".4f"})
@@ -193,6 +204,7 @@ def main() -> None:
     if arguments.write:
         name = torch.cuda.get_device_name(device)
         what = f"{name}, {arguments.heads}, {arguments.length} tokens, {arguments.blocks} blocks, {arguments.data} data"
+        what += scoring.suffix
         measured = note_of(rows, f"{what}, torch {torch.__version__}, triton {triton.__version__}")
         file = configs.TUNING / f"sm_{10 * major + minor}.json"
         write_row(file, name, arguments.kernel, 2, head_dim, best["config"], measured)

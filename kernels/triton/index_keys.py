@@ -125,6 +125,14 @@ def head_channels(table_row, places, KEPT: tl.constexpr, RUNS: tl.constexpr, COD
 
 
 @triton.jit
+def stored_bits(ki, FORM: tl.constexpr):
+    """Where index keys are stored; those of float8 as bytes, which kernels pack and unpack themselves."""
+    if FORM == FP8_FORM:
+        ki = ki.to(tl.pointer_type(tl.uint8), bitcast=True)
+    return ki
+
+
+@triton.jit
 def _round_even(numbers):
     """Numbers below 2^22 rounded to whole ones, halves to even ones."""
     return (numbers + 12582912.0) - 12582912.0
@@ -206,7 +214,8 @@ def _index_keys_kernel(
     at = k + batch * stride_b + head * stride_h + row.to(tl.int64)[:, None] * stride_t + channel[None, :]
     keys = tl.load(at, mask=there[:, None] & (dims < KEPT)[None, :], other=0.0)
     to = pair * length_k + row
-    store_index_keys(ki + to[:, None] * KP + dims[None, :], scales + to, keys, there, there[:, None], FORM)
+    ki_at = stored_bits(ki, FORM) + to[:, None] * KP + dims[None, :]
+    store_index_keys(ki_at, scales + to, keys, there, there[:, None], FORM)
 
 
 @dataclass(frozen=True)
@@ -227,11 +236,6 @@ class IndexKeys:
         return [self.keys] if self.scales is None else [self.keys, self.scales]
 
 
-def stored_bits(keys: Tensor) -> Tensor:
-    """Index keys as kernels read them: float8 as bytes, since not every architecture converts it."""
-    return keys.view(torch.uint8) if keys.dtype == torch.float8_e4m3fn else keys
-
-
 def index_keys(k: Tensor, *, geometry: BlockGeometry) -> IndexKeys:
     """The channels of every key that token scores read.
 
@@ -250,8 +254,8 @@ def index_keys(k: Tensor, *, geometry: BlockGeometry) -> IndexKeys:
     scales = None if plain else torch.empty(count, dtype=torch.float32, device=k.device)
     wrap_triton(_index_keys_kernel)[(triton.cdiv(length, _GATHERED_ROWS), batch * heads)](
         k,
-        stored_bits(keys),
-        keys if scales is None else scales,
+        keys,
+        k if scales is None else scales,
         channels.table,
         length,
         heads,

@@ -232,6 +232,9 @@ MAX_BLOCK_NUMBER = 1 << 16
 LEAST_CAPABILITY = (8, 0)
 """Of NVIDIA's devices, Ampere and later."""
 
+FLOAT8_CAPABILITY = (8, 9)
+"""Where Triton knows float8_e4m3fn: Ada and later."""
+
 
 @torch.compiler.assume_constant_result  # where a graph is traced: a property of the device, not of its tensors
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
@@ -262,6 +265,8 @@ def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str
     if capability is not None and capability < LEAST_CAPABILITY:
         found, least = (f"{major}.{minor}" for major, minor in (capability, LEAST_CAPABILITY))
         return f"{q.device} has compute capability {found}: the Triton kernels need {least} or later"
+    if geometry.score_dtype == "fp8" and capability is not None and capability < FLOAT8_CAPABILITY:
+        return 'score_dtype="fp8": the Triton kernels need compute capability 8.9 or later for it; set "int8" or "key"'
     if q.dtype not in TILED_DTYPES:
         return f"q is {q.dtype}: the Triton kernels take {', '.join(map(str, TILED_DTYPES))}"
     for name, size in (("q", q.shape[3]), ("v", v.shape[3])):

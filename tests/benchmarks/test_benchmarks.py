@@ -202,7 +202,7 @@ def results(bench, monkeypatch):
 
 def test_rows_carry_their_case_and_their_ratio(results):
     cases = [row["case"] for row in results["prefill"]]
-    assert cases[:3] == [f"{kind}/4x2x16/64/128/local" for kind in ("fwd", "select", "attend")]
+    assert cases[:3] == [f"{kind}/4x2x16/64/128/local/tokens-auto-key" for kind in ("fwd", "select", "attend")]
     assert len(set(cases)) == len(cases) == 24
     for row in results["prefill"] + results["backward"] + results["breakeven"]:
         assert row["ms"] > 0
@@ -210,6 +210,23 @@ def test_rows_carry_their_case_and_their_ratio(results):
         if row["kind"] in ("fwd", "bwd"):
             assert row["ratio"] == pytest.approx(row["ms"] / row["dense_ms"])
     assert [row["kind"] for row in results["memory"]] == ["memory_fwd", "memory_bwd"]
+
+
+def test_the_scorer_is_an_option(bench):
+    gpu, data = bench("_gpu"), bench("_data")
+    for script in ("prefill", "decode", "model", "breakeven"):
+        assert gpu.scoring_of(bench(script).parser().parse_args([])) == gpu.TOKENS
+    given = ["--scorer", "pooled", "--query-block", "16"]
+    (point, *_) = bench("prefill").points(bench("prefill").parser().parse_args(["--quick", *given]))
+    assert (point.scoring, point.scoring.suffix) == (gpu.Scoring("pooled", query_block=16), "/qb16")
+    config = gpu.config_for(96, 0, gpu.Scoring(score_dims=32, score_dtype="fp8"))
+    geometry = gpu.geometry_of(config, 128)
+    assert geometry.channels == ((*range(48, 64), *range(112, 128)),)
+    heads, length = data.Heads(4, 1, 128), 8192
+    chosen = length * (length + 1) // 2 - 6144 * 6145 // 2
+    assert bench("_work").selection_work(heads, length, geometry).flops == 2 * 4 * 32 * chosen
+    read = length * (32 + 4) + 4 * 128 * min(length, 96 * 64)
+    assert bench("decode").floor_bytes(heads, 1, length, geometry, sparse=True) == read
 
 
 def test_results_are_written_shown_and_drawn(bench, results, tmp_path, capsys):

@@ -23,11 +23,12 @@ from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
 CONFIG = SparseAttentionConfig(
-    kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, init_blocks=1, dense_len=0
+    kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, dense_len=0, scorer="pooled"
 )
 FINE = SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, init_blocks=1, dense_len=0
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=0, scorer="pooled"
 )
+TOKENS = replace(CONFIG, scorer="tokens")
 
 GEOMETRY = BlockGeometry(init_blocks=1, local_blocks=2, selected_blocks=6)
 DENSE_LEN = 600
@@ -52,6 +53,10 @@ CASES = {
     "G=3, D=80": Case(3, 1, 80),
     "G=4, gathered": Case(8, 2, 64, gathered=True),
     "G=3, D=80, gathered": Case(3, 1, 80, gathered=True),
+    "G=4, tokens": Case(8, 2, 64, config=TOKENS),
+    "G=16, tokens, shared by 64": Case(16, 1, 128, config=replace(TOKENS, query_block=64)),
+    "G=3, D=80, int8": Case(3, 1, 80, config=replace(TOKENS, score_dtype="int8")),
+    "G=1, float8, shared by 16": Case(4, 4, 32, config=replace(TOKENS, score_dtype="fp8", query_block=16)),
     # Every block competes: more than a row's pieces in registers hold, so that ranking reads them from memory.
     "G=2, equal scores": Case(4, 2, 32, length=3001, config=FINE, level=True),
 }
@@ -121,7 +126,12 @@ def decode(name: str, case: Case) -> bool:
     """Steps over a cache whose rows lie on both sides of ``DENSE_LEN``; whether all results are finite."""
     torch.manual_seed(0)
     k, v = (torch.randn(2, case.heads_kv, case.length, case.dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    state = new_state(k, GEOMETRY)
+    geometry = GEOMETRY
+    if case.config.scorer == "tokens":
+        channels = tuple(tuple(range(head % 2, case.dim, 2)) for head in range(case.heads_kv))  # a table of sets
+        scored = {"scorer": "tokens", "channels": channels, "score_dtype": case.config.score_dtype}
+        geometry = replace(geometry, **scored, query_block=case.config.query_block)
+    state = new_state(k, geometry)
     lengths = torch.tensor([case.length - 8, DENSE_LEN - 8], device="cuda")
     starts = torch.tensor([3, 0], device="cuda")
     key_mask = torch.rand(2, case.length, device="cuda") < 0.9
@@ -129,7 +139,7 @@ def decode(name: str, case: Case) -> bool:
     for count, others in ((1, (None, None, None)), (5, (starts, key_mask, None)), (1, (starts, None, 500))):
         lengths += count
         q = torch.randn(2, case.heads_q, count, case.dim, device="cuda", dtype=torch.bfloat16)
-        numbers = (case.dim**-0.5, DENSE_LEN, geometry_text(GEOMETRY))
+        numbers = (case.dim**-0.5, DENSE_LEN, geometry_text(geometry))
         out, _ = decode_attention(q, k, v, state, lengths, *others, *numbers)
         torch.cuda.synchronize()
         finite = bool(out.isfinite().all())

@@ -75,7 +75,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int8: "*i8",
-    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",

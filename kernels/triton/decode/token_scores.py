@@ -120,7 +120,7 @@ def decode_tokens_kernel(
     end = tl.minimum(begin + OWNED * BLOCK, length)
     slot = start.to(tl.int64)
     k_row = k + batch * stride_kb + head * stride_kh + slot * stride_kt
-    ki_row = ki + batch * stride_ib + head * stride_ih + slot * stride_it
+    ki_row = stored_bits(ki, FORM) + batch * stride_ib + head * stride_ih + slot * stride_it
     scale_row = ki_scale + batch * stride_sb + head * stride_sh + slot * stride_st
     for position in range(tl.maximum(begin, old), end, DECODE_STORED):
         key = position + tl.arange(0, DECODE_STORED)
@@ -286,12 +286,12 @@ def decode_select_tokens(step: DecodeStep, state: IndexState) -> Tensor:
     q, k, g, shape, launch = step.q, step.k, step.geometry, step.shape, step.launch
     heads, capacity = k.shape[1:3]
     channels = place_channels(g, q)
-    ki = stored_bits(state.ki)
-    scales = ki if state.ki_scale is None else state.ki_scale
+    ki = state.ki
+    scales = q if state.ki_scale is None else state.ki_scale
     chunks = (step.num_blocks + launch.token_blocks - 1) // launch.token_blocks
     parts = step.parts(chunks)
     count = step.pairs * shape.tiles * shape.columns
-    best = torch.empty(count, step.num_blocks, dtype=torch.float32, device=q.device)
+    best = torch.empty(count * step.num_blocks, dtype=torch.float32, device=q.device)
     keys, arrivals, blocks = step.lists()
     wrap_triton(decode_tokens_kernel)[(chunks, step.pairs)](
         *step.rows.arguments,

@@ -121,6 +121,7 @@ def _select_tokens_kernel(
     slots_at, dense_at, norms_at, keys_at, marks_at, best_at = panel_scratch(
         scratch, num_blocks, T, PANEL, QUERY_BLOCK, RG, CANDIDATES, C, C
     )
+    ki = stored_bits(ki, FORM)
     columns = tl.arange(0, C)
     dims = tl.arange(0, KP)
     lane = tl.arange(0, SCORED_BLOCKS)
@@ -279,8 +280,8 @@ def select_tiles(
         wrap_triton(_select_tokens_kernel),
         q,
         (
-            stored_bits(keys.keys),
-            keys.keys if keys.scales is None else keys.scales,
+            keys.keys,
+            q if keys.scales is None else keys.scales,
             channels.table,
             plan.panels if key_mask is None else key_mask,
         ),

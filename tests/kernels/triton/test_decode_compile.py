@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import sympy
@@ -20,7 +20,9 @@ from infllm_pass.kernels.triton.decode.attention import MAX_SPLITS, _decode_atte
 from infllm_pass.kernels.triton.decode.compress import decode_compress_kernel
 from infllm_pass.kernels.triton.decode.rows import DecodeShape
 from infllm_pass.kernels.triton.decode.select import _decode_score_kernel
+from infllm_pass.kernels.triton.decode.token_scores import _decode_sum_kernel, decode_tokens_kernel
 from infllm_pass.kernels.triton.decode.topk import decode_rank_kernel
+from infllm_pass.kernels.triton.index_keys import FORMS
 from infllm_pass.lowering.ops import checks, decode_triton
 from infllm_pass.lowering.ops.attention_args import geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
@@ -165,11 +167,76 @@ def test_decode_kernels_compile(variant, capability, record_property):
             assert report["spilled"] == 0, name
 
 
-def step(q, k, v, k1, k2, filled, lengths, starts, key_mask):
+TOKEN_VARIANTS = [
+    ("key", Variant(hot=True)),
+    ("key", Variant(group=4, hot=True)),
+    ("int8", Variant(group=4, length_q=4, starts=True, holes=True, hot=True)),
+    ("fp8", Variant(length_q=16, query_block=16, window=True)),
+    ("key", Variant(torch.float32, 256, 256, group=4, length_q=16, block_size=48)),
+]
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize(("form", "variant"), TOKEN_VARIANTS, ids=lambda each: getattr(each, "name", each))
+def test_decode_kernels_of_token_scores_compile(form, variant, capability, record_property):
+    shape = DecodeShape.choose(variant.group, variant.length_q, variant.query_block, variant.dtype.itemsize)
+    launch = find_config(DecodeConfig, "decode", 0, variant.dtype.itemsize, variant.dim)
+    kept = variant.dim // 4
+    given = {
+        **arguments(variant, capability),
+        "ki": {"key": variant.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[form],
+        "ki_scale": variant.dtype if form == "key" else torch.float32,
+        "best": torch.float32,
+        "channels": torch.int32,
+        **{f"stride_{name}{axis}": "i32:16" for name in "is" for axis in "bht"},
+        "channel_stride": "i32",
+        "KEPT": kept,
+        "KP": kept,
+        "RUNS": 2,
+        "CODE": (16 << 9) | (16 | 32 << 9) << 18,
+        "FORM": FORMS[form],
+        "OWNED": launch.token_blocks,
+        "STEP_TOKENS": min(launch.token_keys // 8, variant.block_size & -variant.block_size),
+    }
+    for name, kernel, warps, stages in (
+        ("tokens", decode_tokens_kernel, launch.compress_warps, launch.token_stages),
+        ("sum", _decode_sum_kernel, launch.score_warps, 3),
+    ):
+        warps = launch.warps(warps, shape.columns)
+        report = compile_ahead(kernel, given, capability=capability, num_warps=warps, num_stages=stages)
+        record_property(name, report)
+        print(name, report)
+        assert report["shared"] <= SHARED_MEMORY[capability], name
+        if variant.hot and capability == 90:
+            assert report["spilled"] == 0, name
+
+
+TOKENS = replace(GEOMETRY, scorer="tokens", channels=((*range(4, 8), *range(12, 16)),))
+
+WRITTEN = {
+    "pooled": (GEOMETRY, [{"k1", "k2", "parts", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}]),
+    "tokens": (TOKENS, [{"ki", "parts", "best", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}]),
+    "int8": (
+        replace(TOKENS, score_dtype="int8"),
+        [{"ki", "ki_scale", "parts", "best", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}],
+    ),
+    "fp8": (
+        replace(TOKENS, score_dtype="fp8"),
+        [{"ki", "ki_scale", "parts", "best", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}],
+    ),
+}
+"""What the kernels of a selection write, by scorer and dtype of index keys."""
+
+
+def stepping(geometry):
     """A decode step as a rewritten graph has it: the new key and value are written, then attended to."""
-    k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
-    given = (q, k, v, [k1, k2, filled], lengths, starts, key_mask, None, 0.25, 64, geometry_text(GEOMETRY))
-    return decode_attention(*given)
+
+    def step(q, k, v, lengths, starts, key_mask, *state):
+        k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
+        given = (q, k, v, list(state), lengths, starts, key_mask, None, 0.25, 64, geometry_text(geometry))
+        return decode_attention(*given)
+
+    return step
 
 
 @pytest.fixture
@@ -180,20 +247,23 @@ def imagined(monkeypatch):
 
 
 @pytest.mark.usefixtures("imagined")
+@pytest.mark.parametrize("scored", WRITTEN)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
+def test_compilers_see_kernels_that_write_the_state_in_place(padded, scored, caplog):
     """And one graph serves caches of any batch size and capacity."""
+    geometry, selection = WRITTEN[scored]
     k, v = torch.randn(3, 2, 100, 16), torch.randn(3, 2, 100, 16)
-    state = new_state(k, GEOMETRY)
-    tensors = [torch.randn(3, 6, 1, 16), k, v, *state, torch.tensor([90]), torch.tensor([0, 3, 5]) if padded else None]
-    tensors.append(torch.ones(3, 100, dtype=torch.bool) if padded else None)
-    for tensor, sizes in zip(tensors, ([0], [0, 2], [0, 2], [0, 2], [0, 2], [0], [], [0], [0, 1]), strict=True):
+    state = new_state(k, geometry)
+    tensors = [torch.randn(3, 6, 1, 16), k, v, torch.tensor([90]), torch.tensor([0, 3, 5]) if padded else None]
+    tensors += [torch.ones(3, 100, dtype=torch.bool) if padded else None, *state]
+    dynamic = [[0], [0, 2], [0, 2], [], [0], [0, 1], *([0, 2] for _ in state[:-1]), [0]]
+    for tensor, sizes in zip(tensors, dynamic, strict=True):
         for size in sizes if tensor is not None else ():
             torch._dynamo.mark_dynamic(tensor, size)
     recorder = Recorder()
     # As Inductor does: what a graph writes to its inputs stays in the graph.
     backend = aot_autograd(fw_compiler=recorder._keep("fw"), keep_inference_input_mutations=True)
-    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    compiled = torch.compile(stepping(geometry), backend=backend, fullgraph=True)
     with caplog.at_level(logging.WARNING), torch.no_grad(), pytest.raises(_Traced):
         compiled(*tensors)
     assert "identify_mutated_tensors" not in caplog.text
@@ -202,7 +272,6 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, caplog):
     assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
     assert len(kernels) == 4
     written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
-    selection = [{"k1", "k2", "parts", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}]
     assert written == [*selection, {"part_out", "part_lse"}, {"out", "lse"}]
     write_in_place(module.graph)
     assert [node.kwargs["tensors_to_clone"] for node in kernels_of(module)] == [[] for _ in kernels]

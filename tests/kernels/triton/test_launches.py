@@ -12,7 +12,7 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton import configs, launch, tile_schedule
 from infllm_pass.kernels.triton.backward import block_to_query, dkv, dq, split_work
 from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
-from infllm_pass.kernels.triton.prefill import attention, choose, compress, pooled
+from infllm_pass.kernels.triton.prefill import attention, choose, compress, pooled, token_scores
 from infllm_pass.kernels.triton.prefill.scattered import persistent
 from infllm_pass.lowering.ops import checks, prefill
 from infllm_pass.lowering.ops.attention_args import AttentionCall
@@ -21,7 +21,19 @@ from tests.support.triton_device import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="about kernels that are compiled")
 
 GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
-MODULES = (attention, block_to_query, choose, compress, dkv, dq, persistent, pooled, split_work, tile_schedule)
+MODULES = (
+    attention,
+    block_to_query,
+    choose,
+    compress,
+    dkv,
+    dq,
+    persistent,
+    pooled,
+    split_work,
+    tile_schedule,
+    token_scores,
+)
 
 
 @dataclass

@@ -24,13 +24,12 @@ if INTERPRETED:
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are seen under the interpreter")
 
 SMALL = BlockGeometry(8, 4, 16, init_blocks=1, local_blocks=1, selected_blocks=4)
-KERNELS = {
-    "_sequences_kernel",
-    "_panels_kernel",
-    "_compress_kernel",
-    "_select_pooled_kernel",
-    "_attention_forward_kernel",
+TOKENS = replace(SMALL, scorer="tokens", channels=((*range(4, 8), *range(12, 16)),))
+SCORERS = {
+    "pooled": {"_compress_kernel", "_select_pooled_kernel"},
+    "tokens": {"_index_keys_kernel", "_select_tokens_kernel"},
 }
+KERNELS = {"_sequences_kernel", "_panels_kernel", "_attention_forward_kernel"}
 GRADIENTS = {"_output_delta_kernel", "_query_gradient_kernel", "_key_gradients_kernel", "_invert_kernel"}
 
 
@@ -60,6 +59,16 @@ CALLS = {
     "no first block": {"geometry": replace(SMALL, init_blocks=0)},
     "exact": {"geometry": replace(SMALL, lse="exact")},
     "many windows": {"geometry": replace(SMALL, kernel_size=2, kernel_stride=1)},
+    "tokens": {"geometry": TOKENS},
+    "tokens, padded": {"geometry": TOKENS, "key_mask": mask()},
+    "tokens, packed, int8": {
+        "geometry": replace(TOKENS, score_dtype="int8"),
+        "cu_seqlens_k": int32(0, 70, 101, 101, 150, 202),
+    },
+    "tokens, window, float8": {"geometry": replace(TOKENS, score_dtype="fp8", query_block=16), "window": 30},
+    "tokens, offsets": {"geometry": TOKENS, "offsets": torch.tensor([-(2**40), 2**31 - 1])},
+    "tokens, blocks of 128": {"geometry": replace(TOKENS, block_size=128, local_blocks=0, selected_blocks=2)},
+    "tokens, a table of channels": {"geometry": replace(TOKENS, channels=(tuple(range(0, 16, 2)),))},
 }
 
 
@@ -75,7 +84,7 @@ def run(call, batch=2, length=101, heads=(2, 1)):
     with within_tensors() as launched:
         out = attend(q, k, v, **call)[0]
         gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-    assert set(launched) >= KERNELS | GRADIENTS
+    assert set(launched) >= KERNELS | GRADIENTS | SCORERS[call.get("geometry", SMALL).scorer]
     assert all(bool(x.isfinite().all()) for x in (out, *gradients))
 
 
@@ -99,6 +108,7 @@ BAD = {
 def test_bad_bounds_lead_no_kernel_astray(case, monkeypatch):
     monkeypatch.setattr(checks, "_may_read", lambda *_: False)
     run({"cu_seqlens_k": int32(*BAD[case])})
+    run({"cu_seqlens_k": int32(*BAD[case]), "geometry": TOKENS})
     bounds = int32(*BAD[case])
     run({"cu_seqlens_q": bounds, "cu_seqlens_k": bounds.flip(0)}, batch=1)
 
@@ -110,16 +120,22 @@ def test_bounds_of_many_sequences(monkeypatch):
     run({"cu_seqlens_k": bounds}, batch=1)
 
 
+STEPS = {"pooled": {"decode_compress_kernel", "_decode_score_kernel"}, "tokens": {"decode_tokens_kernel"}}
+
+
 @pytest.mark.parametrize("queries", [1, 5])
-def test_decoding_stays_within_its_tensors(queries):
-    geometry = replace(SMALL, local_blocks=2, selected_blocks=5)
+@pytest.mark.parametrize(
+    "geometry", [SMALL, TOKENS, replace(TOKENS, score_dtype="int8")], ids=["pooled", "tokens", "int8"]
+)
+def test_decoding_stays_within_its_tensors(geometry, queries):
+    geometry = replace(geometry, local_blocks=2, selected_blocks=5)
     q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, queries), (2, 120), (2, 120)))
     state = new_state(k, geometry)
     numbers = (0.25, 80, geometry_text(geometry))
     for lengths, starts in (([110, 70], [3, 0]), ([1000, -5], [-7, 2000])):
         with within_tensors() as launched:
             decode_attention(q, k, v, state, torch.tensor(lengths), torch.tensor(starts), None, None, *numbers)
-        assert {"decode_compress_kernel", "_decode_score_kernel"} <= set(launched)
+        assert STEPS[geometry.scorer] <= set(launched)
 
 
 def test_copies_of_compressed_keys_give_the_same_selection():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from tests.support.triton_device import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter traces nothing")
 
 LENGTHS = [64, 65, 100, 127, 128, 1000, 4096, 8191, 131072, 1 << 20]
+TOKENS = replace(TILED, scorer="tokens", score_dtype="int8")
+
 KERNELS = 5
 """Kernels of a forward, at least."""
 
@@ -104,12 +107,11 @@ def attend(x):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def call(**arguments):
+def call(named=(), config=TILED, **others):
     def function(x, *tensors):
         q, k, v = x.split([6, 2, 2], 1)
-        named = dict(zip(arguments.get("named", ()), tensors, strict=True))
-        others = {name: value for name, value in arguments.items() if name != "named"}
-        return infllm_pass.switchable_attention(q, k, v, TILED, **others, **named)
+        given = dict(zip(named, tensors, strict=True))
+        return infllm_pass.switchable_attention(q, k, v, config, **others, **given)
 
     return function
 
@@ -124,6 +126,9 @@ CASES = {
     "rewritten": (attend, [], True),
     "padded, window": (call(named=("key_mask",), window=40), [key_mask()], False),
     "device offset": (call(named=("offset",)), [torch.tensor([0], dtype=torch.int32)], False),
+    "token scores, padded": (call(named=("key_mask",), config=TOKENS), [key_mask()], False),
+    "token scores": (call(config=replace(TOKENS, score_dtype="key")), [], False),
+    "token scores, float8": (call(config=replace(TOKENS, score_dtype="fp8")), [], False),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UntunedDeviceWarning
 from infllm_pass.frontend.backend import SwitchableBackend
+from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.ops import checks
 from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_of
 from infllm_pass.lowering.ops.positions import checked_positions
@@ -159,6 +161,16 @@ def test_devices_before_ampere_are_refused(capability, taken, monkeypatch, fake)
     if not taken:
         found = ".".join(map(str, capability))
         assert str(raised.value) == f"cuda:0 has compute capability {found}: the Triton kernels need 8.0 or later"
+
+
+def test_float8_index_keys_need_ada(monkeypatch, fake):
+    geometry = BlockGeometry(scorer="tokens", channels=(tuple(range(16)),), score_dtype="fp8")
+    q = cuda(2, 6, 40, 16)
+    monkeypatch.setattr(checks, "compute_capability", lambda _: (8, 9))
+    assert checks.refused_by_tiled(q, q, 0.25, geometry) is None
+    monkeypatch.setattr(checks, "compute_capability", lambda _: (8, 6))
+    assert checks.refused_by_tiled(q, q, 0.25, replace(geometry, score_dtype="int8")) is None
+    assert 'score_dtype="fp8"' in checks.refused_by_tiled(q, q, 0.25, geometry)
 
 
 def test_the_device_of_the_tensors_is_asked(monkeypatch):
