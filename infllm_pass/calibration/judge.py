@@ -75,7 +75,8 @@ def token_scores(rows: Rows, channels: ChannelSets, block_size: int) -> Tensor:
 def pooled_scores(rows: Rows, geometry: BlockGeometry) -> Tensor:
     """The published scores of blocks, ``[Hkv, R, blocks]``."""
     offset = int(rows.positions[0])
-    return reference.block_scores(rows.q, rows.k, geometry=geometry, scale=rows.scale, offset=offset).float()
+    found: Tensor = reference.block_scores(rows.q, rows.k, geometry=geometry, scale=rows.scale, offset=offset)
+    return found
 
 
 def visits(scores: Tensor, rows: Rows, geometry: BlockGeometry) -> Tensor:
