@@ -48,35 +48,22 @@ class Rows:
         seen = keys <= at
         return seen if self.window is None else seen & (keys > at - self.window)
 
-    def scores(self, channels: ChannelSets | None = None) -> Tensor:
-        """Scaled products over some channels, or all, ``-inf`` where nothing is visible: ``[Hkv, G, R, L]``."""
-        heads = self.k.shape[0]
-        grouped = self.q.float().reshape(heads, -1, *self.q.shape[1:])  # [Hkv, G, R, D]
-        found = []
-        for head in range(heads):
-            own = slice(None) if channels is None else torch.tensor(channels[head if len(channels) > 1 else 0])
-            found.append(grouped[head][..., own] @ self.k[head][..., own].float().mT)
-        return (torch.stack(found) * self.scale).masked_fill(~self.visible, NEG_INF)
+    def block_scores(self, geometry: BlockGeometry) -> Tensor:
+        """The scores of blocks that a geometry asks for, ``[Hkv, R, blocks]``."""
+        found: Tensor = reference.block_scores(
+            self.q, self.k, geometry=geometry, scale=self.scale, offset=int(self.positions[0]), window=self.window
+        )
+        return found
 
 
 def attention_mass(rows: Rows, block_size: int) -> Tensor:
     """Share of each query's attention that lies in each block, ``[Hkv, G, R, blocks]``."""
-    mass: Tensor = _blocks(rows.scores().softmax(-1), block_size, 0.0).sum(-1)
+    queries = rows.q.reshape(rows.k.shape[0], -1, *rows.q.shape[1:])  # [Hkv, G, R, D]
+    logits = rows.scale * queries.float() @ rows.k[:, None].float().mT
+    probabilities = logits.masked_fill(~rows.visible, NEG_INF).softmax(-1)
+    padded = F.pad(probabilities, (0, -probabilities.shape[-1] % block_size))
+    mass: Tensor = padded.reshape(*padded.shape[:-1], -1, block_size).sum(-1)
     return mass
-
-
-def token_scores(rows: Rows, channels: ChannelSets, block_size: int) -> Tensor:
-    """Scores of blocks by their largest token, over few channels: ``[Hkv, R, blocks]``."""
-    largest = _blocks(rows.scores(channels), block_size, NEG_INF).amax(-1)  # [Hkv, G, R, blocks]
-    scores: Tensor = (largest - largest.logsumexp(-1, keepdim=True)).exp().sum(1)
-    return scores
-
-
-def pooled_scores(rows: Rows, geometry: BlockGeometry) -> Tensor:
-    """The published scores of blocks, ``[Hkv, R, blocks]``."""
-    offset = int(rows.positions[0])
-    found: Tensor = reference.block_scores(rows.q, rows.k, geometry=geometry, scale=rows.scale, offset=offset)
-    return found
 
 
 def visits(scores: Tensor, rows: Rows, geometry: BlockGeometry) -> Tensor:
@@ -103,7 +90,7 @@ def missed(
 
     Args:
         rows: the queries.
-        config: the geometry, and the full budget.
+        config: the geometry, the full budget, and what index keys are stored in; its scorer is "tokens".
         channels: what token scores read.
         budgets: blocks in all, ascending; the last one is the full budget.
 
@@ -115,11 +102,8 @@ def missed(
     blocks = mass.shape[-1]
     best = held(mass, visits(mass.sum(1), rows, geometry))[..., min(budgets[-1], blocks) - 1]
     found = {}
-    for name, scores in (
-        ("pooled", pooled_scores(rows, geometry)),
-        ("tokens", token_scores(rows, channels, geometry.block_size)),
-    ):
-        holds = held(mass, visits(scores, rows, geometry))
+    for name, asked in (("pooled", geometry), ("tokens", config.geometry_for(rows.k.shape[2], channels))):
+        holds = held(mass, visits(rows.block_scores(asked), rows, geometry))
         found[name] = {budget: (best - holds[..., min(budget, blocks) - 1]).flatten() for budget in budgets}
     return found
 
@@ -128,10 +112,3 @@ def worst(values: Tensor) -> float:
     """Mean of the largest values, see `WORST_SHARE`."""
     count = max(1, round(WORST_SHARE * values.numel()))
     return max(0.0, float(values.topk(count).values.mean()))
-
-
-def _blocks(values: Tensor, block_size: int, fill: float) -> Tensor:
-    """The last dimension cut into blocks, ``[..., L]`` -> ``[..., blocks, block_size]``."""
-    padding = -values.shape[-1] % block_size
-    padded = F.pad(values, (0, padding), value=fill)
-    return padded.reshape(*padded.shape[:-1], -1, block_size)

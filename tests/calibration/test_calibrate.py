@@ -10,7 +10,7 @@ from torch import nn
 import infllm_pass
 from infllm_pass import Calibration, SparseAttentionConfig
 from infllm_pass.calibration.channels import by_variance
-from infllm_pass.calibration.judge import Rows, attention_mass, missed, token_scores, visits, worst
+from infllm_pass.calibration.judge import Rows, attention_mass, missed, visits, worst
 from infllm_pass.calibration.measure import with_repetition
 from infllm_pass.errors import CalibrationError, ConfigError
 from infllm_pass.kernels import reference
@@ -145,25 +145,16 @@ def test_mass_is_that_of_attention_and_orders_are_those_of_the_reference():
     logits = logits.masked_fill(torch.arange(256) > found.positions[:, None], float("-inf"))
     expected = logits.softmax(-1).unflatten(-1, (-1, geometry.block_size)).sum(-1)
     torch.testing.assert_close(mass, expected)
-    scores = reference.block_scores(found.q, found.k, geometry=geometry, scale=found.scale, offset=240).float()
-    chosen = reference.select_sequence(found.q, found.k, geometry=geometry, scale=found.scale, offset=240)
-    first = visits(scores, found, geometry)[..., : geometry.selected_blocks]
-    again = torch.zeros_like(chosen).scatter_(-1, first, True)
-    assert torch.equal(again, chosen)
-
-
-def test_token_scores_follow_their_formula():
-    found = rows()
-    channels = (tuple(range(16)), tuple(range(16, 32)))
-    scores = token_scores(found, channels, 16)
-    for head, own in enumerate(channels):
-        for row in (0, 9):
-            at, expected = 240 + row, torch.zeros(16)
-            for member in (2 * head, 2 * head + 1):
-                t = found.k[head][: at + 1, list(own)] @ found.q[member][row, list(own)] * found.scale
-                m = torch.stack([block.max() for block in t.split(16)])
-                expected[: len(m)] += (m - m.logsumexp(0)).exp()
-            torch.testing.assert_close(scores[head, row], expected, rtol=1e-5, atol=1e-6)
+    windowed = Rows(found.q, found.k, found.scale, window=100)
+    for each in (found, windowed):
+        for asked in (geometry, CONFIG.geometry_for(DIM, (tuple(range(16)), tuple(range(16, 32))))):
+            chosen = reference.select_sequence(
+                each.q, each.k, geometry=asked, scale=each.scale, offset=240, window=each.window
+            )
+            first = visits(each.block_scores(asked), each, asked)[..., : asked.selected_blocks]
+            again = torch.zeros_like(chosen).scatter_(-1, first, True)
+            visible = each.visible.unflatten(-1, (-1, asked.block_size)).any(-1)
+            assert torch.equal(again & visible, chosen & visible)
 
 
 def test_a_sharp_hit_is_missed_by_pooled_scores_and_found_by_token_scores():
@@ -388,3 +379,19 @@ def test_the_file_holds_data_only(calibration, tmp_path):
     data = json.loads((tmp_path / "c.json").read_text())
     assert set(data) == {"format", "model", "parameters", "tokens", "sites", "follows"}
     assert data["sites"][0]["channels"].count("/") == KV_HEADS - 1
+
+
+def test_a_calibrated_model_runs_sparse_and_exact_with_a_budget_that_covers_the_length(calibration, ids):
+    model = Model().eval()
+    covering = {**CONFIG.to_dict(), "dense_len": 0, "topk": 40}
+    with torch.no_grad():
+        expected = model(ids[None])
+        exact = infllm_pass.sparsify(torch.compile(model, backend="eager"), covering, calibration=calibration)
+        torch.testing.assert_close(exact(ids[None]), expected, rtol=1e-4, atol=1e-4)
+        small = infllm_pass.sparsify(
+            torch.compile(model, backend="eager"), {**covering, "topk": 3}, calibration=calibration
+        )
+        assert float((small(ids[None]) - expected).abs().max()) > 1e-3
+    for switched in (exact, small):
+        rows = infllm_pass.report(switched).sites
+        assert [(row.branch, row.channels) for row in rows] == [("sparse", s.channels) for s in calibration.sites]
