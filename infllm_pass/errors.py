@@ -102,6 +102,10 @@ class CheckpointError(InfLLMError, RuntimeError):
     """A model folder or checkpoint file is missing, damaged or not of a kind that can be loaded."""
 
 
+class CalibrationError(InfLLMError, ValueError):
+    """A calibration is damaged or that of another model, or there is nothing that it could be measured on."""
+
+
 class ExportError(InfLLMError, RuntimeError):
     """A model, or a part of it, cannot be exported to a format, or a file cannot be written."""
 

@@ -22,6 +22,7 @@ ROOMS = (
     "kv_cache",
     "rewrite",
     "runtime",
+    "calibration",
     "frontend",
     "export",
     "",

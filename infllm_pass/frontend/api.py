@@ -9,11 +9,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from infllm_pass.calibration.record import Calibration
+from infllm_pass.calibration.sites import CalibratedSites
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import (
     CarriedError,
@@ -190,6 +193,7 @@ def sparsify(
     filter_fn: SiteFilter | None = None,
     site_config: SiteConfig | None = None,
     targets: Sequence[Target] = DEFAULT_TARGETS,
+    calibration: Calibration | str | PathLike[str] | None = None,
 ) -> ModelT:
     """Make the attention of a dense model switchable: dense for short inputs, InfLLM-V2 sparse for long ones.
 
@@ -212,6 +216,8 @@ def sparsify(
             raises, the call that compiles raises.
         targets: what a site can become, see `infllm_pass.rewrite.targets.Target`: the first that accepts it computes
             it. Put your own before `DEFAULT_TARGETS`.
+        calibration: a `Calibration` of this model, or the path of a file that holds one: its channels are read where
+            the scorer is "tokens". What `site_config` says of a site comes first.
 
     Returns:
         A compiled module (``torch._dynamo.OptimizedModule``) or function to call like the original.
@@ -220,20 +226,46 @@ def sparsify(
         ConfigError: the configuration or `strict` is invalid, or `filter_fn` or `site_config` is no function; at call
             time, if one of them returned something else than it should.
         UnsupportedModelError: `model` is no module or function, or was compiled in a way that cannot be kept.
+        CalibrationError: the calibration cannot be read, or is that of another model; at call time, if it does not
+            know a site.
         NoAttentionSiteError: at call time, with `strict`: no site is switchable.
         InternalError: at call time, with `strict`: the pass failed at a site, with what it raised as the cause.
         DenseSiteError: at call time, with ``strict="all"``: a site stays dense.
     """
     chosen = SparseAttentionConfig.coerce(config)
     strict = checked_strict(strict)
-    policy = SitePolicy(chosen, site_config_of(filter_fn, site_config), tuple(targets), strict)
+    original, settings = original_of(model)
+    own = _calibrated(calibration, original, site_config)
+    policy = SitePolicy(chosen, site_config_of(filter_fn, own), tuple(targets), strict)
+    return _sparsified(original, settings, policy)  # type: ignore[return-value]
+
+
+def original_of(model: object) -> tuple[Callable[..., Any], CompileSettings]:
+    """What a plain, compiled or sparsified model was made of, and how it is compiled without the pass.
+
+    Raises:
+        UnsupportedModelError: see `settings_of`.
+    """
     previous = _find_handle(model)
     if previous is not None:
-        original, settings = previous.original, previous.settings
-    else:
-        original, settings = settings_of(model)
-        settings = replace(settings, compiler=compiler_behind(settings.compiler))
-    return _sparsified(original, settings, policy)  # type: ignore[return-value]
+        return previous.original, previous.settings
+    original, settings = settings_of(model)
+    return original, replace(settings, compiler=compiler_behind(settings.compiler))
+
+
+def _calibrated(
+    calibration: Calibration | str | PathLike[str] | None, original: Callable[..., Any], site_config: SiteConfig | None
+) -> SiteConfig | None:
+    """The function of sites with a calibration behind it.
+
+    Raises:
+        CalibrationError: the calibration cannot be read, or is that of another model.
+    """
+    if calibration is None or (site_config is not None and not callable(site_config)):
+        return site_config
+    found = Calibration.coerce(calibration)
+    found.check_model(original)
+    return CalibratedSites(found, site_config)
 
 
 def _sparsified(original: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -358,6 +390,7 @@ def explain(
     *example_inputs: Any,
     config: ConfigLike = None,
     site_config: SiteConfig | None = None,
+    calibration: Calibration | str | PathLike[str] | None = None,
     **example_kwargs: Any,
 ) -> Report:
     """Run a model once on example inputs, rewritten but not compiled, and report every attention site.
@@ -368,15 +401,17 @@ def explain(
         example_inputs: positional inputs; their lengths decide the side of the switch.
         config: as for `sparsify`.
         site_config: as for `sparsify`; for a sparsified model it takes the place of its filter and site configuration.
+        calibration: as for `sparsify`, and as `site_config`.
         example_kwargs: keyword inputs.
 
     Raises:
         ConfigError: the configuration is invalid, or `site_config` is no function.
+        CalibrationError: see `sparsify`.
         UnsupportedModelError: `model` cannot be sparsified.
         Exception: what the model's `filter_fn` or the `site_config` raises.
     """
     handle = _find_handle(model)
-    chosen = site_config_of(None, site_config)
+    chosen = site_config_of(None, _calibrated(calibration, original_of(model)[0], site_config))
     if handle is not None:
         original, settings, policy = handle.original, handle.settings, replace(handle.policy, strict=False)
         if config is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import fx
 
@@ -39,6 +41,7 @@ def find_sites(facts: GraphFacts, layouts: Layouts | None = None) -> Iterator[At
         layouts: its layout operators, for whoever asks for more of them; None: made here.
     """
     layouts = Layouts(facts) if layouts is None else layouts
+    seen: Counter[str] = Counter()
     for node in facts.graph.nodes:
         for reader in _READERS:
             try:
@@ -47,7 +50,9 @@ def find_sites(facts: GraphFacts, layouts: Layouts | None = None) -> Iterator[At
                 yield PartialSite(node, Reason.INTERNAL, node, f"{type(error).__name__}: {error}", error)
                 break
             if site is not None:
-                yield site
+                path = site.module_path
+                yield replace(site, order=seen[path]) if isinstance(site, AttentionSite) else site
+                seen[path] += 1
                 break
 
 

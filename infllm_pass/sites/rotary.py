@@ -187,13 +187,12 @@ class _Turn:
     @staticmethod
     def of(pair: Pair, sources: tuple[Element, Element], rotated: Mapping[int, Sum]) -> _Turn | None:
         """What turns a pair; None where that is no rotation."""
-        rows = [_coefficients(rotated[channel], sources) for channel in pair]
-        if rows[0] is None or rows[1] is None:
+        matrix = _matrix([rotated[channel] for channel in pair], sources)
+        if matrix is None:
             return None
-        matrix = [*rows[0], *rows[1]]
         waves = [wave for wave, _ in matrix if isinstance(wave, Wave)]
         if len(waves) < len(matrix):
-            elements = tuple(each for each, _ in rows[0] if isinstance(each, Element))
+            elements = tuple(each for each, _ in matrix[:2] if isinstance(each, Element))
             return _Turn(pair, sources, elements) if len(elements) == 2 else None
         functions = [wave.function for wave in waves]
         signs = [number for (_, number), function in zip(matrix, functions, strict=True) if function == "sin"]
@@ -207,22 +206,29 @@ class _Turn:
 _Coefficient = tuple[Factor, float]
 
 
-def _coefficients(terms: Sum, sources: tuple[Element, Element]) -> tuple[_Coefficient, _Coefficient] | None:
-    """What a sum multiplies each of two elements with, beside what it multiplies both with."""
-    rest: list[tuple[list[Factor], float]] = []
-    for source in sources:
-        products = [(list(product), number) for product, number in terms if source in product]
-        if len(products) != 1:
-            return None
-        products[0][0].remove(source)
-        rest += products
-    (first, one), (second, two) = rest
-    for factor in list(first):
-        if factor in second:
-            first.remove(factor)
-            second.remove(factor)
-    own, other = _turning(first), _turning(second)
-    return None if own is None or other is None else ((own, one), (other, two))
+def _matrix(rows: Sequence[Sum], sources: tuple[Element, Element]) -> list[_Coefficient] | None:
+    """What two sums multiply two elements with, row by row.
+
+    Factors beside it are left out: those that a row has with both elements, as a norm after the rotation, and those
+    that an element has in both rows, as a norm before it.
+    """
+    cells: list[tuple[list[Factor], float]] = []
+    for terms in rows:
+        for source in sources:
+            products = [(list(product), number) for product, number in terms if source in product]
+            if len(products) != 1:
+                return None
+            products[0][0].remove(source)
+            cells += products
+    for one, other in ((0, 1), (2, 3), (0, 2), (1, 3)):
+        first, second = cells[one][0], cells[other][0]
+        for factor in list(first):
+            if factor in second:
+                first.remove(factor)
+                second.remove(factor)
+    turning = [(_turning(factors), number) for factors, number in cells]
+    found = [(factor, number) for factor, number in turning if factor is not None]
+    return found if len(found) == len(cells) else None
 
 
 def _turning(factors: Sequence[Factor]) -> Factor | None:
@@ -252,10 +258,15 @@ def _pairs(rotated: Mapping[int, Sum]) -> dict[Pair, tuple[Element, Element]] | 
     return found if len(mates) == len(rotated) else None
 
 
-def _likely(elements: frozenset[Element], terms: Sum) -> int:
-    """How many sines, cosines and inputs are left of a sum's factors if these elements are what is turned."""
+def _likely(elements: frozenset[Element], terms: Sum) -> tuple[int, int, str]:
+    """How likely elements are what is turned, and not what turns it: the same for all pairs of one embedding.
+
+    What is left of the factors should be sines, cosines or inputs; keys depend on the head, sines do not.
+    """
     rest = [factor for product, _ in terms for factor in product if factor not in elements]
-    return sum(isinstance(factor, Wave) or factor.node.op != "call_function" for factor in rest)
+    turning = sum(isinstance(factor, Wave) or factor.node.op != "call_function" for factor in rest)
+    symbols = {symbol for element in elements for part in element.index for symbol in part.free_symbols}
+    return turning, len(symbols), next(iter(elements)).node.name
 
 
 def _unknowns(part: sympy.Expr) -> set[sympy.Expr]:

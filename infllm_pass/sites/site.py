@@ -108,6 +108,7 @@ class AttentionSite(Located):
         output_steps: layout operations from ``[B, Hq, Lq, Dv]`` to the layout of `node`.
         dtype: the dtype that attention is computed in.
         growth: how the keys grow with the queries; None: not by concatenation.
+        order: number of the site among those of its graph that were traced in the same module.
     """
 
     node: fx.Node
@@ -123,6 +124,7 @@ class AttentionSite(Located):
     output_steps: tuple[Step, ...]
     dtype: torch.dtype
     growth: Growth | None = None
+    order: int = 0
 
     def shape(self, tensor: Operand | fx.Node) -> tuple[int | torch.SymInt, ...]:
         """The example shape of one of the site's tensors."""

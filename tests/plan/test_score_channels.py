@@ -9,6 +9,7 @@ import torch
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
 from infllm_pass.errors import ConfigError
+from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.plan.score_channels import checked_sets, from_rotary
 from infllm_pass.sites.rotary import Rotary
@@ -78,7 +79,7 @@ def test_the_report_says_which_channels_are_read_and_why():
 
 
 def test_pooled_scores_read_no_channels_and_dense_sites_have_no_scores():
-    config = {**SMALL.to_dict(), "dense_len": 4096}
+    config = {**SMALL.to_dict(), "scorer": "pooled", "dense_len": 4096}
     (site,) = explained(HalfSplit(), config=config).sites
     assert (site.scores, site.channels) == ("pooled", ())
     report = explained(HalfSplit(), config=config, site_config=lambda site: None)
@@ -174,3 +175,34 @@ class Broken(Attention):
 def test_what_is_not_followed_reads_all_channels():
     (row,) = explained(Broken(), config={**TOKENS.to_dict(), "dense_len": 4096}).sites
     assert row.channels == (tuple(range(DIM)),)
+
+
+def selected_attention(model, x, geometry):
+    """A layer's attention over the blocks that the reference selects, in float64."""
+    q, k, v = (f(x).view(1, x.shape[1], -1, DIM).transpose(1, 2)[0] for f in (model.q, model.k, model.v))
+    q, k = model.rotate(q[None])[0].double(), model.rotate(k[None])[0].double()
+    chosen = reference.select_sequence(q, k, geometry=geometry, scale=DIM**-0.5, offset=0)  # [Hkv, L, blocks]
+    keys = torch.arange(x.shape[1])
+    seen = chosen[..., keys // geometry.block_size] & (keys <= keys[:, None])
+    logits = q.unflatten(0, (KV_HEADS, -1)) @ k[:, None].mT * DIM**-0.5
+    weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    return (weights @ v[:, None].double()).flatten(0, 1)[None], chosen
+
+
+@pytest.mark.parametrize("sets", ["read off the graph", "given, one for each head"])
+def test_a_sparsified_model_selects_by_these_channels(sets):
+    model = HalfSplit().eval()
+    x = 2.0 * torch.randn(1, 300, 16, generator=torch.Generator().manual_seed(4))
+    each = (tuple(range(16)), (*range(4, 12), *range(20, 28)))
+    given = sets.startswith("given")
+    options = {"site_config": lambda site: {"channels": each}} if given else {}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        switched = infllm_pass.sparsify(torch.compile(model, backend="eager"), TOKENS, **options)
+        result = switched(x)
+        expected, chosen = selected_attention(model, x, TOKENS.geometry_for(DIM, each if given else (LOWEST,)))
+        _, other = selected_attention(model, x, TOKENS.geometry_for(DIM, ((*range(8), *range(16, 24)),)))
+    assert not torch.equal(chosen, other)  # the channels do matter here
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+    (row,) = infllm_pass.report(switched).sites
+    assert (row.branch, row.channels) == ("sparse", each if given else (LOWEST,))

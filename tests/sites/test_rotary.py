@@ -450,6 +450,23 @@ def test_keys_of_a_growing_cache_turn_as_those_that_are_appended():
     assert found.pairs == tuple(reversed(HALF))
 
 
+class NormalisedFirst(nn.Module):
+    """Keys have a weight for each channel before their rotation, by sines and cosines that are inputs."""
+
+    def forward(self, q, k, v, weight, cos, sin):
+        k = k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True)) * weight
+        k = k * cos + rotate_half(k) * sin
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_what_scales_keys_before_their_rotation_is_told_from_what_turns_them():
+    q, k, v = (torch.randn(1, HEADS, LENGTH, DIM) for _ in range(3))
+    angles = torch.outer(torch.arange(LENGTH).float(), frequencies(DIM // 2)).repeat(1, 2)
+    found = observed(NormalisedFirst(), q, k, v, torch.rand(DIM), angles.cos(), angles.sin()).rotary
+    assert isinstance(found, Rotary), found
+    assert found.pairs == tuple(reversed(HALF))
+
+
 class Checkpointed(nn.Module):
     """The layer is a nested graph; sines and cosines are made outside of it."""
 
