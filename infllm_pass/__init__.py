@@ -10,6 +10,7 @@ docs/design.md follows a call.
 """
 
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.evaluation import Evaluation, evaluate
 from infllm_pass.export.aoti import Package, load_package, package
 from infllm_pass.export.export import export, export_onnx
 from infllm_pass.export.tensorrt import export_tensorrt, register_torch_tensorrt
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSite",
+    "Evaluation",
     "GraphReport",
     "Package",
     "Reason",
@@ -31,6 +33,7 @@ __all__ = [
     "SparseAttentionConfig",
     "dense",
     "dense_mode",
+    "evaluate",
     "explain",
     "export",
     "export_onnx",

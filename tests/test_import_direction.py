@@ -24,6 +24,7 @@ ROOMS = (
     "runtime",
     "frontend",
     "export",
+    "evaluation",
     "",
     "tools",
 )
