@@ -107,9 +107,9 @@ def _settings(options: argparse.Namespace) -> TaskSettings:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Tell]:
-    """A bar over the passes."""
+    """A bar over the passes; nothing where the output is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
 
         def tell(what: str, done: int, total: int) -> None:
