@@ -48,6 +48,7 @@ examples:
   infllm-pass evaluate                           perplexity, needles and more of SmolLM2-135M, dense and sparse
   infllm-pass evaluate ./model --scorer tokens pooled --topk 10 18 --tasks perplexity needle_single
   infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
+  infllm-pass lm-eval run --model infllm --model_args pretrained=./model,topk=18 --tasks ruler_vt
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_tune(commands)
     _add_bench(commands)
+    _add_lm_eval(commands)
     return parser
 
 
@@ -351,6 +353,23 @@ def _bench(options: argparse.Namespace) -> int:
         if code:
             return code
     return 0
+
+
+def _add_lm_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "lm-eval",
+        help="run EleutherAI's lm_eval with the model infllm",
+        prefix_chars="\0",  # everything that follows is lm_eval's, options included
+        add_help=False,
+    )
+    parser.add_argument("arguments", nargs="*")
+    parser.set_defaults(run=_lm_eval)
+
+
+def _lm_eval(options: argparse.Namespace) -> int:
+    from infllm_pass.tools import lm_eval
+
+    return lm_eval.main(options.arguments)
 
 
 def _decode_script() -> str:
