@@ -22,6 +22,8 @@ from infllm_pass.evaluation.scoring import AnswerScore, Scorer, TextLosses
 from infllm_pass.evaluation.tasks import PERPLEXITY, TaskSettings, draw_samples, haystacks, windows
 from infllm_pass.evaluation.texts import Text, standard_texts
 from infllm_pass.frontend.api import ConfigLike, original_of, report, sparsified_config, sparsify
+from infllm_pass.plan.break_even import AttentionPlace, device_name, resolved
+from infllm_pass.rewrite.report import SiteReport
 
 Tell = Callable[[str, int, int], None]
 """Takes what is being done, how many passes are done, and out of how many."""
@@ -63,7 +65,8 @@ def evaluate(
             configuration is then compared with dense.
         tokenizer: its tokenizer.
         configs: what to compare with dense: one configuration or several, in the forms that `sparsify` takes; None:
-            `default_config` of the longest sample, or the sparsified model's own.
+            `default_config` of the longest sample, or the sparsified model's own. ``dense_len="auto"`` is taken for 0
+            in them: it says where sparse attention is faster, and the question is what it loses.
         settings: tasks, lengths, depths, samples and seed; None: the defaults.
         texts: what to read and to hide things in, see `texts.read_texts`; None: `texts.standard_texts`.
         prefix: token ids before every text; None: those that the tokenizer puts there.
@@ -147,8 +150,9 @@ class _Passes:
                 generated.append(scorer.generated(sample, self.generating.decode))
         sites: tuple[int, int] | None = None
         if config is not None:
-            found = report(run)
-            sites = found.switchable, len(found.sites)
+            found = report(run).sites
+            sites = sum(site.decision == "switchable" for site in found), len(found)
+            config = resolved(config, _place(next(site for site in found if site.decision == "switchable"), scorer))
         return SideRun(
             name=name,
             config=None if config is None else config.to_dict(),
@@ -165,14 +169,20 @@ class _Passes:
         self._done += 1
 
 
+def _place(site: SiteReport, scorer: Scorer) -> AttentionPlace:
+    """Where a site's attention runs."""
+    _, query_heads, _, head_dim = site.query_shape
+    return AttentionPlace(device_name(scorer.device), int(query_heads), int(site.key_shape[1]), int(head_dim))
+
+
 def _configurations(configs: ConfigLike | Sequence[ConfigLike], longest: int) -> list[SparseAttentionConfig]:
     if configs is None:
         return [default_config(longest)]
-    if isinstance(configs, Sequence):
-        if not configs:
-            raise ConfigError("configs", configs, "at least one configuration, or None for the default")
-        return list(map(SparseAttentionConfig.coerce, configs))
-    return [SparseAttentionConfig.coerce(configs)]
+    given = configs if isinstance(configs, Sequence) else [configs]
+    if not given:
+        raise ConfigError("configs", configs, "at least one configuration, or None for the default")
+    coerced = map(SparseAttentionConfig.coerce, given)
+    return [config.with_dense_len(0) if config.dense_len == "auto" else config for config in coerced]
 
 
 def _named(configs: Sequence[SparseAttentionConfig]) -> dict[str, SparseAttentionConfig]:

@@ -192,6 +192,19 @@ def test_a_sparsified_model_is_compared_with_its_original(model, tokenizer, foun
         infllm_pass.evaluate(sparse, tokenizer, SPARSE, settings=settings)
 
 
+def test_a_dense_len_that_the_device_decides(model, tokenizer):
+    """A plain model is evaluated sparse, a sparsified one as it is: dense at lengths below its break-even."""
+    settings = replace(QUICK, tasks=("needle_single",))
+    auto = replace(SPARSE, dense_len="auto")
+    plain = infllm_pass.evaluate(model, tokenizer, auto, settings=settings)
+    assert [row.density for row in plain.tasks] == [1.0, pytest.approx(5 / 191, rel=0.02)]
+    sparse = infllm_pass.sparsify(torch.compile(model, backend="eager"), auto)
+    dense, own = infllm_pass.evaluate(sparse, tokenizer, settings=settings).tasks
+    branches = {branch for graph in infllm_pass.report(sparse).graphs for branch in graph.branches}
+    assert (own.density == 1.0) == (branches == {"dense"})
+    assert (own.nll == pytest.approx(dense.nll, rel=1e-5)) == (branches == {"dense"})
+
+
 def test_progress_is_told(model, tokenizer):
     told = []
     settings = replace(QUICK, tasks=("needle_single", "perplexity"))
