@@ -39,10 +39,12 @@ def needle_multikey(writer: Writer, text: Haystack, length: int, *, depth: float
     return _keyed("needle_multikey", writer, text, length, [depth], DISTRACTORS, digits, seed)
 
 
-def needle_multiquery(writer: Writer, text: Haystack, length: int, *, digits: int, seed: int) -> Sample:
-    """`ASKED` numbers under different keys, asked for in another order than that of the text."""
+def needle_multiquery(
+    writer: Writer, text: Haystack, length: int, *, digits: int, seed: int, asked: int = ASKED
+) -> Sample:
+    """Numbers under `asked` different keys, asked for in another order than that of the text."""
     draw = random.Random(f"depths {seed}")
-    depths = _spread(ASKED, draw)
+    depths = _spread(asked, draw)
     draw.shuffle(depths)
     return _keyed("needle_multiquery", writer, text, length, depths, 0, digits, seed)
 

@@ -117,13 +117,7 @@ class Scorer:
 
     def answers(self, sample: Sample) -> list[AnswerScore]:
         """Scores of a sample's answers by teacher forcing."""
-        places = torch.cat([torch.arange(each.start - 1, each.stop - 1) for each in sample.answers])
-        chances = torch.log_softmax(self.logits(sample.ids, places), -1)
-        sizes = [each.stop - each.start for each in sample.answers]
-        return [
-            answer_score(answer, sample.ids, part)
-            for answer, part in zip(sample.answers, torch.split(chances, sizes), strict=True)
-        ]
+        return answer_scores(sample, self.logits(sample.ids, answer_places(sample)))
 
     def generated(self, sample: Sample, decode: Callable[[Sequence[int]], str]) -> list[bool]:
         """Whether the text that is generated after the prompt holds each answer."""
@@ -152,6 +146,21 @@ def scored_places(length: int, vocabulary: int) -> Tensor:
     kept = torch.linspace(0, runs - 1, most).round().long()
     chosen = (kept[:, None] * RUN + torch.arange(RUN)).flatten()
     return chosen[chosen < length - 1]
+
+
+def answer_places(sample: Sample) -> Tensor:
+    """The places after which a sample's answers have their tokens, answer after answer."""
+    return torch.cat([torch.arange(each.start - 1, each.stop - 1) for each in sample.answers])
+
+
+def answer_scores(sample: Sample, logits: Tensor) -> list[AnswerScore]:
+    """Scores of a sample's answers from the logits at `answer_places`, ``[places, vocabulary]``."""
+    chances = torch.log_softmax(logits, -1)
+    sizes = [each.stop - each.start for each in sample.answers]
+    return [
+        answer_score(answer, sample.ids, part)
+        for answer, part in zip(sample.answers, torch.split(chances, sizes), strict=True)
+    ]
 
 
 def answer_score(answer: Answer, ids: Sequence[int], chances: Tensor) -> AnswerScore:

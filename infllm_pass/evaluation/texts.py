@@ -44,7 +44,7 @@ def standard_texts() -> tuple[Text, ...]:
 
     The wording follows the versions of Python and torch, so that perplexities compare within one installation only.
     """
-    return (Text("manual", _manual()), Text("code", _code()), Text("docstrings", _docstrings()))
+    return (Text("manual", manual()), Text("code", _code()), Text("docstrings", _docstrings()))
 
 
 def read_texts(paths: Iterable[str | os.PathLike[str]]) -> tuple[Text, ...]:
@@ -69,8 +69,8 @@ def _new_name(stem: str, texts: Sequence[Text]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _manual() -> str:
-    """The long help topics of Python."""
+def manual() -> str:
+    """The long help topics of Python, which follow its version."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(entry for entry in topics.values() if len(entry) > LEAST_ENTRY)

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from infllm_pass.compat.transformers import supports_sdpa
 from infllm_pass.errors import CheckpointError, MissingDependencyError
-
-TOPIC_CHARACTERS = 2000
-"""Entries of the corpus are longer than this: shorter ones are lists of cross references."""
+from infllm_pass.evaluation.texts import manual
 
 GGUF_PACKAGES = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file."""
@@ -135,10 +133,7 @@ def corpus(tokenizer: Any, tokens: int) -> Tensor:
     Raises:
         CheckpointError: the text has fewer tokens, or `tokens` is not positive.
     """
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(entry for entry in topics.values() if len(entry) > TOPIC_CHARACTERS)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(manual(), add_special_tokens=False, verbose=False).input_ids
     if not 1 <= tokens <= len(ids):
         raise CheckpointError(f"the text has {len(ids)} tokens, {tokens} were asked for: ask for 1 to {len(ids)}")
     return torch.tensor([ids[:tokens]], dtype=torch.int64)

@@ -119,16 +119,18 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="compare dense and sparse attention on a small public model",
-        description="Runs SmolLM2-135M, dense and sparse, on text that comes with Python; prints perplexity, "
-        "agreement, time and memory side by side, generates a little text, and writes demo.json and a "
-        "picture of the selected blocks. Takes some minutes on a CPU.",
+        description="Runs SmolLM2-135M, dense, sparse by token scores and sparse by the published score, on text that "
+        "comes with Python; prints perplexity, hidden numbers found, agreement, time and memory side by side, "
+        "generates a little text, and writes demo.json and a picture of the selected blocks. Takes some minutes on a "
+        "CPU.",
     )
     parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="length of the text (8192)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
     add_format_options(parser)
-    _add_config(parser, {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"})
+    defaults = {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"}
+    _add_config(parser, defaults, without=("scorer",))
     parser.set_defaults(run=_demo)
 
 
