@@ -11,6 +11,7 @@ and `calibration` measures which channels of the keys its scores should read; do
 
 from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.evaluation import Evaluation, evaluate
 from infllm_pass.export.aoti import Package, load_package, package
 from infllm_pass.export.export import export, export_onnx
 from infllm_pass.export.tensorrt import export_tensorrt, register_torch_tensorrt
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionSite",
     "Calibration",
+    "Evaluation",
     "GraphReport",
     "Package",
     "Reason",
@@ -35,6 +37,7 @@ __all__ = [
     "calibrate",
     "dense",
     "dense_mode",
+    "evaluate",
     "explain",
     "export",
     "export_onnx",

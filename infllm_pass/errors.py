@@ -114,6 +114,10 @@ class InputSizeError(ShapeError):
     """An input of a packaged model has a size that the model was not exported for."""
 
 
+class EvaluationError(InfLLMError, ValueError):
+    """A model cannot be evaluated as asked: a text is empty or too short, or a task does not fit the length."""
+
+
 class MeasurementError(InfLLMError, RuntimeError):
     """A measuring process ended before it had measured anything."""
 

@@ -25,6 +25,7 @@ ROOMS = (
     "calibration",
     "frontend",
     "export",
+    "evaluation",
     "",
     "tools",
 )

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from infllm_pass.compat.transformers import supports_sdpa
 from infllm_pass.errors import CheckpointError, MissingDependencyError
-
-TOPIC_CHARACTERS = 2000
-"""Entries of the corpus are longer than this: shorter ones are lists of cross references."""
+from infllm_pass.evaluation.texts import manual
 
 GGUF_PACKAGES = ("gguf", "accelerate")
 """What transformers needs to read a GGUF file."""
@@ -135,10 +133,7 @@ def corpus(tokenizer: Any, tokens: int) -> Tensor:
     Raises:
         CheckpointError: the text has fewer tokens, or `tokens` is not positive.
     """
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(entry for entry in topics.values() if len(entry) > TOPIC_CHARACTERS)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(manual(), add_special_tokens=False, verbose=False).input_ids
     if not 1 <= tokens <= len(ids):
         raise CheckpointError(f"the text has {len(ids)} tokens, {tokens} were asked for: ask for 1 to {len(ids)}")
     return torch.tensor([ids[:tokens]], dtype=torch.int64)
@@ -178,10 +173,67 @@ def load_local(path: str | Path, *, layers: int | None = None) -> nn.Module:
         classes = built if isinstance(built, tuple) else (built,)
         fused = all(map(supports_sdpa, classes))
         model: nn.Module = kind.from_config(config, attn_implementation="sdpa" if fused else "eager")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file} describes no model that can be built: {reason}") from error
     return model.eval()
+
+
+def load_folder(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of a local Hugging Face folder, with its weights, on the CPU, in ``eval`` mode.
+
+    No code from the folder is run and nothing is fetched.
+
+    Args:
+        path: a folder with a ``config.json`` and weights.
+        dtype: type to hold the weights in.
+
+    Raises:
+        CheckpointError: the folder has no ``config.json`` or no weights, or describes no causal language model.
+        MissingDependencyError: transformers is not installed.
+    """
+    folder = _model_folder(path)
+    transformers = _transformers("loading a model folder")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} holds no causal language model that can be loaded: {reason}") from error
+    return model.eval()
+
+
+def load_folder_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a local Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder has none.
+        MissingDependencyError: transformers is not installed.
+    """
+    folder = _model_folder(path)
+    transformers = _transformers("loading a tokenizer")
+    advice = "put its tokenizer.json there, or name the folder that has it with --tokenizer"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokens = tokenizer("a text, 1 2 3", add_special_tokens=False).input_ids
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder} has no tokenizer that can be loaded ({reason}): {advice}") from error
+    if len(set(tokens)) < 2:  # what transformers makes of a folder without a tokenizer's files knows no words
+        raise CheckpointError(f"{folder} has no tokenizer: {advice}")
+    return tokenizer
+
+
+_LOADING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError)
+"""What transformers raises where a folder is not what it should be."""
+
+
+def _model_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: name a Hugging Face model folder, or {SMOLLM2.name}")
+    return folder
 
 
 def _with_layers(config: Any, layers: int) -> Any:

@@ -1,4 +1,4 @@
-"""The command ``infllm-pass``: ``demo``, ``explain``, ``export``, ``tune`` and ``bench``."""
+"""The command ``infllm-pass``: ``demo``, ``explain``, ``evaluate``, ``export``, ``tune``, ``bench`` and ``lm-eval``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -44,7 +45,10 @@ examples:
   infllm-pass explain ./model --length 32768 --dense-len 16384 --json
   infllm-pass explain ./model --csv > sites.csv
   infllm-pass explain my_package.models:build    the model that a function returns
+  infllm-pass evaluate                           perplexity, needles and more of SmolLM2-135M, dense and sparse
+  infllm-pass evaluate ./model --scorer tokens pooled --topk 10 18 --tasks perplexity needle_single
   infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
+  infllm-pass lm-eval run --model infllm --model_args pretrained=./model,topk=18 --tasks ruler_vt
   infllm-pass bench                              list the benchmarks of a checkout
   infllm-pass bench cpu_prefill --help
   infllm-pass bench prefill --quick              kernels against dense attention, on a CUDA device
@@ -103,9 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_explain(commands)
+    _add_evaluate(commands)
     _add_export(commands)
     _add_tune(commands)
     _add_bench(commands)
+    _add_lm_eval(commands)
     return parser
 
 
@@ -113,16 +119,18 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="compare dense and sparse attention on a small public model",
-        description="Runs SmolLM2-135M, dense and sparse, on text that comes with Python; prints perplexity, "
-        "agreement, time and memory side by side, generates a little text, and writes demo.json and a "
-        "picture of the selected blocks. Takes some minutes on a CPU.",
+        description="Runs SmolLM2-135M, dense, sparse by token scores and sparse by the published score, on text that "
+        "comes with Python; prints perplexity, hidden numbers found, agreement, time and memory side by side, "
+        "generates a little text, and writes demo.json and a picture of the selected blocks. Takes some minutes on a "
+        "CPU.",
     )
     parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="length of the text (8192)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
     add_format_options(parser)
-    _add_config(parser, {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"})
+    defaults = {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"}
+    _add_config(parser, defaults, without=("scorer",))
     parser.set_defaults(run=_demo)
 
 
@@ -170,6 +178,60 @@ def _explain(options: argparse.Namespace) -> int:
     from infllm_pass.tools.explain import explain
 
     explain(options, lambda base: _configured(base, options), notes_console(options.format))
+    return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    from infllm_pass.evaluation.tasks import TASKS
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure what a model loses by sparse attention",
+        description="Compares dense attention with one or several sparse configurations on one model: perplexity by "
+        "position, numbers hidden in text, variable tracking, common and frequent words. Every configuration option "
+        "takes several values; all combinations are run. A prompt and its answers are one forward pass. Takes some "
+        "minutes on a CPU.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="SmolLM2-135M-Instruct",
+        help="a model folder with weights and tokenizer (SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (the model's)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="texts to read and to hide things in (three)")
+    parser.add_argument("--lengths", nargs="+", type=_positive, metavar="N", help="tokens of a prompt (4096)")
+    parser.add_argument("--depths", nargs="+", type=float, metavar="X", help="of needles, 0 to 1 (0.1 0.5 0.9)")
+    parser.add_argument("--samples", type=_positive, metavar="N", help="samples of a task, length and depth (1)")
+    parser.add_argument("--digits", type=_positive, metavar="N", help="digits of a hidden number (7)")
+    parser.add_argument("--seed", type=_natural, metavar="N", help="seed of the first sample (0)")
+    parser.add_argument("--full", action="store_true", help="three lengths, five depths, four samples each")
+    parser.add_argument("--generate", action="store_true", help="also generate text after every prompt")
+    parser.add_argument(
+        "--backend", choices=("eager", "aot_eager", "inductor"), default="eager", help="of the sparse graphs (eager)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add_format_options(parser)
+    defaults = {
+        "window_size": "a sixteenth of the longest prompt",
+        "topk": "a fifth of the blocks in all",
+        "dense_len": "0",
+    }
+    _add_config(parser, defaults, several=True)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.evaluate_command import evaluate_command
+
+    def configured(base: SparseAttentionConfig) -> list[SparseAttentionConfig]:
+        given = {name: getattr(options, name) for name in _FIELD_HELP if hasattr(options, name)}
+        return [replace(base, **dict(zip(given, values, strict=True))) for values in product(*given.values())]
+
+    evaluate_command(options, configured, notes_console(options.format))
     return 0
 
 
@@ -295,6 +357,23 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_lm_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "lm-eval",
+        help="run EleutherAI's lm_eval with the model infllm",
+        prefix_chars="\0",  # everything that follows is lm_eval's, options included
+        add_help=False,
+    )
+    parser.add_argument("arguments", nargs="*")
+    parser.set_defaults(run=_lm_eval)
+
+
+def _lm_eval(options: argparse.Namespace) -> int:
+    from infllm_pass.tools import lm_eval
+
+    return lm_eval.main(options.arguments)
+
+
 def _decode_script() -> str:
     """The benchmark of a decode step on this machine."""
     import torch
@@ -302,8 +381,13 @@ def _decode_script() -> str:
     return "decode" if torch.cuda.is_available() else "cpu_decode"
 
 
-def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str], *, without: Sequence[str] = ()) -> None:
-    """One option for every field of the configuration that has a choice; unset options are left out."""
+def _add_config(
+    parser: argparse.ArgumentParser, defaults: dict[str, str], *, without: Sequence[str] = (), several: bool = False
+) -> None:
+    """One option for every field of the configuration that has a choice; unset options are left out.
+
+    With `several` each takes one value or more, and is a list.
+    """
     group = parser.add_argument_group(
         "block selection (defaults in brackets; a budget is topk + window_size / block_size blocks)"
     )
@@ -317,6 +401,7 @@ def _add_config(parser: argparse.ArgumentParser, defaults: dict[str, str], *, wi
             dest=field.name,
             default=argparse.SUPPRESS,
             help=_FIELD_HELP[field.name] + ("" if default is None else f" ({default})"),
+            nargs="+" if several else None,
             **({"choices": words} if words else {"type": _READERS.get(field.name, _natural), "metavar": "N"}),
         )
 

@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M, dense and sparse, on text from the standard library."""
+"""The demo: SmolLM2-135M, dense and sparse with both scorers, on text from the standard library."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 import infllm_pass
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, DeviceError
+from infllm_pass.evaluation.needles import needle_multiquery
+from infllm_pass.evaluation.samples import Sample, Writer
+from infllm_pass.evaluation.tasks import haystacks
+from infllm_pass.evaluation.texts import Text, manual
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.tables import Column, FittedTable, output_console
 from infllm_pass.tools.checkpoint import SMOLLM2, corpus, find_checkpoint, load_tokenizer
@@ -32,13 +36,22 @@ POSITIONS = 8192
 
 LEAST_TOKENS = 256
 
+DENSE, SPARSE, PUBLISHED = SIDES = ("dense", "sparse", "published")
+"""The sides: dense attention, blocks chosen by scores of single tokens, and by the published score of pooled keys."""
+
+NEEDLES = 8
+"""Numbers that are hidden and asked for: one pass finds them all."""
+
+ROOM_OF_NEEDLE = 128
+"""Tokens of a sample for each of them."""
+
 
 @dataclass(frozen=True)
 class DemoOptions:
     """What the demo runs.
 
     Attributes:
-        config: what the sparse side selects; ``dense_len`` at most `tokens`.
+        config: what sparse attention selects; ``dense_len`` at most `tokens`. Its scorer is not read: both run.
         tokens: length of the text, 256 to 8192.
         out: folder for the figures and pictures; it is made if need be.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
@@ -110,25 +123,32 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
         tell("reading the text", 0, 0)
         tokenizer = load_tokenizer()
         ids = corpus(tokenizer, options.tokens)
-    job = Job(tuple(ids[0].tolist()), config, options.resolved_device, options.generate, options.layer)
+        sample = hidden_numbers(tokenizer, options.tokens)
+    chosen = replace(config, scorer="tokens")
+    job = Job(tuple(ids[0].tolist()), sample, chosen, options.resolved_device, options.generate, options.layer)
+    quiet = replace(job, generate=0)
     _print_plan(console, job)
-    sides: dict[Branch, SideResult] = {}
-    for side in (Branch.SPARSE, Branch.DENSE):
-        with _stage(console, side.value) as tell:
-            sides[side] = run_apart(measure_side, job, side, tell=tell)
-        if side is Branch.SPARSE:
+    sides: dict[str, SideResult] = {}
+    for side, given, branch in (
+        (SPARSE, job, Branch.SPARSE),
+        (DENSE, quiet, Branch.DENSE),
+        (PUBLISHED, replace(quiet, config=replace(config, scorer="pooled")), Branch.SPARSE),
+    ):
+        with _stage(console, side) as tell:
+            sides[side] = run_apart(measure_side, given, branch, tell=tell)
+        if side == SPARSE:
             console.print(sides[side].report)
     with _stage(console, "picture") as tell:
         picture: LayerPicture = run_apart(draw_layer, job, tell=tell)
 
-    figures = _figures(options, job, sides[Branch.DENSE], sides[Branch.SPARSE], picture)
+    figures = _figures(options, job, sides, picture)
     figures["wall_s"] = time.perf_counter() - begin
     options.out.mkdir(parents=True, exist_ok=True)
     image = options.out / f"selection-layer-{options.layer}.png"
     write_atomically(image, picture.png)
     write_atomically(options.out / "demo.json", (json.dumps(figures, indent=2) + "\n").encode())
     console.print(_comparison(figures))
-    _print_generation(console, tokenizer, job, sides[Branch.SPARSE])
+    _print_generation(console, tokenizer, job, sides[SPARSE])
     console.print(
         f"layer {options.layer}: the visited blocks hold {100 * picture.selected_mass:.1f} % of dense attention, "
         f"as many initial and most recent blocks {100 * picture.recent_mass:.1f} %"
@@ -136,6 +156,14 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     written = f"written: {image}, {options.out / 'demo.json'}; {figures['wall_s']:.0f} s in all"
     console.print(written, soft_wrap=True)  # a path that is broken over lines cannot be copied
     return figures
+
+
+def hidden_numbers(tokenizer: Any, tokens: int) -> Sample:
+    """Numbers hidden in the text, as many as a sample of `tokens` has room for, at most `NEEDLES`."""
+    writer = Writer(tokenizer, ())
+    (text,) = haystacks(writer, [Text("manual", manual())])
+    asked = max(1, min(NEEDLES, tokens // ROOM_OF_NEEDLE))
+    return needle_multiquery(writer, text, tokens, digits=7, seed=0, asked=asked)
 
 
 def _print_plan(console: Console, job: Job) -> None:
@@ -168,14 +196,11 @@ def _stage(console: Console, name: str) -> Iterator[Tell]:
         yield tell
 
 
-def _figures(
-    options: DemoOptions, job: Job, dense: SideResult, sparse: SideResult, picture: LayerPicture
-) -> dict[str, Any]:
+def _figures(options: DemoOptions, job: Job, sides: Mapping[str, SideResult], picture: LayerPicture) -> dict[str, Any]:
     """All figures as plain data; times in seconds, memory in bytes."""
     import transformers
 
-    half = len(job.ids) // 2
-    agreement = [a == b for a, b in zip(dense.top1, sparse.top1, strict=True)]
+    dense = sides[DENSE]
     return {
         "model": SMOLLM2.name,
         "checkpoint": {
@@ -184,7 +209,8 @@ def _figures(
             "license": SMOLLM2.license,
         },
         "tokens": len(job.ids),
-        "config": options.config.to_dict(),
+        "needles": len(job.sample.answers),
+        "config": job.config.to_dict(),
         "selected_blocks": options.config.selected_blocks,
         "blocks": options.config.geometry.num_blocks(len(job.ids)),
         "device": _device_name(job.device),
@@ -196,21 +222,27 @@ def _figures(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "dense": _side_figures(dense, half),
-        "sparse": _side_figures(sparse, half),
-        "top1_agreement": sum(agreement) / len(agreement),
-        "top1_agreement_last_half": sum(agreement[half:]) / len(agreement[half:]),
+        DENSE: _side_figures(dense),
+        **{side: _side_figures(sides[side]) | _agreement(dense, sides[side]) for side in (SPARSE, PUBLISHED)},
         "layer": {
             "number": job.layer,
             "selected_mass": picture.selected_mass,
             "recent_mass": picture.recent_mass,
         },
-        "generated": list(sparse.generated),
-        "report": sparse.report.to_dict(),
+        "generated": list(sides[SPARSE].generated),
+        "report": sides[SPARSE].report.to_dict(),
     }
 
 
-def _side_figures(side: SideResult, half: int) -> dict[str, float]:
+def _agreement(dense: SideResult, sparse: SideResult) -> dict[str, float]:
+    """How often both sides expect the same next token."""
+    same = [a == b for a, b in zip(dense.top1, sparse.top1, strict=True)]
+    half = same[len(same) // 2 :]
+    return {"top1_agreement": sum(same) / len(same), "top1_agreement_last_half": sum(half) / len(half)}
+
+
+def _side_figures(side: SideResult) -> dict[str, float]:
+    half = len(side.top1) // 2
     return {
         "perplexity": _perplexity(side.losses),
         "perplexity_last_half": _perplexity(side.losses[half:]),
@@ -218,6 +250,8 @@ def _side_figures(side: SideResult, half: int) -> dict[str, float]:
         "compile_s": side.compile_s,
         "forward_s": side.forward_s,
         "peak_bytes": side.peak_bytes,
+        "needles_found": sum(score.exact for score in side.needles),
+        "needles_nll": math.fsum(score.nll for score in side.needles) / len(side.needles),
     }
 
 
@@ -228,35 +262,34 @@ def _perplexity(losses: Sequence[float]) -> float:
 _COMPARED = (
     ("perplexity", "perplexity", "{:.3f}", 1.0),
     ("perplexity_last_half", "perplexity, last half of the text", "{:.3f}", 1.0),
+    ("needles_found", "hidden numbers found, of {needles}", "{:.0f}", 1.0),
+    ("needles_nll", "their negative log-likelihood (nats)", "{:.3f}", 1.0),
+    ("top1_agreement", "same likeliest next token as dense", "{:.1f} %", 100.0),
+    ("top1_agreement_last_half", "same likeliest next token, last half", "{:.1f} %", 100.0),
     ("forward_s", "forward, compiled (s)", "{:.2f}", 1.0),
     ("compile_s", "compiling, once (s)", "{:.1f}", 1.0),
     ("peak_bytes", "peak memory (MB)", "{:.0f}", 1e-6),
-    ("top1_agreement", "same likeliest next token", "{:.1f} %", 100.0),
-    ("top1_agreement_last_half", "same likeliest next token, last half", "{:.1f} %", 100.0),
 )
 """Figures of the comparison: key, title, format and factor."""
 
 
 def comparison_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """Dense and sparse side by side as plain data, a row for each figure; what compares the two stands under sparse."""
-    return [
-        {
-            "figure": key,
-            "dense": figures["dense"].get(key),
-            "sparse": figures["sparse"].get(key, figures.get(key)),
-        }
-        for key, *_ in _COMPARED
-    ]
+    """The sides next to each other as plain data, a row for each figure."""
+    return [{"figure": key, **{side: figures[side].get(key) for side in SIDES}} for key, *_ in _COMPARED]
 
 
 def _comparison(figures: dict[str, Any]) -> FittedTable:
-    """Dense and sparse side by side."""
+    """The sides next to each other."""
     rows = []
     for values, (_, title, form, factor) in zip(comparison_rows(figures), _COMPARED, strict=True):
-        sides = {side: values[side] for side in ("dense", "sparse") if values[side] is not None}
-        rows.append({"figure": title} | {side: form.format(factor * value) for side, value in sides.items()})
-    columns = (Column("figure", "", folds=True, right=False), Column("dense", "dense"), Column("sparse", "sparse"))
-    return FittedTable(columns, rows, f"{figures['tokens']} tokens, both sides compiled")
+        sides = {side: form.format(factor * values[side]) for side in SIDES if values[side] is not None}
+        rows.append({"figure": title.format(needles=figures["needles"])} | sides)
+    headings = {DENSE: "dense", SPARSE: "sparse, token scores", PUBLISHED: "sparse, published score"}
+    columns = (
+        Column("figure", "", folds=True, right=False),
+        *(Column(side, headings[side]) for side in SIDES),
+    )
+    return FittedTable(columns, rows, f"{figures['tokens']} tokens, all compiled")
 
 
 def _print_generation(console: Console, tokenizer: Any, job: Job, sparse: SideResult) -> None:

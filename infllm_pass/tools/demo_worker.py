@@ -29,6 +29,8 @@ from infllm_pass.compat.dynamo import compile_seconds
 from infllm_pass.compat.transformers import cache_name
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import InfLLMError, MeasurementError
+from infllm_pass.evaluation.samples import Sample
+from infllm_pass.evaluation.scoring import AnswerScore, answer_places, answer_scores
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.rewrite.report import Report
 from infllm_pass.tools.checkpoint import SMOLLM2, load_model
@@ -48,13 +50,15 @@ class Job:
 
     Attributes:
         ids: token ids of one text.
-        config: what the sparse side selects.
+        sample: numbers hidden in a text of as many tokens, and questions for them.
+        config: what a sparse side selects.
         device: "cpu" or "cuda".
-        generate: tokens to generate on the sparse side, after a prompt that ends as many tokens before the text.
+        generate: tokens to generate, after a prompt that ends as many tokens before the text; 0: none.
         layer: the layer to draw.
     """
 
     ids: tuple[int, ...]
+    sample: Sample
     config: SparseAttentionConfig
     device: str
     generate: int
@@ -78,7 +82,8 @@ class SideResult:
         forward_s: seconds of a call without compilation.
         peak_bytes: highest memory in use so far: that of the process, or what was allocated on the GPU.
         report: what the pass did.
-        generated: token ids generated on the sparse side; empty on the dense one.
+        generated: token ids that were generated.
+        needles: the scores of the sample's answers.
     """
 
     losses: tuple[float, ...]
@@ -89,6 +94,7 @@ class SideResult:
     peak_bytes: int
     report: Report
     generated: tuple[int, ...]
+    needles: tuple[AnswerScore, ...]
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,11 @@ def measure_side(job: Job, side: Branch, tell: Tell) -> SideResult:
         peak = _peak_memory(job.device)
         losses, top1 = _score(model.lm_head, out.last_hidden_state[0], ids[0], tell)
         generated: tuple[int, ...] = ()
-        if side is Branch.SPARSE:
+        if job.generate:
             generated = _continue(model, out[cache_name(model.model)], ids, top1, job.generate, tell)
+        del out, prefill
+        tell("looking for hidden numbers", 0, 0)
+        needles = _find_needles(model.lm_head, run, job)
     return SideResult(
         losses=tuple(losses.tolist()),
         top1=tuple(top1.tolist()),
@@ -137,7 +146,16 @@ def measure_side(job: Job, side: Branch, tell: Tell) -> SideResult:
         peak_bytes=peak,
         report=infllm_pass.report(run) if side is Branch.SPARSE else Report(),
         generated=generated,
+        needles=needles,
     )
+
+
+def _find_needles(head: torch.nn.Module, run: Any, job: Job) -> tuple[AnswerScore, ...]:
+    """Scores of the sample's answers, all from one pass over the sample."""
+    ids = torch.tensor([job.sample.ids], device=job.device)
+    hidden = run(input_ids=ids, use_cache=True).last_hidden_state[0]
+    places = answer_places(job.sample)
+    return tuple(answer_scores(job.sample, head(hidden[places.to(job.device)]).float()))
 
 
 def _load(job: Job) -> Any:

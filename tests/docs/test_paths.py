@@ -13,7 +13,7 @@ FOLDERS = ("infllm_pass", "lowering", "kernels", "tests", "benchmarks", "example
 PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
 FILE = re.compile(r"`([\w/]+\.(?:py|h|cpp|json))`")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)")
-MADE = {"demo.json", "model.onnx"}
+MADE = {"demo.json", "evaluation.json", "model.onnx"}
 """Files that commands write."""
 
 pytestmark = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -153,8 +153,7 @@ FIGURES = {
     "tokens": 512,
     "dense": dict.fromkeys(("perplexity", "perplexity_last_half", "forward_s", "compile_s", "peak_bytes"), 9.7824),
     "sparse": dict.fromkeys(("perplexity", "perplexity_last_half", "forward_s", "compile_s", "peak_bytes"), 2.5),
-    "top1_agreement": 0.9521,
-    "top1_agreement_last_half": 0.9265,
+    "published": {"perplexity": 3.5, "top1_agreement_last_half": 0.9265, "needles_found": 1},
 }
 
 
@@ -171,8 +170,9 @@ def test_demo_for_programs_prints_nothing_but_figures(run, monkeypatch, form):
         assert json.loads(out) == FIGURES
     else:
         rows = list(csv.DictReader(io.StringIO(out)))
-        assert rows[0] == {"figure": "perplexity", "dense": "9.7824", "sparse": "2.5"}
-        assert rows[-1] == {"figure": "top1_agreement_last_half", "dense": "", "sparse": "0.9265"}
+        assert rows[0] == {"figure": "perplexity", "dense": "9.7824", "sparse": "2.5", "published": "3.5"}
+        (found,) = [row for row in rows if row["figure"] == "needles_found"]
+        assert found == {"figure": "needles_found", "dense": "", "sparse": "", "published": "1"}
 
 
 def test_explain_uses_the_folder_s_sparse_config(run, folder):

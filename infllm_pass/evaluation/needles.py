@@ -1,0 +1,125 @@
+"""Needles: numbers hidden in real text, and asked for at its end.
+
+The four retrieval tasks of RULER (arXiv 2404.06654, section 3.1), on real text: one number, one number among others
+under other keys, several numbers under one key, and several keys asked for one after the other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from infllm_pass.evaluation.samples import Haystack, Prompt, Sample, Writer, finished, inserted, room_for_text
+
+_WORDS = """
+anchor balcony candle desert engine feather garden harbour island jungle kettle lantern marble needle orchard pepper
+quarry ribbon saddle temple umbrella valley window yacht zebra bridge carpet dragon falcon glacier hammer ivory jacket
+ladder mirror nutmeg oyster pillow rabbit silver ticket velvet walnut barrel copper donkey
+"""
+
+KEYS = tuple(_WORDS.split())
+"""Words that numbers are filed under."""
+
+OPENING = "Secret numbers are hidden in the text below. Remember them, they will be asked for.\n\n"
+
+DISTRACTORS = 7
+"""Numbers under other keys beside the one that `needle_multikey` asks for."""
+
+ASKED = 4
+"""Numbers that `needle_multivalue` and `needle_multiquery` ask for."""
+
+
+def needle_single(writer: Writer, text: Haystack, length: int, *, depth: float, digits: int, seed: int) -> Sample:
+    """One number in the text."""
+    return _keyed("needle_single", writer, text, length, [depth], 0, digits, seed)
+
+
+def needle_multikey(writer: Writer, text: Haystack, length: int, *, depth: float, digits: int, seed: int) -> Sample:
+    """A number among `DISTRACTORS` others, filed under other keys."""
+    return _keyed("needle_multikey", writer, text, length, [depth], DISTRACTORS, digits, seed)
+
+
+def needle_multiquery(
+    writer: Writer, text: Haystack, length: int, *, digits: int, seed: int, asked: int = ASKED
+) -> Sample:
+    """Numbers under `asked` different keys, asked for in another order than that of the text."""
+    draw = random.Random(f"depths {seed}")
+    depths = _spread(asked, draw)
+    draw.shuffle(depths)
+    return _keyed("needle_multiquery", writer, text, length, depths, 0, digits, seed)
+
+
+def needle_multivalue(writer: Writer, text: Haystack, length: int, *, digits: int, seed: int) -> Sample:
+    """`ASKED` numbers under one key, asked for in the order of the text."""
+    draw = random.Random(f"needle_multivalue {seed}")
+    (key,) = draw.sample(KEYS, 1)
+    numbers = _numbers(ASKED, digits, text.content, draw)
+    depths = _spread(ASKED, draw)
+    asked = Prompt(writer)
+    asked.say(
+        f"\n\nQuestion: What are all the secret numbers of the {key}, in the order of the text?\n"
+        f"Answer: The secret numbers of the {key} are"
+    )
+    for place, (number, depth) in enumerate(zip(numbers, depths, strict=True)):
+        if place:
+            asked.say(",")
+        asked.answer(number, depth)
+    sentences = [f" One of the secret numbers of the {key} is {number}." for number in numbers]
+    hidden = list(zip(depths, sentences, strict=True))
+    return _hidden("needle_multivalue", writer, text, length, hidden, asked, draw, seed)
+
+
+def _keyed(
+    task: str,
+    writer: Writer,
+    text: Haystack,
+    length: int,
+    depths: Sequence[float],
+    distractors: int,
+    digits: int,
+    seed: int,
+) -> Sample:
+    """Numbers under a key each: those at `depths` are asked for, in this order, others stand anywhere."""
+    draw = random.Random(f"{task} {seed}")
+    count = len(depths) + distractors
+    keys, numbers = draw.sample(KEYS, count), _numbers(count, digits, text.content, draw)
+    places = [*depths, *(draw.random() for _ in range(distractors))]
+    hidden = [(d, f" The secret number of the {k} is {n}.") for d, k, n in zip(places, keys, numbers, strict=True)]
+    asked = Prompt(writer)
+    for number, key, depth in zip(numbers, keys, depths, strict=False):  # distractors come after those with a depth
+        asked.say(f"\n\nQuestion: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is")
+        asked.answer(number, depth)
+    return _hidden(task, writer, text, length, hidden, asked, draw, seed)
+
+
+def _hidden(
+    task: str,
+    writer: Writer,
+    text: Haystack,
+    length: int,
+    hidden: Sequence[tuple[float, str]],
+    asked: Prompt,
+    draw: random.Random,
+    seed: int,
+) -> Sample:
+    """A sample with sentences hidden in text, filled up to its length."""
+    pieces = [(depth, writer.encode(sentence)) for depth, sentence in hidden]
+    needed = sum(len(ids) for _, ids in pieces) + len(asked.ids)
+    room = room_for_text(task, length, writer, OPENING, needed)
+    body = inserted(text.take(room, draw), pieces, writer.ends_sentence)
+    return finished(task, seed, writer, OPENING, body, asked)
+
+
+def _numbers(count: int, digits: int, content: str, draw: random.Random) -> list[str]:
+    """Different numbers of so many digits that the text does not hold."""
+    found: list[str] = []
+    while len(found) < count:
+        number = str(draw.randrange(10 ** (digits - 1), 10**digits))
+        if number not in content and number not in found:
+            found.append(number)
+    return found
+
+
+def _spread(count: int, draw: random.Random) -> list[float]:
+    """Depths in ascending order, one drawn from each of `count` equal parts."""
+    return [(part + draw.random()) / count for part in range(count)]
