@@ -85,7 +85,7 @@ def evaluate(
         NoAttentionSiteError: nothing in the model became switchable.
     """
     chosen = settings or TaskSettings()
-    original = original_of(model)
+    original, _ = original_of(model)
     if not isinstance(original, nn.Module) or not hasattr(original, "config"):
         raise UnsupportedModelError(
             f"evaluate takes a causal language model of transformers, not a {type(original).__name__}"

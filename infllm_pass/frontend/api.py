@@ -324,16 +324,6 @@ def _handle_of(model: object) -> _Handle:
     return handle
 
 
-def original_of(model: object) -> Callable[..., Any]:
-    """The uncompiled model behind one that is plain, compiled or sparsified.
-
-    Raises:
-        UnsupportedModelError: `model` is no module or function, or was compiled in a way that cannot be kept.
-    """
-    handle = _find_handle(model)
-    return settings_of(model)[0] if handle is None else handle.original
-
-
 def sparsified_config(model: object) -> SparseAttentionConfig | None:
     """The configuration of a sparsified model; None for any other."""
     handle = _find_handle(model)
