@@ -7,6 +7,7 @@ table on the device, written by a launch for each set, has them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -83,6 +84,7 @@ def place_channels(geometry: BlockGeometry, like: Tensor) -> Channels:
     return Channels(table, padded if count > 1 else 0, kept, 0, 0)
 
 
+@lru_cache
 def _encode_runs(channels: tuple[int, ...]) -> tuple[int, int]:
     """How many runs ascending channels are, and `Channels.code`."""
     steps = [(0, channels[0])]

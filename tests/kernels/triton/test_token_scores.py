@@ -164,6 +164,23 @@ def test_padding_and_holes(query_block):
     check(4, length=190, queries=64, holes=0.8, window=120)
 
 
+def test_what_is_hidden_comes_after_the_lowest_scores():
+    """A visible block whose score is 0 in float32 comes before one of which no token is visible."""
+    geometry = replace(SMALL, channels=LOW)
+    q = torch.ones(1, 1, 1, 32, device=DEVICE)
+    k = torch.zeros(1, 1, 128, 32, device=DEVICE)
+    k[:, :, 16:96] = -20.0
+    k[:, :, 48:64] = 0.0
+    key_mask = torch.ones(1, 128, dtype=torch.bool, device=DEVICE)
+    key_mask[:, 16:32] = False
+    place = {"block_size": 16, "device": DEVICE, "offset": 127}
+    plan = plan_tiles(TileShape.choose(1), batch=1, length_q=1, length_k=128, **place)
+    found = select(q, k, geometry, plan, 0.5, key_mask=key_mask)
+    expected = reference.select_blocks(q, k, geometry=geometry, scale=0.5, offset=127, key_mask=key_mask)
+    assert found[0, 0, 0].nonzero().flatten().tolist() == [0, 2, 3, 6, 7]
+    assert torch.equal(found, expected)
+
+
 def test_heads_that_one_product_does_not_hold():
     check(200, length=190, queries=4, query_block=4, holes=0.3)
 
