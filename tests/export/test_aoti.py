@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from infllm_pass.errors import ExportError, InputSizeError, NoAttentionSiteError
 from infllm_pass.lowering.export import fused_op
 from infllm_pass.lowering.inductor import cpp_extern, package
 from tests.support import ROOT
-from tests.support.common import SMALL, llama, relative_error, tokens
+from tests.support.common import SMALL, TOKENS, llama, relative_error, tokens
 
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 
@@ -136,11 +137,12 @@ class Gated(nn.Module):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
-def test_all_sites_call_one_kernel(tmp_path, dtype, limit):
+@pytest.mark.parametrize("config", [SMALL, replace(TOKENS, score_dtype="fp8")], ids=["pooled", "tokens"])
+def test_all_sites_call_one_kernel(tmp_path, dtype, limit, config):
     model, path = Gated().eval(), tmp_path / "model.pt2"
     shapes = {"x": DYNAMIC, "valid": DYNAMIC}
     example = (torch.randn(2, 90, 48, dtype=dtype), torch.ones(2, 90, dtype=torch.bool))
-    infllm_pass.package(model.to(dtype), example, path, dynamic_shapes=shapes, config=SMALL)
+    infllm_pass.package(model.to(dtype), example, path, dynamic_shapes=shapes, config=config)
     with zipfile.ZipFile(path) as archive:
         sources = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp"))
     name = f"infllm_switchable_attention_{str(dtype).split('.')[1]}_int64"
@@ -148,7 +150,7 @@ def test_all_sites_call_one_kernel(tmp_path, dtype, limit):
     assert len(re.findall(rf"\bvoid {name}\([^)]*\) {{", sources)) == 1
 
     loaded = infllm_pass.load_package(path)
-    exact = infllm_pass.sparsify(torch.compile(model.double(), backend="eager", dynamic=True), SMALL)
+    exact = infllm_pass.sparsify(torch.compile(model.double(), backend="eager", dynamic=True), config)
     for batch, length in ((1, 40), (3, 200)):
         x = torch.randn(batch, length, 48, dtype=dtype)
         valid = torch.ones(batch, length, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """Decoding out of Python: one exported program or file for the prompt and all steps, over a static cache."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from infllm_pass.errors import ExportError
 from infllm_pass.lowering.export.functionalize import without_state
 from infllm_pass.lowering.export.onnx.op_spec import NAME
 from tests.support import ROOT
-from tests.support.common import SMALL, llama, relative_error, tokens
+from tests.support.common import SMALL, TOKENS, llama, relative_error, tokens
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -38,14 +39,19 @@ def step(example):
     return example.Step(llama().float())
 
 
+@pytest.fixture(scope="module", params=[SMALL, replace(TOKENS, score_dtype="int8")], ids=["pooled", "tokens"])
+def sparse(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def program(example, step):
+def program(example, step, sparse):
     config = step.model.config
     arguments = (tokens(5, 2), *example.empty_cache(config, 2, CAPACITY))
-    return infllm_pass.export(step, arguments, dynamic_shapes=example.dynamic_shapes(config), config=SMALL)
+    return infllm_pass.export(step, arguments, dynamic_shapes=example.dynamic_shapes(config), config=sparse)
 
 
-def test_one_file_decodes_as_pytorch_does_across_dense_len(example, step, program, tmp_path):
+def test_one_file_decodes_as_pytorch_does_across_dense_len(example, step, program, sparse, tmp_path):
     path, config = tmp_path / "step.onnx", step.model.config
     infllm_pass.export_onnx(program, path)
     found = [node for node in onnx.load(path).graph.node if node.op_type == NAME]
@@ -53,7 +59,7 @@ def test_one_file_decodes_as_pytorch_does_across_dense_len(example, step, progra
     session = example.Session(path)
     names = [each.name for each in session.session.get_inputs()]
     assert names == ["ids", "keys_0", "keys_1", "values_0", "values_1", "length"]
-    sparsified = infllm_pass.sparsify(torch.compile(step, backend="eager", dynamic=True), SMALL)
+    sparsified = infllm_pass.sparsify(torch.compile(step, backend="eager", dynamic=True), sparse)
     prompt = tokens(40, 3)
     ways = (session, program.module(), sparsified, step)
     exported, in_torch, expected, dense = (example.generate(way, prompt, config, STEPS, CAPACITY) for way in ways)

@@ -18,7 +18,7 @@ from infllm_pass.errors import (
     NoAttentionSiteError,
     UnsupportedModelError,
 )
-from tests.support.common import SMALL, llama, relative_error, tokens
+from tests.support.common import SMALL, TOKENS, llama, relative_error, tokens
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -70,10 +70,10 @@ def program(small_llama):
         return torch.export.export(small_llama, (tokens(50, 2),), dynamic_shapes={"ids": DYNAMIC})
 
 
-@pytest.mark.parametrize("opset", [18, 23])
-def test_llama_with_dynamic_batch_and_length(small_llama, program, tmp_path, opset):
+@pytest.mark.parametrize(("config", "opset"), [(SMALL, 18), (SMALL, 23), (TOKENS, 18)], ids=["18", "23", "tokens"])
+def test_llama_with_dynamic_batch_and_length(small_llama, program, tmp_path, config, opset):
     path = tmp_path / "llama.onnx"
-    report = infllm_pass.export_onnx(program, path, config=SMALL, opset=opset, input_names=["ids"])
+    report = infllm_pass.export_onnx(program, path, config=config, opset=opset, input_names=["ids"])
     assert report.switchable == len(report.sites) == 2
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -85,7 +85,7 @@ def test_llama_with_dynamic_batch_and_length(small_llama, program, tmp_path, ops
     assert len(list(tmp_path.iterdir())) == 1
 
     session = runtime(path)
-    sparsified = infllm_pass.sparsify(torch.compile(small_llama, backend="eager"), SMALL)
+    sparsified = infllm_pass.sparsify(torch.compile(small_llama, backend="eager"), config)
     for length, batch, sparse in ((20, 1, False), (63, 3, False), (64, 2, True), (201, 1, True)):
         ids = tokens(length, batch)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from tests.support.cache_fuzz import fuzz
 @pytest.mark.parametrize(("growing", "sequences"), [(False, 60), (True, 30)], ids=["static", "growing"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"scorer": "tokens"}, {"scorer": "tokens", "score_dtype": "int8", "query_block": 4}],
+    [{"scorer": "pooled"}, {"scorer": "tokens"}, {"scorer": "tokens", "score_dtype": "int8", "query_block": 4}],
     ids=["pooled", "tokens", "int8, shared by 4"],
 )
 def test_sequences_of_operations_give_what_recomputation_gives(growing, sequences, settings):

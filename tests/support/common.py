@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,12 @@ from infllm_pass import SparseAttentionConfig
 from infllm_pass.kernels import reference
 
 SMALL = SparseAttentionConfig(
-    kernel_size=4, kernel_stride=2, block_size=8, window_size=16, topk=3, init_blocks=1, dense_len=64
+    kernel_size=4, kernel_stride=2, block_size=8, window_size=16, topk=3, init_blocks=1, dense_len=64, scorer="pooled"
 )
 """Five blocks of eight in all: above 40 tokens the selection leaves keys out."""
+
+TOKENS = replace(SMALL, scorer="tokens")
+"""The same by token scores."""
 
 
 def llama(**overrides):
@@ -62,8 +66,14 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def oracle_attention(config: SparseAttentionConfig, key_mask: torch.Tensor | None = None):
-    """Replace fused attention by the float64 oracle, switch included, for uncompiled runs."""
+def oracle_attention(config: SparseAttentionConfig, key_mask: torch.Tensor | None = None, channels=None):
+    """Replace fused attention by the float64 oracle, switch included, for uncompiled runs.
+
+    Args:
+        config: the configuration.
+        key_mask: bool ``[B, Lk]``.
+        channels: those that token scores read; None: all.
+    """
     plain = F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -71,7 +81,7 @@ def oracle_attention(config: SparseAttentionConfig, key_mask: torch.Tensor | Non
             step = q.shape[1] // attention.heads
             k, v = k[:, ::step], v[:, ::step]
         common = {
-            "geometry": config.geometry,
+            "geometry": config.geometry_for(k.shape[-1], channels),
             "scale": q.shape[-1] ** -0.5 if scale is None else scale,
             "offset": k.shape[2] - q.shape[2],
             "key_mask": key_mask,

@@ -12,7 +12,7 @@ import torch
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.cpu import native
 from infllm_pass.lowering.inductor import cpp_extern
-from tests.support.common import SMALL, relative_error
+from tests.support.common import SMALL, TOKENS, relative_error
 
 VARIANTS = {
     "coarse": SMALL,
@@ -23,7 +23,6 @@ VARIANTS = {
     "odd blocks": replace(SMALL, kernel_size=6, kernel_stride=3, block_size=21, window_size=21, topk=2, query_block=3),
 }
 
-TOKENS = replace(SMALL, scorer="tokens")
 VARIANTS |= {
     "tokens": TOKENS,
     "tokens, shared, int8": replace(TOKENS, query_block=4, score_dtype="int8"),

@@ -147,7 +147,8 @@ def test_numbers_of_a_call_are_in_the_order_of_its_struct():
     strides = [tuple(f"stride_{name}{place}" for place in range(4)) for name in "qkv"]
     fixed = {name: name for name in native.fixed_numbers(None, 0, BlockGeometry())}
     words = {"lse", "scorer", "channels", "score_dtype"}
-    assert set(fixed) == {*vars(BlockGeometry()), "window", "dense_len", "exact"} - words
+    index = {"index_dims", "index_kind"}
+    assert set(fixed) == {*vars(BlockGeometry()), "window", "dense_len", "exact", *index} - words
     numbers = native.call_numbers(*sizes, *strides, "offset", fixed)
     assert numbers == fields_of("query_chunk.h", "struct Call")
     assert set(fixed) < set(fields_of("decode_attention.h", "struct DecodeCall"))
