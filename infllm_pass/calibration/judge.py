@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ WORST_SHARE = 0.01
 over all rows does not see them: with 95.4 % of the mass held, a selection can lose 11 % of perplexity."""
 
 NEG_INF = float("-inf")
+
+PUBLISHED = "pooled"
+"""Name of the published score among the candidates."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +87,29 @@ def held(mass: Tensor, order: Tensor) -> Tensor:
 
 
 def missed(
-    rows: Rows, config: SparseAttentionConfig, channels: ChannelSets, budgets: Sequence[int]
+    rows: Rows, config: SparseAttentionConfig, candidates: Mapping[str, ChannelSets], budgets: Sequence[int]
 ) -> dict[str, dict[int, Tensor]]:
     """What each score misses: mass that the best choice at the full budget holds, and it does not at a smaller one.
 
     Args:
         rows: the queries.
         config: the geometry, the full budget, and what index keys are stored in; its scorer is "tokens".
-        channels: what token scores read.
+        candidates: channels that token scores may read, by name.
         budgets: blocks in all, ascending; the last one is the full budget.
 
     Returns:
-        For "pooled" and "tokens", for every budget, one value for each query and query head.
+        For "pooled" and every candidate, for every budget, a value for each head, query of its group and row,
+        ``[Hkv, G * R]``.
     """
-    geometry = config.geometry
+    geometry, head_dim = config.geometry, rows.k.shape[2]
     mass = attention_mass(rows, geometry.block_size)
     blocks = mass.shape[-1]
     best = held(mass, visits(mass.sum(1), rows, geometry))[..., min(budgets[-1], blocks) - 1]
+    asked = {PUBLISHED: geometry} | {name: config.geometry_for(head_dim, sets) for name, sets in candidates.items()}
     found = {}
-    for name, asked in (("pooled", geometry), ("tokens", config.geometry_for(rows.k.shape[2], channels))):
-        holds = held(mass, visits(rows.block_scores(asked), rows, geometry))
-        found[name] = {budget: (best - holds[..., min(budget, blocks) - 1]).flatten() for budget in budgets}
+    for name, each in asked.items():
+        holds = held(mass, visits(rows.block_scores(each), rows, geometry))
+        found[name] = {budget: (best - holds[..., min(budget, blocks) - 1]).flatten(1) for budget in budgets}
     return found
 
 

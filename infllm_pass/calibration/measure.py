@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from infllm_pass.calibration.channels import by_variance
-from infllm_pass.calibration.judge import Rows, missed, worst
+from infllm_pass.calibration.judge import PUBLISHED, Rows, missed, worst
 from infllm_pass.calibration.record import Key, SiteCalibration, key_of
 from infllm_pass.compat.tensors import FakeTensor
 from infllm_pass.config import SparseAttentionConfig
@@ -20,6 +20,7 @@ from infllm_pass.errors import CalibrationError
 from infllm_pass.graph.subgraphs import all_graphs, held_tensors
 from infllm_pass.kernels.geometry import ChannelSets
 from infllm_pass.plan.planner import SitePlan, plan_graph
+from infllm_pass.plan.score_channels import from_rotary
 from infllm_pass.sites import AttentionSite
 from infllm_pass.sites.layouts import Layouts
 from infllm_pass.sites.rotary import Rotary, RotaryReader
@@ -29,6 +30,9 @@ TOLERANCE = 0.1
 
 BUDGET_SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)
 """Budgets that are tried, as shares of the configuration's `topk`."""
+
+BY_VARIANCE = "largest key variance"
+BY_FREQUENCY = "lowest rotary frequencies"
 
 JUDGED_ROWS = 128
 """Queries of a text that a site is judged by: those of a passage that was seen before."""
@@ -73,8 +77,8 @@ class Observed:
         window: its sliding window.
         config: what it is configured with.
         sums: moments of its keys.
-        channels: the channels that token scores read, once they are chosen.
-        lost: for each score and budget what it misses, a value for each judged query and head.
+        candidates: channels that token scores may read, by what they are chosen by.
+        lost: for each score and budget what it misses, see `judge.missed`.
     """
 
     rotary: Rotary | str
@@ -82,7 +86,7 @@ class Observed:
     window: int | None
     config: SparseAttentionConfig
     sums: Sums = field(default_factory=Sums)
-    channels: ChannelSets = ()
+    candidates: dict[str, ChannelSets] = field(default_factory=dict)
     lost: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
 
     @property
@@ -92,34 +96,53 @@ class Observed:
         tops = sorted({max(least, round(share * self.config.topk)) for share in BUDGET_SHARES})
         return [top + self.config.local_blocks for top in tops]
 
+    def choose(self) -> None:
+        """Choose the channels that token scores may read, once the keys' variance is known."""
+        variance = self.sums.variance
+        head_dim = len(variance[0])
+        dims = self.config.score_dims_of(head_dim)
+        self.candidates = {BY_VARIANCE: by_variance(variance, self.rotary, dims)}
+        if isinstance(self.rotary, Rotary) and dims < head_dim:
+            self.candidates[BY_FREQUENCY] = from_rotary(self.rotary, head_dim, self.config).sets * len(variance)
+
     def judge(self, q: Tensor, k: Tensor, rows: int) -> None:
         """Measure what scores miss for the last queries of each text, ``[B, Hq, L, D]`` and ``[B, Hkv, L, D]``."""
         for one_q, one_k in zip(q, k, strict=True):
             judged = Rows(one_q[:, -rows:].float(), one_k.float(), self.scale, self.window)
-            for name, by_budget in missed(judged, self.config, self.channels, self.budgets).items():
+            for name, by_budget in missed(judged, self.config, self.candidates, self.budgets).items():
                 for budget, values in by_budget.items():
                     self.lost.setdefault(name, {}).setdefault(budget, []).append(values.cpu())
 
     def found(self, key: Key) -> SiteCalibration:
         """What was found, with what is recommended."""
         variance = self.sums.variance
-        site = SiteCalibration(key[0], key[1], len(variance[0]), self.channels, variance)
+        heads = range(len(variance))
+        names = list(self.candidates)
         if not self.lost:
-            return site
-        losses = {
-            name: {budget: worst(torch.cat(values)) for budget, values in by_budget.items()}
-            for name, by_budget in self.lost.items()
-        }
+            sets = self.candidates[names[0]]
+            return SiteCalibration(key[0], key[1], len(variance[0]), sets, variance, names[0])
+        lost = {name: {b: torch.cat(v, 1) for b, v in by_budget.items()} for name, by_budget in self.lost.items()}
         full = self.budgets[-1]
-        scorer = "pooled" if losses["pooled"][full] <= TOLERANCE else "tokens"
+        best = [min(names, key=lambda name: worst(lost[name][full][head])) for head in heads]
+        losses = {
+            "pooled": {budget: worst(lost[PUBLISHED][budget]) for budget in self.budgets},
+            "tokens": {
+                budget: worst(torch.stack([lost[best[h]][budget][h] for h in heads])) for budget in self.budgets
+            },
+        }
+        scorer = "pooled" if losses["pooled"][full] <= max(TOLERANCE, losses["tokens"][full]) else "tokens"
         limit = max(TOLERANCE, losses[scorer][full])
-        enough = min(budget for budget, lost in losses[scorer].items() if lost <= limit)
-        at_full = {name: round(by_budget[full], 6) for name, by_budget in losses.items()}
+        enough = min(budget for budget, loss in losses[scorer].items() if loss <= limit)
         return SiteCalibration(
-            *(site.module, site.order, site.head_dim, site.channels, site.variance),
+            module=key[0],
+            order=key[1],
+            head_dim=len(variance[0]),
+            channels=tuple(self.candidates[best[head]][head] for head in heads),
+            variance=variance,
+            chosen_by=" and ".join(dict.fromkeys(best)),
             scorer=scorer,
             topk=enough - self.config.local_blocks,
-            missed=at_full,
+            missed={name: round(by_budget[full], 6) for name, by_budget in losses.items()},
         )
 
 
@@ -207,9 +230,7 @@ def run_calibration(
         why = "; ".join(sorted(set(observer.dense))) or "its graphs have no attention"
         raise CalibrationError(f"there is nothing to calibrate, no attention site is switchable: {why}")
     for observed in observer.sites.values():
-        variance = observed.sums.variance
-        dims = observed.config.score_dims_of(len(variance[0]))
-        observed.channels = by_variance(variance, observed.rotary, dims)
+        observed.choose()
     for number, text in enumerate(judged):
         tell("passages that are repeated", len(texts) + number, steps)
         with observer.looking(lambda observed, q, k: observed.judge(q, k, rows)):

@@ -34,10 +34,11 @@ class SiteCalibration:
         head_dim: channels of a key.
         channels: those that token scores should read, ascending, one set for each key/value head.
         variance: variance of every channel of the keys, as the selection sees them, for each key/value head.
-        scorer: "pooled" where the published score misses nothing that token scores find, else "tokens"; None: the text
-            was too short to tell.
-        topk: the smallest budget, in the terms of the configuration's `topk`, that keeps to the tolerance with that
-            scorer; None: as for `scorer`.
+        chosen_by: what the channels were chosen by, for people.
+        scorer: "pooled" where the published score misses little, or no more than token scores do, else "tokens"; None:
+            the text was too short to tell.
+        topk: the smallest budget, in the terms of the configuration's `topk`, with which that scorer misses little, or
+            no more than with the full one; None: as for `scorer`.
         missed: share of the attention that the rows of the worst percent lose against the best choice of as many
             blocks, for "pooled" and "tokens" at the configuration's budget; empty: as for `scorer`.
     """
@@ -47,6 +48,7 @@ class SiteCalibration:
     head_dim: int
     channels: ChannelSets
     variance: tuple[tuple[float, ...], ...]
+    chosen_by: str = ""
     scorer: str | None = None
     topk: int | None = None
     missed: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -111,7 +113,7 @@ class Calibration:
             CalibrationError: see `of`.
         """
         found = self.of(site)
-        answer: dict[str, Any] = {"channels": found.channels, "channels_from": "calibrated, largest key variance"}
+        answer: dict[str, Any] = {"channels": found.channels, "channels_from": f"calibrated, {found.chosen_by}"}
         answer |= {name: getattr(found, name) for name in self.follows if getattr(found, name) is not None}
         return answer
 
@@ -255,4 +257,14 @@ def _site(entry: object) -> SiteCalibration:
         raise CalibrationError(f"at {place}: topk is {topk!r}, and no number of blocks")
     if not isinstance(missed, Mapping) or not all(isinstance(value, (int, float)) for value in missed.values()):
         raise CalibrationError(f"at {place}: what scores miss is not given as numbers")
-    return SiteCalibration(entry["module"], entry["order"], head_dim, channels, variance, scorer, topk, dict(missed))
+    return SiteCalibration(
+        module=entry["module"],
+        order=entry["order"],
+        head_dim=head_dim,
+        channels=channels,
+        variance=variance,
+        chosen_by=_entry(entry, "chosen_by", str),
+        scorer=scorer,
+        topk=topk,
+        missed=dict(missed),
+    )

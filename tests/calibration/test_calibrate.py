@@ -11,7 +11,7 @@ import infllm_pass
 from infllm_pass import Calibration, SparseAttentionConfig
 from infllm_pass.calibration.channels import by_variance
 from infllm_pass.calibration.judge import Rows, attention_mass, missed, visits, worst
-from infllm_pass.calibration.measure import with_repetition
+from infllm_pass.calibration.measure import Observed, with_repetition
 from infllm_pass.errors import CalibrationError, ConfigError
 from infllm_pass.kernels import reference
 from infllm_pass.sites.rotary import Rotary
@@ -65,6 +65,12 @@ def keys_of(model, ids):
     return found
 
 
+def candidates(site):
+    """Both sets of a head that a calibration chooses from, where there is a rotary embedding."""
+    rotary = Rotary((), tuple((i, i + 16) for i in reversed(range(16))), "half-split", "")
+    return by_variance(site.variance, rotary, 16), ((*range(8, 16), *range(24, 32)),) * KV_HEADS
+
+
 def test_variances_are_those_of_the_keys_and_channels_follow_them(calibration, ids):
     assert [site.key for site in calibration.sites] == [("layers.0", 0), ("layers.1", 0)]
     assert (calibration.model, calibration.tokens) == ("Model", 300)
@@ -73,10 +79,9 @@ def test_variances_are_those_of_the_keys_and_channels_follow_them(calibration, i
         torch.testing.assert_close(torch.tensor(site.variance, dtype=torch.float64), expected, rtol=1e-5, atol=1e-9)
         assert len(site.channels) == KV_HEADS
     rotated, plain = calibration.sites
-    for channels, row in zip(rotated.channels, rotated.variance, strict=True):
-        assert len(channels) == 16
-        pairs = sorted(range(16), key=lambda i: -(row[i] + row[i + 16]))[:8]
-        assert channels == tuple(sorted([*pairs, *(i + 16 for i in pairs)]))
+    for channels, *either in zip(rotated.channels, *candidates(rotated), strict=True):
+        assert channels in either
+    assert plain.chosen_by == "largest key variance"
     for channels, row in zip(plain.channels, plain.variance, strict=True):
         assert set(channels) == set(sorted(range(DIM), key=lambda i: -row[i])[:16])
 
@@ -86,6 +91,10 @@ def test_pairs_are_taken_whole_and_channels_without_rotation_in_twos():
     rotary = Rotary((0, 6, 7, 8, 9), ((1, 10), (2, 3), (4, 5)), "pairs of its own", "")
     assert by_variance(variance, rotary, 2) == ((0, 6),)
     assert by_variance(variance, rotary, 4) == ((0, 1, 6, 10),)
+    row = [float(i % 7) for i in range(DIM)]
+    half = Rotary((), tuple((i, i + 16) for i in range(16)), "half-split", "")
+    pairs = sorted(range(16), key=lambda i: -(row[i] + row[i + 16]))[:8]
+    assert by_variance([row], half, 16) == (tuple(sorted([*pairs, *(i + 16 for i in pairs)])),)
     assert by_variance(variance, "none", 4) == ((0, 6, 7, 10),)
     assert by_variance(variance, rotary, 12) == (tuple(range(12)),)
 
@@ -161,12 +170,50 @@ def test_a_sharp_hit_is_missed_by_pooled_scores_and_found_by_token_scores():
     config = SparseAttentionConfig.from_dict({**CONFIG.to_dict(), "topk": 3})
     found = rows_with_a_sharp_hit()
     full = config.selected_blocks
-    lost = missed(found, config, (tuple(range(DIM)),) * KV_HEADS, [full - 1, full])
+    lost = missed(found, config, {"tokens": (tuple(range(DIM)),) * KV_HEADS}, [full - 1, full])
     assert set(lost) == {"pooled", "tokens"}
     for by_budget in lost.values():
-        assert by_budget[full].shape == (HEADS * 16,)
+        assert by_budget[full].shape == (KV_HEADS, HEADS // KV_HEADS * 16)
         assert bool((by_budget[full - 1] >= by_budget[full] - 1e-6).all())
     assert worst(lost["tokens"][full]) < 0.1 < worst(lost["pooled"][full])
+
+
+def observed_site(rotary):
+    site = Observed(rotary, DIM**-0.5, None, SparseAttentionConfig.from_dict({**CONFIG.to_dict(), "topk": 3}))
+    found = rows_with_a_sharp_hit()
+    site.sums.add(found.k[None])
+    site.choose()
+    site.judge(found.q[None], found.k[None], 16)
+    return site, site.found(("here", 0))
+
+
+def test_each_head_gets_the_channels_that_miss_less_and_a_scorer_that_does():
+    rotary = Rotary((), tuple((i, i + 16) for i in range(16)), "half-split", "")
+    site, found = observed_site(rotary)
+    assert list(site.candidates) == ["largest key variance", "lowest rotary frequencies"]
+    full = site.budgets[-1]
+    for head, channels in enumerate(found.channels):
+        lost = {name: worst(site.lost[name][full][0][head]) for name in site.candidates}
+        assert channels == site.candidates[min(lost, key=lost.get)][head]
+    assert found.scorer == "tokens"
+    assert found.missed["tokens"] < 0.1 < found.missed["pooled"]
+    assert found.topk <= 3
+    assert list(observed_site("none")[0].candidates) == ["largest key variance"]
+
+
+def test_the_published_score_is_recommended_where_it_misses_no_more():
+    site = Observed("none", DIM**-0.5, None, SparseAttentionConfig.from_dict({**CONFIG.to_dict(), "topk": 4}))
+    site.sums.add(rows().k[None])
+    site.choose()
+    for name, loss in (("pooled", 0.3), ("largest key variance", 0.4)):
+        site.lost[name] = {budget: [torch.full((KV_HEADS, 100), loss)] for budget in site.budgets}
+    found = site.found(("here", 0))
+    assert (found.scorer, found.topk) == ("pooled", site.budgets[0] - site.config.local_blocks)
+    site.lost["pooled"][site.budgets[-1]] = [torch.full((KV_HEADS, 100), 0.5)]
+    assert site.found(("here", 0)).scorer == "tokens"
+    for budget in site.budgets[:-1]:
+        site.lost["largest key variance"][budget] = [torch.full((KV_HEADS, 100), 0.6)]
+    assert site.found(("here", 0)).topk == 4
 
 
 def test_the_worst_rows_count_and_not_the_mean():
@@ -205,7 +252,8 @@ def test_a_sparsified_model_reads_the_calibrated_channels(calibration, ids, tmp_
     for given in (calibration, tmp_path / "c.json", str(tmp_path / "c.json")):
         found = explained(model, given, ids, config={**CONFIG.to_dict(), "dense_len": 4096})
         assert [row.channels for row in found] == [site.channels for site in calibration.sites]
-        assert {row.scores for row in found} == {"tokens 16 of 32: calibrated, largest key variance"}
+        origins = [f"tokens 16 of 32: calibrated, {site.chosen_by}" for site in calibration.sites]
+        assert [row.scores for row in found] == origins
     switched = infllm_pass.sparsify(model, {**CONFIG.to_dict(), "dense_len": 4096}, calibration=calibration)
     switched(ids[None])
     assert [row.channels for row in infllm_pass.report(switched).sites] == [s.channels for s in calibration.sites]
@@ -282,6 +330,7 @@ def test_damaged_files_are_refused(calibration, change, expected):
         ({"variance": [[1.0] * 32]}, "variances are not 2 rows of 32"),
         ({"variance": "none"}, "channels or variances"),
         ({"head_dim": "wide"}, "head_dim is 'wide'"),
+        ({"chosen_by": 1}, "chosen_by is 1"),
         ({"scorer": "best"}, "scorer 'best'"),
         ({"topk": 0}, "topk is 0"),
         ({"missed": {"pooled": "much"}}, "not given as numbers"),

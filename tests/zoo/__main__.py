@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .running import Result, names, run_zoo, serve
+from .channels import write_record
+from .running import FAMILIES, Result, names, run_zoo, serve
 from .table import DECISIONS, TABLE, decisions, dump, markdown
 
 
@@ -22,10 +23,15 @@ def main() -> int:
         type=Path,
         help="file that each result is appended to; architectures that it holds already are not examined again",
     )
+    parser.add_argument("--channels", action="store_true", help="read the rotary embeddings of keys, and nothing else")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         serve()
+        return 0
+    if arguments.channels:
+        chosen = [place for place in names() if not arguments.names or place[1] in arguments.names]
+        write_record((family, name, FAMILIES[family].specimens(name)) for family, name in chosen)
         return 0
     wanted = [place for place in names() if not arguments.names or place[1] in arguments.names]
     found = {result.place: result for result in _kept(arguments.results)}

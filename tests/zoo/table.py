@@ -11,6 +11,7 @@ from typing import Any
 
 from infllm_pass.plan.planner import Reason
 
+from .channels import section
 from .examination import COVERING, TOLERANCES, Finding
 from .running import ROOT, Result
 from .specimens import LENGTH, Kind
@@ -72,7 +73,7 @@ def markdown(results: Sequence[Result]) -> str:
     if unbuilt:
         parts.append("\n## Not built\n\n| architecture | why |\n|---|---|\n")
         parts += [f"| {result.architecture} | {_cell(result.unbuilt)} |\n" for result in unbuilt]
-    return "".join(parts)
+    return "".join(parts) + section()
 
 
 def _lines(result: Result) -> Iterator[str]:
