@@ -28,7 +28,7 @@ from infllm_pass.evaluation.texts import Text, manual
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.tables import Column, FittedTable, output_console
 from infllm_pass.tools.checkpoint import SMOLLM2, corpus, find_checkpoint, load_tokenizer
-from infllm_pass.tools.demo_worker import Job, LayerPicture, SideResult, Tell, draw_layer, measure_side, run_apart
+from infllm_pass.tools.demo_worker import Job, LayerPicture, SideResult, Tell, measure_and_draw, measure_side, run_apart
 
 LAYERS = 30
 POSITIONS = 8192
@@ -129,17 +129,15 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     quiet = replace(job, generate=0)
     _print_plan(console, job)
     sides: dict[str, SideResult] = {}
-    for side, given, branch in (
-        (SPARSE, job, Branch.SPARSE),
-        (DENSE, quiet, Branch.DENSE),
-        (PUBLISHED, replace(quiet, config=replace(config, scorer="pooled")), Branch.SPARSE),
-    ):
-        with _stage(console, side) as tell:
-            sides[side] = run_apart(measure_side, given, branch, tell=tell)
-        if side == SPARSE:
-            console.print(sides[side].report)
-    with _stage(console, "picture") as tell:
-        picture: LayerPicture = run_apart(draw_layer, job, tell=tell)
+    picture: LayerPicture
+    with _stage(console, SPARSE) as tell:
+        sides[SPARSE], picture = run_apart(measure_and_draw, job, tell=tell)
+    console.print(sides[SPARSE].report)
+    with _stage(console, DENSE) as tell:
+        sides[DENSE] = run_apart(measure_side, quiet, Branch.DENSE, tell=tell)
+    with _stage(console, PUBLISHED) as tell:
+        published = replace(quiet, config=replace(config, scorer="pooled"))
+        sides[PUBLISHED] = run_apart(measure_side, published, Branch.SPARSE, tell=tell)
 
     figures = _figures(options, job, sides, picture)
     figures["wall_s"] = time.perf_counter() - begin

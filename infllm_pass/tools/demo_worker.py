@@ -115,8 +115,17 @@ class LayerPicture:
 
 def measure_side(job: Job, side: Branch, tell: Tell) -> SideResult:
     """Compile and run one side, and score the text with it."""
-    tell("loading the checkpoint", 0, 0)
-    model = _load(job)
+    return _measured(_load(job, tell), job, side, tell)
+
+
+def measure_and_draw(job: Job, tell: Tell) -> tuple[SideResult, LayerPicture]:
+    """Measure the sparse side, and draw what one layer of it visits."""
+    model = _load(job, tell)
+    return _measured(model, job, Branch.SPARSE, tell), _drawn(model, job, tell)
+
+
+def _measured(model: Any, job: Job, side: Branch, tell: Tell) -> SideResult:
+    """One side's figures."""
     sparse = infllm_pass.sparsify(torch.compile(model.model), job.config)
     run: Any = sparse if side is Branch.SPARSE else infllm_pass.dense(sparse)
     ids = torch.tensor([job.ids], device=job.device)
@@ -158,8 +167,9 @@ def _find_needles(head: torch.nn.Module, run: Any, job: Job) -> tuple[AnswerScor
     return tuple(answer_scores(job.sample, head(hidden[places.to(job.device)]).float()))
 
 
-def _load(job: Job) -> Any:
+def _load(job: Job, tell: Tell) -> Any:
     """The model on the job's device."""
+    tell("loading the checkpoint", 0, 0)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars and the caller's would mix
         return load_model(job.dtype).to(job.device)
 
@@ -196,10 +206,8 @@ def _continue(model: Any, cache: Any, ids: Tensor, top1: Tensor, count: int, tel
     return tuple(generated)
 
 
-def draw_layer(job: Job, tell: Tell) -> LayerPicture:
+def _drawn(model: Any, job: Job, tell: Tell) -> LayerPicture:
     """Run the model uncompiled as far as one layer, and draw what that layer visits."""
-    tell("loading the checkpoint", 0, 0)
-    model = _load(job)
     ids = torch.tensor([job.ids], device=job.device)
     tell(f"running it, uncompiled, as far as layer {job.layer}", 0, 0)
     site = attention_inputs(model.model, job.layer, input_ids=ids, use_cache=False, config=job.config)
