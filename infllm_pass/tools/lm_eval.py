@@ -49,7 +49,8 @@ class InfLLM(HFLM):  # type: ignore[misc,unused-ignore]
     def __init__(self, pretrained: Any, *, compile_backend: str = "eager", **arguments: Any) -> None:
         given = {name: arguments.pop(name) for name in FIELDS if name in arguments}
         self._compile_backend = compile_backend
-        if isinstance(pretrained, str):
+        by_name = isinstance(pretrained, str)
+        if by_name:
             self._sparse_config = SparseAttentionConfig(**given)
             if pretrained == SMOLLM2.name:
                 file = find_checkpoint()
@@ -57,6 +58,8 @@ class InfLLM(HFLM):  # type: ignore[misc,unused-ignore]
         else:
             pretrained, self._sparse_config = self._given(pretrained, given)
         super().__init__(pretrained=pretrained, **arguments)
+        if by_name:
+            self._model: Any = self._sparsified(self.model, self._sparse_config)
 
     def _given(self, model: Any, fields_given: dict[str, Any]) -> tuple[Any, SparseAttentionConfig]:
         """A model that was handed over, sparsified if it was not, and its configuration."""
@@ -68,10 +71,6 @@ class InfLLM(HFLM):  # type: ignore[misc,unused-ignore]
             name, value = next(iter(fields_given.items()))
             raise ConfigError(name, value, "no field of the configuration, since the model is sparsified already")
         return model, own
-
-    def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        super()._create_model(*args, **kwargs)
-        self._model: Any = self._sparsified(self._model, self._sparse_config)
 
     def _sparsified(self, model: Any, config: SparseAttentionConfig) -> Any:
         compiled = torch.compile(model, backend=self._compile_backend)

@@ -273,7 +273,7 @@ def test_a_mixed_batch_keeps_the_end_of_each_row(bench, monkeypatch):
 
     monkeypatch.setattr(prefill.infllm_pass, "switchable_attention", attention)
     row = prefill.measure_mixed(CPU, bench("_data").Heads(2, 1, 16), (40, 100))
-    assert row["case"] == "mixed/2x1x16/96/100/local"
+    assert row["case"] == "mixed/2x1x16/96/100/local/tokens-auto-key"
     assert seen["key_mask"].sum(1).tolist() == [40, 100]
     assert not seen["q"][0, :, :60].any()
     assert seen["q"][0, :, 60:].any(-1).all()

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 CONFIG = SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64, scorer="pooled"
 )
 """Four blocks of sixteen: above 64 tokens the selection leaves keys out."""
 

@@ -70,6 +70,7 @@ class Case:
             dense_len=self.dense_len,
             lse=self.lse,  # type: ignore[arg-type]
             query_block=self.query_block,
+            scorer="pooled",
         )
 
 
@@ -366,7 +367,7 @@ def test_calls(case, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_default_configuration_on_long_sequences(dtype, monkeypatch):
     """The published sizes: up to 6144 tokens all blocks are visited, and later queries do not depend on the call."""
-    config = SparseAttentionConfig(dense_len=0)
+    config = SparseAttentionConfig(dense_len=0, scorer="pooled")
     q, k, v = (torch.randn(1, heads, 8000, 128, device=DEVICE, dtype=dtype) for heads in (8, 2, 2))
     out = switchable_attention(q, k, v, config)
     rows = torch.tensor([0, 63, 64, 6143, 6144, 7777, 7999], device=DEVICE)

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 TILED = SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64, scorer="pooled"
 )
 """Four blocks of sixteen: sizes that the Triton kernels take; above 64 tokens the selection leaves keys out."""
 
@@ -410,7 +410,7 @@ def test_compiled_calls_equal_eager_calls(case, dynamic):
 @pytest.mark.parametrize("graphs", [False, True], ids=["", "CUDA graphs"])
 def test_compiled_graphs_call_the_operators(heads, graphs):
     """Inductor generates no launch of theirs; results are those of the call that is not compiled, to the bit."""
-    config = SparseAttentionConfig(topk=4, window_size=256, dense_len=1024)
+    config = SparseAttentionConfig(topk=4, window_size=256, dense_len=1024, scorer="pooled")
     q, k, v = qkv(3001, heads=heads, dim=128)
     options = {"triton.cudagraphs": graphs}
     compiled = torch.compile(lambda q, k, v: switchable_attention(q, k, v, config) + 1, options=options)
@@ -538,7 +538,7 @@ def test_gradients_are_bitwise_the_same_in_every_run(dtype, compiled):
 @torch.no_grad()
 def test_memory_below_the_switch_is_linear_in_the_length(dtype):
     """A compiled model builds an N x N mask and repeats its heads; the pass takes both out, in float32 too."""
-    config = SparseAttentionConfig(dense_len=1 << 20)
+    config = SparseAttentionConfig(dense_len=1 << 20, scorer="pooled")
     plain = llama(num_attention_heads=4, num_key_value_heads=2, hidden_size=256, max_position_embeddings=1 << 15)
     plain = plain.to(device="cuda", dtype=dtype)
     length = 16384
@@ -572,7 +572,7 @@ def test_scratch_of_the_kernels_is_bounded(heads):
     scattered = find_config(ScatteredConfig, "scattered", 10 * major + minor, 2, 128)
     pool = scattered.pool_bytes if scattered and heads == 8 else 0  # offered to small groups only
     q, k, v = qkv(length, heads=(heads, 2, 2), dim=128, requires_grad=True)
-    config = SparseAttentionConfig(dense_len=8192)
+    config = SparseAttentionConfig(dense_len=8192, scorer="pooled")
     switchable_attention(q, k, v, config)
     with torch.no_grad():
         used = peak(lambda: switchable_attention(q, k, v, config))

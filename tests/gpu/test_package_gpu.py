@@ -15,7 +15,9 @@ from tests.support.common import llama, relative_error, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-CONFIG = SparseAttentionConfig(kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, dense_len=1024)
+CONFIG = SparseAttentionConfig(
+    kernel_size=32, kernel_stride=16, block_size=64, window_size=128, topk=4, dense_len=1024, scorer="pooled"
+)
 
 
 @pytest.mark.usefixtures("shared_cpp_runtime")

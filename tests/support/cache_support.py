@@ -14,7 +14,7 @@ from infllm_pass.kernels import reference
 HIDDEN, HEADS, KV_HEADS, DIM = 24, 6, 2, 8
 
 CONFIG = SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=8, init_blocks=1, window_size=8, topk=3, dense_len=40
+    kernel_size=8, kernel_stride=4, block_size=8, init_blocks=1, window_size=8, topk=3, dense_len=40, scorer="pooled"
 )
 """Four blocks are visited, of which the scores choose one; from 40 keys on, ten candidates at 96."""
 

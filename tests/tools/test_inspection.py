@@ -11,7 +11,7 @@ from infllm_pass.tools.inspection import attention_inputs, attention_mass, recen
 transformers = pytest.importorskip("transformers")
 
 CONFIG = infllm_pass.SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=100
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=100, scorer="pooled"
 )
 LENGTH = 200
 

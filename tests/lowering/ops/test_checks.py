@@ -25,7 +25,7 @@ from infllm_pass.runtime.position_checks import take_checks
 from tests.support.common import SMALL, capture, count_calls
 
 TILED = SparseAttentionConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64, scorer="pooled"
 )
 """Four blocks of sixteen: sizes that the Triton kernels take."""
 
@@ -117,17 +117,29 @@ CASES = {
         "equally many numbers and batch size 1",
     ),
     "block_size not of 16": (
-        lambda: {"config": SparseAttentionConfig(block_size=24, kernel_size=8, kernel_stride=4, window_size=24)},
+        lambda: {
+            "config": SparseAttentionConfig(
+                block_size=24, kernel_size=8, kernel_stride=4, window_size=24, scorer="pooled"
+            )
+        },
         Refused,
         "block_size=24",
     ),
     "large block_size": (
-        lambda: {"config": SparseAttentionConfig(block_size=256)},
+        lambda: {"config": SparseAttentionConfig(block_size=256, scorer="pooled")},
         Refused,
         "multiples of 16 from 16 to 128",
     ),
-    "query_block not of two": (lambda: {"config": SparseAttentionConfig(query_block=3)}, Refused, "powers of two"),
-    "large query_block": (lambda: {"config": SparseAttentionConfig(query_block=256)}, Refused, "powers of two"),
+    "query_block not of two": (
+        lambda: {"config": SparseAttentionConfig(query_block=3, scorer="pooled")},
+        Refused,
+        "powers of two",
+    ),
+    "large query_block": (
+        lambda: {"config": SparseAttentionConfig(query_block=256, scorer="pooled")},
+        Refused,
+        "powers of two",
+    ),
     "negative scale": (lambda: {"scale": -0.25}, Refused, "scale=-0.25: the Triton kernels take positive"),
 }
 
