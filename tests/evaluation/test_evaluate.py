@@ -92,13 +92,13 @@ def test_every_answer_counts_once(found):
 
 def test_figures_are_plain_data_and_tables_show_them(found):
     data = json.loads(json.dumps(found.to_dict()))
-    assert [side["side"] for side in data["sides"]] == [DENSE, "tokens topk=192", "tokens topk=3"]
+    assert [side["side"] for side in data["sides"]] == [DENSE, "pooled topk=192", "pooled topk=3"]
     assert data["sides"][2]["config"]["topk"] == 3
     assert data["sides"][2]["sites"][0] == data["sides"][2]["sites"][1] > 0
     assert {len(each["mean_nll"]) for each in data["segments"]} == {SEGMENTS}
     assert len(found.to_rows()) == len(found.perplexity) + 2 * (len(found.tasks) + len(found.depths))
     shown = str(found)
-    for word in ("needle_multiquery", "tokens topk=3", "docstrings", "100 %"):
+    for word in ("needle_multiquery", "pooled topk=3", "docstrings", "100 %"):
         assert word in shown
 
 
@@ -186,7 +186,7 @@ def test_a_sparsified_model_is_compared_with_its_original(model, tokenizer, foun
     expected = {row.side: row.nll for row in found.tasks if row.task == "needle_single"}
     assert {row.side: row.nll for row in got.tasks} == {
         DENSE: pytest.approx(expected[DENSE]),
-        "pooled": pytest.approx(expected["tokens topk=3"], rel=1e-5),
+        "pooled": pytest.approx(expected["pooled topk=3"], rel=1e-5),
     }
     with pytest.raises(ConfigError, match="configs"):
         infllm_pass.evaluate(sparse, tokenizer, SPARSE, settings=settings)
