@@ -1,7 +1,6 @@
 """Decoding out of Python: one exported program or file for the prompt and all steps, over a static cache."""
 
 import importlib.util
-from dataclasses import replace
 
 import pytest
 import torch
@@ -36,10 +35,10 @@ def example():
 
 @pytest.fixture(scope="module")
 def step(example):
-    return example.Step(llama().float())
+    return example.Step(llama(weights=3.0).float())
 
 
-@pytest.fixture(scope="module", params=[SMALL, replace(TOKENS, score_dtype="int8")], ids=["pooled", "tokens"])
+@pytest.fixture(scope="module", params=[SMALL, TOKENS], ids=["pooled", "tokens"])
 def sparse(request):
     return request.param
 

@@ -60,7 +60,7 @@ def nodes(path):
 
 @pytest.fixture(scope="module")
 def small_llama():
-    return Logits(llama().float())
+    return Logits(llama(weights=3.0).float())
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,13 @@ TOKENS = replace(SMALL, scorer="tokens")
 """The same by token scores."""
 
 
-def llama(**overrides):
-    """A Llama with random weights large enough that attention matters, in float64."""
+def llama(weights: float = 6.0, **overrides):
+    """A Llama with random weights large enough that attention matters, in float64.
+
+    Args:
+        weights: how many times larger than usual; with 3 all scores of tokens are within the range of float32.
+        overrides: fields of the configuration.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -37,7 +42,7 @@ def llama(**overrides):
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(6)
+            parameter.mul_(weights)
     return model
 
 

@@ -226,6 +226,18 @@ def test_selects_the_reference_set(case):
     assert not (wrong & ~undecided(case)).any()
 
 
+@pytest.mark.parametrize(("size", "group", "holes"), [(64, 1, 0.0), (64, 3, 0.3), (128, 2, 0.0), (48, 4, 0.3)])
+def test_long_prompts_select_by_tokens(size, group, holes):
+    """Blocks of whole panels of the C++ kernels, most of which every query of a tile sees in full."""
+    geometry = BlockGeometry(16, 16, size, 1, 1, 5, scorer="tokens", channels=(tuple(range(5, 21)),))
+    q, k = torch.randn(1, 2 * group, 900, 32), torch.randn(1, 2, 900, 32)
+    mask = torch.rand(1, 900) >= holes if holes else None
+    case = Case(q, k, k, {"geometry": geometry, "scale": 0.25, "offset": 0, "key_mask": mask, "window": None})
+    expected = reference.select_blocks(q, k, **case.keywords)
+    wrong = (as_set(select(q, k, **case.keywords), expected.shape[-1]) != expected).any(-1)
+    assert not (wrong & ~undecided(case)).any()
+
+
 @PROPERTY
 @given(cases(), st.sampled_from(["sparse", "sparse", "dense"]))
 def test_attends_to_the_reference_set(case, mode):
