@@ -88,7 +88,7 @@ class BreakEven:
     origin: str
 
 
-@torch.compiler.assume_constant_result  # where a graph is traced: a property of the device
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a property of the device
 def device_name(device: torch.device) -> str:
     """What rows call a device: a GPU's name, "cpu", or the type of any other, as of tensors that no GPU holds."""
     named = device.type == "cuda" and torch.cuda.is_available()

@@ -348,7 +348,7 @@ def operator_arguments(case, length=150):
         place |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
     geometry = TILED.geometry
     if case == "tokens":
-        geometry = replace(TILED, score_dtype="int8").geometry_for(16)
+        geometry = replace(TILED, scorer="tokens", score_dtype="int8").geometry_for(16)
     return (q, k, v), AttentionCall(0.25, 64, geometry, **place).arguments
 
 
