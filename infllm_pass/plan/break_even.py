@@ -88,9 +88,11 @@ class BreakEven:
     origin: str
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a property of the device
 def device_name(device: torch.device) -> str:
-    """What rows call a device: a GPU's name, "cpu", or the type of any other."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What rows call a device: a GPU's name, "cpu", or the type of any other, as of tensors that no GPU holds."""
+    named = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if named else device.type
 
 
 def user_file() -> Path:

@@ -49,6 +49,8 @@ class Case:
     block_size: int = 16
     query_block: int = 1
     lse: str = "coarse"
+    scorer: str = "pooled"
+    score_dtype: str = "key"
     dense_len: int = 0
     window: int | None = None
     offset: str | None = None
@@ -70,8 +72,14 @@ class Case:
             dense_len=self.dense_len,
             lse=self.lse,  # type: ignore[arg-type]
             query_block=self.query_block,
-            scorer="pooled",
+            scorer=self.scorer,  # type: ignore[arg-type]
+            score_dtype=self.score_dtype,  # type: ignore[arg-type]
         )
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """Its geometry; token scores read all channels, as where no rotary embedding is known."""
+        return self.config.geometry_for(self.dim)
 
 
 def names(cases: list[Case]) -> list[str]:
@@ -156,7 +164,7 @@ def make(case: Case) -> Call:
 
 def visited(case: Case, plan: TilePlan, blocks: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
     """The lists as a set, bool ``[B, Hkv, Lq, n_blocks]``, blocks numbered within the query's sequence."""
-    shape, count = plan.shape, case.config.geometry.num_blocks(case.length_k)
+    shape, count = plan.shape, case.geometry.num_blocks(case.length_k)
     panels = plan.panels.repeat_interleave(shape.tiles, 0)  # [n_tiles, 8]
     part = torch.arange(plan.num_tiles, device=panels.device) % shape.tiles
     size = (case.batch, case.heads_kv, case.length_q, count)
@@ -215,7 +223,7 @@ def check(case: Case, monkeypatch) -> None:
     grad = torch.randn_like(out)
     actual = torch.autograd.grad(out, (call.q, call.k, call.v), grad)
 
-    geometry = case.config.geometry
+    geometry = case.geometry
     chosen = None
     if seen and call.sequences:
         given, (*lists, sequences, panels) = seen[0]
@@ -265,7 +273,9 @@ def check_selection(case: Case, call: Call, sequence, selected: Tensor, common) 
     length = keys.stop - keys.start
     positions = position + torch.arange(queries.stop - queries.start, device=selected.device)
     q, k = call.q.detach()[row, :, queries], call.k.detach()[row, :, keys]
-    wanted = reference.select_sequence(q, k, window=case.window, **common)
+    mask = call.arguments.get("key_mask")
+    common = common | {"window": case.window, "key_mask": None if mask is None else mask[row, keys]}
+    wanted = reference.select_sequence(q, k, **common)
     assert torch.equal(selected.sum(-1), wanted.sum(-1))
     assert selected.gather(-1, (positions // geometry.block_size).expand(case.heads_kv, -1)[..., None]).all()
     if case.dtype == torch.float32:
@@ -298,6 +308,13 @@ SMALL_CASES = [
     replace(TINY, length_q=40, offset="tensor", dim=8, value_dim=8, group=3),
     replace(TINY, lengths=(3, 1, 20), length_q=24, length_k=24, group=4),
     replace(TINY, lengths=(20, 1, 80, 12), packed=True, dense_len=30),
+    replace(TINY, scorer="tokens"),
+    replace(TINY, scorer="tokens", group=3, heads_kv=2, value_dim=24, length_q=90, length_k=90, score_dtype="int8"),
+    replace(TINY, scorer="tokens", batch=2, key_mask=True, dense_len=100, query_block=16, group=1, score_dtype="fp8"),
+    replace(TINY, scorer="tokens", length_q=40, offset="int", window=40),
+    replace(TINY, scorer="tokens", length_q=40, offset="tensor", dim=8, value_dim=8, group=3),
+    replace(TINY, scorer="tokens", lengths=(20, 1, 80, 12), packed=True, dense_len=30),
+    replace(TINY, scorer="tokens", length_q=0, length_k=0, key_mask=True),
     replace(TINY, length_q=0, length_k=0),
     replace(TINY, length_q=0, length_k=0, key_mask=True),
     replace(TINY, length_q=0, length_k=50),
@@ -323,6 +340,19 @@ def grid() -> list[Case]:
             length = 9 * size - 5
             cases.append(Case(block_size=size, length_q=length, length_k=length, batch=1, dtype=dtype))
         cases += [Case(query_block=16, group=group, dtype=dtype) for group in (1, 4, 16)]
+        tokens = Case(scorer="tokens", dtype=dtype)
+        cases += [replace(tokens, group=group, heads_kv=1 if group > 7 else 2) for group in (1, 3, 4, 16, 80)]
+        cases += [
+            replace(tokens, dim=dim, score_dtype=form) for dim, form in ((40, "int8"), (128, "fp8"), (256, "key"))
+        ]
+        cases += [replace(tokens, query_block=size, score_dtype="fp8") for size in (16, 64)]
+        cases += [
+            replace(tokens, window=150, key_mask=True),
+            replace(tokens, key_mask=True, dense_len=200, score_dtype="int8"),
+            replace(tokens, **PACKED, score_dtype="int8"),
+            replace(tokens, block_size=48, length_q=427, length_k=427, batch=1),
+            replace(tokens, length_q=77, offset="tensor"),
+        ]
         cases += [
             Case(lse="exact", dtype=dtype),
             Case(window=40, dtype=dtype),
@@ -367,7 +397,7 @@ def test_calls(case, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_default_configuration_on_long_sequences(dtype, monkeypatch):
     """The published sizes: up to 6144 tokens all blocks are visited, and later queries do not depend on the call."""
-    config = SparseAttentionConfig(dense_len=0, scorer="pooled")
+    config = SparseAttentionConfig(dense_len=0)
     q, k, v = (torch.randn(1, heads, 8000, 128, device=DEVICE, dtype=dtype) for heads in (8, 2, 2))
     out = switchable_attention(q, k, v, config)
     rows = torch.tensor([0, 63, 64, 6143, 6144, 7777, 7999], device=DEVICE)

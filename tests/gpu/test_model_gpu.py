@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_torch_operators_match_the_oracle(dtype, padded):
         key_mask[0, :40] = False
     out = switchable_attention(q, k, v, SMALL, key_mask=key_mask)
     grad = torch.randn_like(out)
-    g = SMALL.geometry
+    g = SMALL.geometry_for(32)
     call = AttentionCall(32**-0.5, SMALL.dense_len, g, key_mask=key_mask).arguments
     (blocks,) = select(q, k, call)
     chosen = (blocks[..., None] == torch.arange(g.num_blocks(301), device="cuda")).any(-2)
@@ -243,7 +244,7 @@ class PlacedOracle(Placed):
             starts = [0, *(i for i in range(1, len(visible)) if not visible[i, i - 1]), len(visible)]
             for begin, end in itertools.pairwise(starts):
                 part = [x[row : row + 1, :, begin:end] for x in (q, k, v)]
-                common = {"geometry": TILED.geometry, "scale": 0.25, "offset": 0, "window": self.window}
+                common = {"geometry": TILED.geometry_for(16), "scale": 0.25, "offset": 0, "window": self.window}
                 sparse = end - begin >= TILED.dense_len
                 blocks = reference.select_blocks(*part[:2], **common, dense_len=0) if sparse else None
                 rows.append(reference.attention(*part, blocks, **common, dense_len=0)[0].to(q.dtype))
@@ -345,7 +346,10 @@ def operator_arguments(case, length=150):
     if packed:
         bounds = torch.tensor([0, 10, 100, length], dtype=torch.int32, device="cuda")
         place |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-    return (q, k, v), AttentionCall(0.25, 64, TILED.geometry, **place).arguments
+    geometry = TILED.geometry
+    if case == "tokens":
+        geometry = replace(TILED, scorer="tokens", score_dtype="int8").geometry_for(16)
+    return (q, k, v), AttentionCall(0.25, 64, geometry, **place).arguments
 
 
 def attend(case, q, k, v, *call):
@@ -353,7 +357,7 @@ def attend(case, q, k, v, *call):
     return prefill.block_attention(q, k, v, [] if case == "dense" else select(q, k, call), *call)
 
 
-OPERATOR_CASES = ["plain", "dense", "padded", "window", "int offset", "device offset", "packed"]
+OPERATOR_CASES = ["plain", "tokens", "dense", "padded", "window", "int offset", "device offset", "packed"]
 
 
 @pytest.mark.parametrize("case", OPERATOR_CASES)

@@ -16,7 +16,7 @@ from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
 from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
 from infllm_pass.kernels.triton.configs import LaunchConfig, ScatteredConfig, SelectionConfig, find_config
-from infllm_pass.kernels.triton.index_keys import Channels
+from infllm_pass.kernels.triton.index_keys import FORMS, Channels, _channels_kernel, _index_keys_kernel
 from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kernel
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
 from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
@@ -401,6 +401,25 @@ def test_token_scores_compile(variant, capability, record_property):
     assert used["shared"] <= SHARED_MEMORY[capability]
     if variant.hot and capability == 90:
         assert used["spilled"] <= 64  # what only a panel's start and end need may spill
+
+
+@pytest.mark.parametrize(("form", "runs", "capability"), [("key", 2, 80), ("int8", 0, 86), ("fp8", 1, 90)])
+def test_index_keys_compile(form, runs, capability):
+    stored = {"key": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[form]
+    known = {
+        "k": torch.bfloat16,
+        "ki": stored,
+        "scales": torch.bfloat16 if form == "key" else torch.float32,
+        **dict.fromkeys(("channels", "table"), torch.int32),
+        **Channels(torch.empty(0), 0, 32, runs, (16 << 9) | (16 | 32 << 9) << 18).constants,
+        **{f"stride_{axis}": "i32:16" for axis in "bht"},
+        "FORM": FORMS[form],
+        "ROWS": 64,
+    }
+    for kernel in (_index_keys_kernel, _channels_kernel):
+        arguments = {name: known.get(name, "i32") for name in kernel.arg_names}
+        used = compile_ahead(kernel, arguments, capability=capability, num_warps=4, num_stages=3)
+        assert used["spilled"] == 0
 
 
 SCATTERED = find_config(ScatteredConfig, "scattered", 90, 2, 128)

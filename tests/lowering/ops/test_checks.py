@@ -301,7 +301,7 @@ def test_sparse_sites_become_three_operators(anywhere, dynamic):
     q, k, v, selection, *optional, scale, dense_len, geometry = call.args
     assert [node.meta["example_value"].shape[1] for node in (q, k, v)] == [6, 2, 2]
     assert optional == [None] * 6
-    assert (scale, dense_len, geometry_of(geometry)) == (0.25, 64, TILED.geometry)
+    assert (scale, dense_len, geometry_of(geometry)) == (0.25, 64, TILED.geometry_for(16))
     select, compress = torch.ops.infllm.select_blocks.default, torch.ops.infllm.compress_keys.default
     assert (selection.target, selection.args[2].target) == (select, compress)
     assert selection.args == (q, k, selection.args[2], *call.args[4:])
