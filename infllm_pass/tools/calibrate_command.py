@@ -30,7 +30,7 @@ from infllm_pass.tools.checkpoint import (
 from infllm_pass.tools.output import OutputFormat, print_data
 
 COLUMNS = (
-    Column("module", "module", folds=True, right=False),
+    Column("module", "module", right=False),
     Column("channels", "channels", right=False),
     Column("chosen_by", "chosen by", folds=True, right=False),
     Column("pooled", "missed, pooled", ".3f"),
