@@ -116,4 +116,4 @@ def missed(
 def worst(values: Tensor) -> float:
     """Mean of the largest values, see `WORST_SHARE`."""
     count = max(1, round(WORST_SHARE * values.numel()))
-    return max(0.0, float(values.topk(count).values.mean()))
+    return max(0.0, float(values.flatten().topk(count).values.mean()))

@@ -85,6 +85,23 @@ class Calibration:
         wanted = {"scorer": scorer, "topk": topk}
         return replace(self, follows=tuple(name for name, follow in wanted.items() if follow))
 
+    def for_part(self, path: str, part: nn.Module) -> Calibration:
+        """The calibration of a part of the model, which is sparsified by itself.
+
+        Args:
+            path: dotted path of the part in the model that was calibrated.
+            part: the part.
+
+        Raises:
+            CalibrationError: no site lies in it.
+        """
+        inside = [site for site in self.sites if site.module.startswith(f"{path}.")]
+        if not inside:
+            raise CalibrationError(f"the calibration of {self.model} has no site in {path}: calibrate this model")
+        name, parameters = describe_model(part)
+        sites = tuple(replace(site, module=site.module.removeprefix(f"{path}.")) for site in inside)
+        return replace(self, model=name, parameters=parameters, sites=sites)
+
     def of(self, site: AttentionSite) -> SiteCalibration:
         """What was found at a site.
 

@@ -40,10 +40,12 @@ def calibrate(
 ) -> Calibration:
     """Measure which channels of the keys token scores should read at each attention site of a model.
 
-    The model runs dense, as it is, without gradients. Channels are those of largest variance, in whole rotary pairs.
-    Where texts are longer than the budget, passages are repeated at their ends, and for the queries of these
-    repetitions it is measured which share of the attention the published score and the token score miss: sites are
-    judged by the worst rows, since a few heads with rare, sharp hits matter and means do not show them.
+    The model runs dense, as it is, without gradients. Candidates are the channels of largest variance, in whole rotary
+    pairs, and those of the lowest rotary frequencies. Where texts are longer than the budget, passages are repeated at
+    their ends, and for the queries of these repetitions it is measured which share of the attention the published score
+    and token scores miss: heads and sites are judged by the worst rows, since a few heads with rare, sharp hits matter
+    and means do not show them. From shorter texts the channels of largest variance are taken, and nothing is
+    recommended.
 
     Args:
         model: a module or function, plain, compiled or sparsified, that takes token ids ``[B, L]``.

@@ -1,4 +1,4 @@
-"""The command ``infllm-pass``: ``demo``, ``explain``, ``evaluate``, ``export``, ``tune``, ``bench`` and ``lm-eval``."""
+"""The command ``infllm-pass``: demo, explain, calibrate, evaluate, export, tune, bench and lm-eval."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ examples:
   infllm-pass explain my_package.models:build    the model that a function returns
   infllm-pass evaluate                           perplexity, needles and more of SmolLM2-135M, dense and sparse
   infllm-pass evaluate ./model --scorer tokens pooled --topk 10 18 --tasks perplexity needle_single
+  infllm-pass calibrate SmolLM2-135M-Instruct --text book.txt --out smollm2.json
   infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
   infllm-pass lm-eval run --model infllm --model_args pretrained=./model,topk=18 --tasks ruler_vt
   infllm-pass bench                              list the benchmarks of a checkout
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_explain(commands)
+    _add_calibrate(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_tune(commands)
@@ -128,6 +130,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
+    _add_calibration(parser)
     add_format_options(parser)
     defaults = {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"}
     _add_config(parser, defaults, without=("scorer",))
@@ -144,6 +147,7 @@ def _demo(options: argparse.Namespace) -> int:
         out=options.out,
         device=options.device,
         layer=options.layer,
+        calibration=options.calibration,
     )
     figures = run_demo(chosen, notes_console(options.format))
     if options.format is not OutputFormat.TABLE:
@@ -169,6 +173,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--length", type=_positive, metavar="N", help="tokens of the input (dense_len)")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="rows of the input (1)")
     parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to build (all)")
+    _add_calibration(parser)
     add_format_options(parser)
     _add_config(parser, {})
     parser.set_defaults(run=_explain)
@@ -179,6 +184,40 @@ def _explain(options: argparse.Namespace) -> int:
 
     explain(options, lambda base: _configured(base, options), notes_console(options.format))
     return 0
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure which channels of the keys token scores should read",
+        description="Runs a model dense on a text, chooses channels for every attention site and key/value head, and "
+        "measures which sites need token scores and what budget, by the rows that miss the most. Writes a JSON file "
+        "for sparsify(..., calibration=FILE) and --calibration. Takes some minutes on a CPU.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="SmolLM2-135M-Instruct, or a model folder with weights and tokenizer"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (the model's)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="the text (one that comes with Python)")
+    parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of it to read (8192)")
+    parser.add_argument("--length", type=_positive, metavar="N", help="tokens that run at once (all, at most 8192)")
+    parser.add_argument("--out", type=Path, default=Path("calibration.json"), metavar="FILE", help="(calibration.json)")
+    add_format_options(parser)
+    _add_config(parser, {}, without=("scorer", "dense_len"))
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.calibrate_command import calibrate_command
+
+    calibrate_command(options, lambda base: _configured(base, options), notes_console(options.format))
+    return 0
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="channels of token scores, from infllm-pass calibrate"
+    )
 
 
 def _add_evaluate(commands: Any) -> None:

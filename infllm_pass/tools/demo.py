@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import infllm_pass
+from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, DeviceError
 from infllm_pass.evaluation.needles import needle_multiquery
@@ -57,6 +58,7 @@ class DemoOptions:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         layer: the layer to draw, 0 to 29.
         generate: tokens to generate.
+        calibration: file of a calibration; None: channels are read off the graph.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -69,6 +71,7 @@ class DemoOptions:
     device: str = "auto"
     layer: int = 20
     generate: int = 24
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         for name, value, least, most in (
@@ -107,6 +110,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
+        CalibrationError: the calibration cannot be read, or is that of another model.
         MissingDependencyError: transformers, gguf or matplotlib is not installed.
         MeasurementError: a measuring process died.
     """
@@ -114,6 +118,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     begin = time.perf_counter()
     find_checkpoint()
     config = options.config
+    calibration = None if options.calibration is None else Calibration.load(options.calibration)
     console.print(
         f"model   [bold]{SMOLLM2.name}[/bold], license {SMOLLM2.license}, {SMOLLM2.source}; 4-bit weights "
         f"from the package {SMOLLM2.package} {SMOLLM2.version}",
@@ -125,7 +130,8 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
         ids = corpus(tokenizer, options.tokens)
         sample = hidden_numbers(tokenizer, options.tokens)
     chosen = replace(config, scorer="tokens")
-    job = Job(tuple(ids[0].tolist()), sample, chosen, options.resolved_device, options.generate, options.layer)
+    text, device = tuple(ids[0].tolist()), options.resolved_device
+    job = Job(text, sample, chosen, device, options.generate, options.layer, calibration)
     quiet = replace(job, generate=0)
     _print_plan(console, job)
     sides: dict[str, SideResult] = {}

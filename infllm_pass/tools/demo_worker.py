@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import infllm_pass
+from infllm_pass.calibration.record import Calibration
 from infllm_pass.compat.dynamo import compile_seconds
 from infllm_pass.compat.transformers import cache_name
 from infllm_pass.config import SparseAttentionConfig
@@ -55,6 +56,7 @@ class Job:
         device: "cpu" or "cuda".
         generate: tokens to generate, after a prompt that ends as many tokens before the text; 0: none.
         layer: the layer to draw.
+        calibration: channels of token scores; None: those that are read off the graph.
     """
 
     ids: tuple[int, ...]
@@ -63,6 +65,7 @@ class Job:
     device: str
     generate: int
     layer: int
+    calibration: Calibration | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +129,7 @@ def measure_and_draw(job: Job, tell: Tell) -> tuple[SideResult, LayerPicture]:
 
 def _measured(model: Any, job: Job, side: Branch, tell: Tell) -> SideResult:
     """One side's figures."""
-    sparse = infllm_pass.sparsify(torch.compile(model.model), job.config)
+    sparse = infllm_pass.sparsify(torch.compile(model.model), job.config, calibration=_calibration(job, model))
     run: Any = sparse if side is Branch.SPARSE else infllm_pass.dense(sparse)
     ids = torch.tensor([job.ids], device=job.device)
     prefill = partial(run, input_ids=ids, use_cache=True)
@@ -157,6 +160,18 @@ def _measured(model: Any, job: Job, side: Branch, tell: Tell) -> SideResult:
         generated=generated,
         needles=needles,
     )
+
+
+def _calibration(job: Job, model: Any) -> Calibration | None:
+    """The job's calibration, for the decoder alone.
+
+    Raises:
+        CalibrationError: it is that of another model.
+    """
+    if job.calibration is None:
+        return None
+    job.calibration.check_model(model)
+    return job.calibration.for_part("model", model.model)
 
 
 def _find_needles(head: torch.nn.Module, run: Any, job: Job) -> tuple[AnswerScore, ...]:

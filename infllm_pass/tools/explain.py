@@ -51,7 +51,7 @@ def explain(
     """Build a model without weights, trace it at one length and print the report.
 
     Args:
-        options: path, length, batch, layers and format.
+        options: path, length, batch, layers, calibration and format.
         configured: puts the fields that were given as options into a configuration.
         console: where a table goes.
 
@@ -73,7 +73,7 @@ def explain(
         length = options.length or (EXPLAINED_TOKENS if isinstance(known, str) else known)
         args, kwargs, described = _inputs(target, own, options.batch, length)
         try:
-            found = infllm_pass.explain(target.model, *args, config=config, **kwargs)
+            found = infllm_pass.explain(target.model, *args, config=config, calibration=options.calibration, **kwargs)
         except _TRACING_ERRORS as error:
             if isinstance(error, InfLLMError):
                 raise

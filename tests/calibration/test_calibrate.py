@@ -221,6 +221,7 @@ def test_the_worst_rows_count_and_not_the_mean():
     values[7] = 0.9
     values[8:17] = 0.3
     assert worst(values) == pytest.approx((0.9 + 9 * 0.3) / 10)
+    assert worst(values.view(10, 100)) == worst(values)  # one head may have them all
     assert worst(torch.tensor([0.2])) == pytest.approx(0.2)
     assert worst(torch.full((10,), -0.1)) == 0.0
 

@@ -59,7 +59,7 @@ def write_record(places: Iterable[tuple[str, str, Iterable[Specimen]]]) -> None:
         except Exception as error:  # a model that Dynamo does not trace has nothing to read
             found.setdefault(family, {})[architecture] = [f"not traced: {one_line(error)}"]
         print(f"{architecture}: {found[family][architecture]}", flush=True)
-    RECORD.write_text(dump(found))
+        RECORD.write_text(dump(found))
 
 
 def dump(found: Record) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 
+from infllm_pass.sites.rotary import Rotary
+from tests.support.key_channels import measured
 from tests.zoo import __main__ as zoo_command
-from tests.zoo import huggingface, oracle, packages, running, written
+from tests.zoo import channels, huggingface, oracle, packages, running, written
+from tests.zoo.channels import read_keys
 from tests.zoo.examination import Finding, examine
 from tests.zoo.running import FAMILIES, Result
 from tests.zoo.specimens import CannotBuildError, Kind, Specimen
-from tests.zoo.table import DECISIONS
+from tests.zoo.table import DECISIONS, TABLE
 from tests.zoo.truth import unexplained
 
 EXPECTED = json.loads(DECISIONS.read_text())
@@ -155,3 +159,29 @@ def test_a_model_whose_padding_shows_is_not_held_to_its_output(keeps, monkeypatc
     finding = examine(specimen, Kind.PADDED)
     assert finding.equal is (not keeps)
     assert ("padding" in finding.unusable) is (not keeps)
+
+
+READ_FAST = ["cohere", "deepseek_v2", "deepseek_v3", "glm", "gpt2", "gpt_neox", "gptj", "llama", "mimo_v2_flash", "phi"]
+"""Architectures whose keys turn by their positions alone, and one without a rotary embedding."""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("architecture", READ_FAST)
+def test_the_keys_of_a_transformers_model_turn_as_recorded_and_as_measured(architecture):
+    found = read_keys(next(iter(huggingface.specimens(architecture))))
+    assert list(dict.fromkeys(keys.text for keys in found)) == channels.record()["transformers"][architecture]
+    turned = [keys for keys in found if isinstance(keys.rotary, Rotary)]
+    assert bool(turned) is (architecture != "gpt2")
+    for keys in turned:
+        angles = measured(keys.keys, keys.rotary)
+        assert all(low <= high + 1e-6 for low, high in pairwise(angles)), angles
+
+
+def test_the_record_of_keys_covers_the_zoo():
+    recorded = channels.record()
+    for family in ("transformers", "written for the tests"):
+        built = {name for name, entry in EXPECTED[family].items() if "unbuilt" not in entry}
+        assert set(recorded[family]) == built
+    texts = {text for entries in recorded.values() for entry in entries.values() for text in entry}
+    assert not [text for text in texts if "is not followed" in text or "is not known" in text]
+    assert TABLE.read_text().endswith(channels.section())
