@@ -18,7 +18,7 @@ from tests.support.tokenizers import byte_llama, byte_tokenizer
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-BLOCKS = ("--kernel-size", 4, "--kernel-stride", 2, "--block-size", 8, "--window-size", 16)
+BLOCKS = ("--scorer", "pooled", "--kernel-size", 4, "--kernel-stride", 2, "--block-size", 8, "--window-size", 16)
 
 
 @pytest.fixture
