@@ -25,23 +25,22 @@ from infllm_pass.evaluation.scoring import AnswerScore, Scorer, TextLosses
 from infllm_pass.evaluation.tasks import PERPLEXITY, TaskSettings, draw_samples, haystacks, windows
 from infllm_pass.evaluation.texts import Text, standard_texts
 from infllm_pass.frontend.api import ConfigLike, original_of, report, sparsified_config, sparsify
+from infllm_pass.frontend.calibrating import evaluation_mode
 from infllm_pass.rewrite.report import SiteReport
 
 Tell = Callable[[str, int, int], None]
 """Takes what is being done, how many passes are done, and out of how many."""
 
 
-def default_config(length: int, scorer: Mapping[str, Any] | None = None) -> SparseAttentionConfig:
+def default_config(length: int) -> SparseAttentionConfig:
     """A configuration that visits about a fifth of the blocks of a text, and is sparse at every length.
 
     Args:
-        length: tokens of the text; from 512 on, its sixteenth is the local window, and its eighth is chosen by score.
-        scorer: fields that differ.
+        length: tokens of the text; from 1024 on, its sixteenth is the local window, and its eighth is chosen by score.
     """
     size = SparseAttentionConfig().block_size
     local = max(1, length // (16 * size))
-    config = {"window_size": local * size, "topk": 2 * local + 2, "dense_len": 0, **(scorer or {})}
-    return SparseAttentionConfig(**config)
+    return SparseAttentionConfig(window_size=local * size, topk=2 * local + 2, dense_len=0)
 
 
 def evaluate(
@@ -59,9 +58,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure what a causal language model loses by sparse attention.
 
-    Every prompt and its answers are one forward pass: an answer is right if each of its tokens is the likeliest after
-    the prompt and the right answers before it, which is when greedy decoding gives it. Nothing is computed before
-    everything that can be refused was looked at.
+    The model runs without dropout. Every prompt and its answers are one forward pass: an answer is right if each of its
+    tokens is the likeliest after the prompt and the right answers before it, which is when greedy decoding gives it.
+    Nothing is computed before everything that can be refused was looked at.
 
     Args:
         model: a causal language model of transformers, plain or compiled, or one that `sparsify` returned, whose own
@@ -115,11 +114,12 @@ def evaluate(
     if measured is not None:
         sides += [(f"{n} calibrated", c, measured) for n, c in named.items() if c.scorer == "tokens"]
     passes = _Passes(read, samples, writer if generate else None, tell, 1 + len(sides))
-    runs = [passes.run(DENSE, original, original, None)]
-    for name, config, known in sides:
-        compiled = torch.compile(original, backend=backend)
-        run = model if own is not None else sparsify(compiled, config, strict=True, calibration=known)
-        runs.append(passes.run(name, run, original, config))
+    with evaluation_mode(original):
+        runs = [passes.run(DENSE, original, original, None)]
+        for name, config, known in sides:
+            compiled = torch.compile(original, backend=backend)
+            run = model if own is not None else sparsify(compiled, config, strict=True, calibration=known)
+            runs.append(passes.run(name, run, original, config))
     return summarised(_facts(original, chosen, [each.name for each in stacks], backend), runs, samples, chosen.depths)
 
 

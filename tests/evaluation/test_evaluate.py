@@ -244,6 +244,15 @@ def test_a_calibration_is_compared_with_its_absence(model, tokenizer):
 CALIBRATED = "tokens score_dims=16 calibrated"
 
 
+def test_a_model_in_training_is_evaluated_without_dropout_and_left_as_it_was(tokenizer, found):
+    model = byte_llama(attention_dropout=0.5).train()
+    settings = replace(QUICK, tasks=("needle_single",))
+    got = infllm_pass.evaluate(model, tokenizer, SPARSE, settings=settings)
+    expected = {row.side: row.nll for row in found.tasks if row.task == "needle_single"}
+    assert [row.nll for row in got.tasks] == pytest.approx([expected[DENSE], expected["pooled topk=3"]], rel=1e-5)
+    assert all(module.training for module in model.modules())
+
+
 def test_progress_is_told(model, tokenizer):
     told = []
     settings = replace(QUICK, tasks=("needle_single", "perplexity"))
