@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib import metadata
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, EvaluationError, UnsupportedModelError
-from infllm_pass.evaluation.density import density
+from infllm_pass.evaluation.density import mean_density
 from infllm_pass.evaluation.results import DENSE, Evaluation, SideRun, summarised
 from infllm_pass.evaluation.samples import Sample, Writer
 from infllm_pass.evaluation.scoring import AnswerScore, Scorer, TextLosses
 from infllm_pass.evaluation.tasks import PERPLEXITY, TaskSettings, draw_samples, haystacks, windows
 from infllm_pass.evaluation.texts import Text, standard_texts
 from infllm_pass.frontend.api import ConfigLike, original_of, report, sparsified_config, sparsify
-from infllm_pass.plan.break_even import AttentionPlace, device_name, resolved
+from infllm_pass.frontend.calibrating import evaluation_mode
 from infllm_pass.rewrite.report import SiteReport
 
 Tell = Callable[[str, int, int], None]
 """Takes what is being done, how many passes are done, and out of how many."""
 
 
-def default_config(length: int, scorer: Mapping[str, Any] | None = None) -> SparseAttentionConfig:
+def default_config(length: int) -> SparseAttentionConfig:
     """A configuration that visits about a fifth of the blocks of a text, and is sparse at every length.
 
     Args:
-        length: tokens of the text; from 512 on, its sixteenth is the local window, and its eighth is chosen by score.
-        scorer: fields that differ.
+        length: tokens of the text; from 1024 on, its sixteenth is the local window, and its eighth is chosen by score.
     """
     size = SparseAttentionConfig().block_size
     local = max(1, length // (16 * size))
-    config = {"window_size": local * size, "topk": 2 * local + 2, "dense_len": 0, **(scorer or {})}
-    return SparseAttentionConfig(**config)
+    return SparseAttentionConfig(window_size=local * size, topk=2 * local + 2, dense_len=0)
 
 
 def evaluate(
@@ -50,15 +51,16 @@ def evaluate(
     settings: TaskSettings | None = None,
     texts: Sequence[Text] | None = None,
     prefix: Sequence[int] | None = None,
+    calibration: Calibration | str | PathLike[str] | None = None,
     backend: str = "eager",
     generate: bool = False,
     tell: Tell | None = None,
 ) -> Evaluation:
     """Measure what a causal language model loses by sparse attention.
 
-    Every prompt and its answers are one forward pass: an answer is right if each of its tokens is the likeliest after
-    the prompt and the right answers before it, which is when greedy decoding gives it. Nothing is computed before
-    everything that can be refused was looked at.
+    The model runs without dropout. Every prompt and its answers are one forward pass: an answer is right if each of its
+    tokens is the likeliest after the prompt and the right answers before it, which is when greedy decoding gives it.
+    Nothing is computed before everything that can be refused was looked at.
 
     Args:
         model: a causal language model of transformers, plain or compiled, or one that `sparsify` returned, whose own
@@ -70,6 +72,8 @@ def evaluate(
         settings: tasks, lengths, depths, samples and seed; None: the defaults.
         texts: what to read and to hide things in, see `texts.read_texts`; None: `texts.standard_texts`.
         prefix: token ids before every text; None: those that the tokenizer puts there.
+        calibration: a `Calibration` of the model, or a file that holds one: every configuration with token scores is
+            compared without it and with it.
         backend: what ``torch.compile`` hands the sparse graphs to. The figures are of quality, so that nothing is
             gained by compiling; "inductor" measures what it computes.
         generate: also generate text after every prompt, with the sparse model's decode steps, and look for the answers.
@@ -80,6 +84,7 @@ def evaluate(
 
     Raises:
         ConfigError: a configuration or setting is out of its range, or given twice.
+        CalibrationError: the calibration cannot be read, or is that of another model.
         EvaluationError: a text is empty or too short, a task does not fit a length, or the model has fewer positions.
         UnsupportedModelError: `model` is no causal language model with token ids for inputs.
         NoAttentionSiteError: nothing in the model became switchable.
@@ -93,21 +98,28 @@ def evaluate(
     if generate and not callable(getattr(original, "generate", None)):
         raise UnsupportedModelError(f"{type(original).__name__} has no generate(): evaluate it without generation")
     own = sparsified_config(model)
-    if own is not None and configs is not None:
-        raise ConfigError("configs", configs, "None for a sparsified model, or the plain model")
+    for name, value in (("configs", configs), ("calibration", calibration)):
+        if own is not None and value is not None:
+            raise ConfigError(name, value, "None for a sparsified model, or the plain model")
     candidates = [own] if own is not None else _configurations(configs, max(chosen.lengths))
     named = _named(candidates)
+    measured = _checked_calibration(calibration, original, candidates)
     _check_model(original, chosen, candidates)
     writer = Writer(tokenizer, prefix)
     stacks = haystacks(writer, standard_texts() if texts is None else texts)
     read = windows(writer, stacks, chosen.lengths) if PERPLEXITY in chosen.tasks else {}
     samples = draw_samples(writer, stacks, chosen)
 
-    passes = _Passes(read, samples, writer if generate else None, tell, 1 + len(named))
-    runs = [passes.run(DENSE, original, original, None)]
-    for name, config in named.items():
-        run = model if own is not None else sparsify(torch.compile(original, backend=backend), config, strict=True)
-        runs.append(passes.run(name, run, original, config))
+    sides: list[tuple[str, SparseAttentionConfig, Calibration | None]] = [(n, c, None) for n, c in named.items()]
+    if measured is not None:
+        sides += [(f"{n} calibrated", c, measured) for n, c in named.items() if c.scorer == "tokens"]
+    passes = _Passes(read, samples, writer if generate else None, tell, 1 + len(sides))
+    with evaluation_mode(original):
+        runs = [passes.run(DENSE, original, original, None)]
+        for name, config, known in sides:
+            compiled = torch.compile(original, backend=backend)
+            run = model if own is not None else sparsify(compiled, config, strict=True, calibration=known)
+            runs.append(passes.run(name, run, original, config))
     return summarised(_facts(original, chosen, [each.name for each in stacks], backend), runs, samples, chosen.depths)
 
 
@@ -148,16 +160,13 @@ class _Passes:
             for sample in self.samples:
                 self._next(f"{name}: {sample.task}, {len(sample.ids)} tokens, generating")
                 generated.append(scorer.generated(sample, self.generating.decode))
-        sites: tuple[int, int] | None = None
-        if config is not None:
-            found = report(run).sites
-            sites = sum(site.decision == "switchable" for site in found), len(found)
-            config = resolved(config, _place(next(site for site in found if site.decision == "switchable"), scorer))
+        found = [] if config is None else report(run).sites
+        switchable = sum(site.decision == "switchable" for site in found)
         return SideRun(
             name=name,
             config=None if config is None else config.to_dict(),
-            sites=sites,
-            density=partial(density, config, sparse_sites=1.0 if sites is None else sites[0] / sites[1]),
+            sites=None if config is None else (switchable, len(found)),
+            density=partial(mean_density, _site_configs(config, found)),
             texts=losses,
             answers=answers,
             generated=generated,
@@ -169,10 +178,13 @@ class _Passes:
         self._done += 1
 
 
-def _place(site: SiteReport, scorer: Scorer) -> AttentionPlace:
-    """Where a site's attention runs."""
-    _, query_heads, _, head_dim = site.query_shape
-    return AttentionPlace(device_name(scorer.device), int(query_heads), int(site.key_shape[1]), int(head_dim))
+def _site_configs(
+    config: SparseAttentionConfig | None, sites: Sequence[SiteReport]
+) -> Counter[SparseAttentionConfig | None]:
+    """How many sites have which configuration; None is dense."""
+    if config is None:
+        return Counter([None])
+    return Counter(replace(config, **site.config) if site.decision == "switchable" else None for site in sites)
 
 
 def _configurations(configs: ConfigLike | Sequence[ConfigLike], longest: int) -> list[SparseAttentionConfig]:
@@ -183,6 +195,20 @@ def _configurations(configs: ConfigLike | Sequence[ConfigLike], longest: int) ->
         raise ConfigError("configs", configs, "at least one configuration, or None for the default")
     coerced = map(SparseAttentionConfig.coerce, given)
     return [config.with_dense_len(0) if config.dense_len == "auto" else config for config in coerced]
+
+
+def _checked_calibration(
+    calibration: Calibration | str | PathLike[str] | None,
+    model: nn.Module,
+    configs: Sequence[SparseAttentionConfig],
+) -> Calibration | None:
+    if calibration is None:
+        return None
+    if not any(config.scorer == "tokens" for config in configs):
+        raise ConfigError("calibration", calibration, 'a configuration with scorer="tokens", which reads it')
+    found = Calibration.coerce(calibration)
+    found.check_model(model)
+    return found
 
 
 def _named(configs: Sequence[SparseAttentionConfig]) -> dict[str, SparseAttentionConfig]:

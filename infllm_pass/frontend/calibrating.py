@@ -74,7 +74,7 @@ def calibrate(
     compiled = compile_with(original, observer, CompileSettings(observer))
     entry = compiled.forward if isinstance(compiled, nn.Module) else compiled
     failure: Exception | None = None
-    with torch.no_grad(), _evaluating(original), _told(progress) as tell:
+    with torch.no_grad(), evaluation_mode(original), _told(progress) as tell:
         try:
             sites = run_calibration(
                 lambda ids: entry(ids if device is None else ids.to(device), **arguments), observer, texts, tell
@@ -107,7 +107,7 @@ def _texts(input_ids: object, length: int | None) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
+def evaluation_mode(model: Callable[..., Any]) -> Iterator[None]:
     """The model without dropout, and as it was afterwards."""
     training = [each for each in model.modules() if each.training] if isinstance(model, nn.Module) else []
     if isinstance(model, nn.Module):

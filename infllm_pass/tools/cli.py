@@ -239,6 +239,7 @@ def _add_evaluate(commands: Any) -> None:
         help="a model folder with weights and tokenizer (SmolLM2-135M-Instruct)",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (the model's)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="a side more for token scores")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="texts to read and to hide things in (three)")
     parser.add_argument("--lengths", nargs="+", type=_positive, metavar="N", help="tokens of a prompt (4096)")

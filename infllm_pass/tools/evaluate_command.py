@@ -74,6 +74,7 @@ def evaluate_command(
             settings=settings,
             texts=texts,
             prefix=prefix,
+            calibration=options.calibration,
             backend=options.backend,
             generate=options.generate,
             tell=tell,

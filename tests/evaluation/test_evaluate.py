@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import infllm_pass
-from infllm_pass.errors import ConfigError, EvaluationError, NoAttentionSiteError, UnsupportedModelError
+from infllm_pass.calibration.record import key_of
+from infllm_pass.errors import (
+    CalibrationError,
+    ConfigError,
+    EvaluationError,
+    NoAttentionSiteError,
+    UnsupportedModelError,
+)
 from infllm_pass.evaluation import TaskSettings, Text, default_config
-from infllm_pass.evaluation.density import density
+from infllm_pass.evaluation.density import density, mean_density
 from infllm_pass.evaluation.results import ALL_TEXTS, DENSE
 from infllm_pass.evaluation.samples import Answer, Sample
 from infllm_pass.evaluation.scoring import SEGMENTS, Scorer, answer_score, scored_places
@@ -21,8 +28,8 @@ from tests.support.tokenizers import byte_llama, byte_tokenizer
 pytest.importorskip("transformers")
 
 LENGTH = 1536
-COVERING = replace(SMALL, dense_len=0, topk=LENGTH // SMALL.block_size)
-SPARSE = replace(SMALL, dense_len=0)
+COVERING = replace(SMALL, dense_len=0, topk=LENGTH // SMALL.block_size, scorer="pooled")
+SPARSE = replace(SMALL, dense_len=0, scorer="pooled")
 QUICK = TaskSettings(lengths=(LENGTH,), depths=(0.2, 0.8))
 
 
@@ -205,6 +212,47 @@ def test_a_dense_len_that_the_device_decides(model, tokenizer):
     assert (own.nll == pytest.approx(dense.nll, rel=1e-5)) == (branches == {"dense"})
 
 
+def test_sites_with_configurations_of_their_own_count_as_they_are(model, tokenizer):
+    settings = replace(QUICK, tasks=("needle_single",))
+
+    def chosen(site):
+        return None if "layers.0" in key_of(site)[0] else {"topk": 91}
+
+    sparse = infllm_pass.sparsify(torch.compile(model, backend="eager"), SPARSE, site_config=chosen)
+    _, row = infllm_pass.evaluate(sparse, tokenizer, settings=settings).tasks
+    assert row.density == pytest.approx((1 + 93 / 192) / 2, rel=0.02)
+
+
+def test_a_calibration_is_compared_with_its_absence(model, tokenizer):
+    settings = replace(QUICK, tasks=("needle_single",))
+    config = replace(SPARSE, scorer="tokens", score_dims=16)
+    wide = byte_llama(hidden_size=128)
+    text = torch.randint(0, 256, (1, 512))
+    measured = infllm_pass.calibrate(wide, text, config=config, progress=False)
+    found = infllm_pass.evaluate(wide, tokenizer, [config, SPARSE], settings=settings, calibration=measured)
+    assert [row.side for row in found.tasks] == [DENSE, "tokens score_dims=16", "pooled score_dims=None", CALIBRATED]
+    plain, calibrated = found.tasks[1], found.tasks[3]
+    assert plain.density == calibrated.density
+    assert plain.nll != pytest.approx(calibrated.nll, rel=1e-6)
+    other = replace(config, score_dims=None)
+    with pytest.raises(CalibrationError, match="calibrate this model"):
+        infllm_pass.evaluate(model, tokenizer, other, settings=settings, calibration=measured)
+    with pytest.raises(ConfigError, match="calibration"):
+        infllm_pass.evaluate(wide, tokenizer, SPARSE, settings=settings, calibration=measured)
+
+
+CALIBRATED = "tokens score_dims=16 calibrated"
+
+
+def test_a_model_in_training_is_evaluated_without_dropout_and_left_as_it_was(tokenizer, found):
+    model = byte_llama(attention_dropout=0.5).train()
+    settings = replace(QUICK, tasks=("needle_single",))
+    got = infllm_pass.evaluate(model, tokenizer, SPARSE, settings=settings)
+    expected = {row.side: row.nll for row in found.tasks if row.task == "needle_single"}
+    assert [row.nll for row in got.tasks] == pytest.approx([expected[DENSE], expected["pooled topk=3"]], rel=1e-5)
+    assert all(module.training for module in model.modules())
+
+
 def test_progress_is_told(model, tokenizer):
     told = []
     settings = replace(QUICK, tasks=("needle_single", "perplexity"))
@@ -267,7 +315,7 @@ def test_density_counts_visited_blocks():
     assert density(config, 0, 40) == 1.0
     assert density(config, 72, 80) == 0.5
     assert density(config, 40, 56) == pytest.approx((5 / 6 + 5 / 7) / 2)
-    assert density(config, 72, 80, sparse_sites=0.5) == 0.75
+    assert mean_density({config: 3, None: 1}, 72, 80) == 0.625
     assert density(replace(config, dense_len=81), 72, 80) == 1.0
 
 
@@ -285,3 +333,16 @@ def test_long_texts_with_large_vocabularies_are_scored_in_runs():
     assert len(places) * 128_256 <= 2**29
     assert int(places.max()) < 131_071
     assert (torch.bincount((places + 1) * SEGMENTS // 131_072, minlength=SEGMENTS) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scorer", ["pooled", "tokens"])
+def test_a_gpu_gives_the_figures_of_dense_where_the_budget_covers(tokenizer, scorer):
+    model = byte_llama(hidden_size=256).cuda().bfloat16()
+    settings = replace(QUICK, tasks=("perplexity", "needle_multiquery"), lengths=(2048,))
+    configs = [{"scorer": scorer, "window_size": 128, "topk": topk, "dense_len": 0} for topk in (40, 3)]
+    found = infllm_pass.evaluate(model, tokenizer, configs, settings=settings)
+    assert found.facts["device"] == torch.cuda.get_device_name()
+    dense, covering, sparse = ([row.perplexity for row in rows] for rows in by_side(found.perplexity).values())
+    assert covering == pytest.approx(dense, rel=0.05)
+    assert sparse != pytest.approx(dense, rel=1e-3)

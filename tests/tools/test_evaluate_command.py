@@ -13,12 +13,13 @@ from infllm_pass.evaluation import TaskSettings, default_config
 from infllm_pass.tools import evaluate_command
 from infllm_pass.tools.checkpoint import load_folder, load_folder_tokenizer, load_model, load_tokenizer
 from infllm_pass.tools.cli import main
+from infllm_pass.tools.demo import hidden_numbers
 from tests.support.tokenizers import byte_llama, byte_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-BLOCKS = ("--kernel-size", 4, "--kernel-stride", 2, "--block-size", 8, "--window-size", 16)
+BLOCKS = ("--scorer", "pooled", "--kernel-size", 4, "--kernel-stride", 2, "--block-size", 8, "--window-size", 16)
 
 
 @pytest.fixture
@@ -167,3 +168,14 @@ def test_the_public_checkpoint_finds_numbers_dense_and_with_a_budget_that_covers
     plain, covering = [row.perplexity for row in found.perplexity if row.text == "all"]
     assert covering == pytest.approx(plain, rel=1e-4)
     assert 3 < plain < 60
+
+
+@pytest.mark.checkpoint
+@pytest.mark.parametrize(("tokens", "asked"), [(256, 2), (1024, 8)])
+def test_the_demo_hides_as_many_numbers_as_there_is_room_for(tokens, asked):
+    tokenizer = load_tokenizer()
+    sample = hidden_numbers(tokenizer, tokens)
+    assert (len(sample.ids), len(sample.answers)) == (tokens, asked)
+    text = tokenizer.decode(sample.prompt)
+    assert all(f" is {answer.text}." in tokenizer.decode(sample.ids) for answer in sample.answers)
+    assert len({answer.text for answer in sample.answers}) == text.count("The secret number of the") - 1 == asked
