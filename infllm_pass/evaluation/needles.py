@@ -25,36 +25,49 @@ OPENING = "Secret numbers are hidden in the text below. Remember them, they will
 DISTRACTORS = 7
 """Numbers under other keys beside the one that `needle_multikey` asks for."""
 
-ASKED = 4
-"""Numbers that `needle_multivalue` and `needle_multiquery` ask for."""
+VALUES = 4
+"""Numbers that `needle_multivalue` asks for."""
+
+QUERIES = 8
+"""Numbers that `needle_multiquery` asks for."""
 
 
 def needle_single(writer: Writer, text: Haystack, length: int, *, depth: float, digits: int, seed: int) -> Sample:
     """One number in the text."""
-    return _keyed("needle_single", writer, text, length, [depth], 0, digits, seed)
+    return _keyed("needle_single", writer, text, length, depth, 0, digits, seed)
 
 
 def needle_multikey(writer: Writer, text: Haystack, length: int, *, depth: float, digits: int, seed: int) -> Sample:
     """A number among `DISTRACTORS` others, filed under other keys."""
-    return _keyed("needle_multikey", writer, text, length, [depth], DISTRACTORS, digits, seed)
+    return _keyed("needle_multikey", writer, text, length, depth, DISTRACTORS, digits, seed)
 
 
 def needle_multiquery(
-    writer: Writer, text: Haystack, length: int, *, digits: int, seed: int, asked: int = ASKED
+    writer: Writer, text: Haystack, length: int, *, digits: int, seed: int, asked: int = QUERIES
 ) -> Sample:
-    """Numbers under `asked` different keys, asked for in another order than that of the text."""
-    draw = random.Random(f"depths {seed}")
+    """Codes of a word and a number: the words are given one by one, in another order than that of the text.
+
+    A code is a word and digits without a space between them, which small models find more surely than a number that is
+    named after its key: what sparse attention loses then stands out.
+    """
+    draw = random.Random(f"needle_multiquery {seed}")
+    keys, numbers = draw.sample(KEYS, asked), _numbers(asked, digits, text.content, draw)
     depths = _spread(asked, draw)
     draw.shuffle(depths)
-    return _keyed("needle_multiquery", writer, text, length, depths, 0, digits, seed)
+    prompt = Prompt(writer)
+    for key, number, depth in zip(keys, numbers, depths, strict=True):
+        prompt.say(f"\n\nQuestion: Which secret code begins with {key}?\nAnswer: One of the secret codes is {key}-")
+        prompt.answer(number, depth, glue="")
+    codes = [f" One of the secret codes is {key}-{number}." for key, number in zip(keys, numbers, strict=True)]
+    return _hidden("needle_multiquery", writer, text, length, list(zip(depths, codes, strict=True)), prompt, draw, seed)
 
 
 def needle_multivalue(writer: Writer, text: Haystack, length: int, *, digits: int, seed: int) -> Sample:
-    """`ASKED` numbers under one key, asked for in the order of the text."""
+    """`VALUES` numbers under one key, asked for in the order of the text."""
     draw = random.Random(f"needle_multivalue {seed}")
     (key,) = draw.sample(KEYS, 1)
-    numbers = _numbers(ASKED, digits, text.content, draw)
-    depths = _spread(ASKED, draw)
+    numbers = _numbers(VALUES, digits, text.content, draw)
+    depths = _spread(VALUES, draw)
     asked = Prompt(writer)
     asked.say(
         f"\n\nQuestion: What are all the secret numbers of the {key}, in the order of the text?\n"
@@ -70,26 +83,19 @@ def needle_multivalue(writer: Writer, text: Haystack, length: int, *, digits: in
 
 
 def _keyed(
-    task: str,
-    writer: Writer,
-    text: Haystack,
-    length: int,
-    depths: Sequence[float],
-    distractors: int,
-    digits: int,
-    seed: int,
+    task: str, writer: Writer, text: Haystack, length: int, depth: float, others: int, digits: int, seed: int
 ) -> Sample:
-    """Numbers under a key each: those at `depths` are asked for, in this order, others stand anywhere."""
+    """A number under a key at a depth, and others under other keys anywhere."""
     draw = random.Random(f"{task} {seed}")
-    count = len(depths) + distractors
-    keys, numbers = draw.sample(KEYS, count), _numbers(count, digits, text.content, draw)
-    places = [*depths, *(draw.random() for _ in range(distractors))]
-    hidden = [(d, f" The secret number of the {k} is {n}.") for d, k, n in zip(places, keys, numbers, strict=True)]
+    keys, numbers = draw.sample(KEYS, 1 + others), _numbers(1 + others, digits, text.content, draw)
+    depths = [depth, *(draw.random() for _ in range(others))]
+    sentences = [f" The secret number of the {k} is {n}." for k, n in zip(keys, numbers, strict=True)]
     asked = Prompt(writer)
-    for number, key, depth in zip(numbers, keys, depths, strict=False):  # distractors come after those with a depth
-        asked.say(f"\n\nQuestion: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is")
-        asked.answer(number, depth)
-    return _hidden(task, writer, text, length, hidden, asked, draw, seed)
+    asked.say(
+        f"\n\nQuestion: What is the secret number of the {keys[0]}?\nAnswer: The secret number of the {keys[0]} is"
+    )
+    asked.answer(numbers[0], depth)
+    return _hidden(task, writer, text, length, list(zip(depths, sentences, strict=True)), asked, draw, seed)
 
 
 def _hidden(

@@ -119,9 +119,9 @@ class Prompt:
         self.ids += self.writer.encode(text)
         self._before = text
 
-    def answer(self, text: str, depth: float | None = None, choices: tuple[int, ...] = ()) -> None:
-        """Append an answer after a space."""
-        lead, ids = self.writer.continuation(self._before, f" {text}")
+    def answer(self, text: str, depth: float | None = None, choices: tuple[int, ...] = (), *, glue: str = " ") -> None:
+        """Append an answer after a space, or other `glue`."""
+        lead, ids = self.writer.continuation(self._before, f"{glue}{text}")
         start = len(self.ids) + len(lead)
         self.ids += lead + ids
         self.answers.append(Answer(text, start, len(self.ids), depth, choices))

@@ -22,7 +22,7 @@ import infllm_pass
 from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, DeviceError
-from infllm_pass.evaluation.needles import needle_multiquery
+from infllm_pass.evaluation.needles import QUERIES, needle_multiquery
 from infllm_pass.evaluation.samples import Sample, Writer
 from infllm_pass.evaluation.tasks import haystacks
 from infllm_pass.evaluation.texts import Text, manual
@@ -40,11 +40,8 @@ LEAST_TOKENS = 256
 DENSE, SPARSE, PUBLISHED = SIDES = ("dense", "sparse", "published")
 """The sides: dense attention, blocks chosen by scores of single tokens, and by the published score of pooled keys."""
 
-NEEDLES = 8
-"""Numbers that are hidden and asked for: one pass finds them all."""
-
 ROOM_OF_NEEDLE = 128
-"""Tokens of a sample for each of them."""
+"""Tokens of a sample for each hidden number."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +160,10 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
 
 
 def hidden_numbers(tokenizer: Any, tokens: int) -> Sample:
-    """Numbers hidden in the text, as many as a sample of `tokens` has room for, at most `NEEDLES`."""
+    """Numbers hidden in the text, as many as a sample of `tokens` has room for, at most `QUERIES`."""
     writer = Writer(tokenizer, ())
     (text,) = haystacks(writer, [Text("manual", manual())])
-    asked = max(1, min(NEEDLES, tokens // ROOM_OF_NEEDLE))
+    asked = max(1, min(QUERIES, tokens // ROOM_OF_NEEDLE))
     return needle_multiquery(writer, text, tokens, digits=7, seed=0, asked=asked)
 
 

@@ -87,7 +87,7 @@ def test_every_answer_counts_once(found):
         "needle_single": 2,
         "needle_multikey": 2,
         "needle_multivalue": 4,
-        "needle_multiquery": 4,
+        "needle_multiquery": 8,
         "variable_tracking": 5,
         "common_words": 10,
         "frequent_words": 3,

@@ -82,7 +82,7 @@ def test_values_of_one_key_are_asked_for_in_the_order_of_the_text(writer, text):
     (sample,) = drawn(writer, text, "needle_multivalue")
     hidden = re.findall(r"One of the secret numbers of the \w+ is (\d+)\.", writer.decode(sample.prompt))
     assert hidden == [answer.text for answer in sample.answers]
-    assert len(hidden) == needles.ASKED
+    assert len(hidden) == needles.VALUES
     assert sorted(answer.depth for answer in sample.answers) == [answer.depth for answer in sample.answers]
 
 
@@ -90,9 +90,10 @@ def test_each_of_several_keys_is_asked_for_before_its_number(writer, text):
     (sample,) = drawn(writer, text, "needle_multiquery")
     whole = writer.decode(sample.ids)
     body, *questions = whole.split("\n\nQuestion:")
-    hidden = dict(re.findall(r"The secret number of the (\w+) is (\d+)\.", body))
-    asked = [re.search(r"of the (\w+)\?", question)[1] for question in questions]
+    hidden = dict(re.findall(r"One of the secret codes is (\w+)-(\d+)\.", body))
+    asked = [re.search(r"begins with (\w+)\?", question)[1] for question in questions]
     assert [hidden[key] for key in asked] == [answer.text for answer in sample.answers]
+    assert len(asked) == needles.QUERIES
 
 
 def test_chains_of_variables_lead_to_the_answers(writer, text):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_a_folder_is_evaluated_with_every_combination(run, folder, text, tmp_pat
 
 @pytest.mark.parametrize("form", ["json", "csv"])
 def test_for_programs_it_prints_nothing_but_figures(run, folder, text, tmp_path, form):
-    options = ("--text", text, "--tasks", "needle_multiquery", "--lengths", 1024, *BLOCKS, "--topk", 3)
+    options = ("--text", text, "--tasks", "needle_multiquery", "--lengths", 1600, *BLOCKS, "--topk", 3)
     code, out, err = run(folder, *options, "--out", tmp_path, f"--{form}")
     assert code == 0, err
     assert "written:" in err
@@ -176,6 +177,5 @@ def test_the_demo_hides_as_many_numbers_as_there_is_room_for(tokens, asked):
     tokenizer = load_tokenizer()
     sample = hidden_numbers(tokenizer, tokens)
     assert (len(sample.ids), len(sample.answers)) == (tokens, asked)
-    text = tokenizer.decode(sample.prompt)
-    assert all(f" is {answer.text}." in tokenizer.decode(sample.ids) for answer in sample.answers)
-    assert len({answer.text for answer in sample.answers}) == text.count("The secret number of the") - 1 == asked
+    hidden = re.findall(r"One of the secret codes is \w+-(\d{7})\.", tokenizer.decode(sample.prompt))
+    assert sorted(hidden) == sorted(answer.text for answer in sample.answers)
