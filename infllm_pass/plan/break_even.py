@@ -25,6 +25,9 @@ PACKAGED = Path(__file__).with_name("break_even.json")
 USER_FILE = "INFLLM_BREAK_EVEN"
 """Environment variable: the file of the user's rows."""
 
+SLOWER_SCORES = 1.25
+"""A row of pooled scores gives token scores a length this many times as long: their selection takes twice the time."""
+
 MULTIPLE = 256
 """Lengths are rounded up to a multiple of so many tokens."""
 
@@ -118,6 +121,8 @@ def break_even(config: SparseAttentionConfig, place: AttentionPlace) -> BreakEve
     kind = [row for row in rows if (row.device == "cpu") == (place.device == "cpu")]
     near = min(reversed(kind), key=lambda row: _distance(row, config, place))  # the user's rows come first
     scale = max(config.selected_blocks * config.block_size / near.visited_tokens, 0.5)
+    if (near.scorer, config.scorer) == ("pooled", "tokens"):
+        scale *= SLOWER_SCORES
     length = math.ceil(near.length * scale / MULTIPLE) * MULTIPLE
     if _distance(near, config, place) == 0:
         return BreakEven(length, f"break-even measured: {near.source}")

@@ -36,6 +36,7 @@ def test_a_measured_case_gets_its_length():
     ("place", "config", "length"),
     [
         (replace(H100, device="NVIDIA L4"), PUBLISHED, 20224),
+        (H100, replace(PUBLISHED, scorer="tokens"), 25344),  # a quarter longer
         (H100, replace(PUBLISHED, topk=160), 40448),  # twice the blocks
         (H100, replace(PUBLISHED, topk=16), 10240),  # half the blocks
         (H100, replace(PUBLISHED, topk=4, window_size=64), 10240),  # and no less
