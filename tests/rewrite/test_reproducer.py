@@ -248,6 +248,7 @@ def test_a_layer_of_a_transformer_is_cut_out(folder):
     (script,) = scripts(folder)
     source = script.read_text()
     assert SHOWN in source
+    print(source)
     assert source.count("g.call(") + source.count("g.method(") < 60
     assert "embedding" not in source
 
