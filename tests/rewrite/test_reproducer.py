@@ -249,7 +249,7 @@ def test_a_layer_of_a_transformer_is_cut_out(folder):
     source = script.read_text()
     assert SHOWN in source
     print(source)
-    assert source.count("g.call(") + source.count("g.method(") < 60
+    assert source.count("g.call(") + source.count("g.method(") < 80  # its rotary embedding and mask included
     assert "embedding" not in source
 
 
