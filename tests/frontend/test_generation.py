@@ -431,11 +431,12 @@ def test_a_pipeline_runs_the_sparsified_model(smollm2, tokenizer):
 
 @pytest.mark.checkpoint
 @pytest.mark.parametrize("flags", [[], ["--dense"], ["--cache", "dynamic"]], ids=" ".join)
-def test_the_example_streams_an_answer(flags, monkeypatch, capsys):
+def test_the_example_streams_an_answer(flags, smollm2, monkeypatch, capsys):
     path = ROOT / "examples" / "generate_long.py"
     spec = importlib.util.spec_from_file_location("generate_long", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "load_model", lambda: copy.deepcopy(smollm2))  # loading takes longer than all else
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     example.main(["--tokens", "200", "--new", "6", "--layers", "1", *flags])
     printed = capsys.readouterr().out

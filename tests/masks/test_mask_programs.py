@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.mask_programs import run_many
 
-PROGRAMS = 80
+PROGRAMS = 50
 """For each part; ``python -m tests.support.mask_programs`` runs 20 000."""
 
 
