@@ -20,6 +20,7 @@ import torch
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import TuningError
+from infllm_pass.lowering.export.atomic_file import written_whole
 
 PACKAGED = Path(__file__).with_name("break_even.json")
 USER_FILE = "INFLLM_BREAK_EVEN"
@@ -147,14 +148,14 @@ def add_user_rows(rows: Iterable[BreakEvenRow]) -> Path:
 
     Raises:
         TuningError: the file is damaged.
+        ExportError: the operating system refuses to write it.
     """
     path = user_file()
     kept = {_key(row): row for row in _rows(path)} if path.exists() else {}
     kept |= {_key(row): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"rows": [asdict(row) for row in kept.values()]}, indent=1) + "\n")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps({"rows": [asdict(row) for row in kept.values()]}, indent=1) + "\n")
     _parsed.cache_clear()
     return path
 
