@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from infllm_pass.config import LEAST_SCORE_DIMS
-from infllm_pass.errors import CalibrationError
+from infllm_pass.errors import CalibrationError, ExportError
 from infllm_pass.kernels.geometry import ChannelSets, format_channels, parse_channels
 from infllm_pass.lowering.export.atomic_file import written_whole
 from infllm_pass.sites import AttentionSite
@@ -192,8 +192,8 @@ class Calibration:
         try:
             with written_whole(target) as temporary:
                 temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise CalibrationError(f"{target} cannot be written: {error}") from error
+        except ExportError as error:  # what `written_whole` makes of the system's refusal
+            raise CalibrationError(str(error)) from error
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Calibration:
