@@ -131,7 +131,6 @@ def plugin_creator(trt: ModuleType) -> Any:
             self.node = node
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, str(VERSION), DOMAIN
             self.num_outputs = 1
-            self.fields = field_values(node)
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -172,7 +171,7 @@ def plugin_creator(trt: ModuleType) -> Any:
             return 0  # torch's caching allocator holds what the operator needs
 
         def get_fields_to_serialize(self) -> Any:
-            return field_collection(trt, self.fields)
+            return field_collection(trt, field_values(self.node))
 
         def set_tactic(self, tactic: int) -> None:
             pass
@@ -195,8 +194,8 @@ def plugin_creator(trt: ModuleType) -> Any:
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = NAME, str(VERSION), DOMAIN
-            self.example = field_values(AttentionNode(BlockGeometry(), scale=1.0, dense_len=0))
-            self.field_names = field_collection(trt, self.example)
+            example = AttentionNode(BlockGeometry(), scale=1.0, dense_len=0)
+            self.field_names = field_collection(trt, field_values(example))
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
             return Plugin(AttentionNode.from_attributes(_attributes(trt, collection)))
@@ -205,7 +204,7 @@ def plugin_creator(trt: ModuleType) -> Any:
 
 
 def field_values(node: AttentionNode) -> dict[str, np.ndarray[Any, Any]]:
-    """A node's attributes as arrays, from which TensorRT's fields read: they must outlive the fields."""
+    """A node's attributes as arrays, from which TensorRT's fields read."""
     dtypes = {int: np.int32, float: np.float32}
     return {
         name: np.frombuffer(value.encode(), dtype=np.int8)
@@ -216,15 +215,19 @@ def field_values(node: AttentionNode) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def field_collection(trt: ModuleType, values: Mapping[str, np.ndarray[Any, Any]]) -> Any:
-    """A ``PluginFieldCollection`` that reads from these arrays."""
+    """A ``PluginFieldCollection`` that reads from these arrays, and keeps them: TensorRT's fields hold addresses only."""
+
+    class Fields(trt.PluginFieldCollection):  # type: ignore[misc, name-defined]
+        values: Mapping[str, np.ndarray[Any, Any]]
+
     kinds = {
         np.dtype(np.int8): trt.PluginFieldType.CHAR,
         np.dtype(np.int32): trt.PluginFieldType.INT32,
         np.dtype(np.float32): trt.PluginFieldType.FLOAT32,
     }
-    return trt.PluginFieldCollection(
-        [trt.PluginField(name, array, kinds[array.dtype]) for name, array in values.items()]
-    )
+    fields = Fields([trt.PluginField(name, array, kinds[array.dtype]) for name, array in values.items()])
+    fields.values = values
+    return fields
 
 
 def _attributes(trt: ModuleType, collection: Any) -> Mapping[str, Any]:

@@ -66,9 +66,8 @@ def _converter(trt: ModuleType) -> Any:
         node = AttentionNode.from_call(given, placed=given["offsets"] is not None)
         tensors = {**given, "offset": given["offsets"]}
         inputs = [utilities.get_trt_tensor(context, tensors[each], f"{name}_{each}") for each in node.inputs]
-        values = field_values(node)  # what the fields read from
         creator = trt.get_plugin_registry().get_creator(NAME, str(VERSION), DOMAIN)
-        plugin = creator.create_plugin(name, field_collection(trt, values), trt.TensorRTPhase.BUILD)
+        plugin = creator.create_plugin(name, field_collection(trt, field_values(node)), trt.TensorRTPhase.BUILD)
         layer = context.net.add_plugin_v3(inputs, [], plugin)
         layer.name = f"{NAME}_{name}"
         return layer.get_output(0)
