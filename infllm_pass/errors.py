@@ -142,6 +142,10 @@ class MaskBufferChangedWarning(UserWarning):
     """A buffer that a compiled graph's mask was read from was overwritten: the graph runs uncompiled and dense."""
 
 
+class MaskInputWarning(UserWarning):
+    """A mask that a compiled graph takes as an input cannot be read in a call: the graph runs uncompiled and dense."""
+
+
 class UncountedCacheWarning(UserWarning):
     """What is written to a cache is not counted, so that its keys are compressed anew at every step."""
 

@@ -16,6 +16,7 @@ from torch._dynamo.exc import UserError
 __all__ = [
     "OptimizedModule",
     "UserError",
+    "add_input",
     "add_static_input",
     "backend_of",
     "bound_backend",
@@ -173,15 +174,23 @@ def source_name(node: fx.Node) -> str | None:
     return str(source.name() if callable(source.name) else source.name)
 
 
+def add_input(node: fx.Node, example: torch.Tensor) -> None:
+    """Give a new placeholder of a Dynamo graph what Dynamo notes on those of its own.
+
+    ``example_value`` and ``_dynamo_source``, the same in torch 2.11 to 2.15. Nothing public.
+    """
+    node.meta["example_value"] = example
+    node._dynamo_source = None
+
+
 def add_static_input(node: fx.Node, example: torch.Tensor) -> None:
     """Mark a new placeholder of a Dynamo graph as an input whose address stays, so that CUDA graphs may write to it.
 
     ``tensor_dict`` and ``_dynamo_source`` as Dynamo notes them for tensors under ``mark_static_address``; the same in
     torch 2.11 to 2.15. ``torch._dynamo.mark_static_address`` does so for tensors that Dynamo traces itself.
     """
-    node.meta["example_value"] = example
+    add_input(node, example)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = None
 
 
 def copy_source(node: fx.Node, twin: fx.Node) -> None:

@@ -25,6 +25,7 @@ from infllm_pass.rewrite.report import GraphReport
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from infllm_pass.rewrite.trace import PassTrace
 from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
+from infllm_pass.runtime.read_graphs import Again, Forms, ReadGraph, adopt_origins
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
 
 CompiledGraph = Callable[..., Any]
@@ -51,6 +52,7 @@ class SwitchableBackend:
         switch: how the sides of the switch are chosen.
         log: where the reports of compiled graphs go.
         store: the states of caches, for backends that compile the graphs of one model; None: a store of its own.
+        again: the graph that is compiled once more, and the forms of its masks; None for the graphs of a model.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class SwitchableBackend:
         switch: Switch = Switch.BY_LENGTH,
         log: CompileLog | None = None,
         store: CacheStore | None = None,
+        again: Again | None = None,
     ) -> None:
         self.compiler = compiler
         self.policy = policy
         self.switch = switch
         self.log = CompileLog() if log is None else log
         self.store = CacheStore() if store is None else store
+        self.again = again
         self.__name__ = "infllm"
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
@@ -75,11 +79,14 @@ class SwitchableBackend:
         Raises:
             CarriedError: with what the user's function of sites raised, or what ``strict`` does not allow.
         """
-        held = held_tensors(module, example_inputs)
+        expected = None if self.again is None else self.again.forms
+        if self.again is not None:
+            adopt_origins(module.graph, self.again.original.graph)
+        held = held_tensors(module, example_inputs, expected)
         original = module
-        if held.tensors or may_read_a_cache(module.graph):
+        if held.tensors or held.inputs.may_hold_masks or may_read_a_cache(module.graph):
             module = unchanged_copy(module)  # Dynamo still needs the inputs of its own
-            held = held_tensors(module, example_inputs)
+            held = held_tensors(module, example_inputs, expected)
         misfit = misfit_of(module) if may_read_a_cache(module.graph) else None
         if misfit is not None:
             return RefusedGraph(misfit)
@@ -102,14 +109,25 @@ class SwitchableBackend:
         warn_of_failures(report, self.log.warned)
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
-        checks = take_checks(module, len(example_inputs))
+        vectors = held.inputs.examples
+        checks = take_checks(module, len(example_inputs) + len(vectors))
         with trace.compiler_behind(report), remembered_accesses():
-            compiled = self.compiler(module, [*example_inputs, *caches.examples])
+            compiled = self.compiler(module, [*example_inputs, *vectors, *caches.examples])
         if caches.specs:
             compiled = CachedGraph(compiled, tuple(caches.specs), self.store)
         if checks is not None:
             compiled = CheckedGraph(compiled, checks)
+        if held.inputs.read:
+            compiled = ReadGraph(compiled, tuple(held.inputs.read.values()), original, self._compile_again)
         return WatchedGraph(compiled, original, watched) if watched else compiled
+
+    def _compile_again(self, original: fx.GraphModule, forms: Forms) -> CompiledGraph:
+        """A graph as it was before the pass, compiled for masks of other forms."""
+        again = Again(original, forms)
+        backend = SwitchableBackend(
+            self.compiler, self.policy, switch=self.switch, log=self.log, store=self.store, again=again
+        )
+        return torch.compile(unchanged_copy(original), backend=backend)
 
     def reset(self) -> None:
         """Called by ``torch._dynamo.reset``: lets the compiler behind drop its state."""

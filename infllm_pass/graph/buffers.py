@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from infllm_pass.compat.tensors import version_of, without_modes
+from infllm_pass.graph.input_readings import InputReadings
 
 _ROWS_AT_ONCE = 1024
 _MOST_RUNS = 4
@@ -64,17 +65,19 @@ class Reading:
 
 @dataclass
 class HeldTensors:
-    """The tensors that modules hold, by the nodes that stand for them.
+    """The tensors that modules hold, by the nodes that stand for them, and those that a call hands over.
 
     Attributes:
         tensors: real tensors by placeholder or ``get_attr`` node.
         readings: what was read of them.
         looked_at: further tensors, which only choices that are right for any values may depend on.
+        inputs: what is read of the tensors that a call hands over.
     """
 
     tensors: Mapping[fx.Node, Tensor]
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
     looked_at: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    inputs: InputReadings = field(default_factory=InputReadings)
 
     def read(self, node: fx.Node) -> ClosedForm | None:
         """The closed form of a held tensor; None if it has none, or if writing to it would go unseen."""

@@ -12,6 +12,8 @@ from torch import fx
 from infllm_pass.compat import dynamo, tensors
 from infllm_pass.graph.buffers import HeldTensors
 from infllm_pass.graph.facts import GraphFacts, example_of, overwritten_storages
+from infllm_pass.graph.input_readings import readable_inputs
+from infllm_pass.graph.mask_values import InputForm
 
 _TRANSPARENT_CALLS = {
     "tag_activation_checkpoint",
@@ -53,12 +55,15 @@ def all_graphs(root: fx.GraphModule, held: HeldTensors | None = None) -> list[Gr
     return list(_walk(root, GraphFacts(root.graph, overwritten, held=held), True, "", overwritten))
 
 
-def held_tensors(root: fx.GraphModule, inputs: Sequence[object]) -> HeldTensors:
+def held_tensors(
+    root: fx.GraphModule, inputs: Sequence[object], expected: Mapping[str, InputForm] | None = None
+) -> HeldTensors:
     """The tensors that modules hold: those that Dynamo found in modules, and attributes of the graph's own module.
 
     Args:
         root: the module of the root graph.
         inputs: real values of its placeholders.
+        expected: see `readable_inputs`.
     """
     found: dict[fx.Node, torch.Tensor] = {}
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
@@ -69,7 +74,7 @@ def held_tensors(root: fx.GraphModule, inputs: Sequence[object]) -> HeldTensors:
         value = _attribute(root, node)
         if isinstance(value, torch.Tensor):
             found[node] = value
-    return HeldTensors(found)
+    return HeldTensors(found, inputs=readable_inputs(root.graph, inputs, expected))
 
 
 def input_name(node: fx.Node) -> str:

@@ -19,7 +19,9 @@ from torch import fx
 
 from infllm_pass.compat.shapes import free_unbacked_symbols
 from infllm_pass.graph.facts import GraphFacts, size
+from infllm_pass.graph.input_readings import InputReading
 from infllm_pass.graph.op_table import read
+from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.masks.cases import exact
 from infllm_pass.masks.normal_form import Leaf
 from infllm_pass.masks.rules import arithmetic, indexing, scans, shapes, vmap, where
@@ -120,16 +122,51 @@ class Interpreter:
         tell_value(node, value.value, why)
         return value
 
+    def read_input(self, node: fx.Node) -> bool:
+        """Read an input of the root graph by value, so that masks computed from it may be proved after all.
+
+        Args:
+            node: where a proof stopped.
+
+        Returns:
+            Whether anything was read; what was evaluated before is forgotten then.
+        """
+        if node.graph is not self.facts.graph:
+            return any(self._forget_if(outer.read_input(node)) for outer in self._outer.values())
+        if node in self.facts.bindings:
+            facts, outer = self.facts.bindings[node]
+            return self._forget_if(self._outer.setdefault(facts, Interpreter(facts)).read_input(outer))
+        if node.op != "placeholder" or self.facts.is_overwritten(node):
+            return False
+        return self._forget_if(self.facts.held.inputs.add(node, input_name(node)))
+
+    def _forget_if(self, read: bool) -> bool:
+        if read:
+            self._values.clear()
+            self.proofs.clear()
+        return read
+
     def _given(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor | None:
         """The value of a placeholder that stands for an index, or of a tensor that is read by value."""
         if node in self._seeds:
             return SymbolicTensor((), self._seeds[node], torch.int64)
+        inputs = self.facts.held.inputs
+        if node in inputs.numbered:
+            return self._scan(node, example, scans.numbered(self._unknown(node, example, "it numbers sequences")))
+        if node in inputs.read:
+            return self._mask_input(example, inputs.read[node])
         if node.op not in ("placeholder", "get_attr") or node in self.leaves or self.facts.is_overwritten(node):
             return None
         form = self.facts.held.read(node)
         if form is None:
             return None
         return SymbolicTensor(shape_of(example), where.held_value(form, example.dtype), example.dtype)
+
+    def _mask_input(self, example: torch.Tensor, reading: InputReading) -> SymbolicTensor:
+        """The value of a mask that was read by value."""
+        vectors = [None if node is None else self.evaluate(node) for node in (reading.valid, reading.sequences)]
+        value = where.mask_value(reading.form, shape_of(example), example.dtype, *vectors)
+        return SymbolicTensor(shape_of(example), value, example.dtype)
 
     def _from_outer_graph(self, node: fx.Node) -> SymbolicTensor | None:
         """The value of a nested graph's placeholder, from the graph that calls it."""

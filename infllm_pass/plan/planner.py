@@ -337,8 +337,11 @@ def _prove_masks(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate
         return MaskPredicate(size(0) if site.is_causal is True else None)
     if site.is_causal is True:
         return SitePlan(site, Reason.UNPROVEN_MASK, "a causal flag beside a mask")
+    one_query = _is_decoding(site, interpreter)
     with stage(Stage.PROVE):
-        proof = prove_terms(interpreter, site.masks, one_query=_is_decoding(site, interpreter))
+        proof = prove_terms(interpreter, site.masks, one_query=one_query)
+        while isinstance(proof, UnprovenMask) and interpreter.read_input(proof.node):
+            proof = prove_terms(interpreter, site.masks, one_query=one_query)
     return _unproven(site, proof) if isinstance(proof, UnprovenMask) else proof
 
 

@@ -1,8 +1,8 @@
 """Interpreter rules along a dimension: ``diff`` and ``cumsum``.
 
 A cumulative sum of a condition is a named function of its index that the interpreter remembers as a `Scan`. Two
-facts follow for positions ``k <= q`` along its dimension: it does not decrease, so that equal values are contiguous;
-and equal values at k and q mean that the condition holds nowhere in ``(k, q]``.
+facts follow for positions ``k <= q`` along its dimension: equal values are contiguous; and equal values at k and q mean
+that the condition holds nowhere in ``(k, q]``. Both hold as well for numbers of which none returns.
 """
 
 from __future__ import annotations
@@ -23,15 +23,26 @@ from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
 
 @dataclass(frozen=True)
 class Scan:
-    """A cumulative sum of a condition.
+    """A cumulative sum of a condition, or other numbers of which none returns once another one has followed it.
 
     Attributes:
         dim: the dimension that is summed along.
-        condition: where it steps up by 1, over the indices ``(axis(0), …)``.
+        condition: where the numbers change, over the indices ``(axis(0), …)``.
     """
 
     dim: int
     condition: sympy.Basic
+
+
+def numbered(numbers: SymbolicTensor) -> Scan:
+    """What is known of numbers of sequences, none of which returns once another one has followed it.
+
+    Args:
+        numbers: their value, of which nothing else is known.
+    """
+    along = len(numbers.shape) - 1
+    previous = numbers.at([axis(dim) - int(dim == along) for dim in range(along + 1)])
+    return Scan(along, sympy.Ne(numbers.value, previous))
 
 
 @rule(Kind.DIFF)

@@ -10,6 +10,7 @@ import torch
 
 from infllm_pass.graph.buffers import ClosedForm
 from infllm_pass.graph.facts import axis
+from infllm_pass.graph.mask_values import InputForm, MaskForm
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.cases import choose, combine, exact, negation, pairs, rounded_to, truth
 from infllm_pass.masks.rules.arithmetic import cast
@@ -90,3 +91,43 @@ def held_value(form: ClosedForm, dtype: torch.dtype) -> sympy.Basic:
     if dtype.is_complex:
         raise NotFollowed("it is complex")
     return choose(runs)
+
+
+def mask_value(
+    form: InputForm,
+    shape: tuple[sympy.Expr, ...],
+    dtype: torch.dtype,
+    valid: SymbolicTensor | None,
+    sequences: SymbolicTensor | None,
+) -> sympy.Basic:
+    """The element of a mask ``[..., Lq, Lk]`` that was read by value.
+
+    Args:
+        form: what it was found to be.
+        shape: its sizes.
+        dtype: its dtype.
+        valid: the keys that some query sees, ``[B, Lk]``; None: all.
+        sequences: the numbers of the keys' sequences, ``[B, Lk]``; None: there is one a row.
+    """
+    if not isinstance(form, MaskForm):
+        raise NotFollowed("it holds numbers of sequences")
+    query, key = axis(len(shape) - 2), axis(len(shape) - 1)
+    place = query + (shape[-1] - shape[-2] if form.offset is None else form.offset)
+    row = sympy.Integer(0) if len(shape) == 2 or shape[0] == 1 else axis(0)
+    tests = [sympy.Le(key, place)]
+    if form.window is not None:
+        tests.append(sympy.Gt(key, place - form.window))
+    if valid is not None:
+        tests.append(valid.at((row, key)))
+    if sequences is not None:
+        tests.append(sympy.Eq(sequences.at((row, place)), sequences.at((row, key))))
+    visible = sympy.And(*tests)
+    if dtype == torch.bool:
+        return visible if form.kept else negation(visible)
+    kept, hidden = (rounded_to(exact(_number(value, dtype)), dtype) for value in (form.kept, form.hidden))
+    return select(visible, kept, hidden, dtype)
+
+
+def _number(value: float, dtype: torch.dtype) -> float | int:
+    """A number as tensors of a dtype hold it."""
+    return value if dtype.is_floating_point else int(value)

@@ -1,0 +1,134 @@
+"""Inputs of a graph that masks are read from by value, and the vectors that stand for them.
+
+A mask that is an input is data: nothing in its graph says what it lets through. If the proof of a site stops there, the
+tensor that the traced call handed over is read (`graph.mask_values`). Its form becomes part of what the graph is
+compiled for, its vectors become further inputs, and whoever runs the graph reads the mask of each call and hands the
+vectors over, see `runtime.read_graphs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from infllm_pass.compat.dynamo import add_input, is_held_by_module
+from infllm_pass.compat.tensors import FakeTensor, fake_mode_of
+from infllm_pass.graph.mask_values import READER, InputForm, MaskForm, MaskValue, may_be_read
+
+
+@dataclass(frozen=True)
+class InputReading:
+    """An input that was read.
+
+    Attributes:
+        position: its place among the graph's inputs.
+        name: the input's name, for people.
+        form: what the graph is compiled for.
+        valid: an added input: the keys that a mask lets any query see, bool ``[B, Lk]``; None if it lets all.
+        sequences: another one: the numbers of the keys' sequences, int32 ``[B, Lk]``; None if there is one a row.
+    """
+
+    position: int
+    name: str
+    form: InputForm
+    valid: fx.Node | None = None
+    sequences: fx.Node | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The inputs that were added, in the graph's order."""
+        return tuple(node for node in (self.valid, self.sequences) if node is not None)
+
+
+@dataclass
+class InputReadings:
+    """What is read of the inputs of a graph.
+
+    Attributes:
+        tensors: the tensors that the traced call handed over, by placeholder of the root graph.
+        last: the last placeholder of the graph as it was traced.
+        expected: forms to be covered beside those of `tensors`, by the names of inputs.
+        read: what was read.
+    """
+
+    tensors: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    last: fx.Node | None = None
+    expected: Mapping[str, InputForm] = field(default_factory=dict)
+    read: dict[fx.Node, InputReading] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> list[Tensor]:
+        """Fake tensors for the added inputs, in their order."""
+        return [node.meta["example_value"] for reading in self.read.values() for node in reading.nodes]
+
+    @property
+    def numbered(self) -> frozenset[fx.Node]:
+        """Inputs that hold numbers of sequences, none of which returns once another one has followed it."""
+        runs = (node for node, reading in self.read.items() if not isinstance(reading.form, MaskForm))
+        added = (reading.sequences for reading in self.read.values() if reading.sequences is not None)
+        return frozenset([*runs, *added])
+
+    @property
+    def may_hold_masks(self) -> bool:
+        """Whether any of the tensors may be a mask; the tokens alone are none."""
+        return len(self.tensors) > 1 or any(value.is_floating_point() for value in self.tensors.values())
+
+    def add(self, node: fx.Node, name: str) -> bool:
+        """Read an input; False if that has been done before, or says nothing.
+
+        Args:
+            node: the placeholder.
+            name: what people know the input by.
+        """
+        value = None if node in self.read else READER.read(self.tensors.get(node))
+        if value is None:
+            return False
+        position = [other for other in node.graph.nodes if other.op == "placeholder"].index(node)
+        form, expected = value.form, self.expected.get(name)
+        if isinstance(form, MaskForm) and isinstance(expected, MaskForm):
+            form = expected.joined(form)
+        reading = InputReading(position, name, form)
+        if isinstance(value, MaskValue) and isinstance(form, MaskForm):
+            after = [added for other in self.read.values() for added in other.nodes]
+            valid = self._vector(node, "valid", torch.bool, after) if form.padded else None
+            after += [] if valid is None else [valid]
+            sequences = self._vector(node, "sequences", torch.int32, after) if form.packed else None
+            reading = InputReading(position, name, form, valid, sequences)
+        self.read[node] = reading
+        return True
+
+    def _vector(self, mask: fx.Node, name: str, dtype: torch.dtype, after: Sequence[fx.Node]) -> fx.Node:
+        """An input ``[B, Lk]`` beside a mask, behind those of the traced call and the ones added before."""
+        example = mask.meta["example_value"]
+        rows = example.shape[0] if example.dim() > 2 else 1
+        with fake_mode_of(example) or torch.no_grad():
+            vector = torch.empty((rows, example.shape[-1]), dtype=dtype, device=example.device)
+        with mask.graph.inserting_after(after[-1] if after else self.last):
+            node = mask.graph.placeholder(f"{mask.name}_{name}")
+        add_input(node, vector)
+        return node
+
+
+def readable_inputs(
+    graph: fx.Graph, inputs: Sequence[object], expected: Mapping[str, InputForm] | None = None
+) -> InputReadings:
+    """What may be read of the inputs of a graph: tensors of data that no module holds.
+
+    Args:
+        graph: the graph as Dynamo made it.
+        inputs: real values of its placeholders; fake ones are not read.
+        expected: forms to be covered, by the names of inputs.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    found = {
+        node: value
+        for node, value in zip(placeholders, inputs, strict=False)
+        if isinstance(value, Tensor)
+        and not isinstance(value, FakeTensor)
+        and may_be_read(value)
+        and not is_held_by_module(node)
+    }
+    return InputReadings(found, placeholders[-1] if placeholders else None, expected or {})
