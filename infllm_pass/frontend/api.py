@@ -17,6 +17,7 @@ from torch import nn
 
 from infllm_pass.calibration.record import Calibration
 from infllm_pass.calibration.sites import CalibratedSites
+from infllm_pass.compat.ddp import whole_graphs
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import (
     CarriedError,
@@ -136,7 +137,8 @@ class _Handle:
         self._calls.value += 1
         failure: Exception | None = None
         try:
-            result = (sides.dense() if self._dense_blocks else sides.switchable)(*args, **kwargs)
+            with whole_graphs():
+                result = (sides.dense() if self._dense_blocks else sides.switchable)(*args, **kwargs)
         except CarriedError as carried:
             failure = carried.error
         except (RuntimeError, IndexError, TypeError, ValueError) as error:

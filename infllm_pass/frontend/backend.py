@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from infllm_pass.compat.ddp import split_at_buckets
 from infllm_pass.compat.dynamo import bound_backend
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, DenseSiteError, InternalError
@@ -112,7 +113,7 @@ class SwitchableBackend:
         vectors = held.inputs.examples
         checks = take_checks(module, len(example_inputs) + len(vectors))
         with trace.compiler_behind(report), remembered_accesses():
-            compiled = self.compiler(module, [*example_inputs, *vectors, *caches.examples])
+            compiled = split_at_buckets(self.compiler)(module, [*example_inputs, *vectors, *caches.examples])
         if caches.specs:
             compiled = CachedGraph(compiled, tuple(caches.specs), self.store)
         if checks is not None:
