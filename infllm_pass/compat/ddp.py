@@ -50,7 +50,7 @@ def split_at_buckets(compiler: Callable[..., Any]) -> Callable[..., Any]:
     from torch._dynamo.backends.distributed import DDPOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
-    module = DistributedDataParallel._get_active_ddp_module()
+    module = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if module is None:
         return compiler
     split: Callable[..., Any] = DDPOptimizer(module.bucket_bytes_cap, compiler).compile_fn

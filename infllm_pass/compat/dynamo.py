@@ -12,6 +12,7 @@ from torch._dynamo import OptimizedModule
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizeContext, _TorchDynamoContext, innermost_backend
 from torch._dynamo.exc import UserError
+from torch._dynamo.utils import graph_break_reasons
 
 __all__ = [
     "OptimizedModule",
@@ -23,10 +24,12 @@ __all__ = [
     "compile_context",
     "compile_seconds",
     "copy_source",
+    "graph_breaks",
     "input_example",
     "is_compiled_in_place",
     "is_disabled",
     "is_held_by_module",
+    "latest_break",
     "recompile_limit",
     "repeated_arguments",
     "repeats",
@@ -191,6 +194,26 @@ def add_static_input(node: fx.Node, example: torch.Tensor) -> None:
     """
     add_input(node, example)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def graph_breaks() -> int:
+    """How often a trace was broken off so far in this process, or since ``torch._dynamo.reset``; see `latest_break`."""
+    return len(graph_break_reasons)
+
+
+def latest_break(since: int) -> str:
+    """Where and why the latest trace was broken off, as ``file:line: reason``; "" if none was.
+
+    ``torch._dynamo.utils.graph_break_reasons``, the same in torch 2.11 to 2.15. Nothing public keeps the lines.
+
+    Args:
+        since: what `graph_breaks` was before.
+    """
+    if len(graph_break_reasons) <= since:
+        return ""
+    ended = graph_break_reasons[-1]
+    place = f"{ended.user_stack[-1].filename}:{ended.user_stack[-1].lineno}: " if ended.user_stack else ""
+    return place + str(ended.reason).strip().split("\n", 1)[0]
 
 
 def copy_source(node: fx.Node, twin: fx.Node) -> None:

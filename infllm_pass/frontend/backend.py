@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from infllm_pass.compat.ddp import split_at_buckets
-from infllm_pass.compat.dynamo import bound_backend
+from infllm_pass.compat.dynamo import bound_backend, graph_breaks, latest_break
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, DenseSiteError, InternalError
 from infllm_pass.graph.subgraphs import held_tensors
@@ -26,8 +26,8 @@ from infllm_pass.rewrite.report import GraphReport
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from infllm_pass.rewrite.trace import PassTrace
 from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
-from infllm_pass.runtime.read_graphs import Again, Forms, ReadGraph, adopt_origins
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
+from infllm_pass.runtime.read_graphs import Again, Forms, ReadGraph, adopt_origins
 
 CompiledGraph = Callable[..., Any]
 Compiler = Callable[..., CompiledGraph]
@@ -72,6 +72,7 @@ class SwitchableBackend:
         self.log = CompileLog() if log is None else log
         self.store = CacheStore() if store is None else store
         self.again = again
+        self._breaks_before = graph_breaks()
         self.__name__ = "infllm"
 
     def __call__(self, module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> CompiledGraph:
@@ -83,11 +84,12 @@ class SwitchableBackend:
         expected = None if self.again is None else self.again.forms
         if self.again is not None:
             adopt_origins(module.graph, self.again.original.graph)
-        held = held_tensors(module, example_inputs, expected)
+        came_from = latest_break(self._breaks_before)
+        held = held_tensors(module, example_inputs, expected, came_from)
         original = module
         if held.tensors or held.inputs.may_hold_masks or may_read_a_cache(module.graph):
             module = unchanged_copy(module)  # Dynamo still needs the inputs of its own
-            held = held_tensors(module, example_inputs, expected)
+            held = held_tensors(module, example_inputs, expected, came_from)
         misfit = misfit_of(module) if may_read_a_cache(module.graph) else None
         if misfit is not None:
             return RefusedGraph(misfit)
@@ -128,6 +130,7 @@ class SwitchableBackend:
         backend = SwitchableBackend(
             self.compiler, self.policy, switch=self.switch, log=self.log, store=self.store, again=again
         )
+        backend._breaks_before = self._breaks_before
         return torch.compile(unchanged_copy(original), backend=backend)
 
     def reset(self) -> None:

@@ -51,12 +51,16 @@ class InputReadings:
         tensors: the tensors that the traced call handed over, by placeholder of the root graph.
         last: the last placeholder of the graph as it was traced.
         expected: forms to be covered beside those of `tensors`, by the names of inputs.
+        came_from: how the inputs came to be made outside of the graph, for people; "" if nothing is known.
+        unreadable: what could not be read, and why.
         read: what was read.
     """
 
     tensors: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     last: fx.Node | None = None
     expected: Mapping[str, InputForm] = field(default_factory=dict)
+    came_from: str = ""
+    unreadable: dict[fx.Node, str] = field(default_factory=dict)
     read: dict[fx.Node, InputReading] = field(default_factory=dict)
 
     @property
@@ -76,6 +80,18 @@ class InputReadings:
         """Whether any of the tensors may be a mask; the tokens alone are none."""
         return len(self.tensors) > 1 or any(value.is_floating_point() for value in self.tensors.values())
 
+    def read_by(self, nodes: Sequence[fx.Node]) -> list[str]:
+        """The names of the inputs read that nodes are computed from; of all of them for nodes of a nested graph."""
+        seen: set[fx.Node] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending += node.all_input_nodes
+        graphs = {node.graph for node in nodes}
+        return [reading.name for node, reading in self.read.items() if node in seen or node.graph not in graphs]
+
     def add(self, node: fx.Node, name: str) -> bool:
         """Read an input; False if that has been done before, or says nothing.
 
@@ -83,8 +99,11 @@ class InputReadings:
             node: the placeholder.
             name: what people know the input by.
         """
-        value = None if node in self.read else READER.read(self.tensors.get(node))
+        if node in self.read or node not in self.tensors:
+            return False
+        value = READER.read(self.tensors[node])
         if value is None:
+            self.unreadable[node] = "its values are not those of a causal mask with windows, padding and sequences"
             return False
         position = [other for other in node.graph.nodes if other.op == "placeholder"].index(node)
         form, expected = value.form, self.expected.get(name)
@@ -113,7 +132,10 @@ class InputReadings:
 
 
 def readable_inputs(
-    graph: fx.Graph, inputs: Sequence[object], expected: Mapping[str, InputForm] | None = None
+    graph: fx.Graph,
+    inputs: Sequence[object],
+    expected: Mapping[str, InputForm] | None = None,
+    came_from: str = "",
 ) -> InputReadings:
     """What may be read of the inputs of a graph: tensors of data that no module holds.
 
@@ -121,14 +143,20 @@ def readable_inputs(
         graph: the graph as Dynamo made it.
         inputs: real values of its placeholders; fake ones are not read.
         expected: forms to be covered, by the names of inputs.
+        came_from: how the inputs came to be made outside of the graph, for people.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    found = {
+    given = {
         node: value
         for node, value in zip(placeholders, inputs, strict=False)
-        if isinstance(value, Tensor)
-        and not isinstance(value, FakeTensor)
-        and may_be_read(value)
-        and not is_held_by_module(node)
+        if isinstance(value, Tensor) and not is_held_by_module(node)
     }
-    return InputReadings(found, placeholders[-1] if placeholders else None, expected or {})
+    found = {node: value for node, value in given.items() if may_be_read(value)}
+    unknown = "the graph was split before the pass, as DistributedDataParallel does: call infllm_pass.sparsify, or set"
+    unreadable = {
+        node: f"{unknown} torch._dynamo.config.optimize_ddp to 'no_optimization'"
+        for node, value in given.items()
+        if isinstance(value, FakeTensor)
+    }
+    last = placeholders[-1] if placeholders else None
+    return InputReadings(found, last, expected or {}, came_from, unreadable)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class MaskReader:
             return None
         state = None if tensor.is_inference() else (version_of(tensor), tensor.data_ptr(), tensor.shape)
         with self._lock:
-            known = self._known.get(tensor)
+            known = self._known.get(tensor, None)  # type: ignore[no-untyped-call]
         if known is not None and state is not None and known[0] == state:
             value: InputValue | None = known[1]
             return value
@@ -120,7 +121,7 @@ READER = MaskReader()
 """The reader of this process: one mask is read once for all graphs that it is handed to."""
 
 
-def may_be_read(tensor: object) -> bool:
+def may_be_read(tensor: object) -> TypeGuard[Tensor]:
     """Whether a value is a plain tensor of data that may be a mask, or numbers of sequences."""
     if type(tensor) is not Tensor or tensor.requires_grad or tensor.layout != torch.strided or tensor.is_complex():
         return False

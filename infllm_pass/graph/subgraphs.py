@@ -56,14 +56,17 @@ def all_graphs(root: fx.GraphModule, held: HeldTensors | None = None) -> list[Gr
 
 
 def held_tensors(
-    root: fx.GraphModule, inputs: Sequence[object], expected: Mapping[str, InputForm] | None = None
+    root: fx.GraphModule,
+    inputs: Sequence[object],
+    expected: Mapping[str, InputForm] | None = None,
+    came_from: str = "",
 ) -> HeldTensors:
     """The tensors that modules hold: those that Dynamo found in modules, and attributes of the graph's own module.
 
     Args:
         root: the module of the root graph.
         inputs: real values of its placeholders.
-        expected: see `readable_inputs`.
+        expected: see `readable_inputs`, as for `came_from`.
     """
     found: dict[fx.Node, torch.Tensor] = {}
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
@@ -74,7 +77,7 @@ def held_tensors(
         value = _attribute(root, node)
         if isinstance(value, torch.Tensor):
             found[node] = value
-    return HeldTensors(found, inputs=readable_inputs(root.graph, inputs, expected))
+    return HeldTensors(found, inputs=readable_inputs(root.graph, inputs, expected, came_from))
 
 
 def input_name(node: fx.Node) -> str:

@@ -56,6 +56,7 @@ class SitePlan:
         scale: softmax scale as a number; None until it is known.
         config: what sparse attention selects here, and from which length on; None for a site that was refused before.
         dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given.
+        mask_origin: which inputs the mask is read from by value, and why they are inputs; "" if the graph proves it.
         channels: channels of the heads that token scores read; None: they are not used.
         scores: how blocks are scored, for people; "" for a site that stays dense.
         error: what the pass itself failed with; None: it did not.
@@ -68,6 +69,7 @@ class SitePlan:
     scale: float | None = None
     config: SparseAttentionConfig | None = None
     dense_len_origin: str = ""
+    mask_origin: str = ""
     channels: ChannelSets | None = None
     scores: str = ""
     error: Exception | None = field(default=None, compare=False, repr=False)
@@ -241,6 +243,8 @@ def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:
     if isinstance(proof, SitePlan):
         return proof
     plan = _check_proof(site, proof, interpreter)
+    if plan.switchable:
+        plan = replace(plan, mask_origin=_read_from(site, interpreter))
     if proof.key_terms.bias and not plan.switchable:  # the first thing to change
         return SitePlan(site, Reason.ADDITIVE_BIAS, proof.key_terms.bias[0].described)
     return plan
@@ -342,7 +346,19 @@ def _prove_masks(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate
         proof = prove_terms(interpreter, site.masks, one_query=one_query)
         while isinstance(proof, UnprovenMask) and interpreter.read_input(proof.node):
             proof = prove_terms(interpreter, site.masks, one_query=one_query)
-    return _unproven(site, proof) if isinstance(proof, UnprovenMask) else proof
+    return _unproven(site, proof, interpreter) if isinstance(proof, UnprovenMask) else proof
+
+
+def _read_from(site: AttentionSite, interpreter: Interpreter) -> str:
+    """Which inputs a site's mask is read from by value, and why they are inputs; "" if it is proved from the graph."""
+    inputs = interpreter.facts.held.inputs
+    if not inputs.read:
+        return ""
+    names = inputs.read_by([node for term in site.masks for node in (term.node, *term.arguments)])
+    if not names:
+        return ""
+    came_from = f"; the trace broke at {inputs.came_from}" if inputs.came_from else ""
+    return f"the mask is read from the values of {', '.join(names)} in each call{came_from}"
 
 
 def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:
@@ -436,10 +452,11 @@ def unemittable(
     return f"{unreadable[0].name} lives inside a nested function" if unreadable else None
 
 
-def _unproven(site: AttentionSite, proof: UnprovenMask) -> SitePlan:
+def _unproven(site: AttentionSite, proof: UnprovenMask, interpreter: Interpreter) -> SitePlan:
     """The plan of a site whose mask was not proved: numbers added to the scores, or a mask unknown."""
     reason = Reason.ADDITIVE_BIAS if proof.role is MaskRole.ADDED else Reason.UNPROVEN_MASK
-    return SitePlan(site, reason, proof.described)
+    why = interpreter.facts.held.inputs.unreadable.get(proof.node, "")
+    return SitePlan(site, reason, "; ".join(filter(None, (proof.described, why))))
 
 
 def _read_scale(site: AttentionSite, interpreter: Interpreter) -> float | None:

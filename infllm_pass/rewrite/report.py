@@ -62,6 +62,7 @@ class SiteDecision:
         config: the fields of the site's configuration that differ from the model's, and their values here.
         dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given. Not in the
             table.
+        mask_origin: which inputs the mask is read from by value, and why they are inputs; "" if the graph proves it.
         scores: how blocks are scored, and by which channels; "" for a dense site.
         channels: all channels that token scores read, a set for all key/value heads or one for each. Not in the table.
         traceback: where the pass itself failed at this site, as Python prints it; else "". Not in the table.
@@ -77,6 +78,7 @@ class SiteDecision:
     explanation: str
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     dense_len_origin: str = ""
+    mask_origin: str = ""
     scores: str = ""
     channels: tuple[tuple[int, ...], ...] = ()
     traceback: str = ""
@@ -218,10 +220,11 @@ def _cells(rows: list[SiteReport]) -> dict[str, str]:
 
 
 def _why(site: SiteReport) -> str:
-    """Why a site stays dense, or why a site on a GPU does without the Triton kernels."""
+    """Why a site stays dense, or why it does without the Triton kernels on a GPU, or without a proof of its mask."""
     if site.decision != "switchable":
         return f"{site.reason}: {site.explanation}"
-    return f"not triton: {site.refusal}" if site.refusal else ""
+    refusal = f"not triton: {site.refusal}" if site.refusal else ""
+    return "; ".join(filter(None, (refusal, site.mask_origin)))
 
 
 def _runs_of_equal_sites(sites: list[SiteReport]) -> list[list[SiteReport]]:
@@ -292,6 +295,7 @@ def _decision(plan: SitePlan, guard: LengthGuard | None, default: SparseAttentio
         explanation="; ".join(filter(None, (plan.detail, plan.reason.value))),
         config=_differing(plan.config or default, default),
         dense_len_origin=plan.dense_len_origin,
+        mask_origin=plan.mask_origin,
         scores=plan.scores if plan.switchable else "",
         channels=(plan.channels or ()) if plan.switchable else (),
         traceback="" if plan.error is None else "".join(traceback.format_exception(plan.error)),
