@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from infllm_pass.compat.dynamo import add_input, is_held_by_module
 from infllm_pass.compat.tensors import FakeTensor, fake_mode_of
-from infllm_pass.graph.mask_values import READER, InputForm, MaskForm, MaskValue, may_be_read
+from infllm_pass.graph.mask_values import READER, InputForm, MaskForm, MaskValue, RunsForm, may_be_read
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class InputReading:
         form: what the graph is compiled for.
         valid: an added input: the keys that a mask lets any query see, bool ``[B, Lk]``; None if it lets all.
         sequences: another one: the numbers of the keys' sequences, int32 ``[B, Lk]``; None if there is one a row.
+        beside: for positions, the place of the input with the numbers of their sequences.
     """
 
     position: int
@@ -36,6 +37,7 @@ class InputReading:
     form: InputForm
     valid: fx.Node | None = None
     sequences: fx.Node | None = None
+    beside: int | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -69,11 +71,22 @@ class InputReadings:
         return [node.meta["example_value"] for reading in self.read.values() for node in reading.nodes]
 
     @property
-    def numbered(self) -> frozenset[fx.Node]:
-        """Inputs that hold numbers of sequences, none of which returns once another one has followed it."""
-        runs = (node for node, reading in self.read.items() if not isinstance(reading.form, MaskForm))
-        added = (reading.sequences for reading in self.read.values() if reading.sequences is not None)
-        return frozenset([*runs, *added])
+    def numbered(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """Inputs that hold numbers of sequences, none of which returns once another one has followed it.
+
+        With each, the inputs that hold positions in these sequences.
+        """
+        places = {reading.position: node for node, reading in self.read.items()}
+        found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        for node, reading in self.read.items():
+            if isinstance(reading.form, RunsForm):
+                found.setdefault(node, ())
+            if reading.sequences is not None:
+                found[reading.sequences] = ()
+            if reading.beside is not None:
+                numbers = places[reading.beside]
+                found[numbers] = (*found.get(numbers, ()), node)
+        return found
 
     @property
     def may_hold_masks(self) -> bool:
@@ -99,13 +112,15 @@ class InputReadings:
             node: the placeholder.
             name: what people know the input by.
         """
-        if node in self.read or node not in self.tensors:
+        if node not in self.tensors:
             return False
-        value = READER.read(self.tensors[node])
+        if self._add_positions(node, name):
+            return True
+        value = None if node in self.read else READER.read(self.tensors[node])
         if value is None:
             self.unreadable[node] = "its values are not those of a causal mask with windows, padding and sequences"
             return False
-        position = [other for other in node.graph.nodes if other.op == "placeholder"].index(node)
+        position = _place(node)
         form, expected = value.form, self.expected.get(name)
         if isinstance(form, MaskForm) and isinstance(expected, MaskForm):
             form = expected.joined(form)
@@ -119,6 +134,20 @@ class InputReadings:
         self.read[node] = reading
         return True
 
+    def _add_positions(self, node: fx.Node, name: str) -> bool:
+        """Read an input as positions in the sequences that another one numbers, once that is read."""
+        known = self.read.get(node)
+        if known is not None and not isinstance(known.form, RunsForm):
+            return False
+        for other, reading in self.read.items():
+            if other is node or not isinstance(reading.form, RunsForm):
+                continue
+            value = READER.read(self.tensors[node], self.tensors[other])
+            if value is not None:
+                self.read[node] = InputReading(_place(node), name, value.form, beside=reading.position)
+                return True
+        return False
+
     def _vector(self, mask: fx.Node, name: str, dtype: torch.dtype, after: Sequence[fx.Node]) -> fx.Node:
         """An input ``[B, Lk]`` beside a mask, behind those of the traced call and the ones added before."""
         example = mask.meta["example_value"]
@@ -129,6 +158,11 @@ class InputReadings:
             node = mask.graph.placeholder(f"{mask.name}_{name}")
         add_input(node, vector)
         return node
+
+
+def _place(node: fx.Node) -> int:
+    """The place of an input among those of its graph."""
+    return [other for other in node.graph.nodes if other.op == "placeholder"].index(node)
 
 
 def readable_inputs(

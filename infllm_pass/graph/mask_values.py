@@ -81,14 +81,23 @@ class RunsForm:
 
 
 @dataclass(frozen=True)
-class RunsValue:
-    """Numbers that were found to be those of sequences."""
+class PositionsForm:
+    """Numbers that grow by one from key to key as long as the numbers of sequences in another tensor stay the same."""
 
-    form: RunsForm = RunsForm()
+    def covers(self, other: object) -> bool:
+        """Whether what is compiled for this form is right for numbers of another one."""
+        return self == other
 
 
-InputForm = MaskForm | RunsForm
-InputValue = MaskValue | RunsValue
+@dataclass(frozen=True)
+class NumbersValue:
+    """Numbers that were found to be those of sequences, or of positions in them."""
+
+    form: RunsForm | PositionsForm
+
+
+InputForm = MaskForm | RunsForm | PositionsForm
+InputValue = MaskValue | NumbersValue
 
 
 class MaskReader:
@@ -98,13 +107,20 @@ class MaskReader:
         self._lock = threading.Lock()
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def read(self, tensor: object) -> InputValue | None:
+    def read(self, tensor: object, sequences: Tensor | None = None) -> InputValue | None:
         """What a tensor holds, None if it is no mask that can be said in vectors.
 
         Tensors of inference mode do not count what is written to them and are read anew.
+
+        Args:
+            tensor: what to read.
+            sequences: the numbers of the sequences that it is to hold the positions of; None: it is to hold a mask or
+                numbers of sequences itself.
         """
         if not may_be_read(tensor):
             return None
+        if sequences is not None:
+            return NumbersValue(PositionsForm()) if are_positions(tensor, sequences) else None
         state = None if tensor.is_inference() else (version_of(tensor), tensor.data_ptr(), tensor.shape)
         with self._lock:
             known = self._known.get(tensor, None)  # type: ignore[no-untyped-call]
@@ -132,8 +148,24 @@ def read_value(tensor: Tensor) -> InputValue | None:
     """What a tensor holds: numbers of sequences for integers of at most two dimensions, else a mask."""
     with without_modes(), torch.no_grad():
         if tensor.dim() <= 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
-            return RunsValue() if _is_in_runs(tensor) else None
+            return NumbersValue(RunsForm()) if _is_in_runs(tensor) else None
         return _mask_value(tensor)
+
+
+def are_positions(numbers: object, sequences: object) -> bool:
+    """Whether numbers grow by one from key to key of a sequence.
+
+    Args:
+        numbers: integers ``[L]`` or ``[B, L]``.
+        sequences: the numbers of the sequences, ``[L]`` or ``[B, L]``.
+    """
+    if not (may_be_read(numbers) and may_be_read(sequences)) or numbers.dim() > 2 or sequences.dim() > 2:
+        return False
+    if numbers.dtype != torch.int64 or numbers.shape[-1] != sequences.shape[-1] or numbers.device != sequences.device:
+        return False
+    with without_modes(), torch.no_grad():
+        same = sequences[..., 1:] == sequences[..., :-1]
+        return bool((~same | (numbers[..., 1:] - numbers[..., :-1] == 1)).all())
 
 
 def _is_in_runs(numbers: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 
 from infllm_pass.compat.shapes import free_unbacked_symbols
 from infllm_pass.graph.facts import GraphFacts, size
-from infllm_pass.graph.input_readings import InputReading
+from infllm_pass.graph.mask_values import MaskForm
 from infllm_pass.graph.op_table import read
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.masks.cases import exact
@@ -152,21 +152,20 @@ class Interpreter:
             return SymbolicTensor((), self._seeds[node], torch.int64)
         inputs = self.facts.held.inputs
         if node in inputs.numbered:
-            return self._scan(node, example, scans.numbered(self._unknown(node, example, "it numbers sequences")))
-        if node in inputs.read:
-            return self._mask_input(example, inputs.read[node])
+            positions = [self.operand(other) for other in inputs.numbered[node]]
+            numbers = self._unknown(node, example, "it numbers sequences")
+            return self._scan(node, example, scans.numbered(numbers, positions))
+        reading = inputs.read.get(node)
+        if reading is not None and isinstance(reading.form, MaskForm):
+            valid, sequences = (n if n is None else self.evaluate(n) for n in (reading.valid, reading.sequences))
+            value = where.mask_value(reading.form, shape_of(example), example.dtype, valid, sequences)
+            return SymbolicTensor(shape_of(example), value, example.dtype)
         if node.op not in ("placeholder", "get_attr") or node in self.leaves or self.facts.is_overwritten(node):
             return None
         form = self.facts.held.read(node)
         if form is None:
             return None
         return SymbolicTensor(shape_of(example), where.held_value(form, example.dtype), example.dtype)
-
-    def _mask_input(self, example: torch.Tensor, reading: InputReading) -> SymbolicTensor:
-        """The value of a mask that was read by value."""
-        vectors = [None if node is None else self.evaluate(node) for node in (reading.valid, reading.sequences)]
-        value = where.mask_value(reading.form, shape_of(example), example.dtype, *vectors)
-        return SymbolicTensor(shape_of(example), value, example.dtype)
 
     def _from_outer_graph(self, node: fx.Node) -> SymbolicTensor | None:
         """The value of a nested graph's placeholder, from the graph that calls it."""

@@ -159,11 +159,13 @@ class UnprovenMask:
         node: the node at which the proof stopped.
         why: what stopped it, in words.
         role: what the tensor does that it stopped at; None if it stopped at what several do together.
+        reads: the tensors that the mask reads, of which nothing is known.
     """
 
     node: fx.Node
     why: str
     role: MaskRole | None = None
+    reads: tuple[fx.Node, ...] = ()
 
     @property
     def described(self) -> str:

@@ -79,7 +79,10 @@ def prove_terms(
     known = key in interpreter.proofs
     if not known:
         tell_terms([term.node for term in terms], value)
-        interpreter.proofs[key] = _Reader(interpreter, terms[0].node, one_query).read(key[0])
+        found = _Reader(interpreter, terms[0].node, one_query).read(key[0])
+        if isinstance(found, UnprovenMask):
+            found = replace(found, reads=tuple(node for _, _, node in interpreter.tensors_in(key[0])))
+        interpreter.proofs[key] = found
     proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
     tell_proof(proof, known)
     if refusal is None:

@@ -344,7 +344,7 @@ def _prove_masks(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate
     one_query = _is_decoding(site, interpreter)
     with stage(Stage.PROVE):
         proof = prove_terms(interpreter, site.masks, one_query=one_query)
-        while isinstance(proof, UnprovenMask) and interpreter.read_input(proof.node):
+        while isinstance(proof, UnprovenMask) and any(map(interpreter.read_input, (proof.node, *proof.reads))):
             proof = prove_terms(interpreter, site.masks, one_query=one_query)
     return _unproven(site, proof, interpreter) if isinstance(proof, UnprovenMask) else proof
 

@@ -82,7 +82,7 @@ class ReadGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run a graph; the outputs are those of the original."""
-        values = {reading.position: READER.read(inputs[reading.position]) for reading in self.readings}
+        values = {reading.position: _read(reading, inputs) for reading in self.readings}
         if any(value is None for value in values.values()):
             return self._run_original(inputs, "holds no mask that can be read")
         vectors: list[Tensor] = []
@@ -116,6 +116,11 @@ class ReadGraph:
             stacklevel=2,
         )
         return self.original(*inputs)
+
+
+def _read(reading: InputReading, inputs: Sequence[Any]) -> InputValue | None:
+    """What an input holds in this call."""
+    return READER.read(inputs[reading.position], None if reading.beside is None else inputs[reading.beside])
 
 
 def _vectors(reading: InputReading, value: InputValue) -> list[Tensor]:

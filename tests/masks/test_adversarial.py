@@ -297,10 +297,6 @@ def test_masks_that_hide_more_than_the_future_are_kept_exactly(mask, spelling, d
 # Masks that are data.
 
 
-def from_an_input(q, k, v, keep, _ids):
-    return keep
-
-
 def from_positions(q, k, v, _keep, ids):
     return ids[None, :] <= torch.arange(q.shape[2])[:, None]
 
@@ -320,11 +316,6 @@ def query_condition(q, k, v, _keep, ids):
     return (j <= i) & ((ids < 1000)[:, None] | (i == j))
 
 
-def pair_condition(q, k, v, keep, _ids):
-    i, j = _grid(q.shape[2])
-    return (j <= i) & keep
-
-
 def from_the_scores(q, k, v, _keep, _ids):
     return (q @ k.mT) > 0
 
@@ -333,7 +324,7 @@ def from_the_scores(q, k, v, _keep, _ids):
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "mask",
-    [from_an_input, from_positions, key_seen_by_all, query_condition, pair_condition, from_the_scores],
+    [from_positions, key_seen_by_all, query_condition, from_the_scores],
     ids=lambda f: f.__name__,
 )
 def test_masks_that_are_data_stay_dense_though_the_example_is_causal(mask, spelling, dynamic):

@@ -7,6 +7,7 @@ that the condition holds nowhere in ``(k, q]``. Both hold as well for numbers of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +35,23 @@ class Scan:
     condition: sympy.Basic
 
 
-def numbered(numbers: SymbolicTensor) -> Scan:
+def numbered(numbers: SymbolicTensor, positions: Sequence[SymbolicTensor]) -> Scan:
     """What is known of numbers of sequences, none of which returns once another one has followed it.
 
     Args:
         numbers: their value, of which nothing else is known.
+        positions: tensors that grow by one from key to key as long as the numbers stay the same.
     """
     along = len(numbers.shape) - 1
-    previous = numbers.at([axis(dim) - int(dim == along) for dim in range(along + 1)])
-    return Scan(along, sympy.Ne(numbers.value, previous))
+
+    def step(tensor: SymbolicTensor) -> sympy.Expr:
+        rank = len(tensor.shape)
+        index = [
+            sympy.Integer(0) if extent == 1 else axis(along + 1 - rank + d) for d, extent in enumerate(tensor.shape)
+        ]
+        return tensor.at(index) - tensor.at([*index[:-1], index[-1] - 1])
+
+    return Scan(along, sympy.Or(sympy.Ne(step(numbers), 0), *(sympy.Ne(step(tensor), 1) for tensor in positions)))
 
 
 @rule(Kind.DIFF)

@@ -10,7 +10,7 @@ import torch
 
 from infllm_pass.graph.buffers import ClosedForm
 from infllm_pass.graph.facts import axis
-from infllm_pass.graph.mask_values import InputForm, MaskForm
+from infllm_pass.graph.mask_values import MaskForm
 from infllm_pass.graph.op_table import Kind
 from infllm_pass.masks.cases import choose, combine, exact, negation, pairs, rounded_to, truth
 from infllm_pass.masks.rules.arithmetic import cast
@@ -94,7 +94,7 @@ def held_value(form: ClosedForm, dtype: torch.dtype) -> sympy.Basic:
 
 
 def mask_value(
-    form: InputForm,
+    form: MaskForm,
     shape: tuple[sympy.Expr, ...],
     dtype: torch.dtype,
     valid: SymbolicTensor | None,
@@ -109,8 +109,6 @@ def mask_value(
         valid: the keys that some query sees, ``[B, Lk]``; None: all.
         sequences: the numbers of the keys' sequences, ``[B, Lk]``; None: there is one a row.
     """
-    if not isinstance(form, MaskForm):
-        raise NotFollowed("it holds numbers of sequences")
     query, key = axis(len(shape) - 2), axis(len(shape) - 1)
     place = query + (shape[-1] - shape[-2] if form.offset is None else form.offset)
     row = sympy.Integer(0) if len(shape) == 2 or shape[0] == 1 else axis(0)
