@@ -215,7 +215,7 @@ def field_values(node: AttentionNode) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def field_collection(trt: ModuleType, values: Mapping[str, np.ndarray[Any, Any]]) -> Any:
-    """A ``PluginFieldCollection`` that reads from these arrays, and keeps them: TensorRT's fields hold addresses only."""
+    """A ``PluginFieldCollection`` that reads from these arrays, which it keeps: fields of TensorRT hold addresses."""
 
     class Fields(trt.PluginFieldCollection):  # type: ignore[misc, name-defined]
         values: Mapping[str, np.ndarray[Any, Any]]
