@@ -19,7 +19,6 @@ __all__ = [
     "UserError",
     "add_input",
     "add_static_input",
-    "asked_for_by_checkpoint",
     "backend_of",
     "bound_backend",
     "compile_context",
@@ -205,19 +204,6 @@ def hits_of_recompile_limit() -> int:
     """
     breaks = torch._dynamo.utils.counters["unimplemented"]
     return sum(count for text, count in list(breaks.items()) if "limit exceeded" in text.partition("\n")[0])
-
-
-def asked_for_by_checkpoint() -> bool:
-    """Whether ``torch.distributed.checkpoint.state_dict`` is calling, which takes ``_orig_mod.`` off names by itself.
-
-    It follows every name through the modules and raises where the prefix is missing; the same in torch 2.11 to 2.15.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def bound_backend(name: str, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Any]:

@@ -201,7 +201,7 @@ class Handle:
             self._check_run(sides, RUNS.graphs - graphs, RUNS.sites - sites)
         added = self.log.added
         if added != self._graphs_checked:
-            self._check_sites()
+            self._check_sites(RUNS.sites - sites)
             self._graphs_checked = added
         return result
 
@@ -224,9 +224,14 @@ class Handle:
         if first:
             _warn(message, UncompiledCallWarning)
 
-    def _check_sites(self) -> None:
+    def _check_sites(self, sites: int) -> None:
+        """Tell of a model in whose graphs nothing is switchable.
+
+        Args:
+            sites: how many attention sites the call ran, those of other sparsified models inside this one included.
+        """
         found = self.log.report()
-        if found.switchable:
+        if found.switchable or (sites and not found.sites):
             return
         seen = sorted({f"{site.reason}: {site.explanation}" for site in found.sites})
         why = (

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from infllm_pass.compat.dynamo import OptimizedModule, asked_for_by_checkpoint, uncompiled
+from infllm_pass.compat.dynamo import OptimizedModule, uncompiled
+from infllm_pass.compat.module_state import (
+    PREFIX,
+    add_compile_prefix,
+    asked_for_by_checkpoint,
+    drop_compile_prefix,
+)
 from infllm_pass.frontend.generation import generating_methods
 from infllm_pass.frontend.handle import HANDLE, Handle
 from infllm_pass.frontend.views import by_itself, seen_in, untraced, view_of
-
-PREFIX = "_orig_mod."
-"""What a compiled module puts before the names of its original's parameters."""
 
 
 class SparsifiedModule(OptimizedModule):
@@ -85,27 +88,14 @@ def _signed(original: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _renamed(names: Iterable[str], prefix: str) -> list[tuple[str, str]]:
-    """The names under a compiled module's prefix, each with what it is called in the original."""
-    full = prefix + PREFIX
-    return [(name, prefix + name.removeprefix(full)) for name in names if name.startswith(full)]
-
-
 def _drop_prefix(_: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    if asked_for_by_checkpoint():
-        return
-    for name, plain in _renamed(list(state), prefix):
-        state[plain] = state.pop(name)
-    versions = getattr(state, "_metadata", None)
-    if versions is not None:
-        for name, plain in _renamed([f"{each}." for each in versions], prefix):
-            versions[plain[:-1]] = versions.pop(name[:-1])
+    if not asked_for_by_checkpoint():
+        drop_compile_prefix(state, prefix)
 
 
 def _add_prefix(_: nn.Module, state: dict[str, Any], prefix: str, *_arguments: Any) -> None:
     """Load a state with the names of the original, or with those of a compiled module."""
-    for name in [each for each in state if each.startswith(prefix) and not each.startswith(prefix + PREFIX)]:
-        state[prefix + PREFIX + name.removeprefix(prefix)] = state.pop(name)
+    add_compile_prefix(state, prefix)
 
 
 def _name_without_prefix(_: nn.Module, incompatible: Any) -> None:
