@@ -94,6 +94,10 @@ class Uncompiled(Enum):
         "the model was compiled by itself after it was sparsified (module.compile() or model.forward = "
         "torch.compile(...)): sparsify it again"
     )
+    PART_COMPILED = (
+        "a part that is compiled by itself is in none of the graphs, since something between it and the model breaks "
+        "them, and runs as it was compiled: hand in the model without that compilation, or sparsify the part"
+    )
     FORWARD_REPLACED = (
         "the forward of the sparsified model was replaced by a function that calls none of its compiled parts: let it "
         "call model.forward as it was, or parts of the model as attributes of the sparsified model"

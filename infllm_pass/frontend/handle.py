@@ -97,6 +97,7 @@ class Handle:
         self._dense_blocks = 0
         self._graphs_checked = 0
         self.forward: Callable[..., Any] = self.call
+        self._own_parts = _parts_compiled_by_themselves(original)
         self._limit_hits = dynamo.hits_of_recompile_limit()
         self._warned = False
 
@@ -202,6 +203,7 @@ class Handle:
         added = self.log.added
         if added != self._graphs_checked:
             self._check_sites(RUNS.sites - sites)
+            self._check_parts()
             self._graphs_checked = added
         return result
 
@@ -216,10 +218,17 @@ class Handle:
         elif past_limit:
             self._tell_uncompiled(Uncompiled.RECOMPILE_LIMIT)
 
-    def _tell_uncompiled(self, reason: Uncompiled) -> None:
+    def _check_parts(self) -> None:
+        """Tell of parts compiled by themselves that are in no graph; whether they attend is not known."""
+        alone = [name for name, part in self._own_parts if not self.log.report_for(part.parameters()).graphs]
+        if alone and self.log.added:
+            strict = self.policy.strict == "all"
+            self._tell_uncompiled(Uncompiled.PART_COMPILED, strict=strict, where=f" ({', '.join(alone)})")
+
+    def _tell_uncompiled(self, reason: Uncompiled, *, strict: bool | None = None, where: str = "") -> None:
         first = self.log.add_uncompiled(reason)
-        message = f"a call of a sparsified model ran the plain model, or a part of it, dense: {reason.value}"
-        if self.policy.strict:
+        message = f"a call of a sparsified model ran the plain model, or a part of it{where}, dense: {reason.value}"
+        if bool(self.policy.strict) if strict is None else strict:
             raise UncompiledCallError(message)
         if first:
             _warn(message, UncompiledCallWarning)
@@ -247,6 +256,19 @@ class Handle:
             warned, self._warned = self._warned, True
         if not warned:
             _warn(message, NoAttentionSiteWarning)
+
+
+def _parts_compiled_by_themselves(original: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
+    """Parts of a model with a compilation and parameters of their own, by name; sparsified ones tell of themselves."""
+    named = original.named_modules() if isinstance(original, nn.Module) else ()
+    return [
+        (name, part)
+        for name, part in named
+        if part is not original
+        and dynamo.is_compiled(part)
+        and HANDLE not in vars(part)
+        and any(True for _ in part.parameters())
+    ]
 
 
 def _why_uncompiled(sides: _Sides, past_limit: bool) -> Uncompiled:

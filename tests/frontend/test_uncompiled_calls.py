@@ -133,6 +133,53 @@ def test_a_part_that_is_compiled_by_itself_becomes_sparse_with_its_owner(way):
     assert infllm_pass.report(model).switchable == 2
 
 
+class Projected(nn.Module):
+    """Attention with weights, after a break of the graph or not."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.breaks = breaks
+        self.projection = nn.Linear(8, 8, dtype=torch.float64)
+
+    def forward(self, q, k, v):
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return attend(self.projection(q), k, v)
+
+
+class Two(nn.Module):
+    """Two attentions, the second in a part that is compiled by itself."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.first, self.second = Projected(False), Projected(breaks)
+        compile_in_place(self.second)
+
+    def forward(self, q, k, v):
+        return self.second(self.first(q, k, v), k, v)
+
+
+@pytest.mark.parametrize("strict", [False, "all"])
+def test_a_part_that_runs_as_it_was_compiled_is_noticed(strict):
+    """Dynamo inlines a part unless the part breaks the graph; then its own compilation runs."""
+    whole, broken = (
+        infllm_pass.sparsify(torch.compile(Two(breaks), backend="eager"), SMALL, strict=strict)
+        for breaks in (False, True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole(*qkv())
+    assert infllm_pass.report(whole).switchable == 2
+    if strict:
+        with pytest.raises(UncompiledCallError, match=r"\(second\)"):
+            broken(*qkv())
+    else:
+        with pytest.warns(UncompiledCallWarning, match=r"\(second\).*compiled by itself"):
+            broken(*qkv())
+    assert infllm_pass.report(broken).switchable == 1
+    assert infllm_pass.report(broken).uncompiled_calls == {"PART_COMPILED": 1}
+
+
 def test_a_disabled_forward_is_refused():
     module = Attention()
     module.forward = torch.compiler.disable(module.forward)
