@@ -29,7 +29,6 @@ ModelT = TypeVar("ModelT", bound=Callable[..., Any])
 ConfigLike = SparseAttentionConfig | Mapping[str, Any] | None
 
 
-
 def sparsify(
     model: ModelT,
     config: ConfigLike = None,
