@@ -10,7 +10,7 @@ FAST := $(addprefix tests/,compat docs/test_paths.py lowering/ops/test_attention
 	masks/test_masks.py masks/test_masks_forms.py rewrite/test_report.py rewrite/test_targets.py sites/test_sites.py \
 	sites/test_sites_flex.py test_config.py test_import_direction.py test_tables.py)
 
-.PHONY: help install demo test test-fast test-kernels test-gpu test-lm-eval test-matrix zoo sanitize lint docs bench bench-gpu lock clean
+.PHONY: help install demo test test-fast test-kernels test-gpu test-lm-eval test-wrappers test-matrix zoo sanitize lint docs bench bench-gpu lock clean
 
 help:
 	@echo "make demo   the main job on SmolLM2-135M: site report, dense against sparse, pictures in $(OUT)/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-kernels  of these, the Triton kernels in Triton's interpreter"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-lm-eval  the tests that need lm_eval, which they install"
+	@echo "make test-wrappers the tests that need PEFT and trl, which they install"
 	@echo "make test-matrix  the compiler part of the suite with other versions of Python, PyTorch and transformers"
 	@echo "make sanitize  the kernels under compute-sanitizer"
 	@echo "make zoo    every causal architecture through the pass: docs/zoo.md and the record that tests compare with"
@@ -57,6 +58,10 @@ test-gpu: install
 test-lm-eval: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-lm-eval.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_lm_eval.py
+
+test-wrappers: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-wrappers.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/frontend/test_parts.py
 
 # Downloads some 3 GB for each version of PyTorch; `python -m tests.matrix --help` tells how to use environments that exist.
 test-matrix: install

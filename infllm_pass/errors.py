@@ -53,6 +53,22 @@ class NoAttentionSiteError(InfLLMError, RuntimeError):
     """``strict=True`` and a compiled graph has no site that became switchable."""
 
 
+class PagedCacheError(InfLLMError, NotImplementedError):
+    """A method of a sparsified model that generates with a paged cache, which the pass does not follow."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(
+            f"{method}() keeps a paged cache and attends by functions of its own, which would run the original model, "
+            "dense and uncompiled: use generate() with a padded batch and a static or dynamic cache; the dense model "
+            f"is infllm_pass.dense(model), and its {method}() runs as ever"
+        )
+        self.method = method
+
+
+class UncompiledCallError(NoAttentionSiteError):
+    """``strict=True`` and a call ran the plain model, or a part of it, instead of the compiled graphs."""
+
+
 class DenseSiteError(InfLLMError, RuntimeError):
     """``strict="all"`` and a site of a compiled graph stays dense.
 
@@ -136,6 +152,10 @@ class InternalErrorWarning(UserWarning):
 
 class NoAttentionSiteWarning(UserWarning):
     """A sparsified model was compiled and nothing in it became switchable."""
+
+
+class UncompiledCallWarning(NoAttentionSiteWarning):
+    """A call of a sparsified model ran the plain model, or a part of it, dense instead of the compiled graphs."""
 
 
 class MaskBufferChangedWarning(UserWarning):

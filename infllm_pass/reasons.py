@@ -74,3 +74,35 @@ class Reason(Enum):
         "scaled_dot_product_attention, or leave the scores to scaling, masking and softmax alone"
     )
     INTERNAL = "internal error of infllm_pass, the site runs as it was: please report it with the text below"
+
+
+class Uncompiled(Enum):
+    """Why a call of a sparsified model ran the plain model. The value says what would change it."""
+
+    RECOMPILE_LIMIT = (
+        "Dynamo has made as many graphs of a function as it may and runs it uncompiled where none of them fits: "
+        "compile with dynamic=True or dynamic=None, or raise recompile_limit (an argument of torch.compile, or in "
+        "torch._dynamo.config)"
+    )
+    STANCE = "torch.compiler.set_stance keeps Dynamo from compiling: call the model under the stance 'default'"
+    DYNAMO_OFF = "Dynamo is turned off (TORCHDYNAMO_DISABLE or torch._dynamo.config.disable): turn it on"
+    DISABLED = "the model's forward is marked with torch.compiler.disable: take the mark away"
+    DISPATCH_MODE = (
+        "Dynamo compiles nothing while a TorchDispatchMode is active, such as a counter of operations: leave the mode"
+    )
+    COMPILED_ELSEWHERE = (
+        "the model was compiled by itself after it was sparsified (module.compile() or model.forward = "
+        "torch.compile(...)): sparsify it again"
+    )
+    PART_COMPILED = (
+        "a part that is compiled by itself is in none of the graphs, since something between it and the model breaks "
+        "them, and runs as it was compiled: hand in the model without that compilation, or sparsify the part"
+    )
+    FORWARD_REPLACED = (
+        "the forward of the sparsified model was replaced by a function that calls none of its compiled parts: let it "
+        "call model.forward as it was, or parts of the model as attributes of the sparsified model"
+    )
+    NO_GRAPH = (
+        "Dynamo made no graph of the call: TORCH_LOGS='+dynamo' says which frames it skipped; a call that computes "
+        "nothing has none"
+    )

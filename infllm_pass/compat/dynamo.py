@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import OptimizedModule
+from torch._dynamo import OptimizedModule, eval_frame
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizeContext, _TorchDynamoContext, innermost_backend
 from torch._dynamo.exc import UserError
@@ -22,19 +22,26 @@ __all__ = [
     "backend_of",
     "bound_backend",
     "compile_context",
+    "compile_plain",
     "compile_seconds",
+    "compiled_call",
     "copy_source",
     "graph_breaks",
+    "hits_of_recompile_limit",
+    "in_dispatch_mode",
     "input_example",
-    "is_compiled_in_place",
+    "is_compiled",
     "is_disabled",
     "is_held_by_module",
+    "is_off",
     "latest_break",
     "recompile_limit",
     "repeated_arguments",
     "repeats",
     "source_name",
+    "stance",
     "uncompiled",
+    "without_compiled_call",
 ]
 
 
@@ -114,12 +121,89 @@ def is_disabled(function: object) -> bool:
     return bool(getattr(function, "_torchdynamo_disable", False))
 
 
-def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called.
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What a module runs instead of its own forward: the function of ``module.compile()`` or a compiled ``forward``.
 
     ``Module._compiled_call_impl``, the same in torch 2.11 to 2.15. Nothing public.
     """
-    return module._compiled_call_impl is not None
+    if module._compiled_call_impl is not None:
+        return module._compiled_call_impl
+    forward = vars(module).get("forward")
+    return None if isinstance(module, OptimizedModule) or compile_context(forward) is None else forward
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled by itself, by ``torch.compile``, ``module.compile()`` or a compiled ``forward``."""
+    return isinstance(module, OptimizedModule) or compiled_call(module) is not None
+
+
+def without_compiled_call(module: nn.Module) -> nn.Module:
+    """A module without its `compiled_call`: an object of a subclass of the same name that shares all attributes.
+
+    The module itself stays as it is for whoever else calls it. Properties of a class come before attributes of an
+    object, so that the subclass hides what the object holds.
+    """
+    if compiled_call(module) is None:
+        return module
+    kind = type(module)
+    members: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "_compiled_call_impl": property(lambda _: None),
+    }
+    forward = vars(module).get("forward")
+    if compile_context(forward) is not None:
+        plain = uncompiled(forward)
+        if inspect.ismethod(plain) and isinstance(plain.__self__, kind):
+            plain = plain.__func__.__get__(module)  # a copied module holds the function of the one it was copied from
+        members["forward"] = property(lambda _: plain)
+    twin: nn.Module = object.__new__(type(kind.__name__, (kind,), members))
+    object.__setattr__(twin, "__dict__", module.__dict__)
+    return twin
+
+
+def compile_plain(original: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
+    """``torch.compile`` of a function, or of a module `without_compiled_call`, which the result still holds as it is.
+
+    Setting ``OptimizedModule._orig_mod`` registers the module; the same in torch 2.11 to 2.15.
+    """
+    plain = without_compiled_call(original) if isinstance(original, nn.Module) else original
+    compiled: Any = torch.compile(plain, **arguments)
+    if plain is not original:
+        compiled._orig_mod = original
+    return compiled  # type: ignore[no-any-return]
+
+
+def stance() -> str:
+    """The stance of ``torch.compiler.set_stance``.
+
+    ``torch._dynamo.eval_frame._stance``, the same in torch 2.11 to 2.15. The public function sets it only.
+    """
+    return str(eval_frame._stance.stance)
+
+
+def is_off() -> bool:
+    """Whether Dynamo is turned off: ``torch._dynamo.config.disable``, the same in torch 2.11 to 2.15."""
+    return bool(torch._dynamo.config.disable)
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` is active, under which Dynamo skips all frames.
+
+    ``torch.utils._python_dispatch.is_in_torch_dispatch_mode``, the same in torch 2.11 to 2.15.
+    """
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    return bool(is_in_torch_dispatch_mode())
+
+
+def hits_of_recompile_limit() -> int:
+    """How often Dynamo hit its recompile limit in this process, as far as it counts.
+
+    ``torch._dynamo.utils.counters``: a graph break whose text begins with its kind, in torch 2.11 to 2.15.
+    """
+    breaks = torch._dynamo.utils.counters["unimplemented"]
+    return sum(count for text, count in list(breaks.items()) if "limit exceeded" in text.partition("\n")[0])
 
 
 def bound_backend(name: str, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Any]:

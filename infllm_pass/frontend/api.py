@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -17,174 +13,20 @@ from torch import nn
 
 from infllm_pass.calibration.record import Calibration
 from infllm_pass.calibration.sites import CalibratedSites
-from infllm_pass.compat.ddp import whole_graphs
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import (
-    CarriedError,
-    InfLLMError,
-    NoAttentionSiteError,
-    NoAttentionSiteWarning,
-    UnsupportedModelError,
-)
+from infllm_pass.errors import CarriedError, UnsupportedModelError
 from infllm_pass.frontend.backend import NAMED_BACKEND_LOG, SwitchableBackend, compiler_behind, infllm
-from infllm_pass.frontend.call_errors import misfit_of_call
 from infllm_pass.frontend.compile_settings import CompileSettings, compile_with, settings_of
-from infllm_pass.frontend.generation import generating_methods
-from infllm_pass.kv_cache.store import CacheStore
+from infllm_pass.frontend.handle import HANDLE, Handle, compile_dense
+from infllm_pass.frontend.sparsified import sparsified
 from infllm_pass.plan.site_config import SiteConfig, SiteFilter, site_config_of
 from infllm_pass.rewrite.failures import Strict, checked_strict
-from infllm_pass.rewrite.log import CompileLog
-from infllm_pass.rewrite.pipeline import SitePolicy, Switch
+from infllm_pass.rewrite.pipeline import SitePolicy
 from infllm_pass.rewrite.report import Report
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Target
 
 ModelT = TypeVar("ModelT", bound=Callable[..., Any])
 ConfigLike = SparseAttentionConfig | Mapping[str, Any] | None
-
-_HANDLE = "_infllm_handle"
-
-
-class _Sides:
-    """One way in which a sparsified model is compiled: its switchable side, and its dense one once that is called."""
-
-    def __init__(self, handle: _Handle, settings: CompileSettings) -> None:
-        self.backend = SwitchableBackend(settings.compiler, handle.policy, log=handle.log, store=handle.store)
-        self.compiled = compile_with(handle.original, self.backend, settings)
-        self.switchable = _entry(self.compiled)
-        self._lock = threading.Lock()
-        self._dense: Callable[..., Any] | None = None
-        self._compile_dense = functools.partial(compile_dense, handle, settings)
-
-    def dense(self) -> Callable[..., Any]:
-        """The dense side, compiled when first called."""
-        with self._lock:
-            if self._dense is None:
-                self._dense = _entry(self._compile_dense())
-            return self._dense
-
-
-class _Count(threading.local):
-    """A number that each thread counts for itself."""
-
-    value = 0
-
-
-class _Handle:
-    """What a sparsified model carries: its original, how it is compiled, and which side of `dense_mode` runs.
-
-    Threads may call it, and enter and leave `dense_mode`, at the same time.
-    """
-
-    def __init__(
-        self,
-        original: Callable[..., Any],
-        settings: CompileSettings,
-        policy: SitePolicy,
-    ) -> None:
-        self.original = original
-        self.settings = settings
-        self.policy = policy
-        self.log = CompileLog()
-        self.store = CacheStore()
-        self._lock = threading.RLock()
-        self._calls = _Count()
-        self._sides = _Sides(self, settings)
-        self._compiled_as: tuple[dict[str, Any], _Sides] | None = None
-        self._dense_blocks = 0
-        self._graphs_checked = 0
-        self._warned = False
-
-    @property
-    def backend(self) -> SwitchableBackend:
-        """The pass in front of the compiler, with the cache state that it keeps."""
-        return self._sides.backend
-
-    @property
-    def compiled(self) -> Callable[..., Any]:
-        """The compiled original, with the pass in front of its compiler."""
-        return self._sides.compiled
-
-    @property
-    def calls(self) -> int:
-        """How often this thread called the model."""
-        return self._calls.value
-
-    @contextlib.contextmanager
-    def dense(self) -> Iterator[None]:
-        """Run dense as long as any such block is open, in whatever thread."""
-        with self._lock:
-            self._dense_blocks += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._dense_blocks -= 1
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self._sides, args, kwargs)
-
-    def compiled_as(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-        """The model compiled with other arguments of ``torch.compile``, kept until others are asked for."""
-        with self._lock:
-            if self._compiled_as is None or self._compiled_as[0] != arguments:
-                _, settings = settings_of(torch.compile(self.original, **arguments))
-                settings = replace(settings, compiler=compiler_behind(settings.compiler))
-                self._compiled_as = dict(arguments), _Sides(self, settings)
-            sides = self._compiled_as[1]
-        return lambda *args, **kwargs: self._run(sides, args, kwargs)
-
-    def _run(self, sides: _Sides, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._calls.value += 1
-        failure: Exception | None = None
-        try:
-            with whole_graphs():
-                result = (sides.dense() if self._dense_blocks else sides.switchable)(*args, **kwargs)
-        except CarriedError as carried:
-            failure = carried.error
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            explained = isinstance(error, (InfLLMError, torch.OutOfMemoryError))
-            misfit = None if explained else misfit_of_call(self.original, args, kwargs)
-            if misfit is None:
-                raise
-            raise misfit from error
-        if failure is not None:
-            raise failure  # outside of the handler: a user's exception keeps the context that it had
-        added = self.log.added
-        if added != self._graphs_checked:
-            self._check_sites()
-            self._graphs_checked = added
-        return result
-
-    def _check_sites(self) -> None:
-        found = self.log.report()
-        if found.switchable:
-            return
-        seen = sorted({f"{site.reason}: {site.explanation}" for site in found.sites})
-        why = (
-            "; ".join(seen)
-            if seen
-            else "the compiled graphs call no fused attention (torch.nn.functional.scaled_dot_product_attention), and "
-            "no softmax in them stands between a product of queries and keys and one with values"
-        )
-        message = f"infllm_pass found nothing to make switchable, the model runs dense: {why}"
-        if self.policy.strict:
-            raise NoAttentionSiteError(message)
-        with self._lock:
-            warned, self._warned = self._warned, True
-        if not warned:
-            warnings.warn(message, NoAttentionSiteWarning, stacklevel=5)
-
-
-def _entry(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What to call to run a compiled module without going through ``nn.Module.__call__`` again."""
-    return compiled.forward if isinstance(compiled, nn.Module) else compiled
-
-
-def compile_dense(handle: _Handle, settings: CompileSettings) -> Callable[..., Any]:
-    """Compile a handle's original with masks elided and every site dense."""
-    policy = SitePolicy(handle.policy.config)
-    backend = SwitchableBackend(settings.compiler, policy, switch=Switch.ALWAYS_DENSE)
-    return compile_with(handle.original, backend, settings)
 
 
 def sparsify(
@@ -239,7 +81,7 @@ def sparsify(
     original, settings = original_of(model)
     own = _calibrated(calibration, original, site_config)
     policy = SitePolicy(chosen, site_config_of(filter_fn, own), tuple(targets), strict)
-    return _sparsified(original, settings, policy)  # type: ignore[return-value]
+    return sparsified(original, settings, policy)  # type: ignore[return-value]
 
 
 def original_of(model: object) -> tuple[Callable[..., Any], CompileSettings]:
@@ -270,54 +112,13 @@ def _calibrated(
     return CalibratedSites(found, site_config)
 
 
-def _sparsified(original: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """A sparsified model.
-
-    Args:
-        original: what to sparsify.
-        arguments: the other arguments of `_Handle`.
-    """
-    handle = _Handle(original, *arguments)
-    if not isinstance(original, nn.Module):
-        switchable = _calling(handle, original)
-        setattr(switchable, _HANDLE, handle)
-        return switchable
-    compiled = handle.compiled
-    calling = _calling(handle, original.forward)
-
-    def deepcopy(memo: dict[int, Any]) -> Callable[..., Any]:
-        return _sparsified(copy.deepcopy(original, memo), *arguments)
-
-    # torch looks for the very type that torch.compile gives, so these are attributes of the object, not of a subclass
-    members = {
-        "forward": calling,
-        _HANDLE: handle,
-        "__deepcopy__": deepcopy,
-        "__reduce_ex__": lambda protocol: (_sparsified, (original, *arguments)),
-        **generating_methods(original, handle.call, handle.compiled_as, calling, lambda: handle.calls),
-    }
-    for name, member in members.items():
-        object.__setattr__(compiled, name, member)
-    return compiled
-
-
-def _calling(handle: _Handle, like: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with the name, signature and docs of `like` that calls the handle."""
-
-    @functools.wraps(like)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return handle.call(*args, **kwargs)
-
-    return call
-
-
-def _find_handle(model: object) -> _Handle | None:
+def _find_handle(model: object) -> Handle | None:
     """The handle of a sparsified model; an OptimizedModule would ask its original for a missing attribute."""
-    handle = getattr(model, "__dict__", {}).get(_HANDLE)
-    return handle if isinstance(handle, _Handle) else None
+    handle = getattr(model, "__dict__", {}).get(HANDLE)
+    return handle if isinstance(handle, Handle) else None
 
 
-def _handle_of(model: object) -> _Handle:
+def _handle_of(model: object) -> Handle:
     handle = _find_handle(model)
     if handle is None:
         raise UnsupportedModelError(
@@ -348,7 +149,7 @@ def dense(model: ModelT) -> ModelT:
         UnsupportedModelError: `model` was not returned by `sparsify`.
     """
     handle = _handle_of(model)
-    return compile_dense(handle, handle.settings)  # type: ignore[return-value]
+    return compile_dense(handle.original, handle.settings, handle.policy)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

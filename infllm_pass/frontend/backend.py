@@ -26,6 +26,7 @@ from infllm_pass.rewrite.report import GraphReport
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from infllm_pass.rewrite.trace import PassTrace
 from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
+from infllm_pass.runtime.graph_runs import counted
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
 from infllm_pass.runtime.read_graphs import Again, Forms, ReadGraph, adopt_origins
 
@@ -122,7 +123,9 @@ class SwitchableBackend:
             compiled = CheckedGraph(compiled, checks)
         if held.inputs.read:
             compiled = ReadGraph(compiled, tuple(held.inputs.read.values()), original, self._compile_again)
-        return WatchedGraph(compiled, original, watched) if watched else compiled
+        if watched:
+            compiled = WatchedGraph(compiled, original, watched)
+        return compiled if self.again is not None else counted(compiled, len(report.sites))
 
     def _compile_again(self, original: fx.GraphModule, forms: Forms) -> CompiledGraph:
         """A graph as it was before the pass, compiled for masks of other forms."""

@@ -48,11 +48,9 @@ def settings_of(model: object) -> tuple[Callable[..., Any], CompileSettings]:
         return dynamo.uncompiled(model), _read_context(context)
     if dynamo.is_disabled(model):
         raise UnsupportedModelError("the function is marked with torch.compiler.disable: pass the plain function")
-    if isinstance(model, nn.Module) and dynamo.is_compiled_in_place(model):
-        raise UnsupportedModelError(
-            "the module was compiled in place by module.compile(): pass torch.compile(module), made from a "
-            "module on which compile() was not called"
-        )
+    call = dynamo.compiled_call(model) if isinstance(model, nn.Module) else None
+    if call is not None:
+        return model, _read_context(dynamo.compile_context(call))
     return model, CompileSettings(dynamo.bound_backend("inductor"))
 
 
@@ -84,4 +82,4 @@ def compile_with(
     if "recompile_limit" in known:
         limit = arguments.get("recompile_limit") or dynamo.recompile_limit()
         arguments["recompile_limit"] = 4 * limit
-    return torch.compile(original, backend=backend, **arguments)
+    return dynamo.compile_plain(original, backend=backend, **arguments)

@@ -2,7 +2,8 @@
 
 `torch.compile` hands every method but the call itself to the original module, whose ``generate`` calls the original,
 uncompiled. A `GeneratingView` is the original under another class: it shares the original's attributes, and calling it
-calls the sparsified model. All of transformers' generation code then runs as it is, with the view for ``self``.
+calls the sparsified model. All of transformers' generation code then runs as it is, with the view for ``self``. Where
+the original hands ``generate`` on to a part of it, as adapters and wrappers do, it finds a view of that part.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from infllm_pass.compat.tensors import version_of
 from infllm_pass.compat.transformers import cache_among, generation_hooks
-from infllm_pass.errors import CachePositionError, UncompiledGenerateWarning
+from infllm_pass.errors import CachePositionError, PagedCacheError, UncompiledGenerateWarning
 
 Call = Callable[..., Any]
 
-_LEFT_TO_THE_ORIGINAL = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods that generate with a paged cache and attention functions of their own, which the pass does not follow."""
 
 
@@ -78,34 +79,22 @@ class GeneratingView:
         return inputs if of_encoder or not _hides_nothing(mask) else {**inputs, "attention_mask": None}
 
 
-def generating_view(
-    original: nn.Module, call: Call, compiled_as: Callable[[Mapping[str, Any]], Call], forward: Call
-) -> nn.Module:
-    """An object like `original`, of a subclass of the same name, whose calls go to the sparsified model.
-
-    The attributes are the original's own: what one sets the other sees.
+def generating_members(kind: type, call: Call, compiled_as: Callable[[Mapping[str, Any]], Call]) -> dict[str, Any]:
+    """What the class of a `GeneratingView` has beside that of its original.
 
     Args:
-        original: a model of transformers.
+        kind: the class of a model of transformers.
         call: calls the sparsified model, hooks of the original included.
         compiled_as: gives the same for other arguments of ``torch.compile``.
-        forward: `call` under the name and signature of the original's ``forward``.
     """
-    kind = type(original)
     members: dict[str, Any] = {
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
         "infllm_call": staticmethod(call),
         "infllm_compiled_as": staticmethod(compiled_as),
-        "forward": staticmethod(forward),
         **generation_hooks(kind, grow=_grown_inputs, prepare=_static_cache_in_place),
     }
     if hasattr(kind, "prepare_inputs_for_generation"):
         members["prepare_inputs_for_generation"] = _with_room(kind.prepare_inputs_for_generation)
-    view: nn.Module = object.__new__(type(kind.__name__, (GeneratingView, kind), members))
-    object.__setattr__(view, "__dict__", original.__dict__)
-    return view
+    return members
 
 
 def _grown_inputs(
@@ -132,34 +121,25 @@ def _static_cache_in_place(view: Any, prepare: Call, *args: Any, **kwargs: Any) 
     return prepare(*args, **kwargs)
 
 
-def generating_methods(
-    original: nn.Module,
-    call: Call,
-    compiled_as: Callable[[Mapping[str, Any]], Call],
-    forward: Call,
-    count_calls: Callable[[], int],
-) -> dict[str, Call]:
+def generating_methods(original: nn.Module, view: Any, count_calls: Callable[[], int]) -> dict[str, Call]:
     """The methods that generate, by name, for a sparsified model; none for a model that does not generate.
 
     Args:
         original: the model that was sparsified.
-        call: see `generating_view`, as the next two.
-        compiled_as: see there.
-        forward: see there.
-        count_calls: how often the sparsified model was called so far.
+        view: a `GeneratingView` of it, or a view of a wrapper that hands ``generate`` on to a part.
+        count_calls: how often the sparsified model, or a part of it, was called so far.
     """
     if not callable(getattr(original, "generate", None)):
         return {}
-    view = generating_view(original, call, compiled_as, forward)
-    left = [name for name in _LEFT_TO_THE_ORIGINAL if callable(getattr(original, name, None))]
+    paged = [name for name in _PAGED if callable(getattr(original, name, None))]
     return {
         "generate": _checked(original, view, count_calls),
-        **{name: _warned(original, name) for name in left},
+        **{name: _refused(original, name) for name in paged},
     }
 
 
 def _checked(original: nn.Module, view: Any, count_calls: Callable[[], int]) -> Call:
-    """``generate``, with a warning when it never called the model."""
+    """``generate``, with a warning when it called neither the model nor a part of it through a view."""
 
     @functools.wraps(original.generate)  # type: ignore[arg-type]
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -167,8 +147,9 @@ def _checked(original: nn.Module, view: Any, count_calls: Callable[[], int]) -> 
         result = view.generate(*args, **kwargs)
         if count_calls() == before:
             warnings.warn(
-                f"generate() of {type(original).__name__} never called the model as a whole, and ran dense and "
-                "uncompiled: sparsify the part of it that generates, such as its language model, in its place",
+                f"generate() of {type(original).__name__} called neither the model nor a part that is one of its "
+                "attributes, and ran dense and uncompiled: sparsify the part of it that generates, such as its "
+                "language model, in its place",
                 UncompiledGenerateWarning,
                 stacklevel=2,
             )
@@ -177,20 +158,14 @@ def _checked(original: nn.Module, view: Any, count_calls: Callable[[], int]) -> 
     return generate
 
 
-def _warned(original: nn.Module, name: str) -> Call:
-    """A method of the original, with a warning that it is not the sparsified model that runs."""
-    method: Call = getattr(original, name)
+def _refused(original: nn.Module, name: str) -> Call:
+    """A method that generates with a paged cache, refused before anything is computed."""
 
-    @functools.wraps(method)
-    def uncompiled(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(
-            f"{name}() keeps a paged cache and runs the original model, dense and uncompiled: use generate()",
-            UncompiledGenerateWarning,
-            stacklevel=2,
-        )
-        return method(*args, **kwargs)
+    @functools.wraps(getattr(original, name))
+    def refused(*_args: Any, **_kwargs: Any) -> Any:
+        raise PagedCacheError(name)
 
-    return uncompiled
+    return refused
 
 
 def _with_room(prepare: Call) -> Call:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from infllm_pass.compat.dynamo import input_example
+from infllm_pass.reasons import Uncompiled
 from infllm_pass.rewrite.report import GraphReport, Report
 
 logger = logging.getLogger("infllm_pass")
@@ -53,6 +54,7 @@ class CompileLog:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._added = 0
+        self._uncompiled: Counter[str] = Counter()
         self._forgets_dead = forgets_dead
         self._entries: deque[_Entry] = deque(maxlen=most)
 
@@ -85,11 +87,17 @@ class CompileLog:
                 site.explanation,
             )
 
+    def add_uncompiled(self, reason: Uncompiled) -> bool:
+        """Count a call that ran the plain model; whether it is the first for this reason."""
+        with self._lock:
+            self._uncompiled[reason.name] += 1
+            return self._uncompiled[reason.name] == 1
+
     def report(self) -> Report:
-        """All graphs that are remembered."""
+        """All graphs that are remembered, and the calls that ran none."""
         with self._lock:
             self._drop_dead()
-            return Report([entry.report for entry in self._entries])
+            return Report([entry.report for entry in self._entries], dict(self._uncompiled))
 
     def report_for(self, parameters: Iterable[torch.Tensor]) -> Report:
         """The graphs that read any of the given parameters."""

@@ -14,7 +14,7 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.facts import example_of
 from infllm_pass.plan.length_guard import Branch, LengthGuard
 from infllm_pass.plan.planner import SitePlan
-from infllm_pass.reasons import Reason
+from infllm_pass.reasons import Reason, Uncompiled
 from infllm_pass.rewrite.outcome import Outcome
 from infllm_pass.sites import AttentionSite, PartialSite
 from infllm_pass.tables import Column, FittedTable, csv_text, rendered
@@ -121,9 +121,14 @@ class Report:
 
     ``print(report)`` shows a table as wide as the terminal (without one: the environment's COLUMNS, or 120), or a block
     for each site where a table does not fit; `to_dict`, `to_json` and `to_csv` give the same as data.
+
+    Attributes:
+        graphs: the graphs.
+        uncompiled_calls: how many calls ran the plain model, dense, by the name of the reason; see `Uncompiled`.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    uncompiled_calls: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -146,7 +151,8 @@ class Report:
                     "seconds": dict(graph.seconds),
                 }
                 for graph in self.graphs
-            ]
+            ],
+            "uncompiled_calls": dict(self.uncompiled_calls),
         }
 
     def to_json(self) -> str:
@@ -167,9 +173,14 @@ class Report:
         return FittedTable(_COLUMNS, [_cells(rows) for rows in _runs_of_equal_sites(self.sites)], self._title())
 
     def _title(self) -> str:
+        calls = "; ".join(
+            f"{count} call(s) ran the plain model, dense: {name}: {Uncompiled[name].value}"
+            for name, count in self.uncompiled_calls.items()
+        )
         if not self.graphs:
-            return "no graph compiled yet: call the model first"
-        return f"{len(self.graphs)} graph(s), {len(self.sites)} attention site(s), {self.switchable} switchable"
+            return calls or "no graph compiled yet: call the model first"
+        counts = f"{len(self.graphs)} graph(s), {len(self.sites)} attention site(s), {self.switchable} switchable"
+        return "; ".join(filter(None, (counts, calls)))
 
     def __str__(self) -> str:
         return rendered(self)
@@ -315,4 +326,4 @@ def _readable_size(extent: int | torch.SymInt) -> int | str:
     return extent if isinstance(extent, int) else str(extent)
 
 
-__all__ = ["GraphReport", "Reason", "Report", "SiteDecision", "SiteFacts", "SiteReport", "describe_site"]
+__all__ = ["GraphReport", "Reason", "Report", "SiteDecision", "SiteFacts", "SiteReport", "Uncompiled", "describe_site"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import logging as stdlib_logging
@@ -14,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from infllm_pass.compat import aten, dynamo, inductor, logging, shapes, tensors, torch_tensorrt, transformers, trees
+from infllm_pass.compat import (
+    aten,
+    dynamo,
+    inductor,
+    logging,
+    module_state,
+    shapes,
+    tensors,
+    torch_tensorrt,
+    transformers,
+    trees,
+)
 from infllm_pass.compat import fx as graphs
 from tests.support import ROOT
 
@@ -341,14 +353,85 @@ def arguments():
     assert dynamo.recompile_limit() > 0
 
 
-@checks("dynamo.is_disabled", "dynamo.is_compiled_in_place")
+@checks("dynamo.is_disabled")
 def marks():
     assert dynamo.is_disabled(torch.compiler.disable(lambda x: x))
     assert not dynamo.is_disabled(marks)
-    module = nn.Linear(2, 2)
-    assert not dynamo.is_compiled_in_place(module)
-    module.compile()
-    assert dynamo.is_compiled_in_place(module)
+
+
+@checks("dynamo.compiled_call", "dynamo.is_compiled", "dynamo.without_compiled_call", "dynamo.compile_plain")
+def modules_compiled_by_themselves():
+    def in_place(module):
+        module.compile(backend="eager")
+
+    def by_forward(module):
+        module.forward = torch.compile(module.forward, backend="eager")
+
+    def kept(graphs, graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for way in (in_place, by_forward):
+        module, graphs = nn.Linear(2, 2), []
+        assert dynamo.compiled_call(module) is None
+        assert not dynamo.is_compiled(module)
+        assert dynamo.without_compiled_call(module) is module
+        way(module)
+        assert dynamo.compile_context(dynamo.compiled_call(module)) is not None
+        assert dynamo.is_compiled(module)
+        plain = dynamo.without_compiled_call(module)
+        assert plain.weight is module.weight
+        assert plain._compiled_call_impl is None
+        assert dynamo.compile_context(plain.forward) is None
+        compiled = dynamo.compile_plain(module, backend=functools.partial(kept, graphs))
+        compiled(torch.ones(1, 2))
+        assert len(graphs) == 1, "its own compilation ran instead"
+        assert compiled._orig_mod is module
+    assert dynamo.is_compiled(torch.compile(nn.Linear(2, 2)))
+
+
+@checks("dynamo.stance", "dynamo.is_off", "dynamo.in_dispatch_mode")
+def what_turns_dynamo_off():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    assert dynamo.stance() == "default"
+    with torch.compiler.set_stance("force_eager"):
+        assert dynamo.stance() == "force_eager"
+    assert not dynamo.is_off()
+    with torch._dynamo.config.patch(disable=True):
+        assert dynamo.is_off()
+    assert not dynamo.in_dispatch_mode()
+    with FlopCounterMode(display=False):
+        assert dynamo.in_dispatch_mode()
+
+
+@checks("dynamo.hits_of_recompile_limit")
+def recompilations_past_the_limit():
+    before = dynamo.hits_of_recompile_limit()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        doubled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+        doubled(torch.ones(3))
+        assert dynamo.hits_of_recompile_limit() == before
+        doubled(torch.ones(4))
+    assert dynamo.hits_of_recompile_limit() == before + 1
+
+
+@checks("module_state.drop_compile_prefix", "module_state.add_compile_prefix", "module_state.asked_for_by_checkpoint")
+def names_of_a_compiled_state():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    plain, asked = nn.BatchNorm1d(2), []
+    compiled = torch.compile(plain, backend="eager")
+    state = compiled.state_dict()
+    module_state.drop_compile_prefix(state, "")
+    assert state.keys() == plain.state_dict().keys()
+    assert state._metadata == {"": {"version": 2}} or state._metadata[""] == plain.state_dict()._metadata[""]
+    module_state.add_compile_prefix(state, "")
+    assert state.keys() == compiled.state_dict().keys()
+    compiled.register_state_dict_post_hook(lambda *_: asked.append(module_state.asked_for_by_checkpoint()))
+    compiled.state_dict()
+    get_model_state_dict(compiled)
+    assert asked == [False, True]
 
 
 @checks("dynamo.bound_backend")

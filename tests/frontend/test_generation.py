@@ -13,7 +13,13 @@ from torch.torch_version import TorchVersion
 
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
-from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, ShapeError, UncompiledGenerateWarning
+from infllm_pass.errors import (
+    CachePositionError,
+    DeviceError,
+    DtypeError,
+    PagedCacheError,
+    ShapeError,
+)
 from infllm_pass.kernels.cpu import decode
 from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
 from tests.support import ROOT
@@ -319,11 +325,12 @@ class Captioner(nn.Module):
         return self.language_model.generate(ids, **arguments)
 
 
-def test_generating_with_a_part_of_the_model_is_said_to_run_dense(tiny):
-    model = infllm_pass.sparsify(torch.compile(Captioner(tiny), backend="eager"), COVERING)
-    with pytest.warns(UncompiledGenerateWarning, match="Captioner never called the model as a whole"):
-        out = model.generate(tokens(9), **GREEDY)
-    assert out.shape == (1, 39)
+def test_generating_with_a_part_of_the_model_runs_that_part_sparsified(tiny):
+    model = infllm_pass.sparsify(torch.compile(Captioner(tiny), backend="eager"), COVERING, strict=True)
+    ids = tokens(50)
+    assert torch.equal(model.generate(ids, **GREEDY), tiny.generate(ids, **GREEDY))
+    assert calls_of(model) == GREEDY["max_new_tokens"]
+    assert {site.decision for site in infllm_pass.report(model).sites} == {"switchable"}
 
 
 class Looping(nn.Module):
@@ -351,11 +358,16 @@ def test_a_loop_of_the_model_s_own_calls_the_sparsified_forward(tiny):
     assert calls_of(model) == 9
 
 
-def test_methods_with_a_paged_cache_say_that_they_run_the_original(tiny, monkeypatch):
-    monkeypatch.setattr(type(tiny), "generate_batch", lambda self, inputs: (self, inputs))
+@pytest.mark.parametrize(
+    "method", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+)
+def test_methods_with_a_paged_cache_are_refused(tiny, method):
+    """Before anything is computed; the dense model has them."""
     model = sparsified(tiny)
-    with pytest.warns(UncompiledGenerateWarning, match=r"generate_batch\(\) keeps a paged cache"):
-        assert model.generate_batch([[1]]) == (tiny, [[1]])
+    with pytest.raises(PagedCacheError, match=rf"{method}\(\) keeps a paged cache.*use generate\(\)"):
+        getattr(model, method)([[1, 2, 3]])
+    assert infllm_pass.report(model).graphs == []
+    assert callable(getattr(infllm_pass.dense(model), method))
 
 
 def test_all_layers_over_growing_caches_are_switchable():

@@ -325,18 +325,11 @@ def test_a_model_whose_sites_are_all_dense_says_why():
         (lambda: "model", "got str"),
         (lambda: torch.compiler.disable(attend), "torch.compiler.disable"),
         (lambda: torch.compiler.disable(nn.Linear(2, 2)), "torch.compiler.disable"),
-        (lambda: compiled_in_place(), "compiled in place"),
     ],
 )
 def test_models_that_cannot_be_sparsified(model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         infllm_pass.sparsify(model(), SMALL)
-
-
-def compiled_in_place():
-    module = nn.Linear(2, 2)
-    module.compile()
-    return module
 
 
 def test_a_bad_configuration_is_refused_before_the_model_is_looked_at():

@@ -210,7 +210,7 @@ def test_a_model_that_is_compiled_in_two_ways_has_one_store(monkeypatch):
     handle, (keys, values) = model._infllm_handle, caches()
     model(steps_of(1, 60), keys, values, torch.tensor(0))
     model(steps_of(1, 1), keys, values, torch.tensor(60))
-    again = handle.compiled_as({"backend": "aot_eager", "dynamic": False})
+    again = handle.compiled_as(module, {"backend": "aot_eager", "dynamic": False})
     x = steps_of(1, 1)
     out = again(x, keys, values, torch.tensor(61))
     assert relative_error(out, expected(module, x, keys, values, 61)) < 1e-12
