@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
+import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
@@ -14,9 +16,7 @@ from torch.fx.experimental.symbolic_shapes import (
     is_concrete_int,
     statically_known_true,
 )
-
-if TYPE_CHECKING:
-    import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
     "ConstraintViolationError",
@@ -32,9 +32,22 @@ __all__ = [
 def expression_of(size: torch.SymInt) -> sympy.Expr:
     """A symbolic size as an expression of sympy.
 
-    ``SymInt.node.expr``, the same in torch 2.11 to 2.15. Nothing public; ``str(size)`` prints it.
+    ``SymInt.node.expr``, the same in torch 2.11 to 2.15. Nothing public; ``str(size)`` prints it. Floor divisions
+    without a remainder, as of ``s * s`` by ``s``, are carried out: torch leaves them, and then equal sizes differ.
     """
-    return size.node.expr
+    return _divided(size.node.expr)
+
+
+@cache
+def _divided(expression: sympy.Expr) -> sympy.Expr:
+    """An expression with its exact floor divisions carried out."""
+    return expression.replace(FloorDiv, _quotient) if expression.has(FloorDiv) else expression
+
+
+def _quotient(number: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    ratio = sympy.cancel(number / divisor)
+    exact = ratio.is_polynomial() and all(part.is_integer for part in ratio.as_coefficients_dict().values())
+    return ratio if exact else FloorDiv(number, divisor)
 
 
 def hint_of(size: torch.SymInt) -> int | None:

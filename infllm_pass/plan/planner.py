@@ -263,8 +263,13 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
 
 
 def _may_be_causal(site: AttentionSite) -> bool:
-    """Whether anything limits the keys that a query sees."""
-    return bool(site.masks) or site.is_causal is True or _is_step(site)
+    """Whether anything limits the keys that a query sees, or there is no later key to hide."""
+    return bool(site.masks) or site.is_causal is True or _is_step(site) or _is_alone(site)
+
+
+def _is_alone(site: AttentionSite) -> bool:
+    """Whether one query sees one key, as in the first call of a text of one token."""
+    return _lengths(site) == (1, 1)
 
 
 def _unmasked(site: AttentionSite) -> SitePlan:
@@ -375,7 +380,7 @@ def _check_predicate(
     length_q, length_k = _lengths(site)
     if site.growth is not None and site.growth.trimmed and length_q == 1:
         return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
-    if predicate.causal_offset is None and _is_step(site):
+    if predicate.causal_offset is None and (_is_step(site) or _is_alone(site)):
         predicate = replace(predicate, causal_offset=length_k - 1)
     if predicate.causal_offset is None:
         return _unlimited(site, predicate, interpreter)
