@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -10,6 +11,7 @@ from enum import Enum
 import sympy
 import torch
 
+from infllm_pass.compat.shapes import GuardOnDataDependentSymNode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, TuningError
 from infllm_pass.graph.facts import same, size
@@ -22,7 +24,7 @@ from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
 from infllm_pass.plan.cache_writes import writes_slots
-from infllm_pass.plan.length_guard import Branch
+from infllm_pass.plan.length_guard import Branch, decided
 from infllm_pass.plan.score_channels import ScoreChannels, checked_sets, from_rotary
 from infllm_pass.plan.site_config import Configured, SiteConfig, configured
 from infllm_pass.reasons import Reason
@@ -170,7 +172,10 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
 
 
 def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
-    """The plan of a site at which the pass itself failed: it stays as it was."""
+    """The plan of a site at which the pass failed, by itself or for a size that data decides: it stays as it was."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        unknown = f"whether {error.cond}" if isinstance(error.cond, sympy.Rel) else f"what {error.cond} is"
+        return SitePlan(site, Reason.DATA_DEPENDENT_SIZE, f"it is not known {unknown}")
     return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}", error=error)
 
 
@@ -294,24 +299,33 @@ def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
     return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
 
 
-def _join_sizes(site: AttentionSite) -> bool:
-    """Whether sizes fit that have to be equal: of batches, of key/value heads, of keys.
+def _shapes_of(examples: Sequence[torch.Tensor]) -> str:
+    return ", ".join(str(list(example.shape)) for example in examples)
+
+
+def _join_sizes(site: AttentionSite) -> bool | None:
+    """Whether sizes fit that have to be equal: of batches, of key/value heads, of keys; None: that is not known.
 
     Dynamic ones that Dynamo gave symbols of their own, as it does for the layers of a cache, become one symbol by
     being compared. All sites' are before any mask is read: what was read before names symbols that are no longer used.
     """
     query, key, value = (tensor.example.shape for tensor in (site.query, site.key, site.value))
     sized = all(len(shape) == 4 for shape in (query, key, value))
-    return bool(sized and query[0] == key[0] and key[:3] == value[:3])
+    pairs = [(query[0], key[0]), *zip(key[:3], value[:3], strict=True)] if sized else []
+    found = {decided(a == b) for a, b in pairs}
+    if not sized or False in found:
+        return False
+    return None if None in found else True
 
 
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
     """Check what the operators ask of the tensors."""
     examples = [tensor.example for tensor in (site.query, site.key, site.value)]
-    if not _join_sizes(site):
-        shapes = [example.shape for example in examples]
-        described = ", ".join(str(list(shape)) for shape in shapes)
-        return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
+    joined = _join_sizes(site)
+    if joined is None:
+        return SitePlan(site, Reason.DATA_DEPENDENT_SIZE, f"it is not known whether {_shapes_of(examples)} fit")
+    if not joined:
+        return SitePlan(site, Reason.SHAPES, f"shapes are {_shapes_of(examples)}")
     if site.dtype not in DTYPES:
         return SitePlan(site, Reason.DTYPE, f"the dtype is {site.dtype}")
     devices = {example.device for example in examples}
@@ -434,7 +448,7 @@ def _refused_offset(
     leaves = predicate.offset_leaves
     tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
     if offset.is_Integer:
-        return None if offset >= 0 and bool(tokens + int(offset) <= capacity) else "they are not all among the keys"
+        return None if offset >= 0 and decided(tokens + int(offset) <= capacity) else "they are not all among the keys"
     if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
         return "these are neither the last of the keys nor at a position in them"
     refusal = unemittable(offset, leaves, interpreter, site)

@@ -232,8 +232,10 @@ def _query_axis(
     for found in ([axis for axis in fitting if axis in long], fitting):
         if found:
             return found[-1]
+    if lost and (appended == 1 or not own):
+        return lost[-1]
     if appended == 1:
-        return lost[-1] if lost else None
+        return None
     if not own:
         raise NoAttention
     return (long or own)[-1]
