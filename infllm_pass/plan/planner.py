@@ -151,13 +151,16 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
     plans = []
     sites = list(each_in(Stage.FIND, find_sites(view.facts, layouts)))
     for site in sites:
-        if isinstance(site, AttentionSite) and view.rewritable and _may_be_causal(site):
+        rewritable = view.rewritable and not view.facts.transform_of(site.node)
+        if isinstance(site, AttentionSite) and rewritable and _may_be_causal(site):
             with suppress(Exception):  # raised again where the site is planned, and reported there
                 _join_sizes(site)
     for site in sites:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("site at node %s (%s)", site.node.name, site.source_line)
-        if isinstance(site, PartialSite):
+        if view.facts.transform_of(site.node):
+            plans.append(SitePlan(site, Reason.FUNCTION_TRANSFORM, f"inside {view.facts.transform_of(site.node)}"))
+        elif isinstance(site, PartialSite):
             plans.append(SitePlan(site, site.reason, site.detail, error=site.error))
         elif not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
