@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -44,7 +44,7 @@ def expression_of(size: torch.SymInt) -> sympy.Expr:
     return _divided(size.node.expr)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _divided(expression: sympy.Expr) -> sympy.Expr:
     """An expression with its exact floor divisions carried out."""
     return expression.replace(FloorDiv, _quotient) if expression.has(FloorDiv) else expression
