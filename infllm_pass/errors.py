@@ -84,6 +84,17 @@ class DenseSiteError(InfLLMError, RuntimeError):
         self.sites = sites
 
 
+class ForwardModeError(InfLLMError, NotImplementedError):
+    """Tensors with tangents reach sparse attention, which has no forward-mode derivative: they would be lost."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where} got tensors with tangents of forward-mode differentiation (dual_level, torch.func.jvp), and "
+            "sparse attention has no rule for them: call the model that was sparsified in its place, or take "
+            "derivatives by backward() or torch.autograd.grad"
+        )
+
+
 class CarriedError(BaseException):
     """Carries an error through Dynamo to the call of the sparsified model, which raises it as it is.
 

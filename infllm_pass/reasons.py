@@ -40,9 +40,17 @@ class Reason(Enum):
     HEAD_DIM = f"the head dimension is outside 1 to {MAX_HEAD_DIM}"
     HEAD_GROUPS = "the number of query heads is not a multiple of the number of key/value heads"
     SHAPES = "query, key and value are not [B, H, L, D] tensors of one batch size and key length"
+    DATA_DEPENDENT_SIZE = (
+        "a size that decides here comes from data: state what holds of it by torch._check in the model, or take it "
+        "from a shape"
+    )
     DTYPE = "the dtype is not one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     DEVICE = "the operators run on CPU and CUDA tensors of one device"
     NESTED_GRAPH = "the call sits inside an operator that fixes what its body computes: move the attention out of it"
+    FUNCTION_TRANSFORM = (
+        "the operators have no rules for the transforms of torch.func and for forward-mode differentiation: take "
+        "gradients by backward() or torch.autograd.grad, and write the batch as a dimension in the place of vmap"
+    )
     CROSS_ATTENTION = (
         "queries and keys have lengths of their own and no causal mask relates them, as in attention to an encoder: "
         "only causal self-attention can be sparse"

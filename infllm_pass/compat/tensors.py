@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = [
@@ -19,6 +23,7 @@ __all__ = [
     "current_mode",
     "detect_fake_mode",
     "fake_mode_of",
+    "have_tangents",
     "storage_id",
     "unwrap_functorch",
     "version_of",
@@ -70,6 +75,18 @@ def unwrap_functorch(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def have_tangents(values: Iterable[object]) -> bool:
+    """Whether a tensor among some values is dual: carries a tangent of forward-mode differentiation.
+
+    ``torch.autograd.forward_ad._current_level``, -1 outside of ``dual_level()`` and ``torch.func.jvp``; the same in
+    torch 2.11 to 2.15. The public ``unpack_dual`` alone would cost every call the tensors' look-ups.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    return any(isinstance(value, Tensor) and unpack(value).tangent is not None for value in values)
 
 
 def fake_mode_of(value: object) -> FakeTensorMode | None:

@@ -26,6 +26,7 @@ from infllm_pass.rewrite.report import GraphReport
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from infllm_pass.rewrite.trace import PassTrace
 from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watch
+from infllm_pass.runtime.forward_mode import ReverseModeGraph, loses_tangents
 from infllm_pass.runtime.graph_runs import counted
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
 from infllm_pass.runtime.read_graphs import Again, Forms, ReadGraph, adopt_origins
@@ -114,9 +115,12 @@ class SwitchableBackend:
         _warn_untuned(report)
         watched = watch(module.graph, held.readings)
         vectors = held.inputs.examples
+        reverse_only = loses_tangents(module)
         checks = take_checks(module, len(example_inputs) + len(vectors))
         with trace.compiler_behind(report), remembered_accesses():
             compiled = split_at_buckets(self.compiler)(module, [*example_inputs, *vectors, *caches.examples])
+        if reverse_only:
+            compiled = ReverseModeGraph(compiled)
         if caches.specs:
             compiled = CachedGraph(compiled, tuple(caches.specs), self.store)
         if checks is not None:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_pass.compat.tensors import have_tangents
 from infllm_pass.config import SparseAttentionConfig
-from infllm_pass.errors import DtypeError, ShapeError
+from infllm_pass.errors import DtypeError, ForwardModeError, ShapeError
 from infllm_pass.lowering.ops.attention_args import AttentionCall
 from infllm_pass.lowering.ops.checks import check_attention, check_sequences
 from infllm_pass.lowering.ops.cu_seqlens import segment_bounds
@@ -55,7 +56,7 @@ def switchable_attention(
         ``[B, Hq, Lq, Dv]`` in q's dtype.
 
     Raises:
-        ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
+        ConfigError, ShapeError, DtypeError, DeviceError, ForwardModeError: before anything is computed.
 
     Warns:
         UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
@@ -106,7 +107,7 @@ def switchable_attention_varlen(
         ``[total_q, Hq, Dv]`` in q's dtype.
 
     Raises:
-        ConfigError, ShapeError, DtypeError, DeviceError: before anything is computed.
+        ConfigError, ShapeError, DtypeError, DeviceError, ForwardModeError: before anything is computed.
 
     Warns:
         UntunedDeviceWarning: sparse on a GPU, and the Triton kernels do not take the call.
@@ -126,6 +127,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, config: SparseAttentionConfig, scale: float | None, place: dict[str, Any]
 ) -> Tensor:
     """The call by the operators, or by PyTorch's own attention; `place`: fields of `AttentionCall`."""
+    if not torch.compiler.is_compiling() and have_tangents((q, k, v)):
+        raise ForwardModeError("switchable attention")
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
     config = resolved(config, AttentionPlace(device_name(q.device), q.shape[1], k.shape[1], q.shape[3]))
     call = AttentionCall(factor, config.switch_length, config.geometry_for(k.shape[3]), **place)

@@ -49,6 +49,7 @@ class GraphFacts:
             root graph that writes to each; None where another graph writes.
         bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
         held: tensors that modules hold, which may be read by value.
+        transform: the function transform that the whole graph runs inside, see `transforms`; "": none.
     """
 
     def __init__(
@@ -57,15 +58,29 @@ class GraphFacts:
         overwritten: Mapping[int, fx.Node | None],
         bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
         held: HeldTensors | None = None,
+        transform: str = "",
     ) -> None:
         self.graph = graph
+        self._transform = transform
         self.bindings = bindings or {}
         self.held = HeldTensors({}) if held is None else held
         self._overwritten = overwritten
 
-    def nested(self, graph: fx.Graph, bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]]) -> GraphFacts:
-        """The facts of a graph that this one calls."""
-        return GraphFacts(graph, self._overwritten, bindings, self.held)
+    def nested(
+        self, graph: fx.Graph, bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]], caller: fx.Node | None = None
+    ) -> GraphFacts:
+        """The facts of a graph that this one calls, at a node where that is known."""
+        transform = self._transform if caller is None else self.transform_of(caller)
+        return GraphFacts(graph, self._overwritten, bindings, self.held, transform)
+
+    def transform_of(self, node: fx.Node) -> str:
+        """The innermost transform of ``torch.func``, or forward-mode differentiation, that a node runs inside."""
+        return self.transforms.get(node, self._transform)
+
+    @cached_property
+    def transforms(self) -> dict[fx.Node, str]:
+        """The nodes that this graph runs inside a transform, and the innermost one's name."""
+        return transforms(self.graph)
 
     @cached_property
     def hidden_axes(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
@@ -151,4 +166,30 @@ def hidden_axes(graph: fx.Graph) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
             if call is not None and call.kind is Kind.HIDE_DIM:
                 levels[-1].append(level_axis(call.args.get("level")))
             found[node] = tuple(dict.fromkeys(symbol for level in levels for symbol in level))
+    return found
+
+
+_TRANSFORMS = {
+    "_grad_increment_nesting": ("_grad_decrement_nesting", "torch.func.grad or vjp"),
+    "_jvp_increment_nesting": ("_jvp_decrement_nesting", "torch.func.jvp"),
+    "_vmap_increment_nesting": ("_vmap_decrement_nesting", "torch.func.vmap"),
+    "_func_increment_nesting": ("_func_decrement_nesting", "torch.func.functionalize"),
+    "_enter_dual_level": ("_exit_dual_level", "forward-mode differentiation"),
+}
+"""Calls that begin a transform, those that end it, and what people call it."""
+
+
+def transforms(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The nodes that a graph runs inside transforms of ``torch.func``, and the innermost one's name."""
+    found: dict[fx.Node, str] = {}
+    active: list[tuple[str, str]] = []
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name in _TRANSFORMS:
+            active.append(_TRANSFORMS[name])
+        elif any(name == end for end, _ in active):
+            while active.pop()[0] != name:
+                pass
+        if active:
+            found[node] = active[-1][1]
     return found

@@ -211,6 +211,7 @@ _spell(
     [torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.swapdims, "swapdims", aten.transpose.int],
 )
 _spell(Kind.TRANSPOSE, "input", ["t", torch.t, aten.t.default], dim0=0, dim1=1)
+_spell(Kind.TRANSPOSE, "input", [aten.mT, aten.mT.default], dim0=-2, dim1=-1)
 _spell(Kind.PERMUTE, "input *dims", [torch.permute, "permute", aten.permute.default])
 _spell(Kind.REPEAT, "input *repeats", ["repeat", aten.repeat.default, torch.tile, "tile", aten.tile.default])
 _spell(

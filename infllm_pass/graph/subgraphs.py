@@ -113,7 +113,7 @@ def _walk(
                 for inner, outer in zip(placeholders, arguments, strict=True)
                 if isinstance(outer, fx.Node)
             }
-        inner_facts = facts.nested(body.graph, bindings)
+        inner_facts = facts.nested(body.graph, bindings, user)
         yield from _walk(body, inner_facts, rewritable and transparent, name, overwritten)
 
 

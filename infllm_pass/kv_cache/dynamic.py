@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from infllm_pass.graph.facts import GraphFacts, size
 from infllm_pass.graph.subgraphs import input_name
-from infllm_pass.kv_cache.spec import MANY_QUERIES, UNKNOWN_SIZES, StateLayout, StateTensor, is_decoding
+from infllm_pass.kv_cache.spec import UNKNOWN_SIZES, StateLayout, StateTensor, refused_queries
 from infllm_pass.masks import MaskPredicate
 from infllm_pass.sites import AttentionSite
 
@@ -100,8 +100,9 @@ class DynamicCacheSpec:
             return "the graph cuts its keys"
         if mask is not None and mask.segments is not None:
             return "its sequences are packed"
-        if not is_decoding(site):
-            return MANY_QUERIES
+        refused = refused_queries(site)
+        if refused is not None:
+            return refused
         keys = site.key_heads.example
         new, batch = _size_of(site.growth.appended, facts), _size_of(size(keys.shape[0]), facts)
         if new is None or batch is None:

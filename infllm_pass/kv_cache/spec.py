@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from infllm_pass.plan.length_guard import decided
 from infllm_pass.sites import AttentionSite
 
 MOST_QUERIES = 16
@@ -61,6 +62,9 @@ class StateNodes:
         return *self.tensors, self.filled, self.first
 
 
-def is_decoding(site: AttentionSite) -> bool:
-    """Whether a site has few queries; guards on their number where it is dynamic."""
-    return bool(site.shape(site.query)[2] <= MOST_QUERIES)
+def refused_queries(site: AttentionSite) -> str | None:
+    """Why a site has too many queries to decode; None if it has few. Guards on their number where that may be."""
+    few = decided(site.shape(site.query)[2] <= MOST_QUERIES)
+    if few is None:
+        return f"its graph serves calls of more than {MOST_QUERIES} queries too"
+    return None if few else MANY_QUERIES

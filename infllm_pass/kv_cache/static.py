@@ -11,7 +11,7 @@ from infllm_pass.compat.tensors import storage_id
 from infllm_pass.graph.facts import GraphFacts, example_of, same, size, storage
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.kv_cache.invalidation import writers_of
-from infllm_pass.kv_cache.spec import MANY_QUERIES, UNKNOWN_SIZES, StateLayout, StateTensor, is_decoding
+from infllm_pass.kv_cache.spec import UNKNOWN_SIZES, StateLayout, StateTensor, refused_queries
 from infllm_pass.sites import AttentionSite
 
 
@@ -58,8 +58,9 @@ class StaticCacheSpec:
             return "a nested graph writes to it"
         if any(not writer < site.node for writer in writers_of(facts.graph, keys)):
             return "the graph writes to it after it was read"
-        if not is_decoding(site):
-            return MANY_QUERIES
+        refused = refused_queries(site)
+        if refused is not None:
+            return refused
         node, batch = inputs[position], keys.shape[0]
         dims = [dim for dim, extent in enumerate(example_of(node).shape) if same(size(extent), size(batch))]
         if not isinstance(batch, int) and not dims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -10,6 +11,7 @@ from enum import Enum
 import sympy
 import torch
 
+from infllm_pass.compat.shapes import GuardOnDataDependentSymNode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, TuningError
 from infllm_pass.graph.facts import same, size
@@ -22,7 +24,7 @@ from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
 from infllm_pass.plan.cache_writes import writes_slots
-from infllm_pass.plan.length_guard import Branch
+from infllm_pass.plan.length_guard import Branch, decided
 from infllm_pass.plan.score_channels import ScoreChannels, checked_sets, from_rotary
 from infllm_pass.plan.site_config import Configured, SiteConfig, configured
 from infllm_pass.reasons import Reason
@@ -149,13 +151,16 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
     plans = []
     sites = list(each_in(Stage.FIND, find_sites(view.facts, layouts)))
     for site in sites:
-        if isinstance(site, AttentionSite) and view.rewritable and _may_be_causal(site):
+        rewritable = view.rewritable and not view.facts.transform_of(site.node)
+        if isinstance(site, AttentionSite) and rewritable and _may_be_causal(site):
             with suppress(Exception):  # raised again where the site is planned, and reported there
                 _join_sizes(site)
     for site in sites:
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("site at node %s (%s)", site.node.name, site.source_line)
-        if isinstance(site, PartialSite):
+        if view.facts.transform_of(site.node):
+            plans.append(SitePlan(site, Reason.FUNCTION_TRANSFORM, f"inside {view.facts.transform_of(site.node)}"))
+        elif isinstance(site, PartialSite):
             plans.append(SitePlan(site, site.reason, site.detail, error=site.error))
         elif not view.rewritable:
             plans.append(SitePlan(site, Reason.NESTED_GRAPH, f"inside {view.caller}"))
@@ -170,7 +175,10 @@ def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: Site
 
 
 def failed(site: AttentionSite | PartialSite, error: Exception) -> SitePlan:
-    """The plan of a site at which the pass itself failed: it stays as it was."""
+    """The plan of a site at which the pass failed, by itself or for a size that data decides: it stays as it was."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        unknown = f"whether {error.cond}" if isinstance(error.cond, sympy.Rel) else f"what {error.cond} is"
+        return SitePlan(site, Reason.DATA_DEPENDENT_SIZE, f"it is not known {unknown}")
     return SitePlan(site, Reason.INTERNAL, f"{type(error).__name__}: {error}", error=error)
 
 
@@ -263,8 +271,13 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
 
 
 def _may_be_causal(site: AttentionSite) -> bool:
-    """Whether anything limits the keys that a query sees."""
-    return bool(site.masks) or site.is_causal is True or _is_step(site)
+    """Whether anything limits the keys that a query sees, or there is no later key to hide."""
+    return bool(site.masks) or site.is_causal is True or _is_step(site) or _is_alone(site)
+
+
+def _is_alone(site: AttentionSite) -> bool:
+    """Whether one query sees one key, as in the first call of a text of one token."""
+    return _lengths(site) == (1, 1)
 
 
 def _unmasked(site: AttentionSite) -> SitePlan:
@@ -289,24 +302,33 @@ def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
     return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
 
 
-def _join_sizes(site: AttentionSite) -> bool:
-    """Whether sizes fit that have to be equal: of batches, of key/value heads, of keys.
+def _shapes_of(examples: Sequence[torch.Tensor]) -> str:
+    return ", ".join(str(list(example.shape)) for example in examples)
+
+
+def _join_sizes(site: AttentionSite) -> bool | None:
+    """Whether sizes fit that have to be equal: of batches, of key/value heads, of keys; None: that is not known.
 
     Dynamic ones that Dynamo gave symbols of their own, as it does for the layers of a cache, become one symbol by
     being compared. All sites' are before any mask is read: what was read before names symbols that are no longer used.
     """
     query, key, value = (tensor.example.shape for tensor in (site.query, site.key, site.value))
     sized = all(len(shape) == 4 for shape in (query, key, value))
-    return bool(sized and query[0] == key[0] and key[:3] == value[:3])
+    pairs = [(query[0], key[0]), *zip(key[:3], value[:3], strict=True)] if sized else []
+    found = {decided(a == b) for a, b in pairs}
+    if not sized or False in found:
+        return False
+    return None if None in found else True
 
 
 def _check_tensors(site: AttentionSite) -> SitePlan | None:
     """Check what the operators ask of the tensors."""
     examples = [tensor.example for tensor in (site.query, site.key, site.value)]
-    if not _join_sizes(site):
-        shapes = [example.shape for example in examples]
-        described = ", ".join(str(list(shape)) for shape in shapes)
-        return SitePlan(site, Reason.SHAPES, f"shapes are {described}")
+    joined = _join_sizes(site)
+    if joined is None:
+        return SitePlan(site, Reason.DATA_DEPENDENT_SIZE, f"it is not known whether {_shapes_of(examples)} fit")
+    if not joined:
+        return SitePlan(site, Reason.SHAPES, f"shapes are {_shapes_of(examples)}")
     if site.dtype not in DTYPES:
         return SitePlan(site, Reason.DTYPE, f"the dtype is {site.dtype}")
     devices = {example.device for example in examples}
@@ -375,7 +397,7 @@ def _check_predicate(
     length_q, length_k = _lengths(site)
     if site.growth is not None and site.growth.trimmed and length_q == 1:
         return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
-    if predicate.causal_offset is None and _is_step(site):
+    if predicate.causal_offset is None and (_is_step(site) or _is_alone(site)):
         predicate = replace(predicate, causal_offset=length_k - 1)
     if predicate.causal_offset is None:
         return _unlimited(site, predicate, interpreter)
@@ -429,7 +451,7 @@ def _refused_offset(
     leaves = predicate.offset_leaves
     tokens, capacity = (site.shape(tensor)[2] for tensor in (site.query, site.key))
     if offset.is_Integer:
-        return None if offset >= 0 and bool(tokens + int(offset) <= capacity) else "they are not all among the keys"
+        return None if offset >= 0 and decided(tokens + int(offset) <= capacity) else "they are not all among the keys"
     if not leaves and offset.free_symbols <= length_q.free_symbols | length_k.free_symbols:
         return "these are neither the last of the keys nor at a position in them"
     refusal = unemittable(offset, leaves, interpreter, site)

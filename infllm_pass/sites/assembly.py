@@ -16,8 +16,9 @@ import sympy
 import torch
 from torch import fx
 
+from infllm_pass.graph.facts import same
 from infllm_pass.masks.normal_form import MaskTerm
-from infllm_pass.sites.concat_cache import growth_of
+from infllm_pass.sites.concat_cache import appended_keys, growth_of
 from infllm_pass.sites.index_algebra import BATCH, FEATURE, HEAD, KEY, QUERY, VALUE_FEATURE, simplify
 from infllm_pass.sites.layout_ops import (
     ONE,
@@ -53,6 +54,7 @@ class Reads:
         dropout_p: dropout probability.
         first: the node at which the tensors are read for the first time.
         last: the node at which they are read for the last time.
+        length: the dimension of the result that counts queries, where the call says so; None: it has to be found.
     """
 
     node: fx.Node
@@ -66,6 +68,7 @@ class Reads:
     last: fx.Node
     is_causal: Any = False
     dropout_p: Any = 0.0
+    length: sympy.Symbol | None = None
 
 
 class NoAttention(Exception):
@@ -153,36 +156,95 @@ def _plan(
     axes = [out_axis(dim) for dim in range(len(shape))]
     extent = dict(zip(axes, shape, strict=True))
     in_query, in_key, in_value = (_symbols(chain[0].index) for chain in (query, key, value))
+    if KEY not in key[0].index or FEATURE not in query[0].index:
+        raise LayoutError
+    key_length = layouts.shape(key[0].node)[key[0].index.index(KEY)]
+    depth = layouts.shape(query[0].node)[query[0].index.index(FEATURE)]
     features = _longer_than_one([axis for axis in axes if axis in in_value - in_query - in_key], extent)
-    queries = _longer_than_one([axis for axis in axes if axis in in_query - in_key - in_value], extent)
-    if not features or not queries:
+    if not features:
         raise NoAttention
     if len(features) > 1:
         raise LayoutError
-    masked = [axis for axis in queries if any(axis in _symbols(term.index or ()) for term in reads.terms)]
-    length = masked[0] if len(masked) == 1 else queries[-1]
+    length = reads.length
+    if length is None:
+        own = [axis for axis in axes if axis in in_query - in_key - in_value]
+        lost = [axis for axis in axes if extent[axis] == 1 and axis not in in_query | in_key | in_value]
+        length = _query_axis(own, lost, extent, reads, _appended(layouts, key, query, key_length))
     outer = [axis for axis in axes if axis not in (features[0], length)]
     unit = {axis for axis in outer if extent[axis] == 1}  # which tensors of one row may not show
     in_query, in_key = in_query | unit, in_key | unit
     if any(axis not in in_query | in_key | in_value for axis in outer):
         raise LayoutError
+    spare = _spare(outer, unit, in_key)
+    outer = [axis for axis in outer if axis not in spare]
     meaning, batch, heads = _batch_and_heads(outer, extent, in_key, query, key)
     if any(axis not in in_query for axis in outer):
         raise OwnQueries
-    meaning |= {length: QUERY, features[0]: VALUE_FEATURE}
-    key_length = layouts.shape(key[0].node)[key[0].index.index(KEY)] if KEY in key[0].index else None
-    depth = layouts.shape(query[0].node)[query[0].index.index(FEATURE)] if FEATURE in query[0].index else None
-    if key_length is None or depth is None:
-        raise LayoutError
+    meaning |= dict.fromkeys(spare, ZERO) | {features[0]: VALUE_FEATURE}
+    if length is not None:
+        meaning[length] = QUERY
     extents = {
         BATCH: batch,
         HEAD: heads,
-        QUERY: extent[length],
+        QUERY: ONE if length is None else extent[length],
         KEY: key_length,
         FEATURE: depth,
         VALUE_FEATURE: extent[features[0]],
     }
     return Roles(meaning, extents)
+
+
+def _appended(
+    layouts: Layouts, key: Sequence[Reading], query: Sequence[Reading], key_length: sympy.Expr
+) -> sympy.Expr | None:
+    """How many queries there have to be: as many as the call has new keys; None where that cannot be told."""
+    if key_length == 1:
+        return ONE
+    return appended_keys(layouts, key, query[0].node)
+
+
+def _query_axis(
+    own: list[sympy.Symbol],
+    lost: list[sympy.Symbol],
+    extent: dict[sympy.Symbol, sympy.Expr],
+    reads: Reads,
+    appended: sympy.Expr | None,
+) -> sympy.Symbol | None:
+    """The dimension of the queries; None: there is one query and no dimension.
+
+    The other dimensions that the queries alone have are members of a group, which share their keys as queries do. A
+    mask tells most of them apart, and in decoding the number of new keys: one token of a group of three is not three
+    tokens.
+
+    Args:
+        own: dimensions that the queries alone have.
+        lost: dimensions of extent 1 that no tensor shows, as views do not.
+        extent: of the result's dimensions.
+        reads: see `assemble`.
+        appended: how many queries there have to be; None: not known.
+    """
+    long = [axis for axis in own if extent[axis] != 1]
+    fitting = own if appended is None else [axis for axis in own if same(extent[axis], appended)]
+    masked = [axis for axis in own if any(axis in _symbols(term.index or ()) for term in reads.terms)]
+    for found in ([axis for axis in masked if axis in long], masked):
+        if len(found) == 1 and found[0] in fitting:
+            return found[0]
+    for found in ([axis for axis in fitting if axis in long], fitting):
+        if found:
+            return found[-1]
+    if lost and (appended == 1 or not own):
+        return lost[-1]
+    if appended == 1:
+        return None
+    if not own:
+        raise NoAttention
+    return (long or own)[-1]
+
+
+def _spare(outer: list[sympy.Symbol], unit: set[sympy.Symbol], in_key: set[sympy.Symbol]) -> list[sympy.Symbol]:
+    """Dimensions of extent 1 beyond what batch and heads need: three if one of them is a group's, else two."""
+    needed = 3 if any(axis not in in_key for axis in outer) else 2
+    return [axis for axis in reversed(outer) if axis in unit][: max(0, len(outer) - needed)]
 
 
 def _longer_than_one(axes: list[sympy.Symbol], extent: dict[sympy.Symbol, sympy.Expr]) -> list[sympy.Symbol]:
@@ -205,7 +267,8 @@ def _batch_and_heads(
         heads = _merged_heads(only, query)
         if heads is not None:
             return {only: BATCH * heads + HEAD}, sympy.cancel(extent[only] / heads), sympy.Integer(heads)
-        if only not in in_key or _merged_heads(only, key) is not None:
+        shared = any(only not in _symbols(reading.index) for reading in key) and extent[only] != 1
+        if only not in in_key or shared or _merged_heads(only, key) is not None:
             return {only: HEAD}, ONE, extent[only]
         return {only: BATCH}, extent[only], ONE
     grouped = [axis for axis in outer if axis not in in_key]

@@ -38,6 +38,25 @@ def growth_of(
         roles: what the indices of the readings mean.
         query: the node that the product reads the queries from.
     """
+    end, found = keys[-1], _grown(layouts, keys, query)
+    if found is None:
+        return None
+    along, earlier, last = found
+    appended = layouts.shape(last)[along]
+    continuation: Continuation | str = "its keys are scaled after they are put together"
+    if chosen.factor == end.factor:
+        continuation = _continuation(layouts, keys, roles, earlier, along, appended)
+    return Growth(appended, _is_trimmed(layouts, end.node, along), continuation)
+
+
+def appended_keys(layouts: Layouts, keys: Sequence[Reading], query: fx.Node) -> sympy.Expr | None:
+    """How many keys a call appends to those of earlier ones; None where that is not seen. See `growth_of`."""
+    found = _grown(layouts, keys, query)
+    return None if found is None else layouts.shape(found[2])[found[0]]
+
+
+def _grown(layouts: Layouts, keys: Sequence[Reading], query: fx.Node) -> tuple[int, Sequence[fx.Node], fx.Node] | None:
+    """The dimension that a call's keys are put together in, the earlier ones, and its own; None where they are not."""
     end = keys[-1]
     call = read(end.node)
     if call is None or call.kind is not Kind.CAT:
@@ -51,11 +70,7 @@ def growth_of(
     *earlier, last = parts
     if not all(_is_input(layouts, part) for part in earlier) or not _have_common_data(layouts, query, last):
         return None
-    appended = layouts.shape(last)[along[0]]
-    continuation: Continuation | str = "its keys are scaled after they are put together"
-    if chosen.factor == end.factor:
-        continuation = _continuation(layouts, keys, roles, earlier, along[0], appended)
-    return Growth(appended, _is_trimmed(layouts, end.node, along[0]), continuation)
+    return along[0], earlier, last
 
 
 def _continuation(

@@ -92,6 +92,7 @@ def fused_reads(
         last=node,
         is_causal=args.get("is_causal", False),
         dropout_p=args.get("dropout_p", 0.0),
+        length=places[-2],
     )
 
 

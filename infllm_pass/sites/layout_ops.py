@@ -104,10 +104,8 @@ def _bring(
             digits += [(parts[0][0], sympy.cancel(shape[dim] / parts[0][1])), (parts[1][0], sympy.Integer(parts[0][1]))]
         else:
             digits.append((part, shape[dim]))
-    if unit and len(unit) < len(shape):
+    if unit:
         steps.insert(0, ("squeeze", unit))
-    elif unit:
-        return None
     order: list[int] = []
     merges: list[Step] = []
     missing: list[int] = []

@@ -104,14 +104,15 @@ def _reshaped_index(old: Sequence[sympy.Expr], new: Sequence[sympy.Expr]) -> lis
         for dim in group_new:
             if dim < len(new):
                 position = position * new[dim] + (ZERO if new[dim] == 1 else axis(dim))
-        parts: list[sympy.Expr] = []
+        group = [dim for dim in group_old if dim < len(old)]
+        parts = dict.fromkeys(group, ZERO)
         inner: sympy.Expr = ONE
-        real = [dim for dim in group_old if dim < len(old)]
+        real = [dim for dim in group if old[dim] != 1]
         for dim in reversed(real):
             part = position if inner == 1 else sympy.floor(position / inner)
-            parts.append(part if dim == real[0] else (ZERO if old[dim] == 1 else sympy.Mod(part, old[dim])))
+            parts[dim] = part if dim == real[0] else sympy.Mod(part, old[dim])
             inner = inner * old[dim]
-        index.extend(reversed(parts))
+        index.extend(parts[dim] for dim in group)
     return index
 
 
