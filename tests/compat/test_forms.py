@@ -13,10 +13,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import distributed, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from infllm_pass.compat import (
     aten,
+    ddp,
     dynamo,
     inductor,
     logging,
@@ -464,16 +466,56 @@ def noted_on_inputs():
     assert dynamo.input_example(untraced) is dynamo.source_name(untraced) is None
 
 
-@checks("dynamo.add_static_input", "dynamo.copy_source")
+@checks("dynamo.add_input", "dynamo.add_static_input", "dynamo.copy_source")
 def static_inputs():
     x = torch.ones(3)
     torch._dynamo.mark_static_address(x, guard=False)
     (marked,) = placeholders(traced(lambda x: x + 1, x))
     added = fx.Graph().placeholder("x")
+    dynamo.add_input(added, x)
+    assert added.meta == {"example_value": x}
     dynamo.add_static_input(added, x)
     assert marked.meta["tensor_dict"].items() >= added.meta["tensor_dict"].items()
     dynamo.copy_source(marked, added)
     assert added._dynamo_source is marked._dynamo_source is not None
+
+
+@checks("dynamo.graph_breaks", "dynamo.latest_break")
+def breaks():
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    before = dynamo.graph_breaks()
+    assert dynamo.latest_break(before) == ""
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    assert dynamo.graph_breaks() == before + 1
+    line = broken.__code__.co_firstlineno + 1
+    assert dynamo.latest_break(before) == f"{__file__}:{line}: Call to `torch._dynamo.graph_break()`"
+
+
+@checks("ddp.split_at_buckets", "ddp.whole_graphs")
+def buckets():
+    with ddp.whole_graphs():
+        assert torch._dynamo.config.optimize_ddp is True  # there is no process group
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert ddp.split_at_buckets(stand_in) is stand_in
+        with ddp.whole_graphs():
+            assert torch._dynamo.config.optimize_ddp == "no_optimization"
+            assert ddp.split_at_buckets(stand_in) is stand_in
+            parallel = DistributedDataParallel(torch.nn.Linear(2, 2))
+            with parallel._inside_ddp_forward():
+                split = ddp.split_at_buckets(stand_in)
+            assert split.__self__.backend_compile_fn is stand_in
+            assert split.__self__.bucket_bytes_cap == parallel.bucket_bytes_cap
+        assert torch._dynamo.config.optimize_ddp is True
+    finally:
+        distributed.destroy_process_group()
+
+
+def stand_in(module, _inputs):
+    return module.forward
 
 
 @checks("dynamo.compile_seconds")
