@@ -40,6 +40,10 @@ def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     return bool(a == b) or sympy.expand(a - b) == 0
 
 
+Place = tuple["GraphFacts", fx.Node]
+"""A node, and the graph that it belongs to."""
+
+
 class GraphFacts:
     """What is known of one graph before any proof: example tensors, and which memory is overwritten.
 
@@ -49,23 +53,40 @@ class GraphFacts:
             root graph that writes to each; None where another graph writes.
         bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
         held: tensors that modules hold, which may be read by value.
+        callers: the graphs that call a nested graph and hand it operands.
+
+    Attributes:
+        given: for the placeholders of a nested graph that its calls hand different nodes, what each of them hands over.
+        depth: how many graphs it is nested in.
     """
 
     def __init__(
         self,
         graph: fx.Graph,
         overwritten: Mapping[int, fx.Node | None],
-        bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
+        bindings: dict[fx.Node, Place] | None = None,
         held: HeldTensors | None = None,
+        callers: Iterable[GraphFacts] = (),
     ) -> None:
         self.graph = graph
         self.bindings = bindings or {}
+        self.given: dict[fx.Node, tuple[Place, ...]] = {}
         self.held = HeldTensors({}) if held is None else held
+        self.callers = tuple(callers)
+        self.depth: int = 1 + max((each.depth for each in self.callers), default=-1)
         self._overwritten = overwritten
 
-    def nested(self, graph: fx.Graph, bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]]) -> GraphFacts:
-        """The facts of a graph that this one calls."""
-        return GraphFacts(graph, self._overwritten, bindings, self.held)
+    def nested(self, graph: fx.Graph, bindings: dict[fx.Node, Place], callers: Iterable[GraphFacts] = ()) -> GraphFacts:
+        """The facts of a graph that is nested in this one."""
+        return GraphFacts(graph, self._overwritten, bindings, self.held, callers)
+
+    def is_within(self, outer: GraphFacts) -> bool:
+        """Whether a graph is this one, or one around it through whatever calls."""
+        return self is outer or (bool(self.callers) and all(each.is_within(outer) for each in self.callers))
+
+    def origin(self, node: fx.Node) -> Place:
+        """The node that one stands for, in the graph where it is no placeholder that a call binds."""
+        return self.bindings.get(node, (self, node))
 
     @cached_property
     def hidden_axes(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
@@ -74,15 +95,17 @@ class GraphFacts:
 
     @cached_property
     def size_sources(self) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
-        """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number."""
+        """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number.
+
+        Of tensors those of few dimensions are taken: to read a mask's size would keep the mask.
+        """
         found: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
-        for node in self.graph.nodes:
-            example = self.example(node) if node.op == "placeholder" else None
-            if isinstance(example, torch.Tensor):
-                for dim, extent in enumerate(example.shape):
-                    found.setdefault(size(extent), (node, dim))
-            elif isinstance(example, torch.SymInt):
-                found[size(example)] = (node, None)
+        inputs = [(node, self.example(node)) for node in self.graph.nodes if node.op == "placeholder"]
+        tensors = [(node, example.shape) for node, example in inputs if isinstance(example, torch.Tensor)]
+        for node, shape in sorted(tensors, key=lambda each: len(each[1])):
+            for dim, extent in enumerate(shape):
+                found.setdefault(size(extent), (node, dim))
+        found.update((size(example), (node, None)) for node, example in inputs if isinstance(example, torch.SymInt))
         return {expr: source for expr, source in found.items() if isinstance(expr, sympy.Symbol)}
 
     def example(self, node: fx.Node) -> Any:

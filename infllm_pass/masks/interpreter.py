@@ -74,7 +74,7 @@ class Interpreter:
         facts: the graph's facts.
         leaves: nodes to treat as unknown tensors without looking at how they were made.
         seeds: values of placeholders, 0-d tensors whose value is an index that no tensor of the graph shows.
-        outer: the interpreter of the graph that this one is nested in, if it is shared.
+        outer: interpreters of other graphs, which nested graphs share; this one is added to them.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Interpreter:
         facts: GraphFacts,
         leaves: frozenset[fx.Node] = frozenset(),
         seeds: Mapping[fx.Node, sympy.Symbol] | None = None,
-        outer: Interpreter | None = None,
+        outer: dict[GraphFacts, Interpreter] | None = None,
     ) -> None:
         self.facts = facts
         self.leaves = leaves
@@ -92,7 +92,9 @@ class Interpreter:
         self._seeds = dict(seeds or {})
         self._values: dict[fx.Node, SymbolicTensor] = {}
         self._readers: list[fx.Node] = []
-        self._outer = {} if outer is None else {outer.facts: outer}
+        self.outer = {} if outer is None else outer
+        if not leaves and not self._seeds:
+            self.outer.setdefault(facts, self)
 
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
         """The symbolic value of a node, or None if it is not a tensor.
@@ -170,11 +172,18 @@ class Interpreter:
     def _from_outer_graph(self, node: fx.Node) -> SymbolicTensor | None:
         """The value of a nested graph's placeholder, from the graph that calls it."""
         binding = self.facts.bindings.get(node)
-        if binding is None or node in self.leaves:
+        places = self.facts.given.get(node, ()) if binding is None else (binding,)
+        if not places or node in self.leaves:
             return None
-        facts, outer = binding
-        interpreter = self._outer.setdefault(facts, Interpreter(facts))
-        value = interpreter.evaluate(outer)
+        values = [self._value_at(facts, outer) for facts, outer in places]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    def _value_at(self, facts: GraphFacts, node: fx.Node) -> SymbolicTensor | None:
+        """The value of a node of an outer graph."""
+        if facts not in self.outer:
+            self.outer[facts] = Interpreter(facts, outer=self.outer)
+        interpreter = self.outer[facts]
+        value = interpreter.evaluate(node)
         self.unknowns.update(interpreter.unknowns)
         self.scans.update(interpreter.scans)
         return value
@@ -207,6 +216,8 @@ class Interpreter:
     def _apply_rule(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor:
         if node in self.facts.held.tensors:
             raise NotFollowed("a module holds it, and its values are none of the forms that the prover knows")
+        if node in self.facts.given and node not in self.leaves:
+            raise NotFollowed("the calls of the nested graph hand it different values")
         if node in self.leaves or node.op == "placeholder":
             raise NotFollowed("it is an input of the graph, so it is data")
         call = read(node)

@@ -136,7 +136,11 @@ def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic |
         inner: (interpreter.facts, outer) for inner, outer in zip(placeholders[4:], term.arguments, strict=True)
     }
     facts = interpreter.facts.nested(body.graph, bindings)
-    inside = Interpreter(facts, seeds=dict(zip(placeholders[:4], indices, strict=True)), outer=interpreter)
+    inside = Interpreter(
+        facts,
+        seeds=dict(zip(placeholders[:4], indices, strict=True)),
+        outer={**interpreter.outer, interpreter.facts: interpreter},
+    )
     value = _evaluate(inside, result)
     interpreter.unknowns.update(inside.unknowns)
     interpreter.scans.update(inside.scans)
