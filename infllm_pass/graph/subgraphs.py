@@ -160,7 +160,8 @@ class _Walk:
         groups: list[list[_Body]] = []
         grouped: set[int] = set()
         for first in self._found:
-            pending, members = [first], set()
+            pending = [first]
+            members: set[int] = set()
             while pending:
                 each = pending.pop()
                 if each not in members | grouped:
@@ -199,7 +200,9 @@ def _bound(
 ) -> tuple[dict[fx.Node, Place], dict[fx.Node, tuple[Place, ...]]]:
     """What the placeholders of a body stand for: those that are one node in all calls, and the others."""
     bindings, given = {}, {}
-    for placeholder, operands in zip(placeholders_of(graph), zip(*(call.operands for call in calls)), strict=True):
+    for placeholder, operands in zip(
+        placeholders_of(graph), zip(*(call.operands for call in calls), strict=True), strict=True
+    ):
         pairs = zip(calls, operands, strict=True)
         places = tuple(call.facts.origin(operand) for call, operand in pairs if isinstance(operand, fx.Node))
         if len(places) == len(calls) and len(set(places)) == 1:

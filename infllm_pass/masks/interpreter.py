@@ -134,18 +134,19 @@ class Interpreter:
             Whether anything was read; what was evaluated before is forgotten then.
         """
         if node.graph is not self.facts.graph:
-            return any(self._forget_if(outer.read_input(node)) for outer in self._outer.values())
+            others = (each for each in self.outer.values() if each.facts.graph is node.graph)
+            return any(other.read_input(node) for other in others)
         if node in self.facts.bindings:
             facts, outer = self.facts.bindings[node]
-            return self._forget_if(self._outer.setdefault(facts, Interpreter(facts)).read_input(outer))
+            return self._interpreter_of(facts).read_input(outer)
         if node.op != "placeholder" or self.facts.is_overwritten(node):
             return False
         return self._forget_if(self.facts.held.inputs.add(node, input_name(node)))
 
     def _forget_if(self, read: bool) -> bool:
-        if read:
-            self._values.clear()
-            self.proofs.clear()
+        for each in (self, *self.outer.values()) if read else ():
+            each._values.clear()
+            each.proofs.clear()
         return read
 
     def _given(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor | None:
@@ -180,13 +181,17 @@ class Interpreter:
 
     def _value_at(self, facts: GraphFacts, node: fx.Node) -> SymbolicTensor | None:
         """The value of a node of an outer graph."""
-        if facts not in self.outer:
-            self.outer[facts] = Interpreter(facts, outer=self.outer)
-        interpreter = self.outer[facts]
+        interpreter = self._interpreter_of(facts)
         value = interpreter.evaluate(node)
         self.unknowns.update(interpreter.unknowns)
         self.scans.update(interpreter.scans)
         return value
+
+    def _interpreter_of(self, facts: GraphFacts) -> Interpreter:
+        """The interpreter of an outer graph."""
+        if facts not in self.outer:
+            Interpreter(facts, outer=self.outer)
+        return self.outer[facts]
 
     def _unknown(self, node: fx.Node, example: torch.Tensor, why: str) -> SymbolicTensor:
         name, hidden = self._name(node, why)
