@@ -13,7 +13,7 @@ from torch import fx
 from infllm_pass.compat.shapes import expression_of
 from infllm_pass.compat.tensors import storage_id, unwrap_functorch
 from infllm_pass.graph.buffers import HeldTensors
-from infllm_pass.graph.op_table import Kind, read, written_arguments
+from infllm_pass.graph.op_table import Kind, read, read_in_place, written_arguments
 
 
 @cache
@@ -125,7 +125,24 @@ class GraphFacts:
         if not self.is_overwritten(node):
             return True
         writer = self._overwritten[storage(node)]  # type: ignore[index]
-        return writer is not None and reader is not None and reader.graph is writer.graph and reader < writer
+        if writer is None:
+            return False
+        if reader is not None and reader.graph is writer.graph and reader < writer:
+            return True
+        filled = read_in_place(writer)
+        if filled is None or filled.kind is not Kind.MASKED_FILL or node.graph is not writer.graph:
+            return False
+        return reader is writer or self._is_written_once(node, writer)
+
+    def _is_written_once(self, node: fx.Node, writer: fx.Node) -> bool:
+        """Whether a node is the result of the only write to its memory, or a view of it."""
+        while node is not writer:
+            views = [source for source in node.all_input_nodes if storage(source) == storage(node)]
+            if len(views) != 1 or node < writer:
+                return False
+            (node,) = views
+        cell = storage(node)
+        return all(each is writer or cell not in map(storage, written_arguments(each)) for each in self.graph.nodes)
 
 
 def example_of(node: fx.Node) -> Any:

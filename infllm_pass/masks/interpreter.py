@@ -19,8 +19,9 @@ from torch import fx
 
 from infllm_pass.compat.shapes import free_unbacked_symbols
 from infllm_pass.graph.facts import GraphFacts, size
+from infllm_pass.graph.kinds import Call, Kind
 from infllm_pass.graph.mask_values import MaskForm
-from infllm_pass.graph.op_table import read
+from infllm_pass.graph.op_table import read, read_in_place
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.masks.cases import exact
 from infllm_pass.masks.normal_form import Leaf
@@ -225,7 +226,7 @@ class Interpreter:
             raise NotFollowed("the calls of the nested graph hand it different values")
         if node in self.leaves or node.op == "placeholder":
             raise NotFollowed("it is an input of the graph, so it is data")
-        call = read(node)
+        call = read(node) or _read_filled(node)
         rule = None if call is None else RULES.get(call.kind)
         if call is None or rule is None:
             raise NotFollowed("the prover has no rule for this operator")
@@ -277,6 +278,12 @@ class Interpreter:
         if isinstance(argument, bool) or not isinstance(argument, (int, torch.SymInt)):
             raise NotFollowed("one of its arguments is not a number")
         return size(argument)
+
+
+def _read_filled(node: fx.Node) -> Call | None:
+    """What a node computes that fills places of a tensor in place."""
+    call = read_in_place(node)
+    return call if call is not None and call.kind is Kind.MASKED_FILL else None
 
 
 def names_in(value: sympy.Basic) -> set[str]:

@@ -58,7 +58,11 @@ def lift(mask: SymbolicTensor) -> sympy.Basic:
     """A mask's value over ``(batch, head, query, key)``; a dimension of size 1 does not matter."""
     pad = 4 - len(mask.shape)
     index = [sympy.Integer(0) if extent == 1 else axis(dim + pad) for dim, extent in enumerate(mask.shape)]
-    return mask.at(index)
+    value = mask.at(index)
+    if not value.has(sympy.floor):
+        return value
+    inside = {sympy.floor(at / extent): sympy.Integer(0) for at, extent in zip(index, mask.shape, strict=True)}
+    return value.xreplace(inside)  # an index is less than its extent
 
 
 def _where_nothing_is_hidden(

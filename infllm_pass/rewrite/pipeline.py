@@ -163,11 +163,15 @@ def run_on_export(
     held = HeldTensors({}, looked_at={node: given[node.name] for node in module.graph.nodes if node.name in given})
     with trace.run(module):
         if branch is None:
+            expansions = expand_composites(module)
+            calls = {expansion.call for expansion in expansions}
             decisions: list[Decision] = []
             for view in all_graphs(module, held):
                 rewriter = Rewriter(view.facts, targets=policy.targets)
                 plans = plan_graph(view, policy.config, policy.site_config)
-                decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans]
+                decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans if plan.site.node not in calls]
+            for expansion in expansions:
+                expansion.withdraw()
         else:
             chosen = LengthGuard(branch, "", False)
             decisions = _run(module, policy, lambda _plan: chosen, held)
