@@ -246,6 +246,23 @@ def test_padding_that_is_overwritten_between_two_nested_graphs_leaves_them_as_th
     assert all("overwrites its memory" in site.explanation for site in report.sites)
 
 
+@torch.no_grad()
+def test_calls_of_one_body_with_different_masks_leave_it_as_it_was():
+    class Windowed(Stack):
+        def masks(self, pad):
+            index = torch.arange(pad.shape[1])
+            mask = Stack.masks(self, pad)[0]
+            return [mask, mask, mask & (index > index[:, None] - 50)]
+
+    model = Windowed(plainly, NestedLayer, layers=3).double()
+    sparse = infllm_pass.sparsify(torch.compile(model, backend="eager"), SMALL)
+    x, pad = torch.randn(2, 80, 24, dtype=torch.float64), mask_of(80)
+    sparse(x, pad, None)
+    dense = [site for site in infllm_pass.report(sparse).sites if site.reason == "UNPROVEN_MASK"]
+    assert dense
+    assert all("hand it different values" in site.explanation for site in dense)
+
+
 def test_memory_that_a_body_overwrites_counts_for_every_call():
     """The second call's padding is no tensor of the body that was traced, and is overwritten all the same."""
 
