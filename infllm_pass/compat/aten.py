@@ -13,6 +13,7 @@ from torch.export._trace import custom_triton_ops_decomposition_disabled
 __all__ = [
     "ADD_BATCH_DIM",
     "ATTENTION_BUILTIN",
+    "ENCODER_LAYER",
     "PAD_BUILTIN",
     "REMOVE_BATCH_DIM",
     "SCALAR_TENSOR",
@@ -29,6 +30,9 @@ __all__ = [
 ATTENTION_BUILTIN: Any = torch._C._nn.scaled_dot_product_attention
 """What ``F.scaled_dot_product_attention`` is in Dynamo's graphs. The same object as the public name in torch 2.11 to
 2.15, where that is a builtin; another one as soon as it is wrapped in Python."""
+
+ENCODER_LAYER: Any = torch._transformer_encoder_layer_fwd
+"""What ``nn.TransformerEncoderLayer`` is in Dynamo's graphs, in evaluation without gradients. In torch 2.11 to 2.15."""
 
 PAD_BUILTIN: Any = torch._C._nn.pad
 """What ``F.pad`` is in Dynamo's graphs, which see through its Python wrapper. In torch 2.11 to 2.15."""

@@ -66,10 +66,12 @@ class Emitter:
 
     Args:
         graph: the graph.
+        nested: whether another graph calls it, and relies on the memory order of its results.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, *, nested: bool = False) -> None:
         self.graph = graph
+        self._nested = nested
         self._fresh: list[fx.Node] = []
         self._replaced: dict[fx.Node, fx.Node] = {}
 
@@ -137,7 +139,7 @@ class Emitter:
 
     def strided_as(self, origin: fx.Node, node: fx.Node) -> fx.Node:
         """A tensor in the memory order of the older node that it stands for, where later views rely on that order."""
-        if not _is_viewed(origin):
+        if not _is_viewed(origin, self._nested):
             return node
         strides = [_hint(stride) for stride in example_of(origin).stride()]
         order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
@@ -176,13 +178,13 @@ def _overload(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> tuple[
     return _OPERATORS[exchanged][1], (args[1], args[0])
 
 
-def _is_viewed(node: fx.Node) -> bool:
+def _is_viewed(node: fx.Node, nested: bool) -> bool:
     """Whether an operator that needs its input's strides to fit reads a node, or the node moved."""
     for user in node.users:
-        if user.target in _STRICT_VIEWS:
+        if user.target in _STRICT_VIEWS or (nested and user.op == "output"):
             return True
         call = read(user)
-        if call is not None and call.kind in _MOVING and _is_viewed(user):
+        if call is not None and call.kind in _MOVING and _is_viewed(user, nested):
             return True
     return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -13,25 +13,66 @@ from torch import fx
 from infllm_pass.emit.builder import Emitter
 from infllm_pass.graph.facts import example_of, size, storage
 from infllm_pass.graph.op_table import read_update
+from infllm_pass.graph.regions import Regions, carry
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS
-from infllm_pass.masks import BATCH, HEAD, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments
+from infllm_pass.masks import BATCH, HEAD, KEY, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments, home_of
 from infllm_pass.masks.codegen import Site, build
 from infllm_pass.plan.planner import SitePlan
 from infllm_pass.sites import AttentionSite
 
 
+class OperandMakers:
+    """What inserts calls and makes mask operands in a root graph and in those nested in it.
+
+    Args:
+        regions: the regions of nested graphs.
+    """
+
+    def __init__(self, regions: Regions | None = None) -> None:
+        self._regions: Regions = regions or {}
+        self._emitters: dict[GraphFacts, Emitter] = {}
+        self._masks: dict[tuple[GraphFacts, torch.device], MaskOperands] = {}
+
+    def emitter(self, facts: GraphFacts) -> Emitter:
+        """What inserts calls into a graph."""
+        if facts not in self._emitters:
+            self._emitters[facts] = Emitter(facts.graph, nested=bool(facts.callers))
+        return self._emitters[facts]
+
+    def masks(self, facts: GraphFacts, device: torch.device) -> MaskOperands:
+        """What makes the mask operands of a graph's sites on a device."""
+        if (facts, device) not in self._masks:
+            self._masks[facts, device] = MaskOperands(self, facts, device)
+        return self._masks[facts, device]
+
+    def undo(self, facts: GraphFacts) -> None:
+        """Take back what was inserted into a graph and not kept, and forget its operands, some of which are gone."""
+        self.emitter(facts).undo()
+        self._masks = {key: masks for key, masks in self._masks.items() if key[0] is not facts}
+
+    def carry(self, facts: GraphFacts, home: GraphFacts, node: fx.Node) -> fx.Node:
+        """What a node of an outer graph is in a graph, see `graph.regions.carry`."""
+        return carry(facts, home, node, self._regions)
+
+
 class MaskOperands:
     """Makes the mask arguments of the operators, each tensor once for all sites of a graph and device that share it.
 
+    What is made of tensors of an outer graph is made there, once for all graphs nested in it.
+
     Args:
-        emitter: inserts calls into the graph.
+        makers: those of the graph, and of those that it is nested in.
         facts: what is known of the graph.
+        device: the device of the sites.
     """
 
-    def __init__(self, emitter: Emitter, facts: GraphFacts) -> None:
-        self._emitter = emitter
+    def __init__(self, makers: OperandMakers, facts: GraphFacts, device: torch.device) -> None:
+        self._makers = makers
+        self._emitter = makers.emitter(facts)
         self._facts = facts
+        self._device = device
+        self._early: dict[Any, fx.Node] = {}
         self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
         self._positions: dict[sympy.Expr, fx.Node] = {}
         self._numbers: dict[sympy.Expr, fx.Node | int] = {}
@@ -82,18 +123,80 @@ class MaskOperands:
         if not conditions:
             return None
         if conditions not in self._key_masks:
-            tests = [self._test(condition, site) for condition in conditions]
-            mask = tests[0]
-            for test in tests[1:]:
-                mask = self._call(site, torch.logical_and, mask, test)
-            self._key_masks[conditions] = self._call(site, "expand", mask, list(self._extents(site)))
+            leaves = [leaf for condition in conditions for leaf in condition.leaves]
+            home = self._home(leaves, [condition.expression for condition in conditions], site)
+            if home is self:
+                mask = self._valid(conditions, site, self._extents(site))
+            else:
+                mask = self._made_in(
+                    home,
+                    lambda: home._at_once(
+                        conditions, leaves, site, lambda extents: home._valid(conditions, site, extents)
+                    ),
+                )
+            self._key_masks[conditions] = mask
         return self._key_masks[conditions]
+
+    def _valid(self, conditions: tuple[KeyCondition, ...], site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
+        tests = [self._test(condition, site, extents) for condition in conditions]
+        mask = tests[0]
+        for test in tests[1:]:
+            mask = self._call(site, torch.logical_and, mask, test)
+        return self._call(site, "expand", mask, list(extents))
+
+    def _home(self, leaves: Sequence[Leaf], expressions: Sequence[sympy.Basic], site: AttentionSite) -> MaskOperands:
+        """What makes an operand ``[B, Lk]``: that of the graph which its tensors belong to, if it has the sizes too."""
+        home = home_of(leaves, self._facts)
+        outer = self._makers.masks(home, self._device)
+        names = {name for name, _, _ in leaves}
+        sizes = {symbol for each in expressions for symbol in each.free_symbols - {BATCH, KEY}}
+        known = {symbol for symbol in sizes if symbol.name not in names} <= set(home.size_sources)
+        return outer if known and None not in outer._sizes(site) else self
+
+    def _made_in(self, home: MaskOperands, make: Callable[[], fx.Node]) -> fx.Node:
+        """What an operand of an outer graph is here."""
+        try:
+            node = make()
+        except Exception:
+            self._makers.undo(home._facts)
+            raise
+        home._emitter.keep({})
+        return self._makers.carry(self._facts, home._facts, node)
+
+    def _at_once(
+        self,
+        key: Any,
+        leaves: Sequence[Leaf],
+        site: AttentionSite,
+        make: Callable[[tuple[Any, Any]], fx.Node],
+    ) -> fx.Node:
+        """An operand of nested graphs, before their first call: right after the tensors that it is made of.
+
+        Args:
+            key: what the operand is.
+            leaves: the tensors.
+            site: the site that asks for it.
+            make: makes it for numbers of rows and keys.
+        """
+        sizes = self._sizes(site)
+        if (key, sizes) not in self._early:
+            graph = self._emitter.graph
+            nodes = [self._makers.carry(self._facts, facts, node) for _, facts, node in leaves]
+            with graph.inserting_before(max([*nodes, *graph.find_nodes(op="placeholder")[-1:]]).next):
+                extents = [n if n is None or isinstance(n, int) else self._size(n, site) for n in sizes]
+                self._early[key, sizes] = make((extents[0], extents[1]))
+        return self._early[key, sizes]
+
+    def _sizes(self, site: AttentionSite) -> tuple[int | sympy.Symbol | None, int | sympy.Symbol | None]:
+        """Rows and keys, as `_input_size`."""
+        rows, _, keys, _ = site.shape(site.key)
+        return self._input_size(rows), self._input_size(keys)
 
     def key_bias(self, plan: SitePlan, site: AttentionSite) -> list[fx.Node]:
         """The numbers added to the scaled scores of keys, each as a node ``[B or 1, Hq or 1, Lk or 1]``."""
         found: list[fx.Node] = []
         for bias in () if plan.mask is None else plan.mask.key_terms.bias:
-            node = self._local(bias.leaf[2], site)
+            node = self._local(bias.leaf, site)
             for dim in reversed(range(len(bias.index))):
                 if bias.index[dim].is_Integer:
                     node = self._call(site, "select", node, dim, int(bias.index[dim]))
@@ -105,6 +208,9 @@ class MaskOperands:
 
     def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
         """Where the queries of a cache's rows begin; if the host knows it, a graph of Dynamo checks that they fit."""
+        home = self._makers.masks(home_of(mask.offset_leaves, self._facts), self._device)
+        if home is not self:
+            return self._made_in(home, lambda: home._offsets(mask, site))
         offsets = self.position(mask.causal_offset, mask.offset_leaves, site)
         tokens, capacity = (self._input_size(site.shape(tensor)[2]) for tensor in (site.query, site.key))
         offset: sympy.Expr = mask.causal_offset
@@ -116,7 +222,7 @@ class MaskOperands:
                 self._checked[offsets, tokens, capacity] = offsets
                 host = self._on_host(offsets, self._numbers[offset], site)
                 if host is not None:
-                    sizes = [n if isinstance(n, int) else self._size(self._facts, n, site) for n in (tokens, capacity)]
+                    sizes = [n if isinstance(n, int) else self._size(n, site) for n in (tokens, capacity)]
                     name = self._name_of(site.key_heads.node)
                     checked = self._call(site, CHECKED_POSITIONS, host, *sizes, name)
                     if host is offsets:
@@ -159,7 +265,8 @@ class MaskOperands:
         if expression not in self._positions:
             graph, device = self._emitter.graph, site.key.example.device
             placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-            with graph.inserting_before(max([*(node for _, _, node in leaves), *placeholders[-1:]]).next):
+            nodes = [self._makers.carry(self._facts, facts, node) for _, facts, node in leaves]
+            with graph.inserting_before(max([*nodes, *placeholders[-1:]]).next):
                 number = self._number(expression, leaves, site)
                 if isinstance(number, fx.Node) and isinstance(example_of(number), torch.Tensor):
                     number = self._numbers[expression] = self._call(site, "reshape", number, [-1])
@@ -173,21 +280,23 @@ class MaskOperands:
 
     def _number(self, expression: sympy.Expr, leaves: tuple[Leaf, ...], site: AttentionSite) -> fx.Node | int:
         """An integer expression of sizes and tensors, int64, in memory of its own."""
-        widened = {name: self._call(site, "to", node, torch.int64) for name, _, node in leaves}
+        found = {name: self._makers.carry(self._facts, facts, node) for name, facts, node in leaves}
+        widened = {name: self._call(site, "to", node, torch.int64) for name, node in found.items()}
         batch: Any = site.shape(site.key)[0]
         if BATCH in expression.free_symbols and isinstance(batch, torch.SymInt):
-            batch = self._size(self._facts, size(batch), site)
-        value = self._build(expression, widened, self._facts, site, (batch, None))
+            batch = self._size(size(batch), site)
+        value = self._build(expression, widened, site, (batch, None))
         if leaves and storage(value) in {storage(node) for _, _, node in leaves}:
             value = self._call(site, "clone", value)
         return value
 
-    def _test(self, condition: KeyCondition, site: AttentionSite) -> fx.Node:
-        leaves = {name: self._local(node, site) for name, _, node in condition.leaves}
-        return self._build(condition.expression, leaves, condition.facts, site, self._extents(site))
+    def _test(self, condition: KeyCondition, site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
+        leaves = {leaf[0]: self._local(leaf, site) for leaf in condition.leaves}
+        return self._build(condition.expression, leaves, site, extents)
 
-    def _local(self, node: fx.Node, site: AttentionSite) -> fx.Node:
+    def _local(self, leaf: Leaf, site: AttentionSite) -> fx.Node:
         """A tensor on the keys' device: layers on another device than the model's inputs read masks of these."""
+        node = self._makers.carry(self._facts, leaf[1], leaf[2])
         device = site.key.example.device
         return node if example_of(node).device == device else self._call(site, "to", node, device)
 
@@ -195,14 +304,13 @@ class MaskOperands:
         self,
         expression: sympy.Basic,
         leaves: Mapping[str, fx.Node],
-        facts: GraphFacts,
         site: AttentionSite,
         extents: tuple[Any, Any],
     ) -> fx.Node:
         """An expression of rows, keys, sizes and elements of leaves; see `masks.codegen.build`."""
 
         def size_of(symbol: sympy.Symbol) -> fx.Node:
-            return leaves[symbol.name] if symbol.name in leaves else self._size(facts, symbol, site)
+            return leaves[symbol.name] if symbol.name in leaves else self._size(symbol, site)
 
         value: fx.Node = build(
             expression,
@@ -218,17 +326,29 @@ class MaskOperands:
         )
         return value
 
-    def _size(self, facts: GraphFacts, symbol: sympy.Symbol, site: AttentionSite) -> fx.Node:
+    def _size(self, symbol: sympy.Symbol, site: AttentionSite) -> fx.Node:
         """A dynamic size, from the graph's inputs."""
-        node, dim = facts.size_sources[symbol]
+        node, dim = self._facts.size_sources[symbol]
         return node if dim is None else self._call(site, "size", node, dim)
 
     def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
         """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""
         if segments not in self._bounds:
-            ids = self._call(site, "expand", self._local(segments.node, site), list(self._extents(site)))
-            self._bounds[segments] = self._call(site, torch.ops.infllm.segment_bounds.default, ids)
+            leaf = segments.leaf
+            home = self._home([leaf], [], site)
+            if home is self:
+                bounds = self._numbered(leaf, site, self._extents(site))
+            else:
+                bounds = self._made_in(
+                    home,
+                    lambda: home._at_once(segments, [leaf], site, lambda extents: home._numbered(leaf, site, extents)),
+                )
+            self._bounds[segments] = bounds
         return self._bounds[segments]
+
+    def _numbered(self, numbers: Leaf, site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
+        ids = self._call(site, "expand", self._local(numbers, site), list(extents))
+        return self._call(site, torch.ops.infllm.segment_bounds.default, ids)
 
     def _extents(self, site: AttentionSite) -> tuple[Any, Any]:
         """Rows and keys, numbers or nodes."""

@@ -20,7 +20,10 @@ MOST_ELEMENTS = 1 << 16
 MOST_DEEP = 32
 """Operators that a value is computed by, one after the other."""
 
-_UNREAD = {Kind.DROPOUT, Kind.ATTENTION, Kind.FLEX_ATTENTION, Kind.MULTI_HEAD_ATTENTION, Kind.CHECK, Kind.FULL}
+_UNREAD = {
+    *(Kind.DROPOUT, Kind.ATTENTION, Kind.FLEX_ATTENTION, Kind.MULTI_HEAD_ATTENTION, Kind.ENCODER_LAYER),
+    *(Kind.CHECK, Kind.FULL),
+}
 """Kinds that are random, or never make a table."""
 
 _MORE = {

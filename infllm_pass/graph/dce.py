@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from infllm_pass.compat.aten import OpOverload, is_mutable, returns_values
+from infllm_pass.compat.fx import is_erased
 from infllm_pass.graph.facts import storage
 from infllm_pass.graph.op_table import Kind, read, read_in_place
 
@@ -43,6 +44,22 @@ def _writes_to(node: fx.Node, dead: set[fx.Node]) -> bool:
         if written is None:
             return target.op != "placeholder" and storage(target) not in map(storage, target.all_input_nodes)
     return False
+
+
+def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node without effect and, after it, those of its inputs that only it used."""
+    pending = [node]
+    while pending:
+        candidate = pending.pop()
+        if is_erased(candidate) or not pure(candidate):
+            continue
+        users = dead_users(candidate)
+        if users is None:
+            continue
+        inputs = [source for erased in (*users, candidate) for source in erased.all_input_nodes]
+        for erased in (*users, candidate):
+            graph.erase_node(erased)
+        pending.extend(inputs)
 
 
 def live_users(node: fx.Node) -> list[fx.Node]:

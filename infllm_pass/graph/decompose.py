@@ -1,13 +1,15 @@
 """Decomposition of composite calls such as ``multi_head_attention_forward`` into their operators, in place.
 
-Dynamo keeps ``multi_head_attention_forward`` as one call. It is traced once more, by itself, and its operators are put
-before the call, whose place they take. If the attention among them is not rewritten the call gets its place back.
+Dynamo keeps ``multi_head_attention_forward`` as one call, and what ``nn.TransformerEncoderLayer`` computes in
+evaluation. It is traced once more, by itself, and its operators are put before the call, whose place they take. If the
+attention among them is not rewritten the call gets its place back.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from torch import fx
 
 from infllm_pass.compat.aten import is_mutable
 from infllm_pass.compat.fx import is_erased, make_fx
+from infllm_pass.graph.encoder_layer import encoder_layer
 from infllm_pass.graph.facts import example_of
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.graph.subgraphs import fake_mode_of
@@ -72,10 +75,26 @@ def expand_composites(module: fx.GraphModule) -> list[Expansion]:
     return [expansion for expansion in found if expansion is not None]
 
 
+COMPOSITES: Mapping[Kind, Callable[..., Any] | None] = {
+    Kind.MULTI_HEAD_ATTENTION: None,
+    Kind.ENCODER_LAYER: encoder_layer,
+}
+"""Kinds of calls that hold a whole attention inside, and what they are traced as, where not as what they call."""
+
+
 def _is_composite(node: fx.Node) -> bool:
     call = read(node)
+    if call is None or call.kind not in COMPOSITES:
+        return False
     plain = all(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
-    return call is not None and call.kind is Kind.MULTI_HEAD_ATTENTION and plain
+    return isinstance(example_of(node), torch.Tensor) or plain
+
+
+def _held_results(call: fx.Node) -> dict[fx.Node, Any]:
+    """The nodes that hold the results of a call, with the place of each; None for a call of one result."""
+    if isinstance(example_of(call), torch.Tensor):
+        return {call: None}
+    return {held: held.args[1] for held in call.users}
 
 
 def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
@@ -88,9 +107,9 @@ def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
         call.meta[UNTRACED] = f"{type(error).__name__}: {error}"
         return None
     results: Any = next(node.args[0] for node in traced.graph.nodes if node.op == "output")
-    asked = [results[held.args[1]] for held in call.users]
+    asked = {held: results[place] if place is not None else results for held, place in _held_results(call).items()}
     constants = [node.name for node in traced.graph.nodes if node.op == "get_attr"]
-    if None in asked or constants:
+    if None in asked.values() or constants:
         call.meta[UNTRACED] = f"it makes constants ({', '.join(constants)})" if constants else "a used result is None"
         return None
     copies: dict[fx.Node, fx.Node] = {}
@@ -101,19 +120,23 @@ def _expand(graph: fx.Graph, call: fx.Node) -> Expansion | None:
             elif node.op != "output":
                 copies[node] = _copy(graph, call, node, copies)
     made = tuple(copy for node, copy in copies.items() if node.op != "placeholder")
-    pairs = tuple((held, copies[results[held.args[1]]]) for held in call.users)
+    pairs = tuple((held, copies[result]) for held, result in asked.items())
     for held, result in pairs:
         held.replace_all_uses_with(result)
     return Expansion(graph, call, made, pairs)
 
 
 def _trace(call: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule:
-    used = {user.args[1] for user in call.users}
+    used = set(_held_results(call).values())
+    known = read(call)
+    function = call.target if known is None else COMPOSITES.get(known.kind) or call.target
 
     def body(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
         args, kwargs = fx.map_arg((call.args, call.kwargs), given.__getitem__)
-        results = call.target(*args, **kwargs)  # type: ignore[operator]
+        results = function(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(results, torch.Tensor):
+            return results
         return tuple(result if place in used else None for place, result in enumerate(results))
 
     with fake_mode_of(call) or _first_mode(inputs) or nullcontext(), torch.no_grad():

@@ -13,7 +13,7 @@ from torch import fx
 from infllm_pass.compat.shapes import expression_of
 from infllm_pass.compat.tensors import storage_id, unwrap_functorch
 from infllm_pass.graph.buffers import HeldTensors
-from infllm_pass.graph.op_table import Kind, read, written_arguments
+from infllm_pass.graph.op_table import Kind, read, read_in_place, written_arguments
 
 
 @cache
@@ -40,6 +40,10 @@ def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     return bool(a == b) or sympy.expand(a - b) == 0
 
 
+Place = tuple["GraphFacts", fx.Node]
+"""A node, and the graph that it belongs to."""
+
+
 class GraphFacts:
     """What is known of one graph before any proof: example tensors, and which memory is overwritten.
 
@@ -50,28 +54,41 @@ class GraphFacts:
         bindings: for the placeholders of a nested graph, the outer graph's facts and node they stand for.
         held: tensors that modules hold, which may be read by value.
         transform: the function transform that the whole graph runs inside, see `transforms`; "": none.
+        callers: the graphs that call a nested graph and hand it operands.
+
+    Attributes:
+        given: for the placeholders of a nested graph that its calls hand different nodes, what each of them hands over.
+        depth: how many graphs it is nested in.
     """
 
     def __init__(
         self,
         graph: fx.Graph,
         overwritten: Mapping[int, fx.Node | None],
-        bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]] | None = None,
+        bindings: dict[fx.Node, Place] | None = None,
         held: HeldTensors | None = None,
+        callers: Iterable[GraphFacts] = (),
         transform: str = "",
     ) -> None:
         self.graph = graph
         self._transform = transform
         self.bindings = bindings or {}
+        self.given: dict[fx.Node, tuple[Place, ...]] = {}
         self.held = HeldTensors({}) if held is None else held
+        self.callers = tuple(callers)
+        self.depth: int = 1 + max((each.depth for each in self.callers), default=-1)
         self._overwritten = overwritten
 
     def nested(
-        self, graph: fx.Graph, bindings: dict[fx.Node, tuple[GraphFacts, fx.Node]], caller: fx.Node | None = None
+        self,
+        graph: fx.Graph,
+        bindings: dict[fx.Node, Place],
+        callers: Iterable[GraphFacts] = (),
+        transform: str | None = None,
     ) -> GraphFacts:
-        """The facts of a graph that this one calls, at a node where that is known."""
-        transform = self._transform if caller is None else self.transform_of(caller)
-        return GraphFacts(graph, self._overwritten, bindings, self.held, transform)
+        """The facts of a graph that is nested in this one; it runs inside a transform of its own where one is given."""
+        inside = self._transform if transform is None else transform
+        return GraphFacts(graph, self._overwritten, bindings, self.held, callers, inside)
 
     def transform_of(self, node: fx.Node) -> str:
         """The innermost transform of ``torch.func``, or forward-mode differentiation, that a node runs inside."""
@@ -82,6 +99,14 @@ class GraphFacts:
         """The nodes that this graph runs inside a transform, and the innermost one's name."""
         return transforms(self.graph)
 
+    def is_within(self, outer: GraphFacts) -> bool:
+        """Whether a graph is this one, or one around it through whatever calls."""
+        return self is outer or (bool(self.callers) and all(each.is_within(outer) for each in self.callers))
+
+    def origin(self, node: fx.Node) -> Place:
+        """The node that one stands for, in the graph where it is no placeholder that a call binds."""
+        return self.bindings.get(node, (self, node))
+
     @cached_property
     def hidden_axes(self) -> dict[fx.Node, tuple[sympy.Symbol, ...]]:
         """For each node inside ``vmap`` calls, the indices that are hidden there."""
@@ -89,15 +114,17 @@ class GraphFacts:
 
     @cached_property
     def size_sources(self) -> dict[sympy.Symbol, tuple[fx.Node, int | None]]:
-        """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number."""
+        """Inputs to read a dynamic size from: a node, and a dimension unless the node itself is the number.
+
+        Of tensors those of few dimensions are taken: to read a mask's size would keep the mask.
+        """
         found: dict[sympy.Symbol, tuple[fx.Node, int | None]] = {}
-        for node in self.graph.nodes:
-            example = self.example(node) if node.op == "placeholder" else None
-            if isinstance(example, torch.Tensor):
-                for dim, extent in enumerate(example.shape):
-                    found.setdefault(size(extent), (node, dim))
-            elif isinstance(example, torch.SymInt):
-                found[size(example)] = (node, None)
+        inputs = [(node, self.example(node)) for node in self.graph.nodes if node.op == "placeholder"]
+        tensors = [(node, example.shape) for node, example in inputs if isinstance(example, torch.Tensor)]
+        for node, shape in sorted(tensors, key=lambda each: len(each[1])):
+            for dim, extent in enumerate(shape):
+                found.setdefault(size(extent), (node, dim))
+        found.update((size(example), (node, None)) for node, example in inputs if isinstance(example, torch.SymInt))
         return {expr: source for expr, source in found.items() if isinstance(expr, sympy.Symbol)}
 
     def example(self, node: fx.Node) -> Any:
@@ -117,7 +144,24 @@ class GraphFacts:
         if not self.is_overwritten(node):
             return True
         writer = self._overwritten[storage(node)]  # type: ignore[index]
-        return writer is not None and reader is not None and reader.graph is writer.graph and reader < writer
+        if writer is None:
+            return False
+        if reader is not None and reader.graph is writer.graph and reader < writer:
+            return True
+        filled = read_in_place(writer)
+        if filled is None or filled.kind is not Kind.MASKED_FILL or node.graph is not writer.graph:
+            return False
+        return reader is writer or self._is_written_once(node, writer)
+
+    def _is_written_once(self, node: fx.Node, writer: fx.Node) -> bool:
+        """Whether a node is the result of the only write to its memory, or a view of it."""
+        while node is not writer:
+            views = [source for source in node.all_input_nodes if storage(source) == storage(node)]
+            if len(views) != 1 or node < writer:
+                return False
+            (node,) = views
+        cell = storage(node)
+        return all(each is writer or cell not in map(storage, written_arguments(each)) for each in self.graph.nodes)
 
 
 def example_of(node: fx.Node) -> Any:

@@ -60,6 +60,7 @@ class Kind(Enum):
     SCALAR_TENSOR = auto()
     FLEX_ATTENTION = auto()
     MULTI_HEAD_ATTENTION = auto()
+    ENCODER_LAYER = auto()
     XOR = auto()
     TRIL = auto()
     TRIU = auto()

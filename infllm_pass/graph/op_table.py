@@ -266,6 +266,13 @@ _spell(
     [F.multi_head_attention_forward],
 )
 _spell(
+    Kind.ENCODER_LAYER,
+    "input embed_dim num_heads in_proj_weight in_proj_bias out_proj_weight out_proj_bias use_gelu norm_first eps "
+    "norm1_weight norm1_bias norm2_weight norm2_bias linear1_weight linear1_bias linear2_weight linear2_bias mask "
+    "mask_type",
+    [private.ENCODER_LAYER, aten._transformer_encoder_layer_fwd.default],
+)
+_spell(
     Kind.XOR,
     "input other",
     [

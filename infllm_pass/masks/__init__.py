@@ -5,6 +5,7 @@ from infllm_pass.graph.facts import GraphFacts
 from infllm_pass.masks.normal_form import (
     BATCH,
     HEAD,
+    KEY,
     KeyBias,
     KeyCondition,
     KeyTerms,
@@ -14,12 +15,14 @@ from infllm_pass.masks.normal_form import (
     MaskTerm,
     Segments,
     UnprovenMask,
+    home_of,
 )
 from infllm_pass.masks.proof import prove_mask, prove_terms, readable
 
 __all__ = [
     "BATCH",
     "HEAD",
+    "KEY",
     "GraphFacts",
     "HeldTensors",
     "KeyBias",
@@ -31,6 +34,7 @@ __all__ = [
     "MaskTerm",
     "Segments",
     "UnprovenMask",
+    "home_of",
     "prove_mask",
     "prove_terms",
     "readable",

@@ -19,8 +19,9 @@ from torch import fx
 
 from infllm_pass.compat.shapes import free_unbacked_symbols
 from infllm_pass.graph.facts import GraphFacts, size
+from infllm_pass.graph.kinds import Call, Kind
 from infllm_pass.graph.mask_values import MaskForm
-from infllm_pass.graph.op_table import read
+from infllm_pass.graph.op_table import read, read_in_place
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.masks.cases import exact
 from infllm_pass.masks.normal_form import Leaf
@@ -74,7 +75,7 @@ class Interpreter:
         facts: the graph's facts.
         leaves: nodes to treat as unknown tensors without looking at how they were made.
         seeds: values of placeholders, 0-d tensors whose value is an index that no tensor of the graph shows.
-        outer: the interpreter of the graph that this one is nested in, if it is shared.
+        outer: interpreters of other graphs, which nested graphs share; this one is added to them.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Interpreter:
         facts: GraphFacts,
         leaves: frozenset[fx.Node] = frozenset(),
         seeds: Mapping[fx.Node, sympy.Symbol] | None = None,
-        outer: Interpreter | None = None,
+        outer: dict[GraphFacts, Interpreter] | None = None,
     ) -> None:
         self.facts = facts
         self.leaves = leaves
@@ -92,7 +93,9 @@ class Interpreter:
         self._seeds = dict(seeds or {})
         self._values: dict[fx.Node, SymbolicTensor] = {}
         self._readers: list[fx.Node] = []
-        self._outer = {} if outer is None else {outer.facts: outer}
+        self.outer = {} if outer is None else outer
+        if not leaves and not self._seeds:
+            self.outer.setdefault(facts, self)
 
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
         """The symbolic value of a node, or None if it is not a tensor.
@@ -132,18 +135,19 @@ class Interpreter:
             Whether anything was read; what was evaluated before is forgotten then.
         """
         if node.graph is not self.facts.graph:
-            return any(self._forget_if(outer.read_input(node)) for outer in self._outer.values())
+            others = (each for each in self.outer.values() if each.facts.graph is node.graph)
+            return any(other.read_input(node) for other in others)
         if node in self.facts.bindings:
             facts, outer = self.facts.bindings[node]
-            return self._forget_if(self._outer.setdefault(facts, Interpreter(facts)).read_input(outer))
+            return self._interpreter_of(facts).read_input(outer)
         if node.op != "placeholder" or self.facts.is_overwritten(node):
             return False
         return self._forget_if(self.facts.held.inputs.add(node, input_name(node)))
 
     def _forget_if(self, read: bool) -> bool:
-        if read:
-            self._values.clear()
-            self.proofs.clear()
+        for each in (self, *self.outer.values()) if read else ():
+            each._values.clear()
+            each.proofs.clear()
         return read
 
     def _given(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor | None:
@@ -170,14 +174,25 @@ class Interpreter:
     def _from_outer_graph(self, node: fx.Node) -> SymbolicTensor | None:
         """The value of a nested graph's placeholder, from the graph that calls it."""
         binding = self.facts.bindings.get(node)
-        if binding is None or node in self.leaves:
+        places = self.facts.given.get(node, ()) if binding is None else (binding,)
+        if not places or node in self.leaves:
             return None
-        facts, outer = binding
-        interpreter = self._outer.setdefault(facts, Interpreter(facts))
-        value = interpreter.evaluate(outer)
+        values = [self._value_at(facts, outer) for facts, outer in places]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    def _value_at(self, facts: GraphFacts, node: fx.Node) -> SymbolicTensor | None:
+        """The value of a node of an outer graph."""
+        interpreter = self._interpreter_of(facts)
+        value = interpreter.evaluate(node)
         self.unknowns.update(interpreter.unknowns)
         self.scans.update(interpreter.scans)
         return value
+
+    def _interpreter_of(self, facts: GraphFacts) -> Interpreter:
+        """The interpreter of an outer graph."""
+        if facts not in self.outer:
+            Interpreter(facts, outer=self.outer)
+        return self.outer[facts]
 
     def _unknown(self, node: fx.Node, example: torch.Tensor, why: str) -> SymbolicTensor:
         name, hidden = self._name(node, why)
@@ -207,9 +222,11 @@ class Interpreter:
     def _apply_rule(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor:
         if node in self.facts.held.tensors:
             raise NotFollowed("a module holds it, and its values are none of the forms that the prover knows")
+        if node in self.facts.given and node not in self.leaves:
+            raise NotFollowed("the calls of the nested graph hand it different values")
         if node in self.leaves or node.op == "placeholder":
             raise NotFollowed("it is an input of the graph, so it is data")
-        call = read(node)
+        call = read(node) or _read_filled(node)
         rule = None if call is None else RULES.get(call.kind)
         if call is None or rule is None:
             raise NotFollowed("the prover has no rule for this operator")
@@ -261,6 +278,12 @@ class Interpreter:
         if isinstance(argument, bool) or not isinstance(argument, (int, torch.SymInt)):
             raise NotFollowed("one of its arguments is not a number")
         return size(argument)
+
+
+def _read_filled(node: fx.Node) -> Call | None:
+    """What a node computes that fills places of a tensor in place."""
+    call = read_in_place(node)
+    return call if call is not None and call.kind is Kind.MASKED_FILL else None
 
 
 def names_in(value: sympy.Basic) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -17,17 +18,20 @@ Leaf = tuple[str, GraphFacts, fx.Node]
 """A graph tensor that an expression reads: its name there, the graph that it belongs to, and its node."""
 
 
+def home_of(leaves: Iterable[Leaf], facts: GraphFacts) -> GraphFacts:
+    """The innermost of the graphs that tensors belong to, in which all of them can be had; without any, `facts`."""
+    return max((home for _, home, _ in leaves), key=lambda home: home.depth, default=facts)
+
+
 @dataclass(frozen=True)
 class KeyCondition:
     """A test that a key must pass, whatever the query; `masks.codegen` makes it a tensor again.
 
     Attributes:
-        facts: the graph in which it was proved.
         expression: a Boolean of `BATCH`, `KEY`, sizes and elements of `leaves`, named functions of their index.
         leaves: the graph tensors that it reads, by name, and the graphs that they belong to.
     """
 
-    facts: GraphFacts
     expression: sympy.Basic
     leaves: tuple[Leaf, ...] = ()
 
@@ -85,6 +89,11 @@ class Segments:
     node: fx.Node
     offset: sympy.Expr
 
+    @property
+    def leaf(self) -> Leaf:
+        """The numbers, as a tensor that the mask reads."""
+        return self.node.name, self.facts, self.node
+
 
 @dataclass(frozen=True)
 class MaskPredicate:
@@ -119,9 +128,9 @@ class MaskPredicate:
         return not self.key_terms and self.window is None and self.segments is None
 
     @property
-    def sources(self) -> frozenset[GraphFacts]:
-        """The graphs that the tensors live in which the normal form reads."""
-        return frozenset(facts for facts, _ in self.read_later) | {facts for _, facts, _ in self.offset_leaves}
+    def sources(self) -> tuple[tuple[GraphFacts, fx.Node], ...]:
+        """The tensors that the normal form reads, and the graphs that they belong to."""
+        return *self.read_later, *((facts, node) for _, facts, node in self.offset_leaves)
 
     @property
     def read_later(self) -> tuple[tuple[GraphFacts, fx.Node], ...]:

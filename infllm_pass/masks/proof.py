@@ -236,7 +236,7 @@ class _Reader:
         of_sizes = any(test.free_symbols <= free and not test.atoms(AppliedUndef) for test in tests)
         if of_sizes or not is_expressible(part) or not free <= set(sizes):
             return UnprovenMask(self.mask, f"its test of keys, {readable(part)}, cannot be made of graph inputs")
-        self.conditions.append(KeyCondition(self.interpreter.facts, part, tuple(leaves)))
+        self.conditions.append(KeyCondition(part, tuple(leaves)))
         return None
 
     def _read_segments(self, part: sympy.Basic) -> bool:

@@ -58,7 +58,11 @@ def lift(mask: SymbolicTensor) -> sympy.Basic:
     """A mask's value over ``(batch, head, query, key)``; a dimension of size 1 does not matter."""
     pad = 4 - len(mask.shape)
     index = [sympy.Integer(0) if extent == 1 else axis(dim + pad) for dim, extent in enumerate(mask.shape)]
-    return mask.at(index)
+    value = mask.at(index)
+    if not value.has(sympy.floor):
+        return value
+    inside = {sympy.floor(at / extent): sympy.Integer(0) for at, extent in zip(index, mask.shape, strict=True)}
+    return value.xreplace(inside)  # an index is less than its extent
 
 
 def _where_nothing_is_hidden(
@@ -136,7 +140,11 @@ def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic |
         inner: (interpreter.facts, outer) for inner, outer in zip(placeholders[4:], term.arguments, strict=True)
     }
     facts = interpreter.facts.nested(body.graph, bindings)
-    inside = Interpreter(facts, seeds=dict(zip(placeholders[:4], indices, strict=True)), outer=interpreter)
+    inside = Interpreter(
+        facts,
+        seeds=dict(zip(placeholders[:4], indices, strict=True)),
+        outer={**interpreter.outer, interpreter.facts: interpreter},
+    )
     value = _evaluate(inside, result)
     interpreter.unknowns.update(inside.unknowns)
     interpreter.scans.update(inside.scans)

@@ -14,12 +14,12 @@ import torch
 from infllm_pass.compat.shapes import GuardOnDataDependentSymNode
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, TuningError
-from infllm_pass.graph.facts import same, size
+from infllm_pass.graph.facts import GraphFacts, same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
 from infllm_pass.kernels.geometry import ChannelSets
 from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, prove_terms, readable
+from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, home_of, prove_terms, readable
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
@@ -134,18 +134,24 @@ class SitePlan:
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
-def plan_graph(view: GraphView, config: SparseAttentionConfig, site_config: SiteConfig | None = None) -> list[SitePlan]:
+def plan_graph(
+    view: GraphView,
+    config: SparseAttentionConfig,
+    site_config: SiteConfig | None = None,
+    interpreters: dict[GraphFacts, Interpreter] | None = None,
+) -> list[SitePlan]:
     """A plan for every attention site of a graph, in order.
 
     Args:
         view: the graph.
         config: what sites are configured with by default.
         site_config: the configuration of each site, see `site_config.configured`; None: the default.
+        interpreters: those of the graphs around this one, which is added to them; None: there are none yet.
 
     Raises:
         CarriedError: see `site_config.configured`.
     """
-    interpreter = Interpreter(view.facts)
+    interpreter = Interpreter(view.facts, outer=interpreters)
     layouts = Layouts(view.facts)
     rotary = RotaryReader(layouts)
     plans = []
@@ -410,8 +416,9 @@ def _check_predicate(
         return SitePlan(site, Reason.PARTIAL_KEYS, "queries are numbered as sequences from another key on")
     if predicate.window is not None and not predicate.window.is_Integer:
         return SitePlan(site, Reason.UNPROVEN_MASK, f"the window, {readable(predicate.window)}, is not a number")
-    if any(facts is not interpreter.facts for facts in predicate.sources):
-        return SitePlan(site, Reason.NESTED_GRAPH, "the padding mask lives outside the nested graph")
+    for facts, node in predicate.sources:
+        if not interpreter.facts.is_within(facts):
+            return SitePlan(site, Reason.NESTED_GRAPH, f"the mask reads {node.name}, which only its own function sees")
     for facts, node in predicate.read_later:
         if facts.is_overwritten(node):
             return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
@@ -468,7 +475,7 @@ def unemittable(
     numbers = {symbol for symbol in expression.free_symbols - {BATCH} if symbol.name not in names}
     if BATCH in expression.free_symbols:
         numbers |= size(site.shape(site.key)[0]).free_symbols
-    if not is_expressible(expression) or not numbers <= set(interpreter.facts.size_sources):
+    if not is_expressible(expression) or not numbers <= set(home_of(leaves, interpreter.facts).size_sources):
         return "that number cannot be made of the graph's inputs"
     unreadable = [node for name, _, node in leaves if not interpreter.unknowns[name].readable]
     return f"{unreadable[0].name} lives inside a nested function" if unreadable else None

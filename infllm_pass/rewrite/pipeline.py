@@ -9,10 +9,13 @@ from enum import Enum
 from torch import Tensor, fx
 
 from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.emit.mask_operands import OperandMakers
 from infllm_pass.graph.decompose import Expansion, expand_composites
-from infllm_pass.graph.subgraphs import all_graphs
+from infllm_pass.graph.facts import GraphFacts
+from infllm_pass.graph.subgraphs import GraphView, all_graphs, regions_of
 from infllm_pass.kv_cache.inputs import CacheInputs
 from infllm_pass.masks import HeldTensors
+from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.length_guard import Branch, LengthGuard, decide_capacity, decide_length
 from infllm_pass.plan.planner import SitePlan, failed, plan_graph
 from infllm_pass.plan.site_config import SiteConfig, configured
@@ -160,11 +163,15 @@ def run_on_export(
     held = HeldTensors({}, looked_at={node: given[node.name] for node in module.graph.nodes if node.name in given})
     with trace.run(module):
         if branch is None:
+            expansions = expand_composites(module)
+            calls = {expansion.call for expansion in expansions}
             decisions: list[Decision] = []
             for view in all_graphs(module, held):
                 rewriter = Rewriter(view.facts, targets=policy.targets)
                 plans = plan_graph(view, policy.config, policy.site_config)
-                decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans]
+                decisions += [(rewriter.admit(plan), None, Outcome()) for plan in plans if plan.site.node not in calls]
+            for expansion in expansions:
+                expansion.withdraw()
         else:
             chosen = LengthGuard(branch, "", False)
             decisions = _run(module, policy, lambda _plan: chosen, held)
@@ -209,9 +216,13 @@ def _run(
         expansions = expand_composites(module)
     calls = {expansion.call for expansion in expansions}
     used: set[Expansion] = set()
-    for view in all_graphs(module, held):
-        rewriter = Rewriter(view.facts, caches if view.module is module else None, policy.targets)
-        for plan in plan_graph(view, policy.config, policy.site_config):
+    views = all_graphs(module, held)
+    regions = regions_of(views)
+    makers = OperandMakers(regions)
+    interpreters: dict[GraphFacts, Interpreter] = {}
+    for view in views:
+        rewriter = Rewriter(view.facts, caches if view.module is module else None, policy.targets, makers)
+        for plan in plan_graph(view, policy.config, policy.site_config, interpreters):
             if plan.site.node in calls:
                 continue
             within = next((expansion for expansion in expansions if plan.site.node in expansion.nodes), None)
@@ -231,12 +242,12 @@ def _run(
             with stage(Stage.REWRITE):
                 view.module.graph.lint()
     with stage(Stage.REWRITE):
-        _tidy(module, expansions, used, caches, changed=bool(done or expansions))
+        _tidy(views, expansions, used, caches, changed=bool(done or expansions))
     return done
 
 
 def _tidy(
-    module: fx.GraphModule,
+    views: Sequence[GraphView],
     expansions: Sequence[Expansion],
     used: set[Expansion],
     caches: CacheInputs | None,
@@ -245,12 +256,15 @@ def _tidy(
 ) -> None:
     """Take back what no site came to need, and make the code of the graphs anew if they changed."""
     if caches is not None:
-        caches.drop_unused(module.graph)
+        caches.drop_unused(views[0].module.graph)
     for expansion in expansions:
         if expansion in used:
             expansion.accept()
         else:
             expansion.withdraw()
     if changed:
-        for view in all_graphs(module):
+        for region in dict.fromkeys(view.region for view in reversed(views)):  # inner ones first
+            if region is not None:
+                region.drop_unread()
+        for view in views:
             view.module.recompile()

@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import fx
 
-from infllm_pass.compat.fx import is_erased
-from infllm_pass.emit.builder import Emitter
-from infllm_pass.emit.mask_operands import MaskOperands
-from infllm_pass.graph.dce import dead_users, pure
+from infllm_pass.emit.mask_operands import OperandMakers
+from infllm_pass.graph.dce import erase_unused
 from infllm_pass.graph.facts import GraphFacts, example_of
 from infllm_pass.kv_cache.inputs import CacheInputs, CacheSpec, cache_of
 from infllm_pass.plan.length_guard import Branch
@@ -33,16 +30,21 @@ class Rewriter:
         facts: what is known of the graph.
         caches: takes up the caches whose state the graph is to keep; None: it keeps none.
         targets: what sites can become; the first that accepts one computes it.
+        makers: what makes operands, for the graphs that are nested in one another; None: there is this one only.
     """
 
     def __init__(
-        self, facts: GraphFacts, caches: CacheInputs | None = None, targets: Sequence[Target] = DEFAULT_TARGETS
+        self,
+        facts: GraphFacts,
+        caches: CacheInputs | None = None,
+        targets: Sequence[Target] = DEFAULT_TARGETS,
+        makers: OperandMakers | None = None,
     ) -> None:
         self.graph = facts.graph
         self.targets = targets
         self._facts = facts
-        self._emitter = Emitter(facts.graph)
-        self._masks: dict[torch.device, MaskOperands] = {}
+        self._makers = OperandMakers() if makers is None else makers
+        self._emitter = self._makers.emitter(facts)
         self._caches = caches
 
     def admit(self, plan: SitePlan) -> SitePlan:
@@ -100,12 +102,11 @@ class Rewriter:
         try:
             result = self._emit(target, request, cache)
         except Exception:
-            self._emitter.undo()
-            self._masks.clear()  # they may hold nodes that are gone
+            self._makers.undo(self._facts)
             raise
         self._emitter.keep({site.node: result})
         site.node.replace_all_uses_with(result)
-        _erase_unused(self.graph, site.node)
+        erase_unused(self.graph, site.node)
         outcome = Outcome(True, kernels.name, kernels.refusal, target=target.name, refusals=refusals)
         return self._with_cache_use(outcome, request, cache)
 
@@ -116,8 +117,7 @@ class Rewriter:
             state = None
             if cache is not None and self._caches is not None:
                 state = self._caches.state(cache, site, self.graph)
-            device = site.key.example.device
-            masks = self._masks.setdefault(device, MaskOperands(self._emitter, self._facts))
+            masks = self._makers.masks(self._facts, site.key.example.device)
             builder = SiteBuilder(request.plan, site, self._facts, self._emitter, masks, state)
             result = target.emit(request, builder)
             result = self._emitter.layout(site.node, result, site.output_steps)
@@ -135,19 +135,3 @@ class Rewriter:
         keeping = (target.name for target in self.targets if target.state(request) is not None)
         detail = next((outcome.refusals[name] for name in keeping if name in outcome.refusals), "")
         return replace(outcome, cache_state=CacheUse.RECOMPUTED.value, cache_detail=detail)
-
-
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node without effect and, after it, those of its inputs that only it used."""
-    pending = [node]
-    while pending:
-        candidate = pending.pop()
-        if is_erased(candidate) or not pure(candidate):
-            continue
-        users = dead_users(candidate)
-        if users is None:
-            continue
-        inputs = [source for erased in (*users, candidate) for source in erased.all_input_nodes]
-        for erased in (*users, candidate):
-            graph.erase_node(erased)
-        pending.extend(inputs)

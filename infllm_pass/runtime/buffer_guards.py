@@ -68,17 +68,26 @@ class WatchedGraph:
         return self.compiled(*inputs)
 
 
-def unchanged_copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph and of the graphs nested in it, with what Dynamo notes on them; the rest is shared."""
+def unchanged_copy(module: fx.GraphModule, known: dict[int, fx.GraphModule] | None = None) -> fx.GraphModule:
+    """A copy of a graph and of the graphs nested in it, with what Dynamo notes on them; the rest is shared.
+
+    Args:
+        module: the graph.
+        known: copies by the identity of what they were made of; a graph with several names has one.
+    """
+    known = {} if known is None else known
+    if id(module) in known:
+        return known[id(module)]
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    known[id(module)] = copied
     for name, value in vars(module).items():
         vars(copied).setdefault(name, value)
     copied.meta = module.meta
     for node, twin in zip(module.graph.nodes, copied.graph.nodes, strict=True):
         copy_source(node, twin)
-    for name, part in module.named_children():
+    for name, part in module._modules.items():
         if isinstance(part, fx.GraphModule):
-            setattr(copied, name, unchanged_copy(part))
+            setattr(copied, name, unchanged_copy(part, known))
     return copied
 
 

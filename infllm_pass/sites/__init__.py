@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from torch import fx
 
-from infllm_pass.graph.decompose import UNTRACED
+from infllm_pass.graph.decompose import COMPOSITES, UNTRACED
 from infllm_pass.graph.facts import GraphFacts
-from infllm_pass.graph.op_table import Kind, read
+from infllm_pass.graph.op_table import read
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.flex import read_flex
 from infllm_pass.sites.fused import read_fused
@@ -22,10 +22,11 @@ from infllm_pass.sites.softmax import read_handwritten
 def read_composite(layouts: Layouts, node: fx.Node) -> PartialSite | None:
     """A call that holds a whole attention inside; what can be spelled out was so before sites are looked for."""
     call = read(node)
-    if call is None or call.kind is not Kind.MULTI_HEAD_ATTENTION:
+    if call is None or call.kind not in COMPOSITES:
         return None
     why = node.meta.get(UNTRACED, "its results are not read one by one")
-    return PartialSite(node, Reason.PARTIAL_MATCH, node, f"multi_head_attention_forward, not spelled out: {why}")
+    name = getattr(node.target, "__name__", node.name)
+    return PartialSite(node, Reason.PARTIAL_MATCH, node, f"{name}, not spelled out: {why}")
 
 
 _READERS = (read_fused, read_flex, read_handwritten, read_composite)

@@ -496,3 +496,35 @@ def test_a_counter_in_a_buffer_is_not_read():
     proof, facts = prove_output(module)
     assert "count" in str(proof.causal_offset)
     assert not facts.held.readings
+
+
+def filled(n):
+    return torch.zeros(n, n, dtype=torch.bool).masked_fill_(torch.arange(n) <= torch.arange(n)[:, None], True)
+
+
+def filled_twice(x):
+    mask = filled(x.shape[1])
+    mask.masked_fill_(torch.arange(x.shape[1]) < 3, False)
+    return mask
+
+
+def filled_in_part(x):
+    """The part is filled, and the whole is read."""
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    mask[:, :5].masked_fill_(torch.arange(x.shape[1])[:, None] > 7, False)
+    return mask
+
+
+def test_a_mask_that_is_filled_once_in_place_is_followed():
+    module, inputs = captured(lambda x: filled(x.shape[1])[None, None], torch.randn(2, LENGTH, 4))
+    proof, _ = prove_output(module)
+    check_proof(proof, module, inputs)
+    assert str(proof) == "causal"
+
+
+@pytest.mark.parametrize("build", [filled_twice, filled_in_part])
+def test_a_mask_that_is_filled_further_is_not_taken_for_what_it_was(build):
+    module, _inputs = captured(build, torch.randn(2, LENGTH, 4))
+    proof, _ = prove_output(module)
+    assert isinstance(proof, UnprovenMask)
+    assert "overwrites" in proof.why
