@@ -108,6 +108,15 @@ def version_of():
     assert tensors.version_of(x) == before + 1
 
 
+@checks("tensors.have_tangents")
+def tangents():
+    x = torch.ones(4)
+    assert not tensors.have_tangents([x])
+    with torch.autograd.forward_ad.dual_level():
+        assert not tensors.have_tangents([x, 3])
+        assert tensors.have_tangents([x, torch.autograd.forward_ad.make_dual(x, x)])
+
+
 @checks("tensors.base_of")
 def base_of():
     x = torch.ones(4)
@@ -199,6 +208,38 @@ def knowledge():
     assert not shapes.statically_known_true(size >= 100)
 
 
+@checks("shapes.declared_sizes")
+def declared():
+    seen = []
+
+    def lengths(module, _inputs):
+        length = next(node.meta["example_value"] for node in module.graph.nodes if node.op.startswith("call")).shape[0]
+        seen.append((shapes.declared_sizes(length), length.node.expr))
+        return module.forward
+
+    x = torch.ones(5, 7)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    torch.compile(lambda x: x + 1, backend=lengths)(x)
+    ((declared, length),) = seen
+    assert declared == {length}
+
+
+@checks("shapes.GuardOnDataDependentSymNode")
+def data_dependent():
+    def grown(x):
+        return x.repeat(x[0].item())
+
+    def comparing(module, _inputs):
+        unbacked = [node.meta["example_value"] for node in module.graph.nodes if node.op == "call_method"]
+        with pytest.raises(shapes.GuardOnDataDependentSymNode):
+            bool(unbacked[-1].shape[0] > 77)
+        return module.forward
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert torch.compile(grown, backend=comparing)(torch.tensor([3, 1])).shape == (6,)
+
+
 @checks("shapes.ConstraintViolationError", "dynamo.UserError")
 def refused_exports():
     class Fixed(nn.Module):
@@ -256,6 +297,14 @@ def functions_of_dynamo():
     targets = [node.target for node in module.graph.nodes]
     for target in (aten.ATTENTION_BUILTIN, aten.PAD_BUILTIN, aten.SCALAR_TENSOR, aten.SET_GRAD_ENABLED):
         assert target in targets, f"{target} is not among {targets}"
+
+
+@checks("aten.ENCODER_LAYER")
+def fused_encoder_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
+    with torch.no_grad():
+        module = traced(layer, torch.ones(1, 3, 8))
+    assert aten.ENCODER_LAYER in [node.target for node in module.graph.nodes]
 
 
 @checks("aten.ADD_BATCH_DIM", "aten.REMOVE_BATCH_DIM")
