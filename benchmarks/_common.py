@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from infllm_pass.lowering.export.atomic_file import written_whole
 from infllm_pass.tables import Column, FittedTable
-from infllm_pass.tools.demo import write_atomically
 from infllm_pass.tools.output import OutputFormat, notes_console, print_table
 
 
@@ -43,7 +43,8 @@ def write_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]
 def dump_results(path: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write header and rows as JSON; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps({"header": header, "rows": rows}, indent=2) + "\n").encode())
+    with written_whole(path) as file:
+        file.write_text(json.dumps({"header": header, "rows": rows}, indent=2) + "\n")
 
 
 def show(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from infllm_pass.evaluation.needles import QUERIES, needle_multiquery
 from infllm_pass.evaluation.samples import Sample, Writer
 from infllm_pass.evaluation.tasks import haystacks
 from infllm_pass.evaluation.texts import Text, manual
+from infllm_pass.lowering.export.atomic_file import written_whole
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.tables import Column, FittedTable, output_console
 from infllm_pass.tools.checkpoint import SMOLLM2, corpus, find_checkpoint, load_tokenizer
@@ -146,8 +146,10 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> dict[str, 
     figures["wall_s"] = time.perf_counter() - begin
     options.out.mkdir(parents=True, exist_ok=True)
     image = options.out / f"selection-layer-{options.layer}.png"
-    write_atomically(image, picture.png)
-    write_atomically(options.out / "demo.json", (json.dumps(figures, indent=2) + "\n").encode())
+    with written_whole(image) as file:
+        file.write_bytes(picture.png)
+    with written_whole(options.out / "demo.json") as file:
+        file.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(_comparison(figures))
     _print_generation(console, tokenizer, job, sides[SPARSE])
     console.print(
@@ -314,13 +316,3 @@ def _device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that nobody ever reads half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

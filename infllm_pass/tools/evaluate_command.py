@@ -21,8 +21,8 @@ from infllm_pass.errors import ConfigError, DeviceError
 from infllm_pass.evaluation import Evaluation, TaskSettings, default_config, evaluate, read_texts
 from infllm_pass.evaluation.evaluate import Tell, positions_of
 from infllm_pass.evaluation.plots import draw_depths, draw_perplexity, require_matplotlib
+from infllm_pass.lowering.export.atomic_file import written_whole
 from infllm_pass.tools.checkpoint import SMOLLM2, load_folder, load_folder_tokenizer, load_model, load_tokenizer
-from infllm_pass.tools.demo import write_atomically
 from infllm_pass.tools.output import OutputFormat, print_data
 
 QUICK = TaskSettings()
@@ -131,6 +131,7 @@ def _write(folder: Path, model: str, found: Evaluation) -> list[Path]:
     written = []
     for name, content in files.items():
         if content is not None:
-            write_atomically(folder / name, content)
+            with written_whole(folder / name) as file:
+                file.write_bytes(content)
             written.append(folder / name)
     return written

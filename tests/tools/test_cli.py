@@ -15,7 +15,7 @@ import infllm_pass
 from infllm_pass.errors import CheckpointError, ConfigError
 from infllm_pass.tools import demo, demo_worker, export_command
 from infllm_pass.tools.cli import main
-from infllm_pass.tools.demo import DemoOptions, write_atomically
+from infllm_pass.tools.demo import DemoOptions
 from infllm_pass.tools.export_command import TARGETS
 from tests.support import ROOT
 from tests.support.common import tiny_config
@@ -350,14 +350,6 @@ def test_bench_outside_a_checkout(run, tmp_path, monkeypatch):
 def test_demo_refuses_a_switch_that_never_goes_sparse():
     with pytest.raises(ConfigError, match="dense_len"):
         DemoOptions(infllm_pass.SparseAttentionConfig(dense_len=513), tokens=512)
-
-
-def test_writing_replaces_the_file_and_leaves_nothing_else(tmp_path):
-    target = tmp_path / "figures.json"
-    target.write_bytes(b"old")
-    write_atomically(target, b"new")
-    assert target.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def double_slowly(value, tell):
