@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from infllm_pass.compat.ddp import split_at_buckets
 from infllm_pass.compat.dynamo import bound_backend, graph_breaks, latest_break
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, DenseSiteError, InternalError
+from infllm_pass.graph.input_readings import InputContext
 from infllm_pass.graph.subgraphs import held_tensors
 from infllm_pass.kv_cache.inputs import CacheInputs, may_read_a_cache
 from infllm_pass.kv_cache.store import CachedGraph, CacheStore
@@ -29,7 +30,7 @@ from infllm_pass.runtime.buffer_guards import WatchedGraph, unchanged_copy, watc
 from infllm_pass.runtime.forward_mode import ReverseModeGraph, loses_tangents
 from infllm_pass.runtime.graph_runs import counted
 from infllm_pass.runtime.position_checks import CheckedGraph, RefusedGraph, misfit_of, take_checks
-from infllm_pass.runtime.read_graphs import Again, Forms, ReadGraph, adopt_origins
+from infllm_pass.runtime.read_graphs import Again, ReadGraph, adopt_origins
 
 CompiledGraph = Callable[..., Any]
 Compiler = Callable[..., CompiledGraph]
@@ -83,15 +84,15 @@ class SwitchableBackend:
         Raises:
             CarriedError: with what the user's function of sites raised, or what ``strict`` does not allow.
         """
-        expected = None if self.again is None else self.again.forms
+        context = InputContext(came_from=latest_break(self._breaks_before))
         if self.again is not None:
             adopt_origins(module.graph, self.again.original.graph)
-        came_from = latest_break(self._breaks_before)
-        held = held_tensors(module, example_inputs, expected, came_from)
+            context = replace(context, expected=self.again.forms, labels=self.again.labels)
+        held = held_tensors(module, example_inputs, context)
         original = module
         if held.tensors or held.inputs.may_hold_masks or may_read_a_cache(module.graph):
             module = unchanged_copy(module)  # Dynamo still needs the inputs of its own
-            held = held_tensors(module, example_inputs, expected, came_from)
+            held = held_tensors(module, example_inputs, context)
         misfit = misfit_of(module) if may_read_a_cache(module.graph) else None
         if misfit is not None:
             return RefusedGraph(misfit)
@@ -131,14 +132,13 @@ class SwitchableBackend:
             compiled = WatchedGraph(compiled, original, watched)
         return compiled if self.again is not None else counted(compiled, len(report.sites))
 
-    def _compile_again(self, original: fx.GraphModule, forms: Forms) -> CompiledGraph:
+    def _compile_again(self, again: Again) -> CompiledGraph:
         """A graph as it was before the pass, compiled for masks of other forms."""
-        again = Again(original, forms)
         backend = SwitchableBackend(
             self.compiler, self.policy, switch=self.switch, log=self.log, store=self.store, again=again
         )
         backend._breaks_before = self._breaks_before
-        return torch.compile(unchanged_copy(original), backend=backend)
+        return torch.compile(unchanged_copy(again.original), backend=backend)
 
     def reset(self) -> None:
         """Called by ``torch._dynamo.reset``: lets the compiler behind drop its state."""

@@ -45,6 +45,21 @@ class InputReading:
         return tuple(node for node in (self.valid, self.sequences) if node is not None)
 
 
+@dataclass(frozen=True)
+class InputContext:
+    """What is known of a graph's inputs beside their values.
+
+    Attributes:
+        expected: forms of masks to be covered beside those of this call, by the names of inputs.
+        labels: what people know inputs by, where that is another name.
+        came_from: how the inputs came to be made outside of the graph, for people; "" if nothing is known.
+    """
+
+    expected: Mapping[str, InputForm] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    came_from: str = ""
+
+
 @dataclass
 class InputReadings:
     """What is read of the inputs of a graph.
@@ -52,16 +67,14 @@ class InputReadings:
     Attributes:
         tensors: the tensors that the traced call handed over, by placeholder of the root graph.
         last: the last placeholder of the graph as it was traced.
-        expected: forms to be covered beside those of `tensors`, by the names of inputs.
-        came_from: how the inputs came to be made outside of the graph, for people; "" if nothing is known.
+        context: what is known beside.
         unreadable: what could not be read, and why.
         read: what was read.
     """
 
     tensors: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     last: fx.Node | None = None
-    expected: Mapping[str, InputForm] = field(default_factory=dict)
-    came_from: str = ""
+    context: InputContext = InputContext()
     unreadable: dict[fx.Node, str] = field(default_factory=dict)
     read: dict[fx.Node, InputReading] = field(default_factory=dict)
 
@@ -105,36 +118,49 @@ class InputReadings:
         graphs = {node.graph for node in nodes}
         return [reading.name for node, reading in self.read.items() if node in seen or node.graph not in graphs]
 
+    def keep(self, names: set[str]) -> None:
+        """Take back what was read of inputs that no site's mask turned out to be read from.
+
+        Args:
+            names: the inputs that one was.
+        """
+        for node, reading in list(self.read.items()):
+            if reading.name not in names:
+                for added in reading.nodes:
+                    added.graph.erase_node(added)
+                del self.read[node]
+
     def add(self, node: fx.Node, name: str) -> bool:
         """Read an input; False if that has been done before, or says nothing.
 
         Args:
             node: the placeholder.
-            name: what people know the input by.
+            name: the input's name, see `subgraphs.input_name`.
         """
         if node not in self.tensors:
             return False
-        if self._add_positions(node, name):
+        label = self.context.labels.get(name, name)
+        if self._add_positions(node, label):
             return True
         value = None if node in self.read else READER.read(self.tensors[node])
         if value is None:
             self.unreadable[node] = "its values are not those of a causal mask with windows, padding and sequences"
             return False
         position = _place(node)
-        form, expected = value.form, self.expected.get(name)
+        form, expected = value.form, self.context.expected.get(name)
         if isinstance(form, MaskForm) and isinstance(expected, MaskForm):
             form = expected.joined(form)
-        reading = InputReading(position, name, form)
+        reading = InputReading(position, label, form)
         if isinstance(value, MaskValue) and isinstance(form, MaskForm):
             after = [added for other in self.read.values() for added in other.nodes]
             valid = self._vector(node, "valid", torch.bool, after) if form.padded else None
             after += [] if valid is None else [valid]
             sequences = self._vector(node, "sequences", torch.int32, after) if form.packed else None
-            reading = InputReading(position, name, form, valid, sequences)
+            reading = InputReading(position, label, form, valid, sequences)
         self.read[node] = reading
         return True
 
-    def _add_positions(self, node: fx.Node, name: str) -> bool:
+    def _add_positions(self, node: fx.Node, label: str) -> bool:
         """Read an input as positions in the sequences that another one numbers, once that is read."""
         known = self.read.get(node)
         if known is not None and not isinstance(known.form, RunsForm):
@@ -144,7 +170,7 @@ class InputReadings:
                 continue
             value = READER.read(self.tensors[node], self.tensors[other])
             if value is not None:
-                self.read[node] = InputReading(_place(node), name, value.form, beside=reading.position)
+                self.read[node] = InputReading(_place(node), label, value.form, beside=reading.position)
                 return True
         return False
 
@@ -165,19 +191,13 @@ def _place(node: fx.Node) -> int:
     return [other for other in node.graph.nodes if other.op == "placeholder"].index(node)
 
 
-def readable_inputs(
-    graph: fx.Graph,
-    inputs: Sequence[object],
-    expected: Mapping[str, InputForm] | None = None,
-    came_from: str = "",
-) -> InputReadings:
+def readable_inputs(graph: fx.Graph, inputs: Sequence[object], context: InputContext | None = None) -> InputReadings:
     """What may be read of the inputs of a graph: tensors of data that no module holds.
 
     Args:
         graph: the graph as Dynamo made it.
         inputs: real values of its placeholders; fake ones are not read.
-        expected: forms to be covered, by the names of inputs.
-        came_from: how the inputs came to be made outside of the graph, for people.
+        context: what is known beside.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     given = {
@@ -193,4 +213,4 @@ def readable_inputs(
         if isinstance(value, FakeTensor)
     }
     last = placeholders[-1] if placeholders else None
-    return InputReadings(found, last, expected or {}, came_from, unreadable)
+    return InputReadings(found, last, context or InputContext(), unreadable)

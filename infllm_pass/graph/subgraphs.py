@@ -12,8 +12,7 @@ from torch import fx
 from infllm_pass.compat import dynamo, tensors
 from infllm_pass.graph.buffers import HeldTensors
 from infllm_pass.graph.facts import GraphFacts, Place, example_of, overwritten_storages, storage
-from infllm_pass.graph.input_readings import readable_inputs
-from infllm_pass.graph.mask_values import InputForm
+from infllm_pass.graph.input_readings import InputContext, readable_inputs
 from infllm_pass.graph.regions import Region, RegionCall, caller_name, is_transparent, operands_of, placeholders_of
 
 
@@ -57,18 +56,13 @@ def regions_of(views: Sequence[GraphView]) -> dict[GraphFacts, Region]:
     return {view.facts: view.region for view in views if view.region is not None}
 
 
-def held_tensors(
-    root: fx.GraphModule,
-    inputs: Sequence[object],
-    expected: Mapping[str, InputForm] | None = None,
-    came_from: str = "",
-) -> HeldTensors:
+def held_tensors(root: fx.GraphModule, inputs: Sequence[object], context: InputContext | None = None) -> HeldTensors:
     """The tensors that modules hold: those that Dynamo found in modules, and attributes of the graph's own module.
 
     Args:
         root: the module of the root graph.
         inputs: real values of its placeholders.
-        expected: see `readable_inputs`, as for `came_from`.
+        context: what is known of the inputs beside.
     """
     found: dict[fx.Node, torch.Tensor] = {}
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
@@ -79,7 +73,7 @@ def held_tensors(
         value = _attribute(root, node)
         if isinstance(value, torch.Tensor):
             found[node] = value
-    return HeldTensors(found, inputs=readable_inputs(root.graph, inputs, expected, came_from))
+    return HeldTensors(found, inputs=readable_inputs(root.graph, inputs, context))
 
 
 def input_name(node: fx.Node) -> str:

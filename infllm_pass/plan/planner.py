@@ -58,7 +58,8 @@ class SitePlan:
         scale: softmax scale as a number; None until it is known.
         config: what sparse attention selects here, and from which length on; None for a site that was refused before.
         dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given.
-        mask_origin: which inputs the mask is read from by value, and why they are inputs; "" if the graph proves it.
+        mask_inputs: names of the inputs that the mask is read from by value; none if the graph proves it.
+        mask_origin: these and why they are inputs, for people; "" where there are none.
         channels: channels of the heads that token scores read; None: they are not used.
         scores: how blocks are scored, for people; "" for a site that stays dense.
         error: what the pass itself failed with; None: it did not.
@@ -71,6 +72,7 @@ class SitePlan:
     scale: float | None = None
     config: SparseAttentionConfig | None = None
     dense_len_origin: str = ""
+    mask_inputs: tuple[str, ...] = ()
     mask_origin: str = ""
     channels: ChannelSets | None = None
     scores: str = ""
@@ -257,8 +259,8 @@ def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:
     if isinstance(proof, SitePlan):
         return proof
     plan = _check_proof(site, proof, interpreter)
-    if plan.switchable:
-        plan = replace(plan, mask_origin=_read_from(site, interpreter))
+    if plan.mask is not None:
+        plan = _with_inputs(plan, site, interpreter)
     if proof.key_terms.bias and not plan.switchable:  # the first thing to change
         return SitePlan(site, Reason.ADDITIVE_BIAS, proof.key_terms.bias[0].described)
     return plan
@@ -377,16 +379,17 @@ def _prove_masks(site: AttentionSite, interpreter: Interpreter) -> MaskPredicate
     return _unproven(site, proof, interpreter) if isinstance(proof, UnprovenMask) else proof
 
 
-def _read_from(site: AttentionSite, interpreter: Interpreter) -> str:
-    """Which inputs a site's mask is read from by value, and why they are inputs; "" if it is proved from the graph."""
+def _with_inputs(plan: SitePlan, site: AttentionSite, interpreter: Interpreter) -> SitePlan:
+    """The plan of a site with the inputs that its mask is read from."""
     inputs = interpreter.facts.held.inputs
     if not inputs.read:
-        return ""
-    names = inputs.read_by([node for term in site.masks for node in (term.node, *term.arguments)])
+        return plan
+    names = tuple(inputs.read_by([node for term in site.masks for node in (term.node, *term.arguments)]))
     if not names:
-        return ""
-    came_from = f"; the trace broke at {inputs.came_from}" if inputs.came_from else ""
-    return f"the mask is read from the values of {', '.join(names)} in each call{came_from}"
+        return plan
+    came_from = f"; the trace broke at {inputs.context.came_from}" if inputs.context.came_from else ""
+    origin = f"the mask is read from the values of {', '.join(names)} in each call{came_from}"
+    return replace(plan, mask_inputs=names, mask_origin=origin)
 
 
 def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:

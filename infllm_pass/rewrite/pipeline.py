@@ -241,6 +241,8 @@ def _run(
         if done:
             with stage(Stage.REWRITE):
                 view.module.graph.lint()
+    if held is not None:
+        held.inputs.keep({name for plan, _, outcome in done if outcome.rewritten for name in plan.mask_inputs})
     with stage(Stage.REWRITE):
         _tidy(views, expansions, used, caches, changed=bool(done or expansions))
     return done

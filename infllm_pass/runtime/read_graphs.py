@@ -32,10 +32,12 @@ class Again:
     Attributes:
         original: the graph as Dynamo made it then.
         forms: the forms of its masks now.
+        labels: what people know its inputs by, by the names of its placeholders.
     """
 
     original: fx.GraphModule
     forms: Forms
+    labels: Mapping[str, str]
 
 
 def adopt_origins(graph: fx.Graph, original: fx.Graph) -> None:
@@ -61,7 +63,7 @@ class ReadGraph:
         compiled: the compiled graph, which takes the vectors of its masks as its last inputs.
         readings: what was read when it was compiled.
         original: the graph as it was before the pass.
-        compile_again: compiles a copy of the original for masks of given forms.
+        compile_again: compiles a copy of the original for masks of other forms.
     """
 
     def __init__(
@@ -69,14 +71,15 @@ class ReadGraph:
         compiled: Callable[..., Any],
         readings: Sequence[InputReading],
         original: fx.GraphModule,
-        compile_again: Callable[[fx.GraphModule, Forms], Callable[..., Any]],
+        compile_again: Callable[[Again], Callable[..., Any]],
     ) -> None:
         self.compiled = compiled
         self.readings = tuple(readings)
         self.original = original
         self._compile_again = compile_again
-        placeholders = [str(node.target) for node in original.graph.nodes if node.op == "placeholder"]
-        self._names = {reading.position: placeholders[reading.position] for reading in self.readings}
+        placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
+        self._names = {reading.position: str(placeholders[reading.position].target) for reading in self.readings}
+        self._labels = {self._names[reading.position]: reading.name for reading in self.readings}
         self._others: list[tuple[Forms, Callable[..., Any]]] = []
         self._lock = threading.Lock()
 
@@ -101,7 +104,7 @@ class ReadGraph:
             if found is None and len(self._others) + 1 < recompile_limit():
                 first = {self._names[reading.position]: reading.form for reading in self.readings}
                 joined = {name: _joined(first[name], form) for name, form in forms.items()}
-                found = self._compile_again(self.original, joined)
+                found = self._compile_again(Again(self.original, joined, self._labels))
                 self._others.append((joined, found))
         if found is None:
             return self._run_original(inputs, "has held masks of too many forms")

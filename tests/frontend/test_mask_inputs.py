@@ -203,3 +203,16 @@ def test_flex_attention_s_packed_batch_is_read_across_its_graph_break():
     sites = infllm_pass.report(sparse).sites
     assert [site.mask for site in sites] == ["causal, packed sequences"] * 2
     assert {site.branch for site in sites} == {"sparse"}
+
+
+def test_what_no_site_relies_on_is_not_read_again(monkeypatch):
+    def attend_with_bias(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    sparse = infllm_pass.sparsify(torch.compile(attend_with_bias, backend="aot_eager"), SMALL)
+    q, k, v = heads()
+    bias = added(mask_of(padding=9), 5.0)  # two values, of which none hides
+    with pytest.warns(NoAttentionSiteWarning, match="ADDITIVE_BIAS"):
+        sparse(q, k, v, bias)
+    monkeypatch.setattr("infllm_pass.runtime.read_graphs.READER", None)
+    torch.testing.assert_close(sparse(q, k, v, bias), attend_with_bias(q, k, v, bias), rtol=1e-9, atol=1e-9)

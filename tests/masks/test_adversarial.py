@@ -749,7 +749,7 @@ NOT_ATTENTION = [
         ),
         *(softmax_plus_one, sigmoid, log_softmax, softmin, squared_weights, weights_cut_off, transposed_weights),
         *(wrong_einsum, permuted_weights, rolled_scores, mixed_heads, weights_returned, scale_from_data),
-        *(scale_for_each_distance, channels_attend, keys_twice),
+        *(scale_for_each_distance, keys_twice),
         *(top_left_of_more_queries, first_key_unused, scores_detached, weights_detached),
         *(scores_without_gradients, weights_without_gradients, cast_to_integers_between, scores_edited_in_place),
         *(scores_masked_in_place, scores_added_to_in_place_through_a_view, scores_zeroed_before_the_mask),
@@ -776,6 +776,7 @@ PERHAPS_ATTENTION = [
             keys_repeated_and_detached,
             values_repeated_without_gradients,
             queries_scaled_by_data,
+            channels_attend,
         ),
     )
 ]
