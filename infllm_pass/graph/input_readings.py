@@ -29,7 +29,7 @@ class InputReading:
         form: what the graph is compiled for.
         valid: an added input: the keys that a mask lets any query see, bool ``[B, Lk]``; None if it lets all.
         sequences: another one: the numbers of the keys' sequences, int32 ``[B, Lk]``; None if there is one a row.
-        beside: for positions, the place of the input with the numbers of their sequences.
+        beside: for positions, the places of the inputs with the numbers of their sequences.
     """
 
     position: int
@@ -37,7 +37,7 @@ class InputReading:
     form: InputForm
     valid: fx.Node | None = None
     sequences: fx.Node | None = None
-    beside: int | None = None
+    beside: tuple[int, ...] = ()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -96,8 +96,7 @@ class InputReadings:
                 found.setdefault(node, ())
             if reading.sequences is not None:
                 found[reading.sequences] = ()
-            if reading.beside is not None:
-                numbers = places[reading.beside]
+            for numbers in map(places.__getitem__, reading.beside):
                 found[numbers] = (*found.get(numbers, ()), node)
         return found
 
@@ -163,14 +162,15 @@ class InputReadings:
     def _add_positions(self, node: fx.Node, label: str) -> bool:
         """Read an input as positions in the sequences that another one numbers, once that is read."""
         known = self.read.get(node)
-        if known is not None and not isinstance(known.form, RunsForm):
+        beside = () if known is None else known.beside
+        if known is not None and isinstance(known.form, MaskForm):
             return False
         for other, reading in self.read.items():
-            if other is node or not isinstance(reading.form, RunsForm):
+            if other is node or not isinstance(reading.form, RunsForm) or reading.position in beside:
                 continue
-            value = READER.read(self.tensors[node], self.tensors[other])
+            value = READER.read(self.tensors[node], [self.tensors[other]])
             if value is not None:
-                self.read[node] = InputReading(_place(node), label, value.form, beside=reading.position)
+                self.read[node] = InputReading(_place(node), label, value.form, beside=(*beside, reading.position))
                 return True
         return False
 

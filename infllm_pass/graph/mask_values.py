@@ -9,7 +9,7 @@ few vectors say all that the tensor says.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -107,20 +107,21 @@ class MaskReader:
         self._lock = threading.Lock()
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def read(self, tensor: object, sequences: Tensor | None = None) -> InputValue | None:
+    def read(self, tensor: object, sequences: Sequence[object] = ()) -> InputValue | None:
         """What a tensor holds, None if it is no mask that can be said in vectors.
 
         Tensors of inference mode do not count what is written to them and are read anew.
 
         Args:
             tensor: what to read.
-            sequences: the numbers of the sequences that it is to hold the positions of; None: it is to hold a mask or
-                numbers of sequences itself.
+            sequences: tensors of numbers of sequences that it is to hold the positions of; none: it is to hold a mask
+                or numbers of sequences itself.
         """
         if not may_be_read(tensor):
             return None
-        if sequences is not None:
-            return NumbersValue(PositionsForm()) if are_positions(tensor, sequences) else None
+        if sequences:
+            positions = all(are_positions(tensor, numbers) for numbers in sequences)
+            return NumbersValue(PositionsForm()) if positions else None
         state = None if tensor.is_inference() else (version_of(tensor), tensor.data_ptr(), tensor.shape)
         with self._lock:
             known = self._known.get(tensor, None)  # type: ignore[no-untyped-call]

@@ -123,7 +123,7 @@ class ReadGraph:
 
 def _read(reading: InputReading, inputs: Sequence[Any]) -> InputValue | None:
     """What an input holds in this call."""
-    return READER.read(inputs[reading.position], None if reading.beside is None else inputs[reading.beside])
+    return READER.read(inputs[reading.position], [inputs[place] for place in reading.beside])
 
 
 def _vectors(reading: InputReading, value: InputValue) -> list[Tensor]:
