@@ -84,7 +84,7 @@ def _lines(result: Result) -> Iterator[str]:
             str(max(finding.calls for finding in kinds.values())),
             *(_share(kinds.get(kind.value)) for kind in Kind),
             _bound(kinds),
-            _dense(result.architecture, implementation, kinds),
+            _dense(result.architecture, kinds),
         ]
         yield "| " + " | ".join(cells) + " |\n"
 
@@ -105,15 +105,14 @@ def _bound(kinds: dict[str, Finding]) -> str:
     return f"{bound:.0e}" if all(finding.equal for finding in kinds.values()) else f"**{max(worst):.0e}**"
 
 
-def _dense(architecture: str, implementation: str, kinds: dict[str, Finding]) -> str:
+def _dense(architecture: str, kinds: dict[str, Finding]) -> str:
     reasons = sorted({reason for f in kinds.values() for reason in f.reasons if reason != Reason.SWITCHABLE.name})
     missed = any(finding.calls > finding.sites for finding in kinds.values())
     errors = sorted({finding.error for finding in kinds.values() if finding.error})
     if not reasons and not missed and not errors:
         return ""
     named = reasons + ["not a site"] * missed + errors
-    dense = [kind for kind, finding in kinds.items() if finding.calls > finding.switchable]
-    true = causes_of(architecture, implementation, dense)
+    true = causes_of(architecture)
     causes = "; ".join(cause.text for cause in true if missed or not set(reasons).isdisjoint(cause.reasons))
     return _cell(", ".join(named) + (f": {causes}" if causes else ""))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -35,10 +35,7 @@ class Cause(Enum):
 CAUSES: dict[str, tuple[Cause, ...]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"), (Cause.INDEXER,)),
     **dict.fromkeys(("bloom", "cpmant", "inkling_text", "mpt", "prophetnet", "xlnet"), (Cause.BIAS,)),
-    **dict.fromkeys(
-        ("ctrl", "dbrx", "jetmoe", "longcat_flash", "moshi", "qwen4_exp", "qwen4_exp_text", "xlm", "xmod"),
-        (Cause.BROKEN_GRAPH,),
-    ),
+    **dict.fromkeys(("jetmoe", "moshi", "qwen4_exp", "qwen4_exp_text"), (Cause.BROKEN_GRAPH,)),
     **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "hy_v4", "mimo_v2_flash"), (Cause.SINK,)),
     **dict.fromkeys(("gemma4", "gemma4_unified"), (Cause.HEADS_OF_512, Cause.BROKEN_GRAPH)),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), (Cause.HEADS_OF_512,)),
@@ -60,15 +57,9 @@ CAUSES: dict[str, tuple[Cause, ...]] = {
 """For every architecture with attention that stays dense, what keeps it so."""
 
 
-def causes_of(architecture: str, implementation: str, kinds: Iterable[str]) -> tuple[Cause, ...]:
-    """What keeps attention of an architecture dense, in one implementation and some kinds of batches.
-
-    Packed batches in flex_attention: transformers makes block masks where Dynamo splits the graph, behind a warning, so
-    that the numbers of the sequences are inputs of the graph that attends, and nothing is known of them there.
-    """
-    found = CAUSES.get(architecture, ())
-    split = implementation == "flex_attention" and "packed" in kinds and Cause.BROKEN_GRAPH not in found
-    return (*found, Cause.BROKEN_GRAPH) if split else found
+def causes_of(architecture: str) -> tuple[Cause, ...]:
+    """What keeps attention of an architecture dense."""
+    return CAUSES.get(architecture, ())
 
 
 def unexplained(decided: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -82,7 +73,7 @@ def unexplained(decided: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for architecture, implementations in entries.items():
             for implementation, kinds in implementations.items() if "unbuilt" not in implementations else ():
                 for kind, decision in kinds.items():
-                    causes = causes_of(architecture, implementation, [kind])
+                    causes = causes_of(architecture)
                     allowed = {"SWITCHABLE"}.union(*(cause.reasons for cause in causes))
                     wrong = sorted(set(decision["reasons"]) - allowed)
                     if decision["calls"] > decision["sites"]:
