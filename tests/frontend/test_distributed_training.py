@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import distributed
@@ -33,9 +35,11 @@ def gradients(model, call, ids, mask):
     return torch.cat([(grad.full_tensor() if hasattr(grad, "full_tensor") else grad).flatten() for grad in found])
 
 
-def alone(inputs):
+@functools.cache
+def alone(length=96, padding=20):
     model = llama()
-    return gradients(model, infllm_pass.sparsify(torch.compile(model, backend="aot_eager"), SMALL), *inputs)
+    sparse = infllm_pass.sparsify(torch.compile(model, backend="aot_eager"), SMALL)
+    return gradients(model, sparse, *batch(length, padding))
 
 
 class Parts:
@@ -52,8 +56,7 @@ class Parts:
 @pytest.mark.parametrize("length", [96, 40])
 def test_a_padded_batch_is_sparse_in_buckets(length, monkeypatch):
     monkeypatch.setattr(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
-    inputs = batch(length)
-    expected = alone(inputs)
+    inputs, expected = batch(length), alone(length)
     torch._dynamo.reset()
     model, parts = llama(), Parts()
     sparse = infllm_pass.sparsify(
@@ -69,8 +72,7 @@ def test_a_padded_batch_is_sparse_in_buckets(length, monkeypatch):
 
 def test_a_model_inside_is_sparse_in_buckets_as_well(monkeypatch):
     monkeypatch.setattr(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
-    inputs = batch()
-    expected = alone(inputs)
+    inputs, expected = batch(), alone()
     torch._dynamo.reset()
     model, parts = llama(), Parts()
     sparse = infllm_pass.sparsify(torch.compile(model, backend=parts), SMALL)
@@ -93,8 +95,7 @@ def test_the_backend_by_name_says_why_parts_of_a_graph_stay_dense(monkeypatch):
 
 @pytest.mark.parametrize("padding", [0, 20])
 def test_fully_sharded_layers_are_sparse(padding):
-    inputs = batch(padding=padding)
-    expected = alone(inputs)
+    inputs, expected = batch(padding=padding), alone(padding=padding)
     torch._dynamo.reset()
     model = llama()
     for layer in model.model.layers:
