@@ -25,10 +25,8 @@ def whole_graphs() -> Iterator[None]:
     """
     from torch._dynamo.utils import get_optimize_ddp_mode
 
-    if not distributed.is_available() or not distributed.is_initialized():
-        yield
-        return
-    if get_optimize_ddp_mode() != "ddp_optimizer":
+    in_group = distributed.is_available() and distributed.is_initialized()
+    if not in_group or get_optimize_ddp_mode() != "ddp_optimizer":
         yield
         return
     token = _WHOLE.set(True)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from infllm_pass.compat.dynamo import add_input, is_held_by_module
 from infllm_pass.compat.tensors import FakeTensor, fake_mode_of
-from infllm_pass.graph.mask_values import READER, InputForm, MaskForm, MaskValue, RunsForm, may_be_read
+from infllm_pass.graph.mask_values import READER, InputForm, MaskForm, MaskValue, RunsForm, joined, may_be_read
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,7 @@ class InputReadings:
             self.unreadable[node] = "its values are not those of a causal mask with windows, padding and sequences"
             return False
         position = _place(node)
-        form, expected = value.form, self.context.expected.get(name)
-        if isinstance(form, MaskForm) and isinstance(expected, MaskForm):
-            form = expected.joined(form)
+        form = joined(self.context.expected.get(name), value.form)
         reading = InputReading(position, label, form)
         if isinstance(value, MaskValue) and isinstance(form, MaskForm):
             after = [added for other in self.read.values() for added in other.nodes]

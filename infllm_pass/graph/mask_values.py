@@ -100,6 +100,11 @@ InputForm = MaskForm | RunsForm | PositionsForm
 InputValue = MaskValue | NumbersValue
 
 
+def joined(first: InputForm | None, form: InputForm) -> InputForm:
+    """A form that covers another one, and the first where both can be covered."""
+    return first.joined(form) if isinstance(first, MaskForm) and isinstance(form, MaskForm) else form
+
+
 class MaskReader:
     """Reads masks, each tensor once as long as nothing is written to it."""
 
@@ -209,15 +214,15 @@ def _other_value(mask: Tensor, kept: bool | float) -> bool | float | None:
     other = mask.amax().item() if lowest == kept else lowest
     if other == kept or other != other:
         return None
-    either = ((part == kept) | (part == other) for _, part in _parts(mask))
+    either = ((part == kept) | (part == other) for part in _parts(mask))
     return float(other) if all(bool(test.all()) for test in either) else None
 
 
-def _parts(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The first query of some queries of a mask ``[B, Lq, Lk]``, and their rows."""
+def _parts(mask: Tensor) -> Iterator[Tensor]:
+    """The rows of a mask ``[B, Lq, Lk]``, those of some queries at a time."""
     step = max(1, _ELEMENTS_AT_ONCE // (mask.shape[0] * mask.shape[2]))
     for first in range(0, mask.shape[1], step):
-        yield first, mask[:, first : first + step]
+        yield mask[:, first : first + step]
 
 
 def _vectors(mask: Tensor, kept: bool | float, hidden: bool | float) -> MaskValue | None:
@@ -225,7 +230,7 @@ def _vectors(mask: Tensor, kept: bool | float, hidden: bool | float) -> MaskValu
     queries, keys = mask.shape[1:]
     valid = mask.new_zeros((mask.shape[0], keys), dtype=torch.bool)
     firsts, lasts, counts = [], [], []
-    for _, part in _parts(mask):
+    for part in _parts(mask):
         seen = (part == kept).view(torch.uint8)
         valid |= seen.amax(1).bool()
         counts.append(seen.sum(2, dtype=torch.int32))

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from infllm_pass.compat.dynamo import recompile_limit
 from infllm_pass.errors import MaskInputWarning
 from infllm_pass.graph.input_readings import InputReading
-from infllm_pass.graph.mask_values import READER, InputForm, InputValue, MaskForm, MaskValue
+from infllm_pass.graph.mask_values import READER, InputForm, InputValue, MaskValue, joined
 
 Forms = Mapping[str, InputForm]
 """Forms of masks, by the names that the placeholders of a graph have."""
@@ -103,9 +103,9 @@ class ReadGraph:
             found = next((run for known, run in self._others if _cover(known, forms)), None)
             if found is None and len(self._others) + 1 < recompile_limit():
                 first = {self._names[reading.position]: reading.form for reading in self.readings}
-                joined = {name: _joined(first[name], form) for name, form in forms.items()}
-                found = self._compile_again(Again(self.original, joined, self._labels))
-                self._others.append((joined, found))
+                both = {name: joined(first[name], form) for name, form in forms.items()}
+                found = self._compile_again(Again(self.original, both, self._labels))
+                self._others.append((both, found))
         if found is None:
             return self._run_original(inputs, "has held masks of too many forms")
         return found(*inputs)
@@ -136,9 +136,3 @@ def _vectors(reading: InputReading, value: InputValue) -> list[Tensor]:
 
 def _cover(known: Forms, forms: Forms) -> bool:
     return all(known[name].covers(form) for name, form in forms.items())  # type: ignore[arg-type]
-
-
-def _joined(first: InputForm, form: InputForm) -> InputForm:
-    if isinstance(first, MaskForm) and isinstance(form, MaskForm):
-        return first.joined(form)
-    return form
