@@ -19,6 +19,7 @@ IMAGES = ROOT / "docs" / "images"
 
 Row = dict[str, Any]
 COLOURS = {64: "#d9531e", 96: "#6a8caf"}
+SERIES = ("#d9531e", "#8c2d04", "#6a8caf", "#2c4a6b")
 BASELINES = {
     "flash_ms": "flash (SDPA)",
     "flex_ms": "FlexAttention, causal",
@@ -102,14 +103,20 @@ def draw_backward(results: dict[str, Any]) -> Any:
 
 
 def draw_breakeven(results: dict[str, Any]) -> Any:
-    """Ratio to dense attention against the length."""
+    """Ratio to dense attention against the length: sparse at every length, and with ``dense_len="auto"``."""
     rows, header = sorted(results["rows"], key=lambda row: row["length"]), results["header"]
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    axes.plot([row["length"] for row in rows], [row["ratio"] for row in rows], "o-", color=COLOURS[96])
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set(ylim=(0, None), ylabel="sparse / dense time", title=f"break-even: {header['break_even']} tokens")
-    _finish(axes, [row["length"] for row in rows])
-    return _titled(figure, f"{rows[0]['heads']}, {rows[0]['blocks']} blocks, {rows[0]['data']} data", header)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for heads, colour in zip(header["break_even"], SERIES, strict=False):
+        mine = [row for row in rows if row["heads"] == heads]
+        lengths = [row["length"] for row in mine]
+        left.plot(lengths, [row["ratio"] for row in mine], "o-", color=colour)
+        right.plot(lengths, [row["auto_ratio"] for row in mine], "o-", color=colour, label=heads)
+    left.set(ylim=(0, 4), ylabel="sparse / dense time", title="sparse at every length")
+    right.set(ylim=(0, None), ylabel="time / dense time", title='dense_len="auto"')
+    for axes in (left, right):
+        axes.axhline(1.0, color="black", linewidth=1)
+        _finish(axes, sorted({row["length"] for row in rows}))
+    return _titled(figure, f"{rows[0]['scorer']} scores, {rows[0]['blocks']} blocks, {rows[0]['data']} data", header)
 
 
 def draw_decode(results: dict[str, Any]) -> Any:
@@ -117,7 +124,7 @@ def draw_decode(results: dict[str, Any]) -> Any:
     rows = [row for row in results["rows"] if row["mode"] == "sparse" and row["dense_ms"] is not None]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     cases = dict.fromkeys((row["heads"], row["batch"]) for row in rows)
-    for (heads, batch), colour in zip(cases, ("#d9531e", "#8c2d04", "#6a8caf", "#2c4a6b"), strict=False):
+    for (heads, batch), colour in zip(cases, SERIES, strict=False):
         mine = sorted((r for r in rows if (r["heads"], r["batch"]) == (heads, batch)), key=lambda row: row["length"])
         lengths, label = [row["length"] for row in mine], f"{heads}, batch {batch}"
         left.plot(lengths, [1e3 * row["ms"] for row in mine], "o-", color=colour)

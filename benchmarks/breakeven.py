@@ -1,12 +1,13 @@
 """From which length on sparse attention is faster than dense attention on the GPU: one layer, bfloat16, batch 1.
 
-Attention is sparse at every length here, also where all blocks are visited; ``dense_len`` should be set no lower than
-the break-even length. Dense attention is cuDNN's.
+``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is what ``dense_len="auto"`` runs,
+which is to be no slower than dense attention at any length. Dense attention is cuDNN's.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import _baselines as baselines
 import _stages as stages
@@ -37,8 +38,12 @@ from _work import Ceilings, attention_work, selection_work
 from rich.console import Console
 from rich.progress import track
 
-LENGTHS = (4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536)
-COLUMNS = {"ms": "ms", "dense_ms": "dense", "ratio": "ratio", "floor_ms": "floor"}
+from infllm_pass.lowering.ops.attention_args import AttentionCall
+from infllm_pass.lowering.ops.dispatch import attend
+from infllm_pass.plan.break_even import AttentionPlace, device_name, resolved
+
+LENGTHS = (2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 131072)
+COLUMNS = {"ms": "ms", "dense_ms": "dense", "ratio": "ratio", "auto_ms": "auto", "auto_ratio": "ratio of auto"}
 
 
 def measure(
@@ -67,6 +72,11 @@ def measure(
     row["ms"] = milliseconds(lambda: stages.forward(q, k, v, config), device)
     row["dense_ms"] = milliseconds(dense, device)
     row["ratio"] = row["ms"] / row["dense_ms"]
+    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
+    row["dense_len"] = resolved(replace(config, dense_len="auto"), place).dense_len
+    call = AttentionCall(heads.dim**-0.5, row["dense_len"], geometry)
+    row["auto_ms"] = milliseconds(lambda: attend(q, k, v, call, select=length >= row["dense_len"]), device)
+    row["auto_ratio"] = row["auto_ms"] / row["dense_ms"]
     work = attention_work(heads, length, geometry) + selection_work(heads, length, geometry)
     return floored(row, work, ceilings)
 
@@ -78,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--blocks", type=blocks_option, default=96, metavar="N", help="visited blocks (96)")
     options.add_argument("--data", choices=["local", "random"], default="local")
-    options.add_argument("--heads", type=heads_option, default="32x8x128", metavar="QxKxD", help="(32x8x128)")
+    options.add_argument(
+        "--heads", type=heads_option, nargs="+", default=[Heads.parse("32x8x128")], metavar="QxKxD", help="(32x8x128)"
+    )
     add_scoring(options)
     return options
 
@@ -87,14 +99,15 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     ceilings = measure_ceilings(device)
-    heads = arguments.heads
     rows = []
-    for length in track(sorted(arguments.lengths), "measuring", console=Console(stderr=True)):
+    points = [(heads, length) for heads in arguments.heads for length in sorted(arguments.lengths)]
+    for heads, length in track(points, "measuring", console=Console(stderr=True)):
         rows.append(measure(heads, arguments.blocks, length, arguments.data, ceilings, device, scoring_of(arguments)))
         torch.cuda.empty_cache()
-    show(arguments.format, rows, COLUMNS, {"ratio": ".3f"})
-    even = break_even(rows)
-    note(arguments.format, f"break-even length: {even}")
+    show(arguments.format, rows, COLUMNS, {"ratio": ".3f", "auto_ratio": ".3f"})
+    names = dict.fromkeys(row["heads"] for row in rows)
+    even = {name: break_even([row for row in rows if row["heads"] == name]) for name in names}
+    note(arguments.format, f"break-even length: {', '.join(f'{name}: {length}' for name, length in even.items())}")
     name = "breakeven" if arguments.scorer == "pooled" else "breakeven_tokens"
     save(name, arguments.results, gpu_header(device, ceilings) | {"break_even": even}, rows)
 

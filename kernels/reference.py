@@ -130,7 +130,8 @@ def index_keys(k: Tensor, geometry: BlockGeometry) -> Tensor:
     if geometry.score_dtype == "key":
         return keys.double()
     kept, highest = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}[geometry.score_dtype]
-    step = keys.float().abs().amax(-1, keepdim=True) / highest  # rounded as in storage: in float32
+    largest = keys.float().abs().amax(-1, keepdim=True)  # rounded as in storage: in float32
+    step = largest / largest.new_tensor(highest)  # by a number of the host CUDA multiplies with its reciprocal
     parts = keys.float() / torch.where(step > 0, step, 1.0)
     stored = parts.round().to(kept) if kept is torch.int8 else parts.to(kept)
     return stored.double() * step.double()

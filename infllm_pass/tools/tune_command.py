@@ -156,14 +156,17 @@ def _lowest(head_dim: int, config: SparseAttentionConfig) -> tuple[tuple[int, ..
 
 def _data(heads: Heads, length: int, device: torch.device) -> list[Tensor]:
     """Queries, keys and values in which neighbours are alike, half precision on a GPU."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     made = []
     for count in (heads.queries, heads.keys, heads.keys):
-        steps = torch.randn(1, count, length, heads.dim, generator=generator) * math.sqrt(1.0 - CORRELATION**2)
-        for token in range(1, length):
-            steps[:, :, token] += CORRELATION * steps[:, :, token - 1]
-        made.append(steps.to(device, dtype))
+        numbers = torch.randn(1, count, length, heads.dim, generator=generator, device=device)
+        numbers *= math.sqrt(1.0 - CORRELATION**2)
+        reach = 1  # each holds what the last `reach` tokens add to it
+        while reach < length and CORRELATION**reach > 1e-6:
+            numbers[:, :, reach:] += CORRELATION**reach * numbers[:, :, :-reach]
+            reach *= 2
+        made.append(numbers.to(dtype))
     return made
 
 

@@ -39,7 +39,9 @@ def index_keys(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
     if geometry.score_dtype == "key":
         return [keys]
     keys = keys.float()
-    scale = keys.abs().amax(-1) / INDEX_HIGHEST[geometry.score_dtype]
+    largest = keys.abs().amax(-1)
+    # By a number of the host CUDA multiplies with its reciprocal, and the last bit decides halves.
+    scale = largest / largest.new_full((), INDEX_HIGHEST[geometry.score_dtype])
     keys = keys / scale.masked_fill(scale == 0, 1.0)[..., None]
     return [(keys.round() if geometry.score_dtype == "int8" else keys).to(INDEX_DTYPES[geometry.score_dtype]), scale]
 

@@ -231,7 +231,7 @@ def test_the_scorer_is_an_option(bench):
 
 def test_results_are_written_shown_and_drawn(bench, results, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    header = {"device": "NVIDIA H100 80GB HBM3", "torch": "2", "matmul_tflops": 1.0, "break_even": "200"}
+    header = {"device": "NVIDIA H100 80GB HBM3", "torch": "2", "matmul_tflops": 1.0, "break_even": {"4x2x16": "200"}}
     gpu = bench("_gpu")
     for script, rows in results.items():
         path = gpu.save(script, tmp_path, header, rows)

@@ -163,7 +163,9 @@ class Attention(nn.Module):
         self.steps = steps
         self.k, self.v = (nn.Buffer(x.nan_to_num()) for x in (steps.k, steps.v))
         *kept, self.filled = (nn.Buffer(x) for x in new_state(steps.k, steps.geometry))
-        self.kept = nn.ParameterList(kept)
+        self.kept = [f"kept{number}" for number in range(len(kept))]
+        for name, buffer in zip(self.kept, kept, strict=True):
+            self.register_buffer(name, buffer)
         self.lengths = nn.Buffer(torch.tensor(steps.lengths, device=DEVICE))
         self.rows = nn.Buffer(torch.arange(len(steps.lengths), device=DEVICE))
 
@@ -172,7 +174,7 @@ class Attention(nn.Module):
         self.k[self.rows, :, self.lengths] = key
         self.v[self.rows, :, self.lengths] = value
         self.lengths.add_(1)
-        state = [*self.kept, self.filled]
+        state = [*(getattr(self, name) for name in self.kept), self.filled]
         steps = self.steps
         numbers = (steps.scale, steps.dense_len, geometry_text(steps.geometry))
         return decode_attention(q, self.k, self.v, state, self.lengths, None, None, None, *numbers)[0]

@@ -267,7 +267,7 @@ def check(case: Case, monkeypatch) -> None:
 
 
 def check_selection(case: Case, call: Call, sequence, selected: Tensor, common) -> None:
-    """A budget in every row that has one, forced blocks, and, in float32, the oracle's sets."""
+    """A budget in every row that has one, the tile's last block, and, in float32, the oracle's sets."""
     row, keys, queries, position = sequence
     geometry = common["geometry"]
     length = keys.stop - keys.start
@@ -277,7 +277,8 @@ def check_selection(case: Case, call: Call, sequence, selected: Tensor, common) 
     common = common | {"window": case.window, "key_mask": None if mask is None else mask[row, keys]}
     wanted = reference.select_sequence(q, k, **common)
     assert torch.equal(selected.sum(-1), wanted.sum(-1))
-    assert selected.gather(-1, (positions // geometry.block_size).expand(case.heads_kv, -1)[..., None]).all()
+    own = reference.tile_position(positions, geometry.query_block, length) // geometry.block_size
+    assert selected.gather(-1, own.expand(case.heads_kv, -1)[..., None]).all()
     if case.dtype == torch.float32:
         scores = reference.block_scores(q, k, **common)
         unsure = doubtful(scores, positions, geometry, case.window, length)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from infllm_pass.kernels import reference
+from infllm_pass.kernels.cpu.tokens import index_keys as torch_index_keys
 from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets
 from infllm_pass.kernels.triton.index_keys import SLACK_KEYS, _encode_runs, index_keys
 from infllm_pass.kernels.triton.prefill.token_scores import select_tiles
@@ -223,6 +224,20 @@ def test_index_keys_equal_the_oracles(channels, score_dtype):
         stored *= parts[1][..., None].double()
     expected = torch.stack([reference.index_keys(row, geometry) for row in k])
     assert torch.equal(stored, expected)
+
+
+@gpu
+@pytest.mark.parametrize("score_dtype", ["int8", "fp8"])
+def test_index_keys_of_bfloat16_are_the_same_on_every_device(score_dtype):
+    """Quotients of bfloat16 numbers often lie half way between two that are stored: one bit of the scale decides."""
+    geometry = BlockGeometry(scorer="tokens", score_dtype=score_dtype, channels=(tuple(range(32)),))
+    k = torch.randn(1, 2, 20000, 32, device=DEVICE, dtype=torch.bfloat16)
+    expected = torch_index_keys(k.cpu(), geometry)
+    keys = index_keys(k, geometry=geometry)
+    stored = [x[: x.shape[0] - SLACK_KEYS].unflatten(0, (1, 2, 20000)) for x in keys.tensors]
+    for found in (stored, torch_index_keys(k, geometry)):
+        assert all(torch.equal(x.cpu().double(), y.double()) for x, y in zip(found, expected, strict=True))
+    assert torch.equal(reference.index_keys(k[0], geometry).cpu(), reference.index_keys(k[0].cpu(), geometry))
 
 
 @pytest.mark.parametrize(("channels", "runs"), [((0, 1, 2), 1), ((3, 4), 1), ((1, 3, 4, 9), 3), ((0, 2, 4, 6), 4)])
