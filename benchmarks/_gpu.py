@@ -106,7 +106,7 @@ TOKENS = Scoring()
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the options of `Scoring`."""
     parser.add_argument("--scorer", choices=get_args(ScorerName), default="tokens", help="scores of blocks (tokens)")
-    parser.add_argument("--score-dims", type=positive_option, metavar="D", help="channels (a quarter of the head)")
+    parser.add_argument("--score-dims", type=positive_option, metavar="D", help="channels (a quarter, 32 of 64)")
     parser.add_argument("--score-dtype", choices=get_args(ScoreDtype), default="key", help="dtype of index keys (key)")
     parser.add_argument("--query-block", type=positive_option, default=1, metavar="M", help="queries of one set (1)")
 

@@ -14,6 +14,9 @@ from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, LseMode, Sc
 LEAST_SCORE_DIMS = 16
 """Channels that token scores read are a multiple of so many."""
 
+SMALL_HEAD_DIMS = 32
+"""Of small heads token scores read up to half, this many: 16 of 64 miss some of what is looked up."""
+
 PUBLISHED: dict[str, Any] = {"scorer": "pooled", "dense_len": 8192}
 """What differs from the defaults in models that were trained with InfLLM-V2 (MiniCPM4.1)."""
 
@@ -39,7 +42,8 @@ class SparseAttentionConfig:
         query_block: adjacent queries that share one selection; 1 selects for every query.
         scorer: how blocks are scored: "pooled", the published score over means of windows of keys, or "tokens", the
             largest score of a block's tokens over a few channels of the head, which needs no training.
-        score_dims: channels that "tokens" reads, a multiple of 16; None: a quarter of the head, at least 16.
+        score_dims: channels that "tokens" reads, a multiple of 16; None: a quarter of the head, 32 at
+            least in heads of 64 and more, half of smaller ones.
         score_dtype: what these channels of the keys are stored in: "key", k's dtype, or "int8" or "fp8" with a scale
             a token.
 
@@ -135,8 +139,8 @@ class SparseAttentionConfig:
             ConfigError: `score_dims` is larger than the head.
         """
         if self.score_dims is None:
-            quarter = -(-head_dim // (4 * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS
-            return min(quarter, head_dim)
+            quarter, half = (-(-head_dim // (parts * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS for parts in (4, 2))
+            return min(max(quarter, min(half, SMALL_HEAD_DIMS)), head_dim)
         if self.score_dims > head_dim:
             raise ConfigError("score_dims", self.score_dims, f"at most the head size, {head_dim}")
         return self.score_dims

@@ -87,3 +87,10 @@ def test_coerce_rejects_other_types(value):
 def test_config_is_frozen():
     with pytest.raises(AttributeError):
         SparseAttentionConfig().topk = 3
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "channels"), [(8, 8), (16, 16), (32, 16), (48, 32), (64, 32), (80, 32), (128, 32), (256, 64)]
+)
+def test_channels_that_token_scores_read_by_default(head_dim, channels):
+    assert SparseAttentionConfig(scorer="tokens").score_dims_of(head_dim) == channels

@@ -27,9 +27,9 @@ USER_FILE = "INFLLM_BREAK_EVEN"
 """Environment variable: the file of the user's rows."""
 
 SLOWER_SCORES = {"cpu": 1.25, "cuda": 1.75}
-"""A row of pooled scores gives token scores a length this many times as long. On an H100 their selection takes 3.2 times
-as long at 128k tokens, and 32x8x128 with 96 blocks breaks even at some 34k tokens instead of 20k; on a CPU it takes
-twice as long.
+"""A row of pooled scores gives token scores a length this many times as long. On an H100 their selection takes 3.2
+times as long at 128k tokens, and 32x8x128 with 96 blocks breaks even at some 34k tokens instead of 20k; on a CPU it
+takes twice as long.
 """
 
 MULTIPLE = 256

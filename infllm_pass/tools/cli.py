@@ -31,7 +31,7 @@ _FIELD_HELP = {
     "lse": "normaliser of block scores",
     "query_block": "adjacent queries that share one selection",
     "scorer": "what blocks are scored by",
-    "score_dims": "channels that the scorer tokens reads, default a quarter of the head",
+    "score_dims": "channels that the scorer tokens reads, default a quarter of the head, 32 of 64",
     "score_dtype": "what it stores these channels of the keys in",
 }
 
