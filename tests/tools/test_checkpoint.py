@@ -158,8 +158,8 @@ def first_layers(model, layers):
     return part
 
 
-LOWEST_FREQUENCIES = (*range(24, 32), *range(56, 64))
-"""Of a Llama's heads of 64, the 16 channels that its rotary embedding turns least."""
+LOWEST_FREQUENCIES = (*range(16, 32), *range(48, 64))
+"""Of a Llama's heads of 64, the 32 channels that its rotary embedding turns least."""
 
 
 @pytest.mark.checkpoint
