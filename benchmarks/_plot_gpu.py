@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,7 @@ def draw_breakeven(results: dict[str, Any]) -> Any:
         mine = [row for row in rows if row["heads"] == heads]
         lengths = [row["length"] for row in mine]
         left.plot(lengths, [row["ratio"] for row in mine], "o-", color=colour)
-        right.plot(lengths, [row["auto_ratio"] for row in mine], "o-", color=colour, label=heads)
+        right.plot(lengths, [row.get("auto_ratio", math.nan) for row in mine], "o-", color=colour, label=heads)
     left.set(ylim=(0, 4), ylabel="sparse / dense time", title="sparse at every length")
     right.set(ylim=(0, None), ylabel="time / dense time", title='dense_len="auto"')
     for axes in (left, right):
