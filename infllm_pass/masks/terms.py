@@ -100,13 +100,28 @@ def key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBia
     added = lift(value) if term.index is None else value.at(term.index)
     if not isinstance(added, AppliedUndef):
         return None
+    return _bias_of(interpreter, added, (BATCH, HEAD, KEY), term.factor, described)
+
+
+def _bias_of(
+    interpreter: Interpreter, added: AppliedUndef, axes: tuple[sympy.Symbol, ...], factor: float, described: str
+) -> KeyBias | None:
+    """The bias that a tensor's elements make which are read at some axes in order, and at `KEY` if it is one."""
     unknown = interpreter.unknowns.get(added.func.__name__)
-    axes = [at for at in added.args if not at.is_Integer]
-    in_order = [symbol for symbol in (BATCH, HEAD, KEY) if symbol in axes]
-    if unknown is None or not unknown.readable or axes != in_order or KEY not in axes:
+    read = [at for at in added.args if not at.is_Integer]
+    symbols = [_axis_of(at) for at in read]
+    in_order = [symbol for symbol in axes if symbol in symbols]
+    if unknown is None or not unknown.readable or symbols != in_order or (KEY in axes and KEY not in symbols):
         return None
     leaf = added.func.__name__, unknown.facts, unknown.node
-    return KeyBias(leaf, tuple(added.args), term.factor, described)
+    return KeyBias(leaf, tuple(added.args), factor, described)
+
+
+def _axis_of(at: sympy.Expr) -> sympy.Expr:
+    """The axis that an index counts along: itself, or that of the heads where it counts their groups."""
+    if isinstance(at, sympy.floor) and (at.args[0] / HEAD).is_Rational and sympy.numer(at.args[0] / HEAD) == 1:
+        return HEAD
+    return at
 
 
 def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:

@@ -8,8 +8,8 @@ Semantics: arXiv 2509.24663, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -175,6 +175,16 @@ class Signature(Generic[Call]):
     def positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments by position, as a caller may have given some by name."""
         return (*args, *(kwargs[name] for name in self.names[len(args) :])) if kwargs else tuple(args)
+
+    def rest(self, values: Mapping[str, Any]) -> list[Any]:
+        """The arguments after the first ones by position, defaults where `values` names none."""
+        return [values[name] if name in values else self._default(name) for name in self._rest]
+
+    def _default(self, name: str) -> Any:
+        default = {field.name: field.default for field in fields(self.record)}[name]
+        if default is MISSING:
+            raise TypeError(f"the operator needs {name}")
+        return default
 
     def named(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of a call in a graph, by name."""
