@@ -215,8 +215,17 @@ class MaskOperands:
             for dim, symbol in enumerate((BATCH, HEAD)):
                 if symbol not in over:
                     node = self._call(site, "unsqueeze", node, dim)
-            found.append(node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor))
+            node = node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor)
+            found.append(self._by_position(node, site) if bias.by_position else node)
         return found
+
+    def _by_position(self, slopes: fx.Node, site: AttentionSite) -> fx.Node:
+        """Slopes ``[B or 1, Hq or Hkv or 1]`` times the numbers of the keys, in the dtype that scores are summed in."""
+        key = self._emitter.operand(site.node, site.key_heads, site.query)
+        length, device = self._emitter.size(site.node, key, 2), site.key.example.device
+        places = self._call(site, torch.arange, length, device=device)
+        wide = self._call(site, "to", slopes, wide_dtype(site))
+        return self._call(site, operator.mul, self._call(site, "unsqueeze", wide, 2), places)
 
     def sinks(self, site: AttentionSite) -> fx.Node | None:
         """The logits that join each query's softmax without a key, as a node ``[Hq]``."""

@@ -287,6 +287,10 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
     scale = _read_scale(site, interpreter)
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
+    shifted = [bias for bias in causal.key_terms.bias if bias.up_to_rows]
+    if shifted and site.sinks is not None:
+        seen = f"{shifted[0].described}; sinks see the numbers that it adds to whole rows"
+        return SitePlan(site, Reason.ADDITIVE_BIAS, seen)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=causal, scale=scale)
     return _check_heads(site, proved) or proved
 

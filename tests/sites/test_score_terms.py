@@ -72,7 +72,11 @@ def in_place(scores):
 
 
 POSITION = torch.arange(L)
-DISTANCE = POSITION[None] - POSITION[:, None]
+
+
+def sloped(places):
+    """Attention with as many slopes as heads, times places ``[Lq, Lk]``, as ALiBi adds them."""
+    return of_keys(lambda q, s: s[:, None, None] * places())
 
 
 def joined(scores, s, q):
@@ -120,6 +124,61 @@ TAKEN = {
         ("key_bias", "sinks", "softcap"),
     ),
 }
+
+
+ALIBI = {
+    "key less query": lambda: torch.arange(L)[None] - torch.arange(L)[:, None],
+    "key": lambda: torch.arange(L)[None],
+    "key less the last": lambda: torch.arange(1 - L, 1)[None],
+    "query less key, cast": lambda: -(torch.arange(L)[:, None] - torch.arange(L)[None]).double(),
+}
+
+SLOPED_LOOKALIKES = {
+    "square of the distance": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]) ** 2,
+    "distance of both sides": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]).abs(),
+    "product of query and key": lambda: torch.arange(L)[None] * torch.arange(L)[:, None],
+    "half the key": lambda: torch.arange(L)[None] // 2 - torch.arange(L)[:, None],
+    "narrow": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]).bfloat16().double(),
+}
+
+
+@pytest.mark.parametrize("form", ALIBI)
+def test_slopes_of_distances_are_biases_of_keys(form):
+    function = sloped(ALIBI[form])
+    inputs = [x.requires_grad_() for x in (*qkv(6, 6), torch.rand(6, dtype=torch.float64))]
+    expected = function(*inputs)
+    out, (row,) = rewritten(function, *inputs)
+    assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
+    assert score_terms.taken == [("key_bias",)]
+    assert relative_error(out, expected) < 1e-12
+    for actual, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+        assert torch.allclose(actual, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", SLOPED_LOOKALIKES)
+def test_slopes_of_anything_else_stay_as_they_were(form):
+    assert_untouched(sloped(SLOPED_LOOKALIKES[form]), "ADDITIVE_BIAS", qkv(6, 6))
+
+
+def test_slopes_that_differ_within_a_group_stay_as_they_were():
+    assert_untouched(sloped(ALIBI["key less query"]), "ADDITIVE_BIAS", qkv(6, 2))
+
+
+def test_a_number_of_the_row_beside_sinks_stays_as_it_was():
+    def attend(q, k, v, s):
+        distance = torch.arange(L)[None] - torch.arange(L)[:, None]
+        scores = masked(scores_of(q, k) * SCALE + s[:, None, None] * distance)
+        return joined(scores, s, q).softmax(-1)[..., :-1] @ grouped(q, v)
+
+    assert_untouched(attend, "ADDITIVE_BIAS", qkv(6, 6))
+
+
+def assert_untouched(function, reason, tensors):
+    inputs = [*tensors, torch.rand(6, dtype=torch.float64)]
+    out, (row,) = rewritten(function, *inputs)
+    assert (row.decision, row.reason) == ("dense", reason), row.explanation
+    assert score_terms.taken == []
+    assert relative_error(out, function(*inputs)) == 0.0
 
 
 def rewritten(function, *inputs):
