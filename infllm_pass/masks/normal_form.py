@@ -38,19 +38,30 @@ class KeyCondition:
 
 @dataclass(frozen=True)
 class KeyBias:
-    """Numbers added to the scaled scores of a key, whatever the query: the elements of one tensor.
+    """Numbers added to the scaled scores of a key, whatever the query: made of the elements of one tensor.
 
     Attributes:
         leaf: the tensor.
-        index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), `KEY`, or a number.
+        index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), ``HEAD // group``,
+            `KEY`, or a number.
         factor: what its numbers are multiplied with first.
         described: where they come from, for people.
+        by_position: whether they are multiplied with the number of the key too.
+        up_to_rows: whether the model adds another number to all scores of a row as well, which a softmax of keys alone
+            does not see.
     """
 
     leaf: Leaf
     index: tuple[sympy.Expr, ...]
     factor: float
     described: str
+    by_position: bool = False
+    up_to_rows: bool = False
+
+    def is_shared_by(self, group: int) -> bool:
+        """Whether the numbers are the same for the query heads of a group, which are adjacent."""
+        shared = (sympy.floor(HEAD / group), *((HEAD,) if group == 1 else ()))
+        return all(HEAD not in at.free_symbols or at in shared for at in self.index)
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,24 @@ class SitePlan:
     @property
     def causal(self) -> bool:
         """Whether the site, when it stays dense, is plain causal attention, which needs no mask tensor."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
+        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite) or self.terms:
             return False
         if self.flagged:
             return True
         length_q, length_k = _lengths(self.site)
         return not self.in_cache and (length_q == 1 or same(length_q, length_k))
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What the scores have beside the mask, by the names of the operators' arguments."""
+        if isinstance(self.site, PartialSite):
+            return ()
+        found = {
+            "key_bias": self.mask is not None and bool(self.mask.key_terms.bias),
+            "sinks": self.site.sinks is not None,
+            "softcap": self.site.softcap != 0.0,
+        }
+        return tuple(name for name, present in found.items() if present)
 
     @property
     def flagged(self) -> bool:
@@ -129,8 +141,9 @@ class SitePlan:
     @property
     def mask_verdict(self) -> str:
         """What the mask was found to be, in a few words."""
-        if self.mask is not None:
-            return str(self.mask)
+        if self.mask is not None and isinstance(self.site, AttentionSite):
+            softcap = f"scores capped at {self.site.softcap:g}" if self.site.softcap else ""
+            return ", ".join(filter(None, (str(self.mask), softcap, "sinks" if self.site.sinks else "")))
         if self.reason is Reason.BIDIRECTIONAL:
             return "not causal" if isinstance(self.site, AttentionSite) and self.site.masks else "none"
         return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
@@ -274,6 +287,10 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
     scale = _read_scale(site, interpreter)
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
+    shifted = [bias for bias in causal.key_terms.bias if bias.up_to_rows]
+    if shifted and site.sinks is not None:
+        seen = f"{shifted[0].described}; sinks see the numbers that it adds to whole rows"
+        return SitePlan(site, Reason.ADDITIVE_BIAS, seen)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=causal, scale=scale)
     return _check_heads(site, proved) or proved
 

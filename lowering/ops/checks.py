@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, format_chan
 from infllm_pass.kernels.scorer import StateTensor
 from infllm_pass.kernels.tracing import is_traced
 
-from .attention_args import AttentionCall
+from .attention_args import AttentionCall, DecodeCall
 
 MAX_HEAD_DIM = 256
 
@@ -78,6 +78,40 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) ->
     if v.shape[3] > MAX_HEAD_DIM or v.shape[3] < 1:
         raise ShapeError(f"v has head_dim {v.shape[3]}: expected 1 to {MAX_HEAD_DIM}")
     _check_match("q", q, "v", v)
+
+
+def check_terms(q: Tensor, k: Tensor, call: AttentionCall | DecodeCall) -> None:
+    """Check the score terms of a call.
+
+    Raises:
+        ShapeError: a shape does not fit, or the cap is no cap.
+        DtypeError: a bias or sinks are not floating.
+        DeviceError: they are not on q's device.
+    """
+    if not 0.0 <= call.softcap < float("inf"):
+        raise ShapeError(f"softcap={call.softcap}: expected a positive number, or 0 for no cap")
+    for name, tensor in (("key_bias", call.key_bias), ("sinks", call.sinks)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise DtypeError(f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}")
+        if tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
+    bias, sinks = call.key_bias, call.sinks
+    if bias is not None and (
+        bias.dim() != 3
+        or bias.shape[0] not in (1, k.shape[0])
+        or bias.shape[1] not in (1, k.shape[1])
+        or bias.shape[2] != k.shape[2]
+    ):
+        raise ShapeError(
+            f"key_bias has shape {tuple(bias.shape)}: expected [B or 1, Hkv or 1, Lk] with B, Hkv, Lk = "
+            f"{k.shape[0]}, {k.shape[1]}, {k.shape[2]}"
+        )
+    if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[1]):
+        raise ShapeError(
+            f"sinks has shape {tuple(sinks.shape)}: expected one number a query head, [Hq] = [{q.shape[1]}]"
+        )
 
 
 def check_channels(k: Tensor, geometry: BlockGeometry) -> None:
@@ -242,7 +276,9 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def refused_by_tiled(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
+def refused_by_tiled(
+    q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry, terms: Collection[str] = ()
+) -> str | None:
     """Why the Triton kernels do not take a call, in words that say what to change; None if they take it.
 
     Args:
@@ -250,11 +286,12 @@ def refused_by_tiled(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry
         v: the values, or the keys: the head dimension counts.
         scale: softmax scale.
         geometry: the block geometry.
+        terms: names of the score terms that the call has.
     """
-    return _refusal(q, v, scale, geometry)
+    return _refusal(q, v, scale, geometry, terms)
 
 
-def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
+def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry, terms: Collection[str]) -> str | None:
     if q.device.type != "cuda":
         return f"q is on {q.device}: the Triton kernels run on CUDA devices"
     if not HAS_TRITON:
@@ -279,6 +316,8 @@ def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str
     block = geometry.query_block
     if block & (block - 1) or block > 128:
         return f"query_block={block}: the Triton kernels take powers of two up to 128"
+    if terms:
+        return f"the scores have {' and '.join(terms)}: the Triton kernels take products of queries and keys alone"
     return None
 
 
@@ -302,7 +341,8 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     check_attention(q, k, v, call.key_mask)
     check_channels(k, call.geometry)
     check_sequences(q, call)
-    if refused_by_tiled(q, v, call.scale, call.geometry) is not None:
+    check_terms(q, k, call)
+    if refused_by_tiled(q, v, call.scale, call.geometry, call.terms) is not None:
         return False
     check_tiled(q, k, v, call.geometry)
     if call.cu_seqlens_k is not None and _may_read(call.cu_seqlens_k):

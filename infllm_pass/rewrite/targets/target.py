@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,9 +125,23 @@ def operator_kernels(request: Request) -> Kernels:
     return Kernels(name, refusal if query.device.type != "cpu" else "")
 
 
-def refuses_bias(request: Request) -> Refusal | None:
-    """The refusal of a mask that adds numbers to the scores; None for any other."""
-    mask = request.plan.mask
-    if mask is None or not mask.key_terms.bias:
+def refuses_terms(request: Request, taken: Collection[str]) -> Refusal | None:
+    """The refusal of terms of the scores that an operator does not take; None where it takes all.
+
+    Args:
+        request: the site.
+        taken: names of the operator's arguments.
+    """
+    plan, site = request.plan, request.site
+    missing = [name for name in plan.terms if name not in taken]
+    biases = () if plan.mask is None else plan.mask.key_terms.bias
+    group = int(site.query_heads) // int(site.kv_heads)
+    apart = [bias for bias in biases if not bias.is_shared_by(group)]
+    if apart:
+        seen = f"{apart[0].described}; it differs among the {group} query heads of a key/value head"
+        return Refusal(seen, Reason.ADDITIVE_BIAS)
+    if "key_bias" in missing:
+        return Refusal(biases[0].described, Reason.ADDITIVE_BIAS)
+    if not missing:
         return None
-    return Refusal(mask.key_terms.bias[0].described, Reason.ADDITIVE_BIAS)
+    return Refusal(f"it takes no {missing[0]}", Reason.SINK if missing[0] == "sinks" else Reason.SOFT_CAP)

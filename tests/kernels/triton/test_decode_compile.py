@@ -24,7 +24,7 @@ from infllm_pass.kernels.triton.decode.token_scores import _decode_sum_kernel, d
 from infllm_pass.kernels.triton.decode.topk import decode_rank_kernel
 from infllm_pass.kernels.triton.index_keys import FORMS
 from infllm_pass.lowering.ops import checks, decode_triton
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.kernels.triton.test_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from tests.lowering.ops.test_checks import TILED
@@ -233,8 +233,8 @@ def stepping(geometry):
 
     def step(q, k, v, lengths, starts, key_mask, *state):
         k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
-        given = (q, k, v, list(state), lengths, starts, key_mask, None, 0.25, 64, geometry_text(geometry))
-        return decode_attention(*given)
+        call = DecodeCall(lengths, 0.25, 64, geometry, starts, key_mask)
+        return decode_attention(q, k, v, list(state), *call.arguments)
 
     return step
 

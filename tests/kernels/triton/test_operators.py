@@ -21,7 +21,7 @@ from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import key_bounds, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops import checks, decode_triton, prefill
-from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.attention_args import AttentionCall, DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, arrange
 
@@ -167,7 +167,7 @@ def test_a_decode_step(geometry, monkeypatch):
         decode_select_tokens(step, IndexState.of(states[0])) if tokens else decode_select(step, DecodeState(*states[0]))
     )
     expected = decode_attend(q, k, v, blocks, rows, None, **numbers)
-    given = (q, k, v, states[1], lengths, starts, None, None, SCALE, 80, geometry_text(geometry))
+    given = (q, k, v, states[1], *DecodeCall(lengths, SCALE, 80, geometry, starts).arguments)
     results = decode_attention(*given)
     for mine, other in zip((*results, *states[1]), (*expected, *states[0]), strict=True):
         assert torch.equal(mine, other)
