@@ -71,6 +71,15 @@ def in_place(scores):
     return scores * 5
 
 
+def merged_bias(q, k, v, s):
+    """As Bloom adds it, to products of three dimensions."""
+    k, v = (grouped(q, x).sin() for x in (k, v))
+    places = q.detach()[:, 0, :, 0].sigmoid().cumsum(1)[:, None]
+    bias = (s[:, None] * places).cos().reshape(B * 6, 1, L)
+    scores = bias.baddbmm(q.reshape(B * 6, L, D), k.reshape(B * 6, L, D).mT, alpha=SCALE)
+    return masked(scores.view(B, 6, L, L)).softmax(-1).view(B * 6, L, L).bmm(v.reshape(B * 6, L, D)).view(q.shape)
+
+
 POSITION = torch.arange(L)
 
 
@@ -119,6 +128,11 @@ TAKEN = {
         of_keys(lambda q, s: (s[:2, None] * POSITION).sin().repeat_interleave(3, 0)[:, None]),
         ("key_bias",),
     ),
+    "bias of keys and heads, keys first": (
+        of_keys(lambda q, s: (POSITION[:, None] * s[:2]).sin().repeat_interleave(3, 1).mT[:, None]),
+        ("key_bias",),
+    ),
+    "bias of rows, keys and heads, merged": (merged_bias, ("key_bias",)),
     "cap, bias and column": (
         with_column(joined, mask=lambda x: masked(torch.tanh(x / 3) * 3 + POSITION.double().sin() * 2)),
         ("key_bias", "sinks", "softcap"),

@@ -135,10 +135,10 @@ def refuses_terms(request: Request, taken: Collection[str]) -> Refusal | None:
     plan, site = request.plan, request.site
     missing = [name for name in plan.terms if name not in taken]
     biases = () if plan.mask is None else plan.mask.key_terms.bias
-    group = int(site.query_heads) // int(site.kv_heads)
-    apart = [bias for bias in biases if not bias.is_shared_by(group)]
+    heads, kv_heads = int(site.query_heads), int(site.kv_heads)
+    apart = [bias for bias in biases if not bias.is_shared_by(heads, kv_heads)]
     if apart:
-        seen = f"{apart[0].described}; it differs among the {group} query heads of a key/value head"
+        seen = f"{apart[0].described}; it differs among the {heads // kv_heads} query heads of a key/value head"
         return Refusal(seen, Reason.ADDITIVE_BIAS)
     if "key_bias" in missing:
         return Refusal(biases[0].described, Reason.ADDITIVE_BIAS)
