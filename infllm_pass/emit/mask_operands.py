@@ -16,7 +16,18 @@ from infllm_pass.graph.op_table import read_update
 from infllm_pass.graph.regions import Regions, carry
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS
-from infllm_pass.masks import BATCH, HEAD, KEY, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments, home_of
+from infllm_pass.masks import (
+    BATCH,
+    HEAD,
+    KEY,
+    GraphFacts,
+    KeyCondition,
+    Leaf,
+    MaskPredicate,
+    Segments,
+    axes_of,
+    home_of,
+)
 from infllm_pass.masks.codegen import Site, build
 from infllm_pass.plan.planner import SitePlan
 from infllm_pass.sites import AttentionSite
@@ -211,9 +222,16 @@ class MaskOperands:
             for dim in reversed(range(len(bias.index))):
                 if bias.index[dim].is_Integer:
                     node = self._call(site, "select", node, dim, int(bias.index[dim]))
-            over = {symbol for at in bias.index for symbol in at.free_symbols}
+            axes = [axes_of(at) for at in bias.index if not at.is_Integer]
+            for dim, found_axes in enumerate(axes):
+                if len(found_axes) == 2:  # only one index counts along two
+                    node = self._call(site, "unflatten", node, dim, [-1, int(site.query_heads)])
+            own = [symbol for each in axes for symbol in each]
+            order = [own.index(symbol) for symbol in (BATCH, HEAD, KEY) if symbol in own]
+            if order != sorted(order):
+                node = self._call(site, "permute", node, order)
             for dim, symbol in enumerate((BATCH, HEAD)):
-                if symbol not in over:
+                if symbol not in own:
                     node = self._call(site, "unsqueeze", node, dim)
             node = node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor)
             found.append(self._by_position(node, site) if bias.by_position else node)

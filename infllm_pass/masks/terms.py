@@ -14,7 +14,17 @@ from infllm_pass.graph.facts import axis, hidden_axis
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.masks.cases import as_number, negation, pairs, unrounded
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
-from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, KeyBias, MaskRole, MaskTerm, UnprovenMask
+from infllm_pass.masks.normal_form import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    KeyBias,
+    MaskRole,
+    MaskTerm,
+    UnprovenMask,
+    axes_of,
+)
 from infllm_pass.masks.rules.registry import shape_of
 from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
 
@@ -169,22 +179,15 @@ def _share_of_key(distance: sympy.Basic) -> int | None:
 def _bias_of(
     interpreter: Interpreter, added: AppliedUndef, axes: tuple[sympy.Symbol, ...], factor: float, described: str
 ) -> KeyBias | None:
-    """The bias that a tensor's elements make which are read at some axes in order, and at `KEY` if it is one."""
+    """The bias that a tensor's elements make which are read at some axes, once each, and at `KEY` if it is one."""
     unknown = interpreter.unknowns.get(added.func.__name__)
     read = [at for at in added.args if not at.is_Integer]
-    symbols = [_axis_of(at) for at in read]
-    in_order = [symbol for symbol in axes if symbol in symbols]
-    if unknown is None or not unknown.readable or symbols != in_order or (KEY in axes and KEY not in symbols):
+    symbols = [symbol for at in read for symbol in axes_of(at)]
+    known = all(map(axes_of, read)) and len(symbols) == len(set(symbols)) and set(symbols) <= set(axes)
+    if unknown is None or not unknown.readable or not known or (KEY in axes and KEY not in symbols):
         return None
     leaf = added.func.__name__, unknown.facts, unknown.node
     return KeyBias(leaf, tuple(added.args), factor, described)
-
-
-def _axis_of(at: sympy.Expr) -> sympy.Expr:
-    """The axis that an index counts along: itself, or that of the heads where it counts their groups."""
-    if isinstance(at, sympy.floor) and (at.args[0] / HEAD).is_Rational and sympy.numer(at.args[0] / HEAD) == 1:
-        return HEAD
-    return at
 
 
 def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import infllm_pass
+from infllm_pass.kernels import reference
 from infllm_pass.rewrite.pipeline import SitePolicy, run_pass
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS
-from tests.sites.test_sites_handwritten import ALWAYS, INF, hidden
+from tests.sites.test_sites_handwritten import ALWAYS, COVERING, INF, hidden
 from tests.support import score_terms
 from tests.support.common import relative_error
 from tests.support.score_terms import TakesTerms
@@ -71,6 +75,15 @@ def in_place(scores):
     return scores * 5
 
 
+def merged_bias(q, k, v, s):
+    """As Bloom adds it, to products of three dimensions."""
+    k, v = (grouped(q, x).sin() for x in (k, v))
+    places = q.detach()[:, 0, :, 0].sigmoid().cumsum(1)[:, None]
+    bias = (s[:, None] * places).cos().reshape(B * 6, 1, L)
+    scores = bias.baddbmm(q.reshape(B * 6, L, D), k.reshape(B * 6, L, D).mT, alpha=SCALE)
+    return masked(scores.view(B, 6, L, L)).softmax(-1).view(B * 6, L, L).bmm(v.reshape(B * 6, L, D)).view(q.shape)
+
+
 POSITION = torch.arange(L)
 
 
@@ -119,6 +132,11 @@ TAKEN = {
         of_keys(lambda q, s: (s[:2, None] * POSITION).sin().repeat_interleave(3, 0)[:, None]),
         ("key_bias",),
     ),
+    "bias of keys and heads, keys first": (
+        of_keys(lambda q, s: (POSITION[:, None] * s[:2]).sin().repeat_interleave(3, 1).mT[:, None]),
+        ("key_bias",),
+    ),
+    "bias of rows, keys and heads, merged": (merged_bias, ("key_bias",)),
     "cap, bias and column": (
         with_column(joined, mask=lambda x: masked(torch.tanh(x / 3) * 3 + POSITION.double().sin() * 2)),
         ("key_bias", "sinks", "softcap"),
@@ -196,7 +214,7 @@ def rewritten(function, *inputs):
 
 def gradients(out, inputs):
     torch.manual_seed(1)
-    found = torch.autograd.grad((out * torch.randn_like(out)).sum(), inputs, allow_unused=True)
+    found = torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), inputs, allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found, strict=True)]
 
 
@@ -292,3 +310,45 @@ def test_what_only_looks_like_a_term_stays_as_it_was(form):
     if reason is not None:
         assert [row.reason for row in rows] == [reason], rows[0].explanation
     assert relative_error(out, expected) == 0.0
+
+
+def all_terms(q, k, v, s, importance):
+    """A cap, a bias of rows, keys and key/value heads, and sinks."""
+    scores = torch.tanh(scores_of(q, k) * SCALE / 3) * 3 + importance.repeat_interleave(3, 1)[:, :, None]
+    return joined(masked(scores), s, q).softmax(-1)[..., :-1] @ grouped(q, v)
+
+
+def oracle(q, k, v, s, importance, config):
+    common = {"geometry": config.geometry_for(D, None), "scale": SCALE, "offset": 0, "softcap": 3.0}
+    selected = reference.select_blocks(q, k, **common)
+    return reference.attention(q, k, v, selected, **common, key_bias=importance, sinks=s)[0]
+
+
+@pytest.mark.parametrize("scorer", ["pooled", "tokens"])
+def test_sparse_attention_with_every_term_is_the_oracles(scorer):
+    config = replace(ALWAYS, scorer=scorer)
+    inputs = [*leaves(), torch.randn(B, 2, L, dtype=torch.float64, requires_grad=True)]
+    torch._dynamo.reset()
+    model = infllm_pass.sparsify(torch.compile(all_terms, backend="aot_eager"), config)
+    out = model(*inputs)
+    (row,) = infllm_pass.report(model).sites
+    assert (row.decision, row.target, row.kernels) == ("switchable", "block-sparse", "torch operators")
+    assert row.mask == "causal, biased keys, scores capped at 3, sinks"
+    expected = oracle(*inputs, config)
+    assert relative_error(out, expected) < 1e-10
+    assert relative_error(expected, all_terms(*inputs)) > 1e-3
+    for actual, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+        assert relative_error(actual, wanted) < 1e-9
+
+
+def test_a_covering_budget_and_dense_lengths_are_the_models_own():
+    for config in (COVERING, replace(ALWAYS, dense_len=64)):
+        inputs = [*leaves(), torch.randn(B, 2, L, dtype=torch.float64, requires_grad=True)]
+        torch._dynamo.reset()
+        model = infllm_pass.sparsify(torch.compile(all_terms, backend="aot_eager"), config)
+        out, expected = model(*inputs), all_terms(*inputs)
+        (row,) = infllm_pass.report(model).sites
+        assert (row.decision, row.target) == ("switchable", "block-sparse")
+        assert relative_error(out, expected) < 1e-10
+        for actual, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+            assert relative_error(actual, wanted) < 1e-9

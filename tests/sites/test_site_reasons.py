@@ -49,7 +49,7 @@ REFUSED = {
     "other lengths": (lambda q, k, v: scores_of(q[:, :, :20], k).softmax(-1) @ v, Reason.CROSS_ATTENTION),
     "bias": (lambda q, k, v: (masked(scores_of(q, k)) + q.new_ones(57, 57).cumsum(0)).softmax(-1) @ v, "ADDITIVE_BIAS"),
     "bias before scaling": (
-        lambda q, k, v: masked((q @ k.mT + k[:, :, :, 0][:, :, None]) * 0.3).softmax(-1) @ v,
+        lambda q, k, v: masked((q @ k.mT + q[:, :, :, :1]) * 0.3).softmax(-1) @ v,
         Reason.ADDITIVE_BIAS,
     ),
     "soft cap of masked scores": (

@@ -43,6 +43,7 @@ def attend_with_terms(
     lse = scores.logsumexp(-1, keepdim=True)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks[:, None, None])
+    lse = lse.masked_fill(lse == -math.inf, 0.0)  # no key is seen, nor a sink
     return ((scores - lse).exp() @ v.repeat_interleave(group, 1).to(scores.dtype)).to(q.dtype)
 
 
@@ -55,8 +56,8 @@ class TakesTerms:
         if request.lowering is not Lowering.SPARSE or not request.plan.terms:
             return Refusal("there is no term, or nothing sparse")
         biases = request.plan.mask.key_terms.bias
-        group = int(request.site.query_heads) // int(request.site.kv_heads)
-        return None if all(bias.is_shared_by(group) for bias in biases) else Refusal("it differs within a group")
+        heads = int(request.site.query_heads), int(request.site.kv_heads)
+        return None if all(bias.is_shared_by(*heads) for bias in biases) else Refusal("it differs within a group")
 
     def state(self, request):
         return None

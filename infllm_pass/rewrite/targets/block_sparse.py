@@ -21,7 +21,7 @@ class BlockSparse:
 
     def accepts(self, request: Request) -> Refusal | None:
         """Every site, but those of a GPU that the model's own mask serves better than operators tuned for the CPU."""
-        refused = refuses_terms(request, ATTEND.names)
+        refused = refuses_terms(request)
         replaces_own_mask = request.lowering is Lowering.DENSE and (
             request.plan.in_cache or not request.plan.switchable
         )
@@ -47,12 +47,10 @@ class BlockSparse:
             "dense_len": config.switch_length,
             "geometry": geometry_text(request.geometry),
         }
-        call = dict(zip(MASK_ARGUMENTS, builder.mask_arguments(), strict=True)) | scalars
-        terms = builder.terms()
+        call = dict(zip(MASK_ARGUMENTS, builder.mask_arguments(), strict=True)) | scalars | builder.terms()
         selection: fx.Node | list[fx.Node] = []
         if request.lowering is Lowering.SPARSE:
             state = builder.call(compress_keys.default, *operands[:2], *COMPRESS.rest(call))
-            capped = call | {"softcap": terms["softcap"]}
-            selection = builder.call(select_blocks.default, *operands[:2], state, *SELECT.rest(capped))
-        attended = builder.call(block_attention.default, *operands, selection, *ATTEND.rest(call | terms))
+            selection = builder.call(select_blocks.default, *operands[:2], state, *SELECT.rest(call))
+        attended = builder.call(block_attention.default, *operands, selection, *ATTEND.rest(call))
         return builder.call(operator.getitem, attended, 0)

@@ -54,7 +54,7 @@ class Decode:
             return Refusal("the Triton kernels do not take it")
         if request.lowering is Lowering.DENSE and not request.plan.in_cache:
             return Refusal("its keys are too few")
-        return refuses_terms(request, DECODE.names)
+        return refuses_terms(request)
 
     def state(self, request: Request) -> ScorerState:
         """Compressed keys, or index keys."""

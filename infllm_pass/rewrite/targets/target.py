@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,30 +117,20 @@ def operator_kernels(request: Request) -> Kernels:
     """What computes a site in this package's operators: the Triton kernels where they take it."""
     site = request.site
     query = site.query.example.to(site.dtype)  # autocast may have made it another than the tensor's
-    refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry)
+    refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry, request.plan.terms)
     if refusal is None:
         return Kernels("triton")
-    name = "C++" if native.takes(query) else "torch operators"
+    name = "C++" if native.takes(query) and not request.plan.terms else "torch operators"
     return Kernels(name, refusal if query.device.type != "cpu" else "")
 
 
-def refuses_terms(request: Request, taken: Collection[str]) -> Refusal | None:
-    """The refusal of terms of the scores that an operator does not take; None where it takes all.
-
-    Args:
-        request: the site.
-        taken: names of the operator's arguments.
-    """
+def refuses_terms(request: Request) -> Refusal | None:
+    """The refusal of numbers added to keys that differ among the query heads of a group; None for all other sites."""
     plan, site = request.plan, request.site
-    missing = [name for name in plan.terms if name not in taken]
+    heads, kv_heads = int(site.query_heads), int(site.kv_heads)
     biases = () if plan.mask is None else plan.mask.key_terms.bias
-    group = int(site.query_heads) // int(site.kv_heads)
-    apart = [bias for bias in biases if not bias.is_shared_by(group)]
-    if apart:
-        seen = f"{apart[0].described}; it differs among the {group} query heads of a key/value head"
-        return Refusal(seen, Reason.ADDITIVE_BIAS)
-    if "key_bias" in missing:
-        return Refusal(biases[0].described, Reason.ADDITIVE_BIAS)
-    if not missing:
+    apart = next((bias for bias in biases if not bias.is_shared_by(heads, kv_heads)), None)
+    if apart is None:
         return None
-    return Refusal(f"it takes no {missing[0]}", Reason.SINK if missing[0] == "sinks" else Reason.SOFT_CAP)
+    seen = f"{apart.described}; it differs among the {heads // kv_heads} query heads of a key/value head"
+    return Refusal(seen, Reason.ADDITIVE_BIAS)
