@@ -135,7 +135,7 @@ def block_attention_backward(
         grad_out = grad_out.contiguous()
     given = _inputs(q, k, v, selection, call)
     gradients = grad_out, lse, output_delta(grad_out, out), given
-    return query_gradient(*gradients), *key_gradients(*gradients)
+    return query_gradient(*gradients), *key_gradients(*gradients)[:2]
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, selection: Sequence[Tensor], call: AttentionCall) -> AttentionInputs:

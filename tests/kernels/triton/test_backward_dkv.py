@@ -50,7 +50,7 @@ def oracle(grad_out, q, k, v, selected, **common):
 
 
 def compare(actual, expected, dtype, tolerance):
-    for name, got, wanted in zip(("dk", "dv"), actual, expected, strict=True):
+    for name, got, wanted in zip(("dk", "dv"), actual[:2], expected, strict=True):
         assert got.dtype == dtype
         assert got.is_contiguous()
         assert got.shape == wanted.shape
