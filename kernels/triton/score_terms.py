@@ -29,9 +29,9 @@ def cap_products(products, cap_log2):
 
 
 @triton.jit
-def load_key_bias(addresses, scale_log2):
-    """Biases of keys, in the unit of scores."""
-    return tl.load(addresses).to(tl.float32) * (1.0 / (scale_log2 * LN_2))
+def load_key_bias(addresses, scale_log2, mask):
+    """Biases of keys, in the unit of scores; `mask`: which keys there are, None for all."""
+    return tl.load(addresses, mask=mask).to(tl.float32) * (1.0 / (scale_log2 * LN_2))
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def score_products(
     if HAS_SOFTCAP:
         scores = cap_products(scores, cap_log2)
     if HAS_BIAS:
-        scores += load_key_bias(key_bias, scale_log2)[None, :]
+        scores += load_key_bias(key_bias, scale_log2, None)[None, :]
     return scores
 
 

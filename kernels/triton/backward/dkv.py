@@ -225,7 +225,7 @@ def _key_gradients_kernel(
 
     if HAS_BIAS:
         bias_at = key_bias + batch * bias_batch_stride + head.to(tl.int64) * bias_head_stride
-        bias = load_key_bias(bias_at + key_rows * bias_token_stride, scale_log2)  # [BLOCK_N]
+        bias = load_key_bias(bias_at + key_rows * bias_token_stride, scale_log2, None)  # [BLOCK_N]
         sum_bias = tl.zeros([BLOCK_N], tl.float32)
     sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

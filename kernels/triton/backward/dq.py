@@ -134,7 +134,7 @@ def _add_step(
         scores = cap_products(scores, cap_log2)
         slope = 1.0 - scores * scores
     if HAS_BIAS:
-        scores += load_key_bias(key_bias, scale_log2)[None, :]
+        scores += load_key_bias(key_bias, scale_log2, None)[None, :]
     scores = mask_step(
         scores, key_positions, start, position, positions, last, window, key_mask, HAS_WINDOW, HAS_KEY_MASK
     )

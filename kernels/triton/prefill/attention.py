@@ -252,9 +252,7 @@ def _attention_forward_kernel(
             PRECISION,
         )
         own = key + tl.minimum(keys, length - 1)  # [BN]
-        scores = score_products(
-            scores, key_bias + own * bias_token_stride, scale_log2, cap_log2, HAS_BIAS, HAS_SOFTCAP
-        )
+        scores = score_products(scores, key_bias + own * bias_token_stride, scale_log2, cap_log2, HAS_BIAS, HAS_SOFTCAP)
         scores = mask_step(
             scores,
             keys,

@@ -257,7 +257,9 @@ KERNELS = [
     Kernel(_invert_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
     Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
     Kernel(_key_gradients_kernel, "key_gradients", ATTENTION, key_arguments),
-    Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True), Variant(key_mask=True, terms=True)], key_arguments),
+    Kernel(
+        _add_pieces_kernel, "add_pieces", [Variant(key_mask=True), Variant(key_mask=True, terms=True)], key_arguments
+    ),
     Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
 ]
 
@@ -295,6 +297,7 @@ SELECTION = [
     Variant(group=4),
     Variant(group=1, dim=64, value_dim=64),
     Variant(group=96, dim=80, value_dim=80, window=True),
+    *(Variant(dim=dim, value_dim=dim, group=8, terms=True) for dim in (64, 128)),
     Variant(dim=256, value_dim=256),
     Variant(group=4, block_size=48),
     *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
@@ -321,7 +324,8 @@ def test_block_selection_compiles(variant, capability, record_property):
         **dict.fromkeys(("panels", "scratch", "list_counts"), torch.int32),
         "list_blocks": torch.int16,
         "list_tokens": shape.mask_dtype,
-        "scale_log2": "fp32",
+        **dict.fromkeys(("scale_log2", "cap_log2"), "fp32"),
+        "HAS_SOFTCAP": variant.terms,
         **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
         **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("dense_len", "window"), "i32"),
@@ -343,7 +347,9 @@ def test_block_selection_compiles(variant, capability, record_property):
 
 @dataclass(frozen=True)
 class TokenVariant:
-    """What token scores are compiled for; hot: as a default configuration of a model with heads of 128 has it."""
+    """What token scores are compiled for; hot: as a default configuration of a model with heads of 128 has it; terms:
+    with a soft cap.
+    """
 
     dtype: torch.dtype = torch.bfloat16
     group: int = 4
@@ -354,6 +360,7 @@ class TokenVariant:
     runs: int = 2
     window: bool = False
     key_mask: bool = False
+    terms: bool = False
     hot: bool = False
 
 
@@ -364,6 +371,7 @@ TOKEN_SCORES = [
     TokenVariant(form="int8", hot=True),
     TokenVariant(form="fp8", runs=0),
     TokenVariant(group=1, window=True, key_mask=True),
+    TokenVariant(group=8, terms=True),
     TokenVariant(group=96, block_size=48, kept=80, query_block=64),
     *(TokenVariant(kept=kept, key_mask=True) for kept in (128, 256)),
     *(TokenVariant(torch.float32, kept=kept) for kept in (128, 256)),
@@ -397,7 +405,8 @@ def test_token_scores_compile(variant, capability, record_property):
         **dict.fromkeys(("channels", "panels", "scratch", "list_counts"), torch.int32),
         "list_blocks": torch.int16,
         "list_tokens": shape.mask_dtype,
-        "scale_log2": "fp32",
+        **dict.fromkeys(("scale_log2", "cap_log2"), "fp32"),
+        "HAS_SOFTCAP": variant.terms,
         **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
         **dict.fromkeys(("num_panels", "heads_kv", "slots", "channel_stride", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("mask_batch_stride", "mask_token_stride", "dense_len", "window"), "i32"),

@@ -177,7 +177,9 @@ def test_a_bias_of_minus_infinity_hides_a_key(cap):
         assert_close(mine, wanted, 1e-6)
 
 
-@pytest.mark.parametrize(("terms", "window"), [(ALL, None), (Terms(bias=(False, True)), 85)], ids=["all", "bias, window"])
+@pytest.mark.parametrize(
+    ("terms", "window"), [(ALL, None), (Terms(bias=(False, True)), 85)], ids=["all", "bias, window"]
+)
 def test_scattered_selections(terms, window, monkeypatch):
     chosen = []
 

@@ -119,7 +119,7 @@ def attend_pieces(
         bias = tl.zeros([BLOCK_SIZE], tl.float32)
         if HAS_BIAS:
             at_bias = key_bias + batch * bias_batch_stride + (key + keys) * bias_token_stride
-            bias = load_key_bias(at_bias, scale_log2)
+            bias = load_key_bias(at_bias, scale_log2, None)
         next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
             work + tl.minimum(piece + 1, end_piece - 1) * PIECE_WIDTH
         )
