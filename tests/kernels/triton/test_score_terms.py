@@ -36,6 +36,7 @@ class Terms:
         if self.bias is not None:
             rows, heads = (size if own else 1 for size, own in zip((case.batch, case.heads_kv), self.bias, strict=True))
             bias = 2 * torch.randn(case.length_k, rows, heads, device=DEVICE).permute(1, 2, 0)
+            bias[..., 32:48] = float("-inf")  # a block of which no key counts
         sinks = torch.randn(case.heads_kv * case.group, device=DEVICE) + 1 if self.sinks else None
         return {"key_bias": bias, "sinks": sinks, "softcap": self.softcap}
 
