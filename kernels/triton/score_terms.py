@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..params import LEAST_BIAS
 from .tile_ops import LN_2, LOG2_E
+
+_LEAST_BIAS = tl.constexpr(LEAST_BIAS)
 
 
 def score_unit(scale: float, softcap: float) -> tuple[float, float]:
@@ -30,8 +33,9 @@ def cap_products(products, cap_log2):
 
 @triton.jit
 def load_key_bias(addresses, scale_log2, mask):
-    """Biases of keys, in the unit of scores; `mask`: which keys there are, None for all."""
-    return tl.load(addresses, mask=mask).to(tl.float32) * (1.0 / (scale_log2 * LN_2))
+    """Biases of keys, in the unit of scores, -inf below `LEAST_BIAS`; `mask`: which keys there are, None for all."""
+    bias = tl.load(addresses, mask=mask).to(tl.float32)
+    return tl.where(bias < _LEAST_BIAS, float("-inf"), bias * (1.0 / (scale_log2 * LN_2)))
 
 
 @triton.jit

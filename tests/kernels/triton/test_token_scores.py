@@ -130,7 +130,6 @@ def test_capped_scores(sizes):
     check(**{"length": 140, "queries": 44} | sizes)
 
 
-
 @pytest.mark.parametrize(
     "channels", [SCATTERED, BY_HEAD, (LOW[0], SCATTERED[0])], ids=["scattered", "by head", "mixed"]
 )
