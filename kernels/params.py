@@ -50,11 +50,6 @@ class PrefillParams:
     sinks: Tensor | None = None
     softcap: float = 0.0
 
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the score terms that the call has."""
-        return _terms(self)
-
     def first_key(self, q: Tensor, k: Tensor) -> int:
         """Key index of query 0, to which `offsets` are added."""
         if self.offset is not None:
@@ -89,13 +84,3 @@ class DecodeParams:
     key_bias: Tensor | None = None
     sinks: Tensor | None = None
     softcap: float = 0.0
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the score terms that the step has."""
-        return _terms(self)
-
-
-def _terms(call: PrefillParams | DecodeParams) -> tuple[str, ...]:
-    given = {"key_bias": call.key_bias is not None, "sinks": call.sinks is not None, "softcap": call.softcap != 0.0}
-    return tuple(name for name, present in given.items() if present)

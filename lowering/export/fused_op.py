@@ -61,7 +61,7 @@ def refusal(node: fx.Node) -> str | None:
     """Why the Triton kernels do not take a call of attention, in words that say what to change; None if they do."""
     given = SIGNATURES[name_of(node)].named(node)
     q, v = (given[name].meta["val"] for name in ("q", "v"))
-    return refused_by_tiled(q, v, given["scale"], geometry_of(given["geometry"]), _terms(given))
+    return refused_by_tiled(q, v, given["scale"], geometry_of(given["geometry"]))
 
 
 def join_sites(graph: fx.Graph, wanted: Callable[[fx.Node], bool] = lambda node: True) -> int:

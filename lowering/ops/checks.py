@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -276,9 +276,7 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def refused_by_tiled(
-    q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry, terms: Collection[str] = ()
-) -> str | None:
+def refused_by_tiled(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
     """Why the Triton kernels do not take a call, in words that say what to change; None if they take it.
 
     Args:
@@ -286,12 +284,11 @@ def refused_by_tiled(
         v: the values, or the keys: the head dimension counts.
         scale: softmax scale.
         geometry: the block geometry.
-        terms: names of the score terms that the call has.
     """
-    return _refusal(q, v, scale, geometry, terms)
+    return _refusal(q, v, scale, geometry)
 
 
-def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry, terms: Collection[str]) -> str | None:
+def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry) -> str | None:
     if q.device.type != "cuda":
         return f"q is on {q.device}: the Triton kernels run on CUDA devices"
     if not HAS_TRITON:
@@ -316,8 +313,6 @@ def _refusal(q: Tensor, v: Tensor, scale: float, geometry: BlockGeometry, terms:
     block = geometry.query_block
     if block & (block - 1) or block > 128:
         return f"query_block={block}: the Triton kernels take powers of two up to 128"
-    if terms:
-        return f"the scores have {' and '.join(terms)}: the Triton kernels take products of queries and keys alone"
     return None
 
 
@@ -342,7 +337,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     check_channels(k, call.geometry)
     check_sequences(q, call)
     check_terms(q, k, call)
-    if refused_by_tiled(q, v, call.scale, call.geometry, call.terms) is not None:
+    if refused_by_tiled(q, v, call.scale, call.geometry) is not None:
         return False
     check_tiled(q, k, v, call.geometry)
     if call.cu_seqlens_k is not None and _may_read(call.cu_seqlens_k):

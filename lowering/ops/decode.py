@@ -111,7 +111,7 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall
 
 def _is_tiled(q: Tensor, v: Tensor, call: DecodeCall) -> bool:
     """Whether the Triton kernels compute a step."""
-    return checks.refused_by_tiled(q, v, call.scale, call.geometry, call.terms) is None
+    return checks.refused_by_tiled(q, v, call.scale, call.geometry) is None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall) -> bool:

@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *, select: bool
     Warns:
         UntunedDeviceWarning: a call that selects blocks is on a GPU and the Triton kernels do not take it.
     """
-    refusal = refused_by_tiled(q, v, call.scale, call.geometry, call.terms)
+    refusal = refused_by_tiled(q, v, call.scale, call.geometry)
     if refusal is None:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     elif select and q.is_cuda:

@@ -40,7 +40,7 @@ def _triton() -> ModuleType:
 
 def _is_tiled(q: Tensor, v: Tensor, call: AttentionCall) -> bool:
     """Whether the Triton kernels compute a call."""
-    return checks.refused_by_tiled(q, v, call.scale, call.geometry, call.terms) is None
+    return checks.refused_by_tiled(q, v, call.scale, call.geometry) is None
 
 
 def _launched(function: str, *arguments: Any) -> Any:
