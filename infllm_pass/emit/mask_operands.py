@@ -29,7 +29,7 @@ from infllm_pass.masks import (
     home_of,
 )
 from infllm_pass.masks.codegen import Site, build
-from infllm_pass.plan.planner import SitePlan
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite
 
 MASK_ARGUMENTS = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")

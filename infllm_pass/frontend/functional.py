@@ -165,7 +165,8 @@ def _attend(
     check_terms(q, k, call)
     # An exported program holds both sides of the switch: the operators compare each sequence's length themselves.
     sparse = torch.compiler.is_exporting() or bool(k.shape[2] >= config.switch_length)
-    plain = all(each is None for each in place.values()) and not call.terms
+    bare = call.key_bias is None and call.sinks is None and not call.softcap
+    plain = bare and all(each is None for each in place.values())
     if q.is_cuda and not sparse and q.shape[2] == k.shape[2] and plain:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor, enable_gqa=grouped)

@@ -17,7 +17,8 @@ from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.kv_cache.spec import StateTensor
 from infllm_pass.masks import BATCH, HEAD
 from infllm_pass.plan.length_guard import Branch
-from infllm_pass.plan.planner import Lowering, plan_graph
+from infllm_pass.plan.planner import plan_graph
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.pipeline import SitePolicy, run_on_export, run_pass
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Kernels, Refusal
 from tests.support import cache_support

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from infllm_pass.plan.planner import Lowering
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets import Kernels, Refusal
 
 taken: list[tuple[str, ...]] = []

@@ -9,7 +9,7 @@ from torch import fx
 from infllm_pass.emit.mask_operands import MASK_ARGUMENTS
 from infllm_pass.lowering.ops.attention_args import ATTEND, COMPRESS, SELECT, geometry_text
 from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
-from infllm_pass.plan.planner import Lowering
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_terms
 

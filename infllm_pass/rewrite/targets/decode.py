@@ -16,7 +16,7 @@ from infllm_pass.kernels.scorer import scorer_of
 from infllm_pass.kv_cache.spec import StateTensor
 from infllm_pass.lowering.ops.attention_args import DECODE, geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention
-from infllm_pass.plan.planner import Lowering
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_terms
 

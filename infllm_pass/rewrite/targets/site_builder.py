@@ -13,7 +13,7 @@ from infllm_pass.emit.mask_operands import MaskOperands, wide_dtype
 from infllm_pass.graph.facts import GraphFacts, example_of
 from infllm_pass.kv_cache.invalidation import CacheUpkeep
 from infllm_pass.kv_cache.spec import StateNodes
-from infllm_pass.plan.planner import SitePlan
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
 
 

@@ -12,7 +12,7 @@ from infllm_pass.kernels.cpu import native
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kv_cache.spec import StateLayout
 from infllm_pass.lowering.ops.checks import refused_by_tiled
-from infllm_pass.plan.planner import Lowering, SitePlan
+from infllm_pass.plan.site_plan import Lowering, SitePlan
 from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.sites import AttentionSite
@@ -117,7 +117,7 @@ def operator_kernels(request: Request) -> Kernels:
     """What computes a site in this package's operators: the Triton kernels where they take it."""
     site = request.site
     query = site.query.example.to(site.dtype)  # autocast may have made it another than the tensor's
-    refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry, request.plan.terms)
+    refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry)
     if refusal is None:
         return Kernels("triton")
     name = "C++" if native.takes(query) and not request.plan.terms else "torch operators"
