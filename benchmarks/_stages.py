@@ -96,7 +96,7 @@ def backward(
 
     with launching_at_once():
         saved = grad, lse, output_delta(grad, out), _inputs(q, k, v, selection, config)
-        return query_gradient(*saved), *key_gradients(*saved)
+        return query_gradient(*saved), *key_gradients(*saved)[:2]
 
 
 def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> CompressedKeys | IndexKeys:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from infllm_pass.tools.output import add_format_options
 
@@ -67,9 +67,8 @@ def measure(length: int, arguments: argparse.Namespace) -> list[dict[str, object
 
     def step_of(geometry: BlockGeometry, state: list[Tensor], dense_len: int = 0) -> Callable[[int], object]:
         def step(number: int) -> object:
-            end = torch.tensor([length + number])
-            numbers = (None, None, None, dim**-0.5, dense_len, geometry_text(geometry))
-            return decode_attention(q[number], k, v, state, end, *numbers)
+            call = DecodeCall(torch.tensor([length + number]), dim**-0.5, dense_len, geometry)
+            return decode_attention(q[number], k, v, state, *call.arguments)
 
         return step
 

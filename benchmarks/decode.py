@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton import configs
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
 BANDWIDTH = 3.0e12
@@ -102,7 +102,7 @@ class Layers:
         """A step of every layer at so many keys."""
         lengths = torch.tensor([length], device=self.device)
         scale = self.heads.dim**-0.5
-        arguments = (lengths, None, None, None, scale, dense_len, geometry_text(self.geometry))
+        arguments = DecodeCall(lengths, scale, dense_len, self.geometry).arguments
         return [lambda cache=cache: decode_attention(self.q, *cache, *arguments) for cache in self.caches]
 
     def dropped(self, length: int) -> list[Callable[[], object]]:

@@ -98,7 +98,8 @@ def measure_registrations(rounds: int) -> list[dict[str, Any]]:
 
     def measure(case: str, signature: Signature[Any]) -> dict[str, Any]:
         q, k, v = tensors(1, 16)
-        others = {"scale": SCALE, "dense_len": 64, "geometry": geometry_text(GEOMETRY), "selection": [], "lengths": q}
+        others = {"scale": SCALE, "softcap": 0.0, "dense_len": 64, "geometry": geometry_text(GEOMETRY)}
+        others |= {"selection": [], "lengths": q}
         others |= {"state": new_state(k, GEOMETRY), "q": q, "k": k, "v": v}
         given = tuple(others.get(name) for name in signature.names)
         out = torch.empty(1), torch.empty(1)

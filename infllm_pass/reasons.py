@@ -24,8 +24,8 @@ class Reason(Enum):
         "padding mask"
     )
     ADDITIVE_BIAS = (
-        "numbers are added to the scores that do more than hide keys: add 0 and -inf (or torch.finfo(dtype).min), or "
-        "use a boolean mask"
+        "numbers are added to the scores that are neither a mask nor a bias of row, key/value head and key alone: add "
+        "0 and -inf (or torch.finfo(dtype).min), or numbers of keys"
     )
     WINDOW_WITHIN_BUDGET = (
         "its own sliding window is no longer than what sparse attention visits, so that dense attention within the "
@@ -55,8 +55,14 @@ class Reason(Enum):
         "queries and keys have lengths of their own and no causal mask relates them, as in attention to an encoder: "
         "only causal self-attention can be sparse"
     )
-    SOFT_CAP = "the scores are capped by a tanh, which sparse attention does not compute: turn soft-capping off"
-    SINK = "the softmax has attention sinks, columns that belong to no key: only scores of keys can be sparse"
+    SOFT_CAP = (
+        "the scores are capped by a tanh in a way that sparse attention does not compute: cap them once, by a positive "
+        "number, right after they are scaled and before anything is added to them"
+    )
+    SINK = (
+        "a column is joined to the scores that is no attention sink: join one column that depends on the head alone, "
+        "after all masks, and leave it out after the softmax"
+    )
     RETURNED_WEIGHTS = (
         "the attention weights are used beside the output, and sparse attention makes none: do not ask for them "
         "(output_attentions=False, need_weights=False)"

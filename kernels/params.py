@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .geometry import BlockGeometry
 
+LEAST_BIAS = -1e29
+"""A key with a bias below this one, such as ``-inf``, is hidden as by a mask."""
+
 
 @dataclass(frozen=True)
 class PrefillParams:
@@ -27,6 +30,11 @@ class PrefillParams:
         offset: key index of query 0; None: ``Lk - Lq`` (0 with `offsets`).
         window: the query at ``p`` sees keys after ``p - window`` only, and blocks wholly before are no candidates;
             None: no sliding window.
+        key_bias: floats ``[B or 1, Hkv or 1, Lk]``, added to the capped scores of keys. What is below `LEAST_BIAS`
+            hides its key. No part of the selection.
+        sinks: floats ``[Hq]``, logits that join the sum of each row's softmax and have no value. No part of the
+            selection.
+        softcap: scaled scores ``x`` become ``softcap * tanh(x / softcap)``, in the selection too; 0: no cap.
     """
 
     scale: float
@@ -38,6 +46,9 @@ class PrefillParams:
     cu_seqlens_k: Tensor | None = None
     offset: int | None = None
     window: int | None = None
+    key_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float = 0.0
 
     def first_key(self, q: Tensor, k: Tensor) -> int:
         """Key index of query 0, to which `offsets` are added."""
@@ -58,6 +69,9 @@ class DecodeParams:
         starts: integers ``[B]`` or ``[1]``: slot of a row's first valid key; None: 0.
         key_mask: bool ``[B, C]``; False hides a key, and moves none.
         window: as in `PrefillParams`.
+        key_bias: floats ``[B or 1, Hkv or 1, C]``, as in `PrefillParams`.
+        sinks: as in `PrefillParams`.
+        softcap: as in `PrefillParams`.
     """
 
     lengths: Tensor
@@ -67,3 +81,6 @@ class DecodeParams:
     starts: Tensor | None = None
     key_mask: Tensor | None = None
     window: int | None = None
+    key_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .geometry import COARSE_FACTOR, BlockGeometry
-from .params import PrefillParams
+from .params import LEAST_BIAS, PrefillParams
 
 NEG_INF = float("-inf")
 
@@ -53,6 +53,7 @@ def block_scores(
     offset: int,
     key_mask: Tensor | None = None,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Scores ``r[j]`` of every key block for every query of one unpadded sequence.
 
@@ -64,6 +65,7 @@ def block_scores(
         offset: position of the first query.
         key_mask: bool ``[Lk]``, False where a key is invalid; read by token scores.
         window: sliding window, read by token scores.
+        softcap: scaled products ``x`` become ``softcap * tanh(x / softcap)``; 0: no cap.
 
     Returns:
         float64 ``[Hkv, Lq, n_blocks]``; ``-inf`` where nothing of a block that is scored is visible: no compressed
@@ -80,9 +82,9 @@ def block_scores(
             visible = visible & key_mask
         if window is not None:
             visible = visible & (index > last[:, None] - window)
-        scores, visible = _token_scores(scale * queries, k, visible, geometry)
+        scores, visible = _token_scores(scale * queries, k, visible, geometry, softcap)
         return _shared(scores, positions, geometry.query_block).masked_fill(~visible, NEG_INF)
-    scores, visible = _window_scores(scale * queries, k, last, geometry)
+    scores, visible = _window_scores(scale * queries, k, last, geometry, softcap)
     scores = _shared(scores, positions, geometry.query_block).masked_fill(~visible, NEG_INF)
     starts = geometry.kernel_stride * torch.arange(scores.shape[-1], device=k.device)
     blocks = torch.arange(geometry.num_blocks(k.shape[1]), device=k.device)
@@ -103,12 +105,19 @@ def _shared(scores: Tensor, positions: Tensor, query_block: int) -> Tensor:
     return (tile[:, None] == tile[None, :]).double() @ scores
 
 
-def _window_scores(queries: Tensor, k: Tensor, last: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    """Scaled scores under a soft cap; 0: none."""
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _window_scores(
+    queries: Tensor, k: Tensor, last: Tensor, geometry: BlockGeometry, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Scores of compressed keys ``[Hkv, Lq, n1]`` for scaled queries ``[Hkv, G, Lq, D]``; which of them are visible."""
     size, stride = geometry.kernel_size, geometry.kernel_stride
     k1 = pool_keys(k, size, stride)  # [Hkv, n1, D]
     visible = stride * torch.arange(k1.shape[1], device=k.device) + size - 1 <= last[:, None]  # [Lq, n1]
-    logits = queries @ k1[:, None].mT  # [Hkv, G, Lq, n1]
+    logits = capped(queries @ k1[:, None].mT, softcap)  # [Hkv, G, Lq, n1]
     if geometry.lse == "exact":
         norm = logits.masked_fill(~visible, NEG_INF).logsumexp(-1, keepdim=True)
         normalised = visible.any(-1)  # [Lq]
@@ -116,7 +125,7 @@ def _window_scores(queries: Tensor, k: Tensor, last: Tensor, geometry: BlockGeom
         k2 = pool_keys(k, COARSE_FACTOR * size, COARSE_FACTOR * stride)  # [Hkv, n2, D]
         starts2 = COARSE_FACTOR * stride * torch.arange(k2.shape[1], device=k.device)
         visible2 = starts2 + COARSE_FACTOR * size - 1 <= last[:, None]
-        coarse = queries @ k2[:, None].mT  # [Hkv, G, Lq, n2]
+        coarse = capped(queries @ k2[:, None].mT, softcap)  # [Hkv, G, Lq, n2]
         norm = coarse.masked_fill(~visible2, NEG_INF).logsumexp(-1, keepdim=True)
         normalised = visible2.any(-1)
     scores = torch.exp(logits - torch.where(normalised[:, None], norm, 0.0)).sum(1)  # [Hkv, Lq, n1]
@@ -137,7 +146,9 @@ def index_keys(k: Tensor, geometry: BlockGeometry) -> Tensor:
     return stored.double() * step.double()
 
 
-def _token_scores(queries: Tensor, k: Tensor, visible: Tensor, geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
+def _token_scores(
+    queries: Tensor, k: Tensor, visible: Tensor, geometry: BlockGeometry, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Scores of blocks by their tokens for scaled queries ``[Hkv, G, Lq, D]``, and which have a visible one.
 
     Token ``j`` scores ``t[j] = q.k[j]`` over the channels, a block the maximum ``m`` of its visible tokens, and a
@@ -145,7 +156,8 @@ def _token_scores(queries: Tensor, k: Tensor, visible: Tensor, geometry: BlockGe
     """
     sets = geometry.channels * (k.shape[0] if len(geometry.channels) == 1 else 1)
     queries = torch.stack([queries[head][..., list(channels)] for head, channels in enumerate(sets)])
-    tokens = (queries @ index_keys(k, geometry)[:, None].mT).masked_fill(~visible, NEG_INF)  # [Hkv, G, Lq, Lk]
+    logits = capped(queries @ index_keys(k, geometry)[:, None].mT, softcap)  # [Hkv, G, Lq, Lk]
+    tokens = logits.masked_fill(~visible, NEG_INF)
     room = -k.shape[1] % geometry.block_size
     best = pad(tokens, (0, room), value=NEG_INF).unflatten(-1, (-1, geometry.block_size)).amax(-1)
     seen = pad(visible, (0, room)).unflatten(-1, (-1, geometry.block_size)).any(-1)  # [Lq, n_blocks]
@@ -167,12 +179,15 @@ def select_sequence(
     offset: int,
     key_mask: Tensor | None = None,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`."""
     g = geometry
     length_q, length_k = q.shape[1], k.shape[1]
     count = g.num_blocks(length_k)
-    scores = block_scores(q, k, geometry=g, scale=scale, offset=offset, key_mask=key_mask, window=window)
+    scores = block_scores(
+        q, k, geometry=g, scale=scale, offset=offset, key_mask=key_mask, window=window, softcap=softcap
+    )
     positions = torch.arange(length_q, device=q.device) + offset
     own = tile_position(positions, g.query_block, length_k) // g.block_size  # [Lq]
     blocks = torch.arange(count, device=q.device)
@@ -213,6 +228,7 @@ def select_blocks(q: Tensor, k: Tensor, **fields: Any) -> Tensor:
             offset=shift + queries.start - keys.start,
             key_mask=None if call.key_mask is None else call.key_mask[row, keys],
             window=call.window,
+            softcap=call.softcap,
         )
         chosen[row, :, queries, : part.shape[-1]] = part
     return chosen
@@ -261,8 +277,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, **fields
         fields: those of `PrefillParams`; without ``dense_len`` every sequence is sparse.
 
     Returns:
-        ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, float64. A query without a visible key
-        gives 0 and ``-inf``; so do queries outside every sequence.
+        ``[B, Hq, Lq, Dv]`` and the log-sum-exp ``[B, Hq, Lq]``, sinks counted in, float64. A query without a visible
+        key gives 0 and ``-inf``, or its sink; so do queries outside every sequence.
     """
     call = PrefillParams(**{"dense_len": 0} | fields)
     batch, heads_q, length_q, dim = q.shape
@@ -282,10 +298,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, **fields
             see = see & selected[row, :, queries][..., block]  # [Hkv, queries, keys]
         allowed[row, :, queries, keys] = see
     queries_ = q.double().reshape(batch, heads_kv, group, length_q, dim)
-    logits = call.scale * queries_ @ k.double()[:, :, None].mT  # [B, Hkv, G, Lq, Lk]
+    logits = capped(call.scale * queries_ @ k.double()[:, :, None].mT, call.softcap)  # [B, Hkv, G, Lq, Lk]
+    if call.key_bias is not None:
+        hidden = call.key_bias.double() < LEAST_BIAS
+        logits = logits + call.key_bias.double().masked_fill(hidden, 0.0)[:, :, None, None]
+        allowed = allowed & ~hidden[:, :, None]
     logits = logits.masked_fill(~allowed[:, :, None], NEG_INF)
-    empty = ~allowed.any(-1)[:, :, None]  # [B, Hkv, 1, Lq]
+    if call.sinks is not None:  # as one key more, of which nothing is added
+        sinks = call.sinks.double().view(1, heads_kv, group, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks], -1)
+    empty = logits.isneginf().all(-1)  # [B, Hkv, G, Lq]
     lse = logits.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, NEG_INF)
     weights = torch.exp(logits - lse.masked_fill(empty, 0.0)[..., None])  # [B, Hkv, G, Lq, Lk]
-    out = weights @ v.double()[:, :, None]
+    out = weights[..., :length_k] @ v.double()[:, :, None]
     return out.reshape(batch, heads_q, length_q, v.shape[-1]), lse.reshape(batch, heads_q, length_q)

@@ -19,8 +19,9 @@ from infllm_pass.emit.builder import Emitter
 from infllm_pass.errors import CalibrationError
 from infllm_pass.graph.subgraphs import all_graphs, held_tensors
 from infllm_pass.kernels.geometry import ChannelSets
-from infllm_pass.plan.planner import SitePlan, plan_graph
+from infllm_pass.plan.planner import plan_graph
 from infllm_pass.plan.score_channels import from_rotary
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite
 from infllm_pass.sites.layouts import Layouts
 from infllm_pass.sites.rotary import Rotary, RotaryReader

@@ -153,12 +153,13 @@ class Emitter:
         spread = any(name == "expand" for name, _ in operand.steps)
         batch = None
         if spread:
-            queries = self.layout(origin, self._current(query), query.steps)
+            queries = self.layout(origin, self.current(query.node), query.steps)
             batch = self.size(origin, queries, 0)
-        return self.layout(origin, self._current(operand), operand.steps, batch)
+        return self.layout(origin, self.current(operand.node), operand.steps, batch)
 
-    def _current(self, operand: Operand) -> fx.Node:
-        return self._replaced.get(operand.node, operand.node)
+    def current(self, node: fx.Node) -> fx.Node:
+        """What is read in the place of an older node, if anything is."""
+        return self._replaced.get(node, node)
 
 
 def _overload(target: Callable[..., Any] | str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

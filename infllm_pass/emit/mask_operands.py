@@ -16,10 +16,32 @@ from infllm_pass.graph.op_table import read_update
 from infllm_pass.graph.regions import Regions, carry
 from infllm_pass.graph.subgraphs import input_name
 from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS
-from infllm_pass.masks import BATCH, HEAD, KEY, GraphFacts, KeyCondition, Leaf, MaskPredicate, Segments, home_of
+from infllm_pass.masks import (
+    BATCH,
+    HEAD,
+    KEY,
+    GraphFacts,
+    KeyCondition,
+    Leaf,
+    MaskPredicate,
+    Segments,
+    axes_of,
+    home_of,
+)
 from infllm_pass.masks.codegen import Site, build
-from infllm_pass.plan.planner import SitePlan
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite
+
+MASK_ARGUMENTS = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")
+"""What `MaskOperands.arguments` makes, in order."""
+
+ROW_ARGUMENTS = ("lengths", "starts", "key_mask", "window")
+"""What `MaskOperands.rows` makes, in order."""
+
+
+def wide_dtype(site: AttentionSite) -> torch.dtype:
+    """The dtype that a site's scores are summed in."""
+    return torch.float64 if site.dtype == torch.float64 else torch.float32
 
 
 class OperandMakers:
@@ -82,7 +104,7 @@ class MaskOperands:
         self._bounds: dict[Segments, fx.Node] = {}
 
     def arguments(self, plan: SitePlan, site: AttentionSite) -> tuple[Any, ...]:
-        """The arguments key_mask, offsets, cu_seqlens_q, cu_seqlens_k, offset and window of a site."""
+        """The arguments of a site by its mask, see `MASK_ARGUMENTS`."""
         mask = plan.mask
         if mask is None:
             return (None,) * 6
@@ -92,7 +114,7 @@ class MaskOperands:
         return self.key_mask(mask.key_terms.mask, site), offsets, None, bounds, None, window
 
     def rows(self, plan: SitePlan, site: AttentionSite) -> tuple[fx.Node, fx.Node | None, fx.Node | None, int | None]:
-        """The arguments lengths, starts, key_mask and window of the decode operators."""
+        """The arguments of the decode operator by a site's mask, see `ROW_ARGUMENTS`."""
         key_mask, offsets, *_, window = self.arguments(plan, site)
         if key_mask is not None and key_mask not in self._starts:
             valid = self._call(site, "to", key_mask, torch.int32)
@@ -193,18 +215,52 @@ class MaskOperands:
         return self._input_size(rows), self._input_size(keys)
 
     def key_bias(self, plan: SitePlan, site: AttentionSite) -> list[fx.Node]:
-        """The numbers added to the scaled scores of keys, each as a node ``[B or 1, Hq or 1, Lk or 1]``."""
+        """The numbers added to the scaled scores of keys, each ``[B or 1, Hq or Hkv or 1, Lk or 1]``."""
         found: list[fx.Node] = []
         for bias in () if plan.mask is None else plan.mask.key_terms.bias:
             node = self._local(bias.leaf, site)
             for dim in reversed(range(len(bias.index))):
                 if bias.index[dim].is_Integer:
                     node = self._call(site, "select", node, dim, int(bias.index[dim]))
+            axes = [axes_of(at) for at in bias.index if not at.is_Integer]
+            for dim, found_axes in enumerate(axes):
+                if len(found_axes) == 2:  # only one index counts along two
+                    node = self._call(site, "unflatten", node, dim, [-1, int(site.query_heads)])
+            own = [symbol for each in axes for symbol in each]
+            order = [own.index(symbol) for symbol in (BATCH, HEAD, KEY) if symbol in own]
+            if order != sorted(order):
+                node = self._call(site, "permute", node, order)
             for dim, symbol in enumerate((BATCH, HEAD)):
-                if symbol not in bias.index:
+                if symbol not in own:
                     node = self._call(site, "unsqueeze", node, dim)
-            found.append(node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor))
+            node = node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor)
+            found.append(self._by_position(node, site) if bias.by_position else node)
         return found
+
+    def _by_position(self, slopes: fx.Node, site: AttentionSite) -> fx.Node:
+        """Slopes ``[B or 1, Hq or Hkv or 1]`` times the numbers of the keys, in the dtype that scores are summed in."""
+        key = self._emitter.operand(site.node, site.key_heads, site.query)
+        length, device = self._emitter.size(site.node, key, 2), site.key.example.device
+        places = self._call(site, torch.arange, length, device=device)
+        wide = self._call(site, "to", slopes, wide_dtype(site))
+        return self._call(site, operator.mul, self._call(site, "unsqueeze", wide, 2), places)
+
+    def sinks(self, site: AttentionSite) -> fx.Node | None:
+        """The logits that join each query's softmax without a key, as a node ``[Hq]``."""
+        sinks, heads = site.sinks, int(site.query_heads)
+        if sinks is None:
+            return None
+        dtype = wide_dtype(site)
+        if sinks.node is None:
+            return self._call(site, torch.full, [heads], sinks.factor, dtype=dtype, device=site.key.example.device)
+        node = self._emitter.current(sinks.node)
+        for dim in reversed(range(len(sinks.index))):
+            if sinks.index[dim].is_Integer:
+                node = self._call(site, "select", node, dim, int(sinks.index[dim]))
+        if not example_of(node).dim():
+            node = self._call(site, "expand", self._call(site, "unsqueeze", node, 0), [heads])
+        node = node if example_of(node).dtype == dtype else self._call(site, "to", node, dtype)
+        return node if sinks.factor == 1.0 else self._call(site, operator.mul, node, sinks.factor)
 
     def _offsets(self, mask: MaskPredicate, site: AttentionSite) -> fx.Node:
         """Where the queries of a cache's rows begin; if the host knows it, a graph of Dynamo checks that they fit."""

@@ -315,6 +315,7 @@ _IN_PLACE: dict[object, Kind] = {}
 for _name, _kind in {"add": Kind.ADD, "mul": Kind.MUL, "div": Kind.DIV, "masked_fill": Kind.MASKED_FILL}.items():
     _IN_PLACE[f"{_name}_"] = _kind
     _IN_PLACE.update((getattr(getattr(aten, f"{_name}_"), overload), _kind) for overload in ("Tensor", "Scalar"))
+_IN_PLACE.update(dict.fromkeys(("tanh_", torch.tanh_, aten.tanh_.default), Kind.TANH))
 _IN_PLACE.update({operator.iadd: Kind.ADD, operator.imul: Kind.MUL, operator.itruediv: Kind.DIV})
 
 

@@ -16,7 +16,7 @@ from infllm_pass.graph.subgraphs import fake_mode_of
 from infllm_pass.kv_cache.dynamic import DynamicCacheSpec
 from infllm_pass.kv_cache.spec import StateLayout, StateNodes
 from infllm_pass.kv_cache.static import StaticCacheSpec
-from infllm_pass.plan.planner import SitePlan
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite
 
 CacheSpec = StaticCacheSpec | DynamicCacheSpec

@@ -19,7 +19,8 @@ from infllm_pass.graph.op_table import Write, read_write, written_arguments
 from infllm_pass.kv_cache.spec import StateNodes
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.cache_writes import written_slots
-from infllm_pass.plan.planner import SitePlan, unemittable
+from infllm_pass.plan.planner import unemittable
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite
 
 

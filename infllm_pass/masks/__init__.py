@@ -15,6 +15,7 @@ from infllm_pass.masks.normal_form import (
     MaskTerm,
     Segments,
     UnprovenMask,
+    axes_of,
     home_of,
 )
 from infllm_pass.masks.proof import prove_mask, prove_terms, readable
@@ -34,6 +35,7 @@ __all__ = [
     "MaskTerm",
     "Segments",
     "UnprovenMask",
+    "axes_of",
     "home_of",
     "prove_mask",
     "prove_terms",

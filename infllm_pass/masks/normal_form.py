@@ -38,19 +38,49 @@ class KeyCondition:
 
 @dataclass(frozen=True)
 class KeyBias:
-    """Numbers added to the scaled scores of a key, whatever the query: the elements of one tensor.
+    """Numbers added to the scaled scores of a key, whatever the query: made of the elements of one tensor.
 
     Attributes:
         leaf: the tensor.
-        index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), `KEY`, or a number.
+        index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), ``HEAD // group``,
+            ``heads * BATCH + HEAD`` or one of its digits, `KEY`, or a number.
         factor: what its numbers are multiplied with first.
         described: where they come from, for people.
+        by_position: whether they are multiplied with the number of the key too.
+        up_to_rows: whether the model adds another number to all scores of a row as well, which a softmax of keys alone
+            does not see.
     """
 
     leaf: Leaf
     index: tuple[sympy.Expr, ...]
     factor: float
     described: str
+    by_position: bool = False
+    up_to_rows: bool = False
+
+    def is_shared_by(self, heads: int, kv_heads: int) -> bool:
+        """Whether the numbers are the same for the query heads of each key/value head, which are adjacent."""
+        group = heads // kv_heads
+        shared = {sympy.floor(HEAD / group), BATCH + sympy.floor(HEAD / heads)}
+        if group == 1:
+            shared |= {heads * BATCH + HEAD, sympy.Mod(HEAD, heads)}
+        return all(HEAD not in at.free_symbols or at in shared for at in self.index)
+
+
+def axes_of(at: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    """The axes that an index of a bias counts along, outermost first; none for a number and for other expressions."""
+    if at in (BATCH, HEAD, KEY):
+        return (at,)
+    if _counts_heads(at) or (isinstance(at, sympy.Mod) and at.args[0] == HEAD and at.args[1].is_Integer):
+        return (HEAD,)
+    if _counts_heads(at - BATCH):  # a digit of merged batch and heads, 0 for the heads alone
+        return (BATCH,)
+    rows = sympy.expand(at - HEAD) / BATCH
+    return (BATCH, HEAD) if rows.is_Integer and rows > 1 else ()
+
+
+def _counts_heads(at: sympy.Expr) -> bool:
+    return isinstance(at, sympy.floor) and bool((HEAD / at.args[0]).is_Integer)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -10,10 +11,22 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from infllm_pass.graph.facts import axis, hidden_axis
-from infllm_pass.masks.cases import as_number, negation, pairs
+from infllm_pass.graph.op_table import Kind, read
+from infllm_pass.masks.cases import as_number, negation, pairs, unrounded
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
-from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, KeyBias, MaskRole, MaskTerm, UnprovenMask
-from infllm_pass.masks.symbolic import SymbolicTensor
+from infllm_pass.masks.normal_form import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    KeyBias,
+    MaskRole,
+    MaskTerm,
+    UnprovenMask,
+    axes_of,
+)
+from infllm_pass.masks.rules.registry import shape_of
+from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
 
 HIDING_NUMBER = -1e9
 """Scores of one row would have to lie this far apart for a key with such a number added to them to be seen.
@@ -101,12 +114,80 @@ def key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBia
     if not isinstance(added, AppliedUndef):
         return None
     unknown = interpreter.unknowns.get(added.func.__name__)
-    axes = [at for at in added.args if not at.is_Integer]
-    in_order = [symbol for symbol in (BATCH, HEAD, KEY) if symbol in axes]
-    if unknown is None or not unknown.readable or axes != in_order or KEY not in axes:
+    if unknown is not None and QUERY in added.free_symbols and unknown.facts is interpreter.facts:
+        return _by_position(interpreter, unknown.node, added.args, term.factor, described)
+    return _bias_of(interpreter, added, (BATCH, HEAD, KEY), term.factor, described)
+
+
+def _by_position(
+    interpreter: Interpreter, node: fx.Node, index: tuple[sympy.Expr, ...], factor: float, described: str
+) -> KeyBias | None:
+    """A product of a slope with the distance between query and key, which is ``slope * key`` up to a number of the row.
+
+    Args:
+        interpreter: the interpreter of the node's graph.
+        node: the product, of which the interpreter knows no more than where it is read.
+        index: where that is.
+        factor: what it is multiplied with before it is added.
+        described: where its numbers come from, for people.
+    """
+    call = read(node)
+    if call is None or call.kind is not Kind.MUL or interpreter.facts.is_overwritten(node):
+        return None
+    places = {axis(dim): at for dim, at in enumerate(index)}
+    shape = shape_of(interpreter.facts.example(node))
+    operands = [call.args.get("input"), call.args.get("other")]
+    try:
+        sides = [interpreter.operand(operand).broadcast_to(shape).xreplace(places) for operand in operands]
+    except (NotFollowed, Overwritten):
+        return None
+    for slope, distance, counted in ((*sides, operands[1]), (*sides[::-1], operands[0])):
+        share = _share_of_key(distance)
+        if share is not None and isinstance(slope, AppliedUndef) and _is_wide(interpreter, counted):
+            found = _bias_of(interpreter, slope, (BATCH, HEAD), factor * share, described)
+            return None if found is None else replace(found, by_position=True, up_to_rows=True)
+    return None
+
+
+def _is_wide(interpreter: Interpreter, node: Any) -> bool:
+    """Whether integers that a node holds are rounded to no dtype narrower than float32 on the way."""
+    stack, seen = [node], set()
+    while stack:
+        each = stack.pop()
+        example = interpreter.facts.example(each) if isinstance(each, fx.Node) else None
+        if not isinstance(example, torch.Tensor) or not example.dtype.is_floating_point or each in seen:
+            continue
+        if example.dtype not in (torch.float32, torch.float64) or each.op == "placeholder":
+            return False
+        seen.add(each)
+        stack += each.all_input_nodes
+    return True
+
+
+def _share_of_key(distance: sympy.Basic) -> int | None:
+    """How often the number of the key counts in an integer expression of it and of what is the same for a row."""
+    if not isinstance(distance, sympy.Expr):
+        return None
+    plain = sympy.expand(unrounded(distance))
+    share = plain.coeff(KEY)
+    rest = sympy.expand(plain - share * KEY)
+    if not share.is_Integer or share == 0 or KEY in rest.free_symbols or rest.atoms(AppliedUndef):
+        return None
+    return int(share)
+
+
+def _bias_of(
+    interpreter: Interpreter, added: AppliedUndef, axes: tuple[sympy.Symbol, ...], factor: float, described: str
+) -> KeyBias | None:
+    """The bias that a tensor's elements make which are read at some axes, once each, and at `KEY` if it is one."""
+    unknown = interpreter.unknowns.get(added.func.__name__)
+    read = [at for at in added.args if not at.is_Integer]
+    symbols = [symbol for at in read for symbol in axes_of(at)]
+    known = all(map(axes_of, read)) and len(symbols) == len(set(symbols)) and set(symbols) <= set(axes)
+    if unknown is None or not unknown.readable or not known or (KEY in axes and KEY not in symbols):
         return None
     leaf = added.func.__name__, unknown.facts, unknown.node
-    return KeyBias(leaf, tuple(added.args), term.factor, described)
+    return KeyBias(leaf, tuple(added.args), factor, described)
 
 
 def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:

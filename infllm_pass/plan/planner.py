@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 
 import sympy
 import torch
@@ -17,16 +16,16 @@ from infllm_pass.errors import CarriedError, ConfigError, TuningError
 from infllm_pass.graph.facts import GraphFacts, same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
-from infllm_pass.kernels.geometry import ChannelSets
 from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
 from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, home_of, prove_terms, readable
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
 from infllm_pass.plan.cache_writes import writes_slots
-from infllm_pass.plan.length_guard import Branch, decided
+from infllm_pass.plan.length_guard import decided
 from infllm_pass.plan.score_channels import ScoreChannels, checked_sets, from_rotary
 from infllm_pass.plan.site_config import Configured, SiteConfig, configured
+from infllm_pass.plan.site_plan import SitePlan, lengths_of
 from infllm_pass.reasons import Reason
 from infllm_pass.sites import AttentionSite, PartialSite, find_sites
 from infllm_pass.sites.layouts import Layouts
@@ -35,105 +34,6 @@ from infllm_pass.sites.scalars import read_number
 from infllm_pass.stages import Stage, each_in, stage
 
 logger = logging.getLogger("infllm_pass")
-
-
-class Lowering(Enum):
-    """What a site becomes on one side of the length switch."""
-
-    UNCHANGED = "it stays as the model wrote it"
-    CAUSAL = "causal attention that reads no mask tensor"
-    DENSE = "attention of every key that the mask lets through, the mask as vectors and numbers"
-    SPARSE = "attention of selected key blocks, the mask as vectors and numbers"
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """What was found out about a site and what is to be done with it.
-
-    Attributes:
-        site: the site.
-        reason: why it is switchable, or why not.
-        detail: what was seen at this site, for people; "" when the reason says it all.
-        mask: what the mask lets through, if that was proved causal.
-        scale: softmax scale as a number; None until it is known.
-        config: what sparse attention selects here, and from which length on; None for a site that was refused before.
-        dense_len_origin: where a ``dense_len`` that the device decides comes from; "" where it was given.
-        mask_inputs: names of the inputs that the mask is read from by value; none if the graph proves it.
-        mask_origin: these and why they are inputs, for people; "" where there are none.
-        channels: channels of the heads that token scores read; None: they are not used.
-        scores: how blocks are scored, for people; "" for a site that stays dense.
-        error: what the pass itself failed with; None: it did not.
-    """
-
-    site: AttentionSite | PartialSite
-    reason: Reason
-    detail: str = ""
-    mask: MaskPredicate | None = None
-    scale: float | None = None
-    config: SparseAttentionConfig | None = None
-    dense_len_origin: str = ""
-    mask_inputs: tuple[str, ...] = ()
-    mask_origin: str = ""
-    channels: ChannelSets | None = None
-    scores: str = ""
-    error: Exception | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def switchable(self) -> bool:
-        """Whether the site becomes dense/sparse switchable attention."""
-        return self.reason is Reason.SWITCHABLE
-
-    def lowering(self, branch: Branch) -> Lowering:
-        """What the site becomes on one side of the length switch."""
-        if self.switchable and branch is Branch.SPARSE:
-            return Lowering.SPARSE
-        if self.causal:
-            return Lowering.CAUSAL
-        if self.switchable or self.reason is Reason.WINDOW_WITHIN_BUDGET:
-            return Lowering.DENSE
-        return Lowering.UNCHANGED
-
-    @property
-    def causal(self) -> bool:
-        """Whether the site, when it stays dense, is plain causal attention, which needs no mask tensor."""
-        if self.mask is None or not self.mask.plain or isinstance(self.site, PartialSite):
-            return False
-        if self.flagged:
-            return True
-        length_q, length_k = _lengths(self.site)
-        return not self.in_cache and (length_q == 1 or same(length_q, length_k))
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the causal flag of the call is all that limits the keys, whatever their number."""
-        return isinstance(self.site, AttentionSite) and self.site.is_causal is True and not self.site.masks
-
-    @property
-    def in_cache(self) -> bool:
-        """Whether the queries are not the last of the keys: these are a cache with room for more."""
-        if self.mask is None or self.mask.causal_offset is None or isinstance(self.site, PartialSite):
-            return False
-        length_q, length_k = _lengths(self.site)
-        return not same(self.mask.causal_offset, length_k - length_q)
-
-    @property
-    def length(self) -> int | torch.SymInt | None:
-        """Keys of a row, padding included, once the queries' own are appended; None: only the device knows it."""
-        if self.mask is None or isinstance(self.site, PartialSite):
-            return None
-        if not self.in_cache:
-            return self.site.shape(self.site.key)[2]
-        offset: sympy.Expr = self.mask.causal_offset
-        return self.site.shape(self.site.query)[2] + int(offset) if offset.is_Integer else None
-
-    @property
-    def mask_verdict(self) -> str:
-        """What the mask was found to be, in a few words."""
-        if self.mask is not None:
-            return str(self.mask)
-        if self.reason is Reason.BIDIRECTIONAL:
-            return "not causal" if isinstance(self.site, AttentionSite) and self.site.masks else "none"
-        return "not analysed" if self.reason not in (Reason.UNPROVEN_MASK, Reason.ADDITIVE_BIAS) else "unknown"
 
 
 def plan_graph(
@@ -274,6 +174,10 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
     scale = _read_scale(site, interpreter)
     if scale is None:
         return SitePlan(site, Reason.SCALE_IS_DATA)
+    shifted = [bias for bias in causal.key_terms.bias if bias.up_to_rows]
+    if shifted and site.sinks is not None:
+        seen = f"{shifted[0].described}; sinks see the numbers that it adds to whole rows"
+        return SitePlan(site, Reason.ADDITIVE_BIAS, seen)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=causal, scale=scale)
     return _check_heads(site, proved) or proved
 
@@ -285,12 +189,12 @@ def _may_be_causal(site: AttentionSite) -> bool:
 
 def _is_alone(site: AttentionSite) -> bool:
     """Whether one query sees one key, as in the first call of a text of one token."""
-    return _lengths(site) == (1, 1)
+    return lengths_of(site) == (1, 1)
 
 
 def _unmasked(site: AttentionSite) -> SitePlan:
     """The plan of a site in which every query sees every key."""
-    length_q, length_k = _lengths(site)
+    length_q, length_k = lengths_of(site)
     if length_q == 1 or same(length_q, length_k):
         return SitePlan(site, Reason.BIDIRECTIONAL)
     return SitePlan(site, Reason.CROSS_ATTENTION, f"{length_q} queries over {length_k} keys")
@@ -302,12 +206,7 @@ def _is_step(site: AttentionSite) -> bool:
     Such a site needs no causal limit: there is no later key to hide.
     """
     grown = site.growth is not None and site.growth.appended == 1
-    return grown and not site.is_causal and _lengths(site)[0] == 1
-
-
-def _lengths(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
-    """The numbers of queries and keys."""
-    return size(site.shape(site.query)[2]), size(site.shape(site.key)[2])
+    return grown and not site.is_causal and lengths_of(site)[0] == 1
 
 
 def _shapes_of(examples: Sequence[torch.Tensor]) -> str:
@@ -396,14 +295,14 @@ def _is_decoding(site: AttentionSite, interpreter: Interpreter) -> bool:
     """Whether one query attends to keys that the graph has just written or appended: a limit of them is causal."""
     node = site.key_heads.node
     written = interpreter.facts.is_overwritten(node) or scatters(node)
-    return _is_step(site) or (written and bool(_lengths(site)[0] == 1))
+    return _is_step(site) or (written and bool(lengths_of(site)[0] == 1))
 
 
 def _check_predicate(
     site: AttentionSite, predicate: MaskPredicate, interpreter: Interpreter
 ) -> MaskPredicate | SitePlan:
     """Check that the operators take what a site's masks were proved to be."""
-    length_q, length_k = _lengths(site)
+    length_q, length_k = lengths_of(site)
     if site.growth is not None and site.growth.trimmed and length_q == 1:
         return SitePlan(site, Reason.PARTIAL_KEYS, "the cache is cut: its first key is not its sequence's first")
     if predicate.causal_offset is None and (_is_step(site) or _is_alone(site)):

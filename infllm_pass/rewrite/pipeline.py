@@ -17,8 +17,9 @@ from infllm_pass.kv_cache.inputs import CacheInputs
 from infllm_pass.masks import HeldTensors
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.length_guard import Branch, LengthGuard, decide_capacity, decide_length
-from infllm_pass.plan.planner import SitePlan, failed, plan_graph
+from infllm_pass.plan.planner import failed, plan_graph
 from infllm_pass.plan.site_config import SiteConfig, configured
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.failures import Strict, refuse
 from infllm_pass.rewrite.outcome import Outcome

@@ -13,7 +13,7 @@ import torch
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.graph.facts import example_of
 from infllm_pass.plan.length_guard import Branch, LengthGuard
-from infllm_pass.plan.planner import SitePlan
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.reasons import Reason, Uncompiled
 from infllm_pass.rewrite.outcome import Outcome
 from infllm_pass.sites import AttentionSite, PartialSite

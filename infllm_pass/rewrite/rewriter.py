@@ -17,7 +17,7 @@ from infllm_pass.graph.dce import erase_unused
 from infllm_pass.graph.facts import GraphFacts, example_of
 from infllm_pass.kv_cache.inputs import CacheInputs, CacheSpec, cache_of
 from infllm_pass.plan.length_guard import Branch
-from infllm_pass.plan.planner import Lowering, SitePlan
+from infllm_pass.plan.site_plan import Lowering, SitePlan
 from infllm_pass.rewrite.outcome import CacheUse, Outcome
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Refusal, Request, SiteBuilder, Target
 from infllm_pass.sites import AttentionSite

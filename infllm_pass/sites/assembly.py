@@ -33,7 +33,7 @@ from infllm_pass.sites.layout_ops import (
     with_heads,
 )
 from infllm_pass.sites.layouts import Index, Layouts, Reading
-from infllm_pass.sites.site import AttentionSite
+from infllm_pass.sites.site import AttentionSite, Sinks
 
 ZERO = sympy.Integer(0)
 
@@ -55,6 +55,8 @@ class Reads:
         first: the node at which the tensors are read for the first time.
         last: the node at which they are read for the last time.
         length: the dimension of the result that counts queries, where the call says so; None: it has to be found.
+        softcap: as in `AttentionSite`.
+        sinks: the sinks of the softmax; None without any.
     """
 
     node: fx.Node
@@ -69,6 +71,30 @@ class Reads:
     is_causal: Any = False
     dropout_p: Any = 0.0
     length: sympy.Symbol | None = None
+    softcap: float = 0.0
+    sinks: SinkReading | None = None
+
+
+@dataclass(frozen=True)
+class SinkReading:
+    """Where the sinks of a softmax are read.
+
+    Attributes:
+        chain: nodes that hold them, and where they are read in terms of `out_axis`, the nearest to the softmax first;
+            none for one number.
+        factor: what the elements are multiplied with; without a chain, the number.
+    """
+
+    chain: tuple[Reading, ...]
+    factor: float
+
+
+class NoSinks(Exception):
+    """What is joined to the scores depends on more than the head; never leaves the matchers."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node.name)
+        self.node = node
 
 
 class NoAttention(Exception):
@@ -93,6 +119,7 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
     Raises:
         LayoutError, NoAttention, OwnQueries: its dimensions could not be told apart, or are not an attention's.
         Overwrite: one of its tensors is overwritten while it runs.
+        NoSinks: its sinks are not one number a head.
     """
     for reading in (reads.query, reads.key, reads.value):
         if not layouts.stable(reading.node, reads.first, reads.last):
@@ -135,7 +162,21 @@ def assemble(layouts: Layouts, reads: Reads) -> AttentionSite:
         output_steps=output_steps(layouts, plan, reads.node),
         dtype=_computed_in(layouts, reads, chains),
         growth=growth_of(layouts, chains[1], keys.reading, plan, reads.query.node),
+        softcap=reads.softcap,
+        sinks=None if reads.sinks is None else _sinks(layouts, plan, reads.sinks),
     )
+
+
+def _sinks(layouts: Layouts, plan: Roles, sinks: SinkReading) -> Sinks:
+    """The sinks as one tensor of heads: the furthest from the softmax that depends on the head alone."""
+    for reading in reversed(sinks.chain):
+        index = tuple(simplify(part.xreplace(plan.meaning), plan.extents) for part in reading.index)
+        heads = [part for part in index if not part.is_Integer]
+        if heads in ([HEAD], []):
+            return Sinks(reading.node, index, sinks.factor)
+    if sinks.chain:
+        raise NoSinks(sinks.chain[0].node)
+    return Sinks(None, (), sinks.factor)
 
 
 def _computed_in(layouts: Layouts, reads: Reads, chains: Sequence[Sequence[Reading]]) -> torch.dtype:

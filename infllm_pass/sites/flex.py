@@ -1,8 +1,10 @@
-"""Matcher for ``flex_attention``: a score function that at most scales, and a mask function as a mask term."""
+"""Matcher for ``flex_attention``: a score function that at most scales and caps, and a mask function as a mask term."""
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -40,9 +42,10 @@ def read_flex(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | 
     scale = number_of(layouts.example(call.args.get("scale")))
     if score_body is None or mask_body is None or scale is None or not isinstance(mask_node, fx.Node):
         return PartialSite(node, Reason.PARTIAL_MATCH, node, "flex_attention, whose arguments are not followed")
-    factor = _score_factor(score_body)
-    if isinstance(factor, PartialSite):
-        return PartialSite(node, factor.reason, factor.stopped, "flex_attention, its score function")
+    scores = _scores(score_body)
+    if isinstance(scores, PartialSite):
+        return PartialSite(node, scores.reason, scores.stopped, "flex_attention, its score function")
+    factor, softcap = scores
     buffers = call.args.get("mask_mod_buffers") or ()
     arguments = tuple(buffer for buffer in buffers if isinstance(buffer, fx.Node))
     term = MaskTerm(mask_node, MaskRole.BLOCK_MASK, None, mask_body, arguments)
@@ -51,6 +54,7 @@ def read_flex(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | 
     reads = fused_reads(layouts, result, grouped, terms=(term,), scale=scale * factor, dtype=dtype)
     if reads is None:
         return PartialSite(node, Reason.SHAPES, node, "flex_attention")
+    reads = replace(reads, softcap=softcap)
     return site_of(layouts, reads, Reason.SHAPES, "flex_attention")
 
 
@@ -63,19 +67,25 @@ def _body(layouts: Layouts, node: Any) -> fx.GraphModule | None:
     return body if isinstance(body, fx.GraphModule) else None
 
 
-def _score_factor(body: fx.GraphModule) -> float | PartialSite:
-    """The number that a score function multiplies the scores with, or the node at which it does something else."""
+def _scores(body: fx.GraphModule) -> tuple[float, float] | PartialSite:
+    """What a score function does to scores: a number that it multiplies them with, and the cap, 0.0 without one.
+
+    The node at which it does something else, if it does.
+    """
     facts = GraphFacts(body.graph, {})
     layouts = Layouts(facts)
     score = next(node for node in body.graph.nodes if node.op == "placeholder")
     current: Any = next(node for node in body.graph.nodes if node.op == "output").args[0]
     if isinstance(current, (tuple, list)) and len(current) == 1:
         current = current[0]
-    factor = 1.0
+    factor, softcap = 1.0, 0.0
     while current is not score:
         call = read(current) if isinstance(current, fx.Node) else None
         if call is not None and call.kind is Kind.CAST:
             current = call.args.get("input")
+            continue
+        if call is not None and call.kind is Kind.TANH and not softcap and factor and math.isfinite(factor):
+            current, softcap = call.args.get("input"), abs(factor)  # f * tanh(y) is c * tanh(f * y / c) for c = |f|
             continue
         source, number = (
             layouts.scaling(call.kind, call.args)
@@ -88,4 +98,4 @@ def _score_factor(body: fx.GraphModule) -> float | PartialSite:
             stopped = current if isinstance(current, fx.Node) else score
             return PartialSite(stopped, reason, stopped, "")
         current, factor = source, factor * number
-    return factor
+    return factor, softcap

@@ -11,7 +11,7 @@ from torch import fx
 from infllm_pass.graph.op_table import Call, Kind, read
 from infllm_pass.masks.normal_form import MaskRole, MaskTerm
 from infllm_pass.reasons import Reason
-from infllm_pass.sites.assembly import NoAttention, Overwrite, OwnQueries, Reads, assemble
+from infllm_pass.sites.assembly import NoAttention, NoSinks, Overwrite, OwnQueries, Reads, assemble
 from infllm_pass.sites.index_algebra import FEATURE, KEY
 from infllm_pass.sites.layout_ops import LayoutError, out_axis
 from infllm_pass.sites.layouts import Index, Layouts, Reading
@@ -58,6 +58,8 @@ def site_of(
         return None if otherwise is None else PartialSite(reads.node, otherwise, reads.node, reached)
     except Overwrite as overwrite:
         return PartialSite(reads.node, Reason.OVERWRITTEN, overwrite.node, reached)
+    except NoSinks as more:
+        return PartialSite(reads.node, Reason.SINK, more.node, f"{reached}; its sinks differ by more than the head")
 
 
 def fused_reads(

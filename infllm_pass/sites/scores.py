@@ -43,6 +43,10 @@ class Scores:
         factor: what the product is multiplied with.
         terms: what masks the scores.
         path: the nodes from the product to what the softmax reads.
+        softcap: the cap ``c`` of ``c * tanh(x / c)``, where `factor` makes ``x`` of the product; 0.0 without one.
+        sinks: the column that is joined to the scores, and how often it counts; None without one.
+        shifted: a node that adds one number to all scores of a query, which a softmax does not see, but a cap and a
+            sink do; None: there is none.
     """
 
     product: Product
@@ -50,6 +54,26 @@ class Scores:
     factor: float
     terms: tuple[MaskTerm, ...] = ()
     path: tuple[fx.Node, ...] = ()
+    softcap: float = 0.0
+    sinks: SinkColumn | None = None
+    shifted: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class SinkColumn:
+    """A column that is joined to the scores and belongs to no key.
+
+    Attributes:
+        node: where it is joined.
+        dim: the dimension along which it is.
+        column: where it is read, in terms of `out_axis`.
+        factor: what its elements are multiplied with before the softmax.
+    """
+
+    node: fx.Node
+    dim: int
+    column: Reading
+    factor: float
 
 
 def follow_scores(layouts: Layouts, node: Any, index: Index, factor: float) -> Scores | Stop:
@@ -142,7 +166,7 @@ def _subtracted(layouts: Layouts, node: fx.Node, call: Call, index: Index, facto
     if isinstance(found, Stop):
         return found if found.behind_product else Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
     if _is_row_maximum(layouts, node, other, scores, index):
-        return found
+        return replace(found, shifted=node)
     return _with_term(layouts, found, node, other, MaskRole.ADDED, index, -factor)
 
 
@@ -176,7 +200,7 @@ def _is_row_maximum(layouts: Layouts, node: fx.Node, other: Any, scores: Any, in
         return False
     dim = dims[0] % len(index)
     own = reading.index[:dim] + reading.index[dim + 1 :] if call.args.get("keepdim") else reading.index
-    return index[dim] == KEY and own == index[:dim] + index[dim + 1 :]
+    return bool((index[dim] - KEY).is_Integer) and own == index[:dim] + index[dim + 1 :]
 
 
 def _floored(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> Scores | Stop:
@@ -218,15 +242,40 @@ def _detached(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor:
 
 
 def _capped(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> Scores | Stop:
+    """Scores under a tanh: ``f * tanh(y)`` is ``c * tanh(x / c)`` for ``c = |f|`` and ``x = f * y``."""
     found = follow_scores(layouts, call.args.get("input"), index, factor)
-    return Stop(node, Reason.SOFT_CAP, True) if isinstance(found, Scores) else found
+    if isinstance(found, Stop):
+        return found
+    if not (math.isfinite(factor) and factor):
+        return Stop(node, Reason.SOFT_CAP, True, ", the cap is no positive number")
+    if found.softcap:
+        return Stop(node, Reason.SOFT_CAP, True, ", the scores are capped twice")
+    if found.terms or found.sinks is not None or found.shifted is not None:
+        return Stop(node, Reason.SOFT_CAP, True, ", the cap comes after what is added to the scores or masks them")
+    return replace(found, softcap=abs(factor))
 
 
 def _joined(layouts: Layouts, node: fx.Node, call: Call, index: Index, factor: float) -> Scores | Stop:
+    """Scores with a column joined to them that belongs to no key."""
     tensors = call.args.get("tensors")
-    for tensor in tensors if isinstance(tensors, (list, tuple)) else ():
-        if layouts.is_tensor(tensor) and isinstance(follow_scores(layouts, tensor, index, factor), Scores):
-            return Stop(node, Reason.SINK, True)
+    tensors = list(tensors) if isinstance(tensors, (list, tuple)) else []
+    if not all(map(layouts.is_tensor, tensors)):
+        return Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
+    dim = call.args.get("dim", 0) % len(index)
+    start = sympy.Integer(0)
+    for place, tensor in enumerate(tensors):
+        own = (*index[:dim], index[dim] - start, *index[dim + 1 :])
+        start += layouts.shape(tensor)[dim]
+        found = follow_scores(layouts, tensor, own, factor)
+        if isinstance(found, Stop):
+            continue
+        others = tensors[:place] + tensors[place + 1 :]
+        if own[dim] != KEY or len(others) != 1 or layouts.shape(others[0])[dim] != 1:
+            return Stop(node, Reason.SINK, True, ", what is joined to the scores is not one column")
+        if found.sinks is not None or found.shifted is not None:
+            return Stop(node, Reason.SINK, True, ", the scores are changed before the column is joined to them")
+        column = Reading(others[0], (*index[:dim], sympy.Integer(0), *index[dim + 1 :]))
+        return replace(found, sinks=SinkColumn(node, dim, column, factor))
     return Stop(node, Reason.PARTIAL_MATCH, _product_behind(layouts, node))
 
 
@@ -262,9 +311,11 @@ def _with_term(
 ) -> Scores | Stop:
     number = read_number(layouts.facts, mask) if role is MaskRole.ADDED else None
     if number is not None and math.isfinite(number):
-        return found  # a shift of all scores, which a softmax does not see
+        return replace(found, shifted=node)
     if not layouts.is_tensor(mask):
         return Stop(node, Reason.PARTIAL_MATCH, True)
+    if found.sinks is not None:
+        return Stop(node, Reason.SINK, True, ", the scores are masked after a column was joined to them")
     place = layouts.broadcast(mask, index, layouts.shape(node))
     if place is None:
         return Stop(node, Reason.LAYOUT, True)

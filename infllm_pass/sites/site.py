@@ -70,6 +70,21 @@ class Growth:
     continuation: Continuation | str
 
 
+@dataclass(frozen=True)
+class Sinks:
+    """Logits without a key that join each query's softmax, one for each query head.
+
+    Attributes:
+        node: what holds them; None: they are all one number.
+        index: where it holds that of a head, an entry for each of its dimensions: `HEAD`, or a number.
+        factor: what its elements are multiplied with; without a node, the number.
+    """
+
+    node: fx.Node | None
+    index: tuple[sympy.Expr, ...]
+    factor: float
+
+
 class Located:
     """A place in the user's model, read off a node."""
 
@@ -92,7 +107,7 @@ class Located:
 
 @dataclass(frozen=True)
 class AttentionSite(Located):
-    """One attention computation of a graph: ``softmax(scale * q k^T + masks) v``.
+    """One attention computation of a graph: ``softmax(cap(scale * q k^T) + masks) v``.
 
     Attributes:
         node: the node that holds the result, in whatever layout the model chose.
@@ -109,6 +124,8 @@ class AttentionSite(Located):
         dtype: the dtype that attention is computed in.
         growth: how the keys grow with the queries; None: not by concatenation.
         order: number of the site among those of its graph that were traced in the same module.
+        softcap: the cap ``c`` of scaled scores ``x``, which become ``c * tanh(x / c)`` before masks; 0.0: none.
+        sinks: logits that join the softmax without a key; None: none.
     """
 
     node: fx.Node
@@ -125,6 +142,8 @@ class AttentionSite(Located):
     dtype: torch.dtype
     growth: Growth | None = None
     order: int = 0
+    softcap: float = 0.0
+    sinks: Sinks | None = None
 
     def shape(self, tensor: Operand | fx.Node) -> tuple[int | torch.SymInt, ...]:
         """The example shape of one of the site's tensors."""

@@ -13,16 +13,17 @@ from typing import Any
 from torch import fx
 
 from infllm_pass.graph.dce import live_users
-from infllm_pass.graph.facts import axis
+from infllm_pass.graph.facts import axis, same
 from infllm_pass.graph.op_table import Call, Kind, read
 from infllm_pass.reasons import Reason
-from infllm_pass.sites.assembly import Reads
+from infllm_pass.sites.assembly import Reads, SinkReading
 from infllm_pass.sites.fused import site_of
 from infllm_pass.sites.index_algebra import FEATURE, KEY
 from infllm_pass.sites.layout_ops import out_axis
 from infllm_pass.sites.layouts import LAYOUT_KINDS, Index, Layouts, Reading
 from infllm_pass.sites.products import CONTRACTED, Product, read_product
-from infllm_pass.sites.scores import NEAR, Scores, Stop, follow_scores
+from infllm_pass.sites.scalars import read_number
+from infllm_pass.sites.scores import NEAR, Scores, SinkColumn, Stop, follow_scores
 from infllm_pass.sites.site import AttentionSite, PartialSite
 
 
@@ -52,10 +53,41 @@ def read_handwritten(layouts: Layouts, node: fx.Node) -> AttentionSite | Partial
     detached = next((part for part in path if layouts.gradients(part) != layouts.gradients(end)), None)
     if detached is not None:
         return PartialSite(node, Reason.DETACHED, detached, reached)
-    reads = _reads(layouts, weights, scores)
+    sinks = None
+    if scores.sinks is not None:
+        sinks = _sink_of(layouts, node, index, scores.sinks, end)
+        if sinks is None:
+            return PartialSite(node, Reason.SINK, scores.sinks.node, reached)
+    reads = _reads(layouts, weights, scores, sinks)
     if reads is None:
         return None
     return site_of(layouts, reads, None, reached)
+
+
+def _sink_of(layouts: Layouts, softmax: fx.Node, index: Index, found: SinkColumn, end: fx.Node) -> SinkReading | None:
+    """The column of a softmax's sinks; None where it is no column of that softmax, or is overwritten.
+
+    Args:
+        layouts: the graph's layout operators.
+        softmax: the softmax.
+        index: where its result is read.
+        found: the column.
+        end: the node that ends the attention.
+    """
+    dim = next(dim for dim, part in enumerate(index) if KEY in part.free_symbols)
+    joined = layouts.shape(found.node)[found.dim]
+    if not same(layouts.shape(softmax)[dim], joined):
+        return None
+    number = read_number(layouts.facts, found.column.node)
+    if number is not None:
+        return SinkReading((), number * found.factor)
+    column = found.column
+    chain = tuple(
+        reading
+        for reading, reader in layouts.readings(column.node, column.index, scaled=False)
+        if layouts.stable(reading.node, reader or found.node, end)
+    )
+    return SinkReading(chain, found.factor) if chain else None
 
 
 @dataclass(frozen=True)
@@ -141,10 +173,10 @@ def _softmax_index(layouts: Layouts, call: Call, weights: _Weights) -> Index | N
         return None
     dim %= len(index)
     others = {symbol for place, part in enumerate(index) if place != dim for symbol in part.free_symbols}
-    return index if index[dim] == KEY and KEY not in others else None
+    return index if bool((index[dim] - KEY).is_Integer) and KEY not in others else None
 
 
-def _reads(layouts: Layouts, weights: _Weights, scores: Scores) -> Reads | None:
+def _reads(layouts: Layouts, weights: _Weights, scores: Scores, sinks: SinkReading | None) -> Reads | None:
     """How the attention reads its tensors; None where the scores are no product of queries with keys."""
     place = {axis(dim): part for dim, part in enumerate(scores.index)} | {CONTRACTED: FEATURE}
     sides = [
@@ -171,4 +203,6 @@ def _reads(layouts: Layouts, weights: _Weights, scores: Scores) -> Reads | None:
         first=scores.product.node,
         last=product.node,
         dropout_p=weights.dropout_p,
+        softcap=scores.softcap,
+        sinks=sinks,
     )

@@ -18,6 +18,7 @@ from infllm_pass.errors import NoAttentionSiteError, UnsupportedModelError
 from infllm_pass.frontend.backend import SwitchableBackend
 from infllm_pass.frontend.compile_settings import compile_with, settings_of
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.lowering.ops.attention_args import ATTEND, AttentionCall
 from infllm_pass.rewrite.pipeline import SitePolicy
 
 CHUNK_ELEMENTS = 1 << 24
@@ -109,35 +110,30 @@ def attention_inputs(
         with torch.no_grad():
             run(*example_inputs, **example_kwargs)
     except _Reached as reached:
-        q, k, v, (blocks,), key_mask, *placement, scale = reached.arguments[:11]
-        _check_placement(site_number, *placement, usual=k.shape[2] - q.shape[2])
-        return AttentionInputs(q, k, v, blocks, key_mask, scale, chosen)
+        (q, k, v, (blocks,)), call = ATTEND.read(reached.arguments)
+        _check_site(site_number, call, usual=k.shape[2] - q.shape[2])
+        return AttentionInputs(q, k, v, blocks, call.key_mask, call.scale, chosen)
     raise NoAttentionSiteError(
         f"site {site_number} was asked for, but the model made {stop.passed} sparse attention calls: check "
         f"infllm_pass.explain(...), and that the input has at least dense_len={chosen.dense_len} tokens"
     )
 
 
-def _check_placement(
-    site_number: int,
-    offsets: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    offset: int | None,
-    window: int | None,
-    *,
-    usual: int,
-) -> None:
-    """Refuse a site whose sequences are not whole rows that end with the last query."""
+def _check_site(site_number: int, call: AttentionCall, *, usual: int) -> None:
+    """Refuse a site of more than whole rows that end with the last query, and products of queries and keys."""
     found = {
-        "an offset": offsets is not None or offset not in (None, usual),
-        "packed sequences": cu_seqlens_q is not None or cu_seqlens_k is not None,
-        "a sliding window": window is not None,
+        "an offset": call.offsets is not None or call.offset not in (None, usual),
+        "packed sequences": call.cu_seqlens_q is not None or call.cu_seqlens_k is not None,
+        "a sliding window": call.window is not None,
+        "a soft cap": call.softcap != 0.0,
+        "a key bias": call.key_bias is not None,
+        "sinks": call.sinks is not None,
     }
     if any(found.values()):
         names = " and ".join(name for name, there in found.items() if there)
         raise UnsupportedModelError(
-            f"site {site_number} has {names}: choose a site whose queries are the last of whole rows of keys"
+            f"site {site_number} has {names}: choose a site whose queries are the last of whole rows of keys, with "
+            "scores that are products of both"
         )
 
 

@@ -10,7 +10,6 @@ Formulas: arXiv 2509.24663, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
+from ..params import LEAST_BIAS
 from .sequences import AttentionParams
-from .tokens import HIDDEN, token_block_scores
-
-LOG2E = math.log2(math.e)
+from .tokens import HIDDEN, LOG2E, cap_scores, cap_slopes, token_block_scores
 
 CHUNK_LOGITS = 2**21
 """Logits of a chunk of queries: 8 MB in float32. A quarter and four times as many are slower at 4k tokens."""
@@ -112,7 +110,7 @@ def _block_scores(q: Tensor, state: Sequence[Tensor], last: Tensor, length: int,
     rows = q.to(compute_dtype(q.dtype)) * (params.scale * LOG2E)
     if params.geometry.scorer == "tokens":
         return _shared(token_block_scores(rows, state[0], last, length, params), last, params.geometry.query_block)
-    return _pooled_scores(rows, state[0], state[1], last, length, params.geometry)
+    return _pooled_scores(rows, state[0], state[1], last, length, params)
 
 
 def _shared(scores: Tensor, last: Tensor, query_block: int) -> Tensor:
@@ -124,8 +122,9 @@ def _shared(scores: Tensor, last: Tensor, query_block: int) -> Tensor:
     return sums[:, tile]
 
 
-def _pooled_scores(q: Tensor, k1: Tensor, k2: Tensor, last: Tensor, length: int, g: BlockGeometry) -> Tensor:
+def _pooled_scores(q: Tensor, k1: Tensor, k2: Tensor, last: Tensor, length: int, params: AttentionParams) -> Tensor:
     """`_block_scores` by compressed keys, of scaled queries."""
+    g = params.geometry
     heads, group, count, dim = q.shape
     rows = q.reshape(heads, group * count, dim)
 
@@ -135,7 +134,8 @@ def _pooled_scores(q: Tensor, k1: Tensor, k2: Tensor, last: Tensor, length: int,
         return torch.arange(windows, device=q.device) * stride + size - 1 <= last[:, None]
 
     def logits(keys: Tensor, seen: Tensor) -> Tensor:  # [Hkv, G, n, windows]
-        return (rows @ keys[:, : seen.shape[1]].to(rows.dtype).mT).view(heads, group, count, seen.shape[1])
+        products = rows @ keys[:, : seen.shape[1]].to(rows.dtype).mT
+        return cap_scores(products.view(heads, group, count, seen.shape[1]), params.softcap)
 
     norm_keys, norm_seen = (k1, visible(1)) if g.lse == "exact" else (k2, visible(COARSE_FACTOR))
     seen = visible(1)
@@ -170,16 +170,20 @@ class _Chunk:
     Attributes:
         queries: the queries.
         keys: a slice, or int64 ``[K]``.
-        seen: bool ``[n, K]`` or ``[Hkv, 1, n, K]``, which of the keys each query visits and sees.
+        seen: bool ``[n, K]`` or ``[Hkv or 1, 1, n, K]``, which of the keys each query visits and sees.
+        key_bias: of the keys, ``[Hkv or 1, 1, 1, K]``; None for none.
     """
 
     queries: slice
     keys: slice | Tensor
     seen: Tensor
+    key_bias: Tensor | None
 
-    def logits(self, rows: Tensor, k: Tensor) -> Tensor:
-        """Masked logits ``[Hkv, G, n, K]`` of scaled queries ``[Hkv, G, n, D]``."""
-        return product(rows, k[:, self.keys]).masked_fill_(~self.seen, HIDDEN)
+    def logits(self, scores: Tensor) -> Tensor:
+        """Biased and masked logits of scores ``[Hkv, G, n, K]``, which are overwritten."""
+        if self.key_bias is not None:
+            scores.add_(self.key_bias.to(scores.dtype) * LOG2E)
+        return scores.masked_fill_(~self.seen, HIDDEN)
 
 
 def product(rows: Tensor, keys: Tensor) -> Tensor:
@@ -212,7 +216,13 @@ def _chunks(q: Tensor, length: int, blocks: Tensor | None, params: AttentionPara
         seen = (index <= positions[:, None]) & (index >= _first_keys(positions, params.window)[:, None])
         if params.mask is not None:
             seen &= params.mask[index]
-        yield _Chunk(some, keys, seen if visited is None else visited & seen)
+        if visited is not None:
+            seen = visited & seen
+        bias = None
+        if params.key_bias is not None:
+            bias = params.key_bias[:, None, None, keys]
+            seen = seen & (bias >= LEAST_BIAS)
+        yield _Chunk(some, keys, seen, bias)
 
 
 def attend_blocks(
@@ -227,15 +237,22 @@ def attend_blocks(
         blocks: int32 ``[Hkv, n, S]``, distinct but for -1; None for attention to all keys that a query may see.
         out: ``[Hkv, G, n, Dv]``, written.
         lse: ``[Hkv, G, n]``, written: the natural log-sum-exp.
-        params: the geometry, the scale, and what queries see.
+        params: the geometry, the scale, what queries see, and the score terms.
     """
+    sinks = None
+    if params.sinks is not None:
+        sinks = params.sinks.to(lse.dtype).view(*q.shape[:2], 1, 1) * LOG2E
     for chunk in _chunks(q, k.shape[1], blocks, params):
         rows = q[:, :, chunk.queries].to(lse.dtype) * (params.scale * LOG2E)
-        logits = chunk.logits(rows, k)
+        logits = chunk.logits(cap_scores(product(rows, k[:, chunk.keys]), params.softcap))
         top = logits.amax(-1, keepdim=True)
+        if sinks is not None:
+            top = torch.maximum(top, sinks)
         weights = logits.sub_(top).exp2_()
         total = weights.sum(-1, keepdim=True)
-        empty = top <= 0.5 * HIDDEN  # sees no key
+        if sinks is not None:
+            total = total + (sinks - top).exp2_()
+        empty = top <= 0.5 * HIDDEN  # sees neither key nor sink
         part = product(weights, v[:, chunk.keys].mT) / total
         out[:, :, chunk.queries] = part.masked_fill_(empty, 0.0).to(out.dtype)
         lse[:, :, chunk.queries] = ((top + total.log2()) / LOG2E).masked_fill_(empty, -torch.inf)[..., 0]
@@ -246,17 +263,20 @@ def attend_blocks_backward(
     blocks: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor],
     params: AttentionParams,
+    grad_bias: Tensor | None = None,
 ) -> None:
     """Gradient of `attend_blocks` with the blocks held fixed.
 
     With the weights ``P`` rebuilt from the log-sum-exp, ``dV = P' dO``, ``dS = P * (dO V' - delta)`` with
-    ``delta = sum(dO * O)``, ``dQ = scale * dS K`` and ``dK = scale * dS' Q``.
+    ``delta = sum(dO * O)``, ``dQ = scale * dS K`` and ``dK = scale * dS' Q``. A bias gets the sums of ``dS``; behind a
+    cap, whose scores are ``x``, ``dS`` is multiplied by ``1 - (x / softcap) ** 2``.
 
     Args:
         forward: the gradient of the output, q, k, v, the output and its log-sum-exp, shaped as in `attend_blocks`.
         blocks: as in `attend_blocks`.
         gradients: those of q, k and v, written.
         params: as in `attend_blocks`.
+        grad_bias: ``[Hkv, L]`` in the type of ``lse``, where there is a bias; its gradients are added.
     """
     (grad_out, q, k, v, out, lse), (grad_q, grad_k, grad_v) = forward, gradients
     sum_k, sum_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
@@ -265,8 +285,14 @@ def attend_blocks_backward(
         rows, grad = (x[:, :, some].to(lse.dtype) for x in (q, grad_out))
         delta = (grad * out[:, :, some]).sum(-1, keepdim=True)
         shift = lse[:, :, some, None] * LOG2E
-        weights = chunk.logits(rows * (params.scale * LOG2E), k).sub_(shift.masked_fill(shift.isinf(), 0.0)).exp2_()
+        scores = cap_scores(product(rows * (params.scale * LOG2E), k[:, keys]), params.softcap)
+        flat = cap_slopes(scores, params.softcap)
+        weights = chunk.logits(scores).sub_(shift.masked_fill(shift.isinf(), 0.0)).exp2_()
         slopes = product(grad, v[:, keys]).sub_(delta).mul_(weights)  # [Hkv, G, n, K]
+        if grad_bias is not None:
+            grad_bias[:, keys] += slopes.sum((1, 2))
+        if flat is not None:
+            slopes.mul_(flat)
         grad_q[:, :, some] = product(slopes, k[:, keys].mT).mul_(params.scale).to(grad_q.dtype)
         sum_k[:, keys] += slopes.flatten(1, 2).mT @ rows.flatten(1, 2)
         sum_v[:, keys] += weights.flatten(1, 2).mT @ grad.flatten(1, 2)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..geometry import COARSE_FACTOR, BlockGeometry
 from ..params import DecodeParams
 from . import chunked, native
-from .chunked import compute_dtype, pool_keys
+from .chunked import pool_keys
+from .prefill import empty_rows
 from .sequences import AttentionParams
 from .tokens import index_keys, read_index
 
@@ -38,14 +39,15 @@ def decode_attention(
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp ``[B, Hq, Lq]``,
-        float32 (float64 for float64 inputs); 0 and ``-inf`` for a query that sees no key.
+        sinks counted in, float32 (float64 for float64 inputs); 0 and ``-inf``, or the sink, for a query that sees no
+        key.
     """
     *kept, filled = state
     dense_len, key_mask = call.dense_len, call.key_mask
     batch, heads_q, length_q = q.shape[:3]
     capacity, dim_v = v.shape[2:]
     out = q.new_zeros(batch, length_q, heads_q, dim_v)
-    lse = q.new_full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype))
+    lse = empty_rows((batch, heads_q, length_q), q, call.sinks)
     ends = call.lengths.clamp(0, capacity).expand(batch).tolist()
     begins = [0] * batch if call.starts is None else call.starts.clamp(min=0).expand(batch).tolist()
     begins = [min(begin, end) for begin, end in zip(begins, ends, strict=True)]
@@ -53,7 +55,10 @@ def decode_attention(
         old = max(0, min(int(filled[row]), end - begin - length_q))
         _bring_up_to_date([part[row] for part in kept], k[row], (begin, end), old, call.geometry)
         filled[row] = end - begin
-    params = AttentionParams(call.geometry, call.scale, window=call.window)
+    bias = call.key_bias
+    params = AttentionParams(
+        call.geometry, call.scale, window=call.window, key_bias=bias, sinks=call.sinks, softcap=call.softcap
+    )
     if not native.decode_attention(q, k, v, kept, (begins, ends), key_mask, params, dense_len, out, lse):
         heads, group = v.shape[1], heads_q // v.shape[1]
         for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
@@ -66,7 +71,11 @@ def decode_attention(
                 else None,
                 out[row].view(length_q, heads, group, dim_v).permute(1, 2, 0, 3),
                 lse[row].view(heads, group, length_q),
-                replace(params, mask=None if key_mask is None else key_mask[row, begin:end]),
+                replace(
+                    params,
+                    mask=None if key_mask is None else key_mask[row, begin:end],
+                    key_bias=None if bias is None else bias[row if bias.shape[0] > 1 else 0, :, begin:end],
+                ),
             )
     return out.transpose(1, 2), lse
 

@@ -233,7 +233,7 @@ def decode_attention(
     q, geometry = adjacent(q), params.geometry
     alike = [x for x in state if geometry.score_dtype == "key" or geometry.scorer == "pooled"]
     library = _library_for("decode_attention.h", q, k, v, *alike)
-    if library is None:
+    if library is None or _has_terms(params):
         return False
     k1, k2 = state[0], state[-1]
     batch, heads_q, length_q, dim = q.shape
@@ -282,7 +282,7 @@ def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) ->
 def select_blocks(q: Tensor, state: Sequence[Tensor], length: int, params: AttentionParams) -> Tensor | None:
     """`kernels.cpu.chunked.select_blocks`, blocks ascending and -1 last; None where it was not computed."""
     library = _library_for("switchable_attention.h", q, *(state if params.geometry.scorer == "pooled" else ()))
-    if library is None:
+    if library is None or params.softcap:
         return None
     keys = q.new_empty(()).expand(q.shape[0], length, q.shape[3])  # for its shape
     blocks = torch.empty(q.shape[0], q.shape[2], params.geometry.selected_blocks, dtype=torch.int32)
@@ -310,7 +310,7 @@ def attend_blocks(
 ) -> bool:
     """`kernels.cpu.chunked.attend_blocks`; ``out`` is a part of ``[B, Lq, Hq, Dv]``, ``lse`` of ``[B, Hq, Lq]``."""
     library = _library_for("switchable_attention.h", q, k, v)
-    if library is None:
+    if library is None or _has_terms(params):
         return False
     mask, blocks = _contiguous(params.mask, blocks)
     library.attend_blocks(
@@ -332,7 +332,7 @@ def attend_blocks_backward(
     """`kernels.cpu.chunked.attend_blocks_backward`; the same bits for any number of threads."""
     grad_out, q, k, v, out, lse = forward
     library = _library_for("attention_backward.h", q, k, v, grad_out, out)
-    if library is None:
+    if library is None or _has_terms(params):
         return False
     grad_q, grad_k, grad_v = gradients
     mask, blocks = _contiguous(params.mask, blocks)
@@ -355,6 +355,11 @@ def attend_blocks_backward(
         *map(_address, (grad_out, out, lse, *gradients)),
     )
     return True
+
+
+def _has_terms(params: AttentionParams) -> bool:
+    """Whether scores have terms, which the kernels do not compute."""
+    return params.key_bias is not None or params.sinks is not None or params.softcap != 0.0
 
 
 def _contiguous(mask: Tensor | None, blocks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

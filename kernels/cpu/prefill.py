@@ -138,14 +138,14 @@ def attention_forward(
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's type, stored as ``[B, Lq, Hq, Dv]``, and the natural log-sum-exp
-        ``[B, Hq, Lq]``, float32 (float64 for float64 inputs). A query that sees no key, or stands outside
-        every sequence, gives 0 and ``-inf``.
+        ``[B, Hq, Lq]``, sinks counted in, float32 (float64 for float64 inputs). A query that sees no key, or stands
+        outside every sequence, gives 0 and ``-inf``, or its sink.
     """
     q, k, v = map(adjacent, (q, k, v))
     batch, heads_q, length_q, _ = q.shape
     heads, dim_v = v.shape[1], v.shape[3]
     out = q.new_zeros(batch, length_q, heads_q, dim_v).transpose(1, 2)
-    lse = torch.full((batch, heads_q, length_q), -torch.inf, dtype=compute_dtype(q.dtype), device=q.device)
+    lse = empty_rows((batch, heads_q, length_q), q, call.sinks)
     for one in sequences(q, k, call):
         queries, result, log = (_grouped(x, heads)[one.row, :, :, one.queries] for x in (q, out, lse))
         keys, values = (x[one.row, :, one.keys] for x in (k, v))
@@ -165,7 +165,7 @@ def attention_backward(
     lse: Tensor,
     blocks: Tensor | None,
     call: PrefillParams,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Exact gradient of `attention_forward` with the selected blocks held fixed; deterministic.
 
     Args:
@@ -179,11 +179,14 @@ def attention_backward(
         call: the geometry, the scale, and where sequences lie.
 
     Returns:
-        Gradients of ``q``, ``k`` and ``v`` in their shapes and types.
+        Gradients of ``q``, ``k`` and ``v``, and of ``key_bias`` and ``sinks`` where the call has them, in their shapes
+        and types.
     """
     grad_out, q, k, v, out = map(adjacent, (grad_out, q, k, v, out))
     heads = k.shape[1]
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    bias = call.key_bias
+    grad_bias = None if bias is None else torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
     for one in sequences(q, k, call):
         grad, queries, result, log, grad_queries = (
             _grouped(x, heads)[one.row, :, :, one.queries] for x in (grad_out, q, out, lse, grad_q)
@@ -196,8 +199,28 @@ def attention_backward(
             one.params(call),
         )
         if not native.attend_blocks_backward(*arguments):
-            chunked.attend_blocks_backward(*arguments)
-    return grad_q, grad_k, grad_v
+            biases = None if grad_bias is None else grad_bias[one.row, :, one.keys]
+            chunked.attend_blocks_backward(*arguments, biases)
+    terms = []
+    if bias is not None and grad_bias is not None:
+        terms.append(grad_bias.sum_to_size(bias.shape).to(bias.dtype))
+    if call.sinks is not None:
+        terms.append(_sink_gradient(grad_out, out, lse, call.sinks))
+    return grad_q, grad_k, grad_v, *terms
+
+
+def empty_rows(size: tuple[int, int, int], q: Tensor, sinks: Tensor | None) -> Tensor:
+    """The log-sum-exp ``[B, Hq, Lq]`` of queries that see no key: their sinks, or ``-inf``."""
+    lse = torch.full(size, -torch.inf, dtype=compute_dtype(q.dtype), device=q.device)
+    return lse if sinks is None else lse.copy_(sinks[:, None])
+
+
+def _sink_gradient(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Gradient of the sinks: each row's weight on its sink times what the output would change by."""
+    delta = torch.linalg.vecdot(grad_out.to(lse.dtype), out.to(lse.dtype))
+    lowest = torch.finfo(lse.dtype).min  # a row of a sink of -inf that sees no key: its weight is 0
+    weights = (sinks.to(lse.dtype)[:, None] - lse.clamp(min=lowest)).exp_()
+    return -weights.mul_(delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _listed(blocks: Tensor | None, one: Sequence, call: PrefillParams) -> Tensor | None:

@@ -24,6 +24,9 @@ class AttentionParams:
         offset: position of the first query.
         window: the query at position ``p`` sees keys after ``p - window`` only; None: all up to its own.
         mask: bool ``[length]``, False where a key is invalid; None if none is.
+        key_bias: ``[Hkv or 1, length]``, see `PrefillParams`, as are the two that follow.
+        sinks: ``[Hq]``.
+        softcap: 0: none.
     """
 
     geometry: BlockGeometry
@@ -31,6 +34,9 @@ class AttentionParams:
     offset: int = 0
     window: int | None = None
     mask: Tensor | None = None
+    key_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,17 @@ class Sequence:
 
     def params(self, call: PrefillParams) -> AttentionParams:
         """What the call says of this sequence."""
-        return AttentionParams(call.geometry, call.scale, self.offset, call.window, self.mask)
+        bias = call.key_bias
+        return AttentionParams(
+            call.geometry,
+            call.scale,
+            self.offset,
+            call.window,
+            self.mask,
+            None if bias is None else bias[self.row if bias.shape[0] > 1 else 0, :, self.keys],
+            call.sinks,
+            call.softcap,
+        )
 
 
 @dataclass(frozen=True)

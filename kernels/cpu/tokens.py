@@ -6,6 +6,7 @@ and added up over the heads of a group (`kernels.scorer.TokenScorer`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,21 @@ from ..geometry import BlockGeometry, channel_runs
 from ..scorer import INDEX_DTYPES, INDEX_HIGHEST
 from .sequences import AttentionParams
 
+LOG2E = math.log2(math.e)
+
 HIDDEN = -1e30
 """Logit of a hidden token: finite, so that no difference is a NaN."""
+
+
+def cap_scores(scores: Tensor, softcap: float) -> Tensor:
+    """Scores in units of log 2, overwritten where a cap changes them; 0: no cap."""
+    cap = softcap * LOG2E
+    return scores.div_(cap).tanh_().mul_(cap) if softcap else scores
+
+
+def cap_slopes(scores: Tensor, softcap: float) -> Tensor | None:
+    """What `cap_scores` multiplies gradients by, from the scores that it gave; None without a cap."""
+    return 1.0 - (scores / (softcap * LOG2E)) ** 2 if softcap else None
 
 
 def channels_of(x: Tensor, geometry: BlockGeometry, dim: int) -> Tensor:
@@ -61,7 +75,7 @@ def token_logits(rows: Tensor, index: Tensor, last: Tensor, begin: int, end: int
         last: ``[n]``, the position up to which each query's shared selection sees tokens.
         begin: the first token.
         end: one past the last.
-        params: the mask and the window.
+        params: the mask, the window and the cap.
 
     Returns:
         ``[Hkv, G, n, end - begin]``.
@@ -74,6 +88,7 @@ def token_logits(rows: Tensor, index: Tensor, last: Tensor, begin: int, end: int
         seen = seen & (tokens > last[:, None] - params.window)
     heads, group, count, width = rows.shape
     logits = (rows.reshape(heads, group * count, width) @ index[:, begin:end].mT).view(heads, group, count, -1)
+    logits = cap_scores(logits, params.softcap)
     return logits.masked_fill_(~seen, HIDDEN)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..geometry import BlockGeometry
 from .configs import LaunchConfig
 from .launch import fixed_token_stride, precision
+from .score_terms import score_unit
 from .tile_ops import UNBOUNDED
 from .tile_tables import TileLists, TilePlan, padded_dim
 
@@ -30,6 +31,9 @@ class AttentionInputs:
         window: sliding window: the query at ``p`` sees keys after ``p - window`` only.
         every_query: whether every query belongs to a panel of the plan; if not, results of the others are filled in
             before a kernel runs.
+        key_bias: floating ``[B or 1, Hkv or 1, Lk]``, added to the capped scores; no part of the selection.
+        sinks: floating ``[Hq]``: logits without a value that join every row's softmax.
+        softcap: scores ``x`` become ``softcap * tanh(x / softcap)``; 0: no cap.
     """
 
     q: Tensor
@@ -43,6 +47,9 @@ class AttentionInputs:
     key_mask: Tensor | None = None
     window: int | None = None
     every_query: bool = False
+    key_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float = 0.0
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -56,10 +63,16 @@ class AttentionInputs:
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """Arguments ``panels``, ``blocks``, ``tokens``, ``counts`` and ``key_mask``; any tensor where there is none."""
+        """Arguments ``panels``, ``blocks``, ``tokens`` and ``counts``, then those of keys; any tensor where none is."""
         none, lists = self.plan.panels, self.lists
         listed = (none, none, none) if lists is None else (lists.blocks, lists.tokens, lists.counts)
-        return none, *listed, none if self.key_mask is None else self.key_mask
+        return none, *listed, *self.of_keys
+
+    @property
+    def of_keys(self) -> tuple[Tensor, Tensor]:
+        """Arguments ``key_mask`` and ``key_bias``; any tensor where there is none."""
+        none = self.plan.panels
+        return none if self.key_mask is None else self.key_mask, none if self.key_bias is None else self.key_bias
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -70,6 +83,21 @@ class AttentionInputs:
     def mask_strides(self) -> tuple[int, ...]:
         """Those of `key_mask`."""
         return (0, 0) if self.key_mask is None else self.key_mask.stride()
+
+    @property
+    def bias_strides(self) -> tuple[int, ...]:
+        """Those of `key_bias`, 0 along a dimension that it is broadcast over."""
+        return (0, 0, 0) if self.key_bias is None else self.key_bias.expand(self.k.shape[:3]).stride()
+
+    @property
+    def sink_logits(self) -> Tensor:
+        """Argument ``sinks``, contiguous; any tensor where there is none."""
+        return self.plan.panels if self.sinks is None else self.sinks.contiguous()
+
+    @property
+    def unit(self) -> tuple[float, float]:
+        """Arguments ``scale_log2`` and ``cap_log2``."""
+        return score_unit(self.scale, self.softcap)
 
     @property
     def capacity(self) -> int:
@@ -92,6 +120,8 @@ class AttentionInputs:
             **self.plan.shape.constants(self.geometry, *self.dims, rows),
             "HAS_WINDOW": self.window is not None,
             "HAS_KEY_MASK": self.key_mask is not None,
+            "HAS_BIAS": self.key_bias is not None,
+            "HAS_SOFTCAP": self.softcap != 0.0,
             "K_TOKEN_STRIDE": fixed_token_stride(self.k),
             "V_TOKEN_STRIDE": fixed_token_stride(self.v),
             "PRECISION": precision(self.q),

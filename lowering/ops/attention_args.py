@@ -8,8 +8,8 @@ Semantics: arXiv 2509.24663, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +51,18 @@ ARGUMENTS = {
             "and positions and blocks count from its first; in decode steps and packed rows it only hides keys",
         ),
         Argument(
+            "key_bias",
+            "Tensor?",
+            "floats ``[B or 1, Hkv or 1, Lk]``, added to the scaled and capped scores of keys; below -1e29, such as "
+            "``-inf``, they hide a key. No part of the selection",
+        ),
+        Argument(
+            "sinks",
+            "Tensor?",
+            "floats ``[Hq]``: logits that join the sum of every row's softmax and have no value. No part of the "
+            "selection",
+        ),
+        Argument(
             "offsets",
             "Tensor?",
             "int32 or int64 ``[1]`` or ``[B]``: key index of query 0, added to `offset`. Keys after a row's last "
@@ -75,6 +87,11 @@ ARGUMENTS = {
             "candidates",
         ),
         Argument("scale", "float", "softmax scale"),
+        Argument(
+            "softcap",
+            "float",
+            "scaled scores ``x`` become ``softcap * tanh(x / softcap)``, in the selection too; 0: no cap",
+        ),
         Argument("dense_len", "SymInt", "sequences of fewer keys are dense: they select nothing"),
         Argument("geometry", "str", "`geometry_text` of the block geometry"),
     )
@@ -176,6 +193,16 @@ class Signature(Generic[Call]):
         """Arguments by position, as a caller may have given some by name."""
         return (*args, *(kwargs[name] for name in self.names[len(args) :])) if kwargs else tuple(args)
 
+    def rest(self, values: Mapping[str, Any]) -> list[Any]:
+        """The arguments after the first ones by position, defaults where `values` names none."""
+        return [values[name] if name in values else self._default(name) for name in self._rest]
+
+    def _default(self, name: str) -> Any:
+        default = {field.name: field.default for field in fields(self.record)}[name]
+        if default is MISSING:
+            raise TypeError(f"the operator needs {name}")
+        return default
+
     def named(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of a call in a graph, by name."""
         return dict(zip(self.names, self.positional(node.args, node.kwargs), strict=True))
@@ -223,12 +250,20 @@ class _Places:
     many: bool
 
 
+DIFFERENTIABLE_TERMS = ("key_bias", "sinks")
+"""Arguments that have gradients beside q, k and v, in the order in which `BACKWARD` returns those that are given."""
+
+SCORE_TERMS = (*DIFFERENTIABLE_TERMS, "softcap")
+"""What scores have beside a mask."""
+
 COMPRESS = Signature(("q", "k"), AttentionCall, "Tensor[]")
 SELECT = Signature(("q", "k", "state"), AttentionCall, "Tensor[]")
 ATTEND = Signature(("q", "k", "v", "selection"), AttentionCall, "(Tensor, Tensor)")
-BACKWARD = Signature(("grad_out", "q", "k", "v", "out", "lse", "selection"), AttentionCall, "(Tensor, Tensor, Tensor)")
+BACKWARD = Signature(
+    ("grad_out", "q", "k", "v", "out", "lse", "selection"), AttentionCall, "(Tensor, Tensor, Tensor, Tensor[])"
+)
 DECODE = Signature(("q", "k", "v", "state"), DecodeCall, "(Tensor, Tensor)", mutated="state")
-FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k"))
+FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k", *SCORE_TERMS))
 
 SIGNATURES: dict[str, Signature[Any]] = {
     "compress_keys": COMPRESS,

@@ -18,7 +18,7 @@ from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, format_chan
 from infllm_pass.kernels.scorer import StateTensor
 from infllm_pass.kernels.tracing import is_traced
 
-from .attention_args import AttentionCall
+from .attention_args import AttentionCall, DecodeCall
 
 MAX_HEAD_DIM = 256
 
@@ -78,6 +78,40 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) ->
     if v.shape[3] > MAX_HEAD_DIM or v.shape[3] < 1:
         raise ShapeError(f"v has head_dim {v.shape[3]}: expected 1 to {MAX_HEAD_DIM}")
     _check_match("q", q, "v", v)
+
+
+def check_terms(q: Tensor, k: Tensor, call: AttentionCall | DecodeCall) -> None:
+    """Check the score terms of a call.
+
+    Raises:
+        ShapeError: a shape does not fit, or the cap is no cap.
+        DtypeError: a bias or sinks are not floating.
+        DeviceError: they are not on q's device.
+    """
+    if not 0.0 <= call.softcap < float("inf"):
+        raise ShapeError(f"softcap={call.softcap}: expected a positive number, or 0 for no cap")
+    for name, tensor in (("key_bias", call.key_bias), ("sinks", call.sinks)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise DtypeError(f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}")
+        if tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
+    bias, sinks = call.key_bias, call.sinks
+    if bias is not None and (
+        bias.dim() != 3
+        or bias.shape[0] not in (1, k.shape[0])
+        or bias.shape[1] not in (1, k.shape[1])
+        or bias.shape[2] != k.shape[2]
+    ):
+        raise ShapeError(
+            f"key_bias has shape {tuple(bias.shape)}: expected [B or 1, Hkv or 1, Lk] with B, Hkv, Lk = "
+            f"{k.shape[0]}, {k.shape[1]}, {k.shape[2]}"
+        )
+    if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[1]):
+        raise ShapeError(
+            f"sinks has shape {tuple(sinks.shape)}: expected one number a query head, [Hq] = [{q.shape[1]}]"
+        )
 
 
 def check_channels(k: Tensor, geometry: BlockGeometry) -> None:
@@ -302,6 +336,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     check_attention(q, k, v, call.key_mask)
     check_channels(k, call.geometry)
     check_sequences(q, call)
+    check_terms(q, k, call)
     if refused_by_tiled(q, v, call.scale, call.geometry) is not None:
         return False
     check_tiled(q, k, v, call.geometry)

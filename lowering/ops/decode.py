@@ -57,6 +57,7 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor, state: State, call: DecodeCall
     """
     check_attention(q, k, v, call.key_mask)
     checks.check_channels(k, call.geometry)
+    checks.check_terms(q, k, call)
     described = _kept(k, call.geometry)
     if len(state) != len(described) + 1:
         names = ", ".join(each.name for each in described)
@@ -174,7 +175,7 @@ differentiated through it.
 Query ``i`` of a row stands in slot ``lengths - Lq + i`` of the cache, of which only slots of valid keys are read.
 
 Returns the output ``[B, Hq, Lq, Dv]``, stored as ``[B, Lq, Hq, Dv]``, and the log-sum-exp ``[B, Hq, Lq]``, float32
-(float64 for float64). A query that sees no key gives 0 and ``-inf``.
+(float64 for float64). A query that sees no key gives 0 and ``-inf``, or its sink.
 
 Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; raised before anything is written.""",
 )

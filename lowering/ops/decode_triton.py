@@ -19,7 +19,7 @@ from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import recording_drops_pdl
 
-from .attention_args import DecodeCall
+from .attention_args import SCORE_TERMS, DecodeCall
 
 
 def decode_attention(
@@ -28,12 +28,13 @@ def decode_attention(
     """The kernels of a step, in the form that compilers record; the state is written."""
     rows = DecodeRows(call.lengths, call.starts)
     numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "window")}
-    step = DecodeStep(q, k, rows, **numbers, key_mask=call.key_mask)
+    step = DecodeStep(q, k, rows, **numbers, key_mask=call.key_mask, softcap=call.softcap)
     if call.geometry.scorer == "tokens":
         blocks = decode_select_tokens(step, IndexState.of(state))
     else:
         blocks = decode_select(step, DecodeState(*state))
-    return decode_attend(q, k, v, blocks, rows, call.key_mask, **numbers)
+    terms = {name: getattr(call, name) for name in SCORE_TERMS}
+    return decode_attend(q, k, v, blocks, rows, call.key_mask, **numbers, **terms)
 
 
 def launched(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], call: DecodeCall) -> tuple[Tensor, Tensor]:

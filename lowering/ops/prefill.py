@@ -26,7 +26,7 @@ from infllm_pass.compat.inductor import compiles_ahead_of_time
 from infllm_pass.kernels.cpu import prefill as torch_kernels
 
 from . import checks
-from .attention_args import ATTEND, BACKWARD, COMPRESS, SELECT, AttentionCall
+from .attention_args import ATTEND, BACKWARD, COMPRESS, DIFFERENTIABLE_TERMS, SELECT, AttentionCall
 from .registry import Operator, Seen
 
 Selection = Sequence[Tensor]
@@ -162,19 +162,23 @@ def _backward(
     lse: Tensor,
     selection: Selection,
     call: AttentionCall,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     if _is_tiled(q, v, call):
         checks.check_selection(q, selection, _triton().SELECTION)
         fields = (grad_out, q, k, v, out, lse, selection, call)
-        return _launched("block_attention_backward", *fields)  # type: ignore[no-any-return]
-    blocks = selection[0] if selection else None
-    gradients = torch_kernels.attention_backward(grad_out, q, k, v, out, lse, blocks, call)
-    dq, dk, dv = (gradient.contiguous() for gradient in gradients)
-    return dq, dk, dv
+        gradients = _launched("block_attention_backward", *fields)
+    else:
+        blocks = selection[0] if selection else None
+        gradients = torch_kernels.attention_backward(grad_out, q, k, v, out, lse, blocks, call)
+    dq, dk, dv, *terms = (gradient.contiguous() for gradient in gradients)
+    return dq, dk, dv, terms
 
 
-def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    *given, call = arguments
+    terms = [term for name in DIFFERENTIABLE_TERMS if (term := getattr(call, name)) is not None]
+    dq, dk, dv, *rest = (x.new_empty(x.shape) for x in (*given[1:4], *terms))
+    return dq, dk, dv, rest
 
 
 block_attention_backward = Operator(
@@ -183,9 +187,10 @@ block_attention_backward = Operator(
     compute=_backward,
     fake=_backward_fake,
     seen=lambda grad_out, q, k, v, out, lse, selection, call: _seen(q, v, call),
-    doc="""Gradients of `block_attention` for q, k and v, with the selection held fixed.
+    doc="""Gradients of `block_attention` for q, k, v, key_bias and sinks, with the selection held fixed.
 
-Returns gradients with the shapes and dtypes of q, k and v, contiguous.""",
+Returns gradients with the shapes and dtypes of q, k and v, contiguous, and a list of those of `key_bias` and `sinks`,
+of the ones that are given.""",
 )
 
 block_attention = Operator(
@@ -199,8 +204,8 @@ block_attention = Operator(
     doc="""Causal attention over the selected blocks of each query.
 
 Returns the output ``[B, Hq, Lq, Dv]`` in q's dtype, stored as ``[B, Lq, Hq, Dv]``, and the log-sum-exp of each query's
-scores, ``[B, Hq, Lq]`` in float32 (float64 for float64), which is not differentiable. A query that sees no key gives 0
-and ``-inf``.
+scores, sinks counted in, ``[B, Hq, Lq]`` in float32 (float64 for float64), which is not differentiable. A query that
+sees no key gives 0 and ``-inf``, or its sink.
 
 Raises ShapeError, DtypeError, DeviceError: the tensors do not fit; before anything is computed.""",
 )

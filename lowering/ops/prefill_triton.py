@@ -19,6 +19,7 @@ from infllm_pass.kernels.scorer import INDEX_DTYPES
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
+from infllm_pass.kernels.triton.backward.sinks import sink_gradient
 from infllm_pass.kernels.triton.index_keys import SLACK_KEYS, IndexKeys, index_keys
 from infllm_pass.kernels.triton.prefill import compress, pooled, token_scores
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
@@ -84,7 +85,7 @@ def select_blocks(q: Tensor, k: Tensor, state: Sequence[Tensor], call: Attention
     table = SequenceTable(sequences.clone(), call.cu_seqlens_k is not None)
     plan = cut_panels(shape, table, batch=q.shape[0], length_q=q.shape[2])
     batch, heads, length_k, _ = k.shape
-    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "window")}
+    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "window", "softcap")}
     if call.geometry.scorer == "tokens":
         keys = IndexKeys(kept[0], kept[1] if len(kept) > 1 else None)
         numbers |= {"heads_kv": heads, "key_mask": call.key_mask}
@@ -113,7 +114,10 @@ def block_attention(
     """`infllm::block_attention`."""
     if _is_empty(q, k):
         batch, heads, length, _ = q.shape
-        log_sum = q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
+        if call.sinks is None:
+            log_sum = q.new_full((batch, heads, length), float("-inf"), dtype=torch.float32)
+        else:
+            log_sum = call.sinks.float()[None, :, None].repeat(batch, 1, length)
         return q.new_zeros(batch, length, heads, v.shape[3]).transpose(1, 2), log_sum
     return attention_forward(_inputs(q, k, v, selection, call))
 
@@ -127,20 +131,24 @@ def block_attention_backward(
     lse: Tensor,
     selection: Sequence[Tensor],
     call: AttentionCall,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`infllm::block_attention_backward`; bitwise the same in every run."""
+) -> tuple[Tensor, ...]:
+    """Gradients of `infllm::block_attention_backward`, one after the other; bitwise the same in every run."""
     if _is_empty(q, k):
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v, call.key_bias, call.sinks) if x is not None)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     given = _inputs(q, k, v, selection, call)
-    gradients = grad_out, lse, output_delta(grad_out, out), given
-    return query_gradient(*gradients), *key_gradients(*gradients)
+    delta = output_delta(grad_out, out)
+    grad_k, grad_v, grad_bias = key_gradients(grad_out, lse, delta, given)
+    gradients = query_gradient(grad_out, lse, delta, given), grad_k, grad_v
+    grad_sinks = None if call.sinks is None else sink_gradient(call.sinks, lse, delta)
+    return *gradients, *(gradient for gradient in (grad_bias, grad_sinks) if gradient is not None)
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, selection: Sequence[Tensor], call: AttentionCall) -> AttentionInputs:
     """A call of attention as the kernels take it; errors: see `_selected`."""
-    numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "key_mask", "window")}
+    names = ("geometry", "scale", "dense_len", "key_mask", "window", "key_bias", "sinks", "softcap")
+    numbers = {name: getattr(call, name) for name in names}
     whole = _covers_every_query(q, k, call)
     return AttentionInputs(q, k, v, *_selected(q, k, selection, call), **numbers, every_query=whole)
 

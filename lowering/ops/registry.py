@@ -17,7 +17,7 @@ from torch import Tensor
 from infllm_pass.compat.aten import OpOverload, keeps_operators
 from infllm_pass.compat.tensors import FakeTensor, FunctionalTensor, FunctionalTensorMode
 
-from .attention_args import Signature, flatten_tensors, no_gradients, restore_tensors
+from .attention_args import DIFFERENTIABLE_TERMS, Signature, flatten_tensors, no_gradients, restore_tensors
 
 LIBRARY = torch.library.Library("infllm", "FRAGMENT")
 
@@ -46,7 +46,7 @@ class Operator:
         kernels: the same, calling kernels in the form that compilers record; None: compilers never see them.
         seen: of the same arguments, what a compiler sees of the call; not asked in `torch.export`, where it sees the
             operator.
-        backward: the operator of its gradient, for q, k and v; see `_differentiate`. None: it has none.
+        backward: the operator of its gradient; see `_differentiate`. None: it has none.
         doc: what it computes and returns.
     """
 
@@ -119,12 +119,14 @@ class Operator:
 
 
 def _differentiate(forward: Operator, backward: Operator) -> None:
-    """Register a gradient: of q, k and v, for an operator whose first output alone has one.
+    """Register a gradient: of q, k, v and `DIFFERENTIABLE_TERMS`, for an operator whose first output alone has one.
 
     Args:
         forward: the operator; returns its output and the log-sum-exp.
-        backward: takes the output's gradient, q, k, v, what the operator returned, and its other arguments.
+        backward: takes the output's gradient, q, k, v, what the operator returned, and its other arguments; returns
+            gradients of q, k and v, and a list of those of the terms that are given.
     """
+    terms = [forward.signature.names.index(name) - 3 for name in DIFFERENTIABLE_TERMS]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
@@ -132,7 +134,10 @@ def _differentiate(forward: Operator, backward: Operator) -> None:
         ctx.save_for_backward(*tensors)
 
     def run(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Any, ...]:
-        gradients = backward(grad_out, *restore_tensors(ctx.saved_tensors, ctx.rest))
-        return (*gradients, *no_gradients(ctx.rest[5:]))
+        *gradients, of_terms = backward(grad_out, *restore_tensors(ctx.saved_tensors, ctx.rest))
+        others = list(no_gradients(ctx.rest[5:]))
+        for place, gradient in zip((at for at in terms if ctx.rest[5 + at] is not None), of_terms, strict=True):
+            others[place] = gradient
+        return (*gradients, *others)
 
     torch.library.register_autograd(f"infllm::{forward.name}", run, setup_context=save, lib=LIBRARY)

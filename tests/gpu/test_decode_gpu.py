@@ -15,7 +15,7 @@ from infllm_pass.kernels.triton.decode.compress import decode_compress_kernel
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import dependent_launch
 from infllm_pass.lowering.ops import decode_triton
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.kernels.triton.test_decode import select_and_attend
 from tests.support.common import relative_error
@@ -39,8 +39,9 @@ def _poisoned():
 
 
 def operator(*arguments):
-    q, k, v, *others, geometry = arguments
-    return decode_attention(q, k, v, others[:-6], *others[-6:], geometry_text(geometry))
+    q, k, v, *state, lengths, starts, key_mask, window, scale, dense_len, geometry = arguments
+    call = DecodeCall(lengths, scale, dense_len, geometry, starts, key_mask, window)
+    return decode_attention(q, k, v, state, *call.arguments)
 
 
 def cache(*arguments, **sizes):
@@ -176,8 +177,8 @@ class Attention(nn.Module):
         self.lengths.add_(1)
         state = [*(getattr(self, name) for name in self.kept), self.filled]
         steps = self.steps
-        numbers = (steps.scale, steps.dense_len, geometry_text(steps.geometry))
-        return decode_attention(q, self.k, self.v, state, self.lengths, None, None, None, *numbers)[0]
+        call = DecodeCall(self.lengths, steps.scale, steps.dense_len, steps.geometry)
+        return decode_attention(q, self.k, self.v, state, *call.arguments)[0]
 
     def check(self, q: Tensor, out: Tensor) -> None:
         """Compare a step with the oracle on the whole prefix."""
@@ -254,7 +255,7 @@ def test_launches_that_overlap_give_the_same_bits(heads, length, geometry, monke
     caches = [[torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)] for _ in range(6)]
     states = [new_state(k, geometry) for k, _ in caches]
     q = torch.randn(2, heads[0], 1, 128, device=DEVICE, dtype=torch.bfloat16)
-    numbers = (lengths, None, None, None, 128**-0.5, 8192, geometry_text(geometry))
+    numbers = DecodeCall(lengths, 128**-0.5, 8192, geometry).arguments
 
     def layers() -> Tensor:
         x = q
@@ -289,6 +290,7 @@ def test_opcheck(padded, recorded, geometry, monkeypatch):
     q = steps.append(2)
     starts = steps.numbers([0, 9]) if padded else None
     state = [each.zero_() for each in steps.state]
-    given = (q, steps.k.nan_to_num(), steps.v.nan_to_num(), state, steps.numbers(steps.lengths), starts)
-    given = (*given, steps.key_mask if padded else None, None, 0.25, 55, geometry_text(steps.geometry))
+    lengths, key_mask = steps.numbers(steps.lengths), steps.key_mask if padded else None
+    call = DecodeCall(lengths, 0.25, 55, steps.geometry, starts, key_mask).arguments
+    given = (q, steps.k.nan_to_num(), steps.v.nan_to_num(), state, *call)
     torch.library.opcheck(decode_attention.default, given)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import infllm_pass
 from infllm_pass import SparseAttentionConfig, switchable_attention, switchable_attention_varlen
 from infllm_pass.kernels.triton.launch import multiprocessors
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.common import llama, oracle_attention, relative_error, tokens
 
@@ -84,9 +84,10 @@ def test_a_decode_step():
     for device in ("cuda:0", SCORED):
         q, k, v = (x.to(device) for x in near)
         lengths = torch.tensor([290, 70], device=device)
-        numbers = (0.125, 80, geometry_text(CONFIG.geometry))
         state = new_state(k, CONFIG.geometry)
-        outs.append(decode_attention(q, k, v, state, lengths, None, None, None, *numbers)[0].cpu())
+        outs.append(
+            decode_attention(q, k, v, state, *DecodeCall(lengths, 0.125, 80, CONFIG.geometry).arguments)[0].cpu()
+        )
         assert state[2].tolist() == [290, 70]
     assert torch.equal(*outs)
     assert multiprocessors(SCORED) > 2

@@ -17,7 +17,8 @@ from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.kv_cache.spec import StateTensor
 from infllm_pass.masks import BATCH, HEAD
 from infllm_pass.plan.length_guard import Branch
-from infllm_pass.plan.planner import Lowering, plan_graph
+from infllm_pass.plan.planner import plan_graph
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.pipeline import SitePolicy, run_on_export, run_pass
 from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Kernels, Refusal
 from tests.support import cache_support
@@ -337,11 +338,11 @@ def test_several_biases_and_padding_are_added_up():
     assert calls == ["counted"]
 
 
-@pytest.mark.parametrize("form", BIASES)
-def test_without_such_a_target_a_bias_is_refused(form):
+@pytest.mark.parametrize("form", ["of heads", "of heads alone"])
+def test_without_such_a_target_a_bias_that_differs_in_a_group_is_refused(form):
     """With the reason and the words that a mask gets whose numbers are not understood, and no guard on the length."""
     view, shape, _ = BIASES[form]
-    q, k, v = qkv()
+    q, k, v = qkv(heads_kv=1)
     module = capture(lambda q, k, v, b: biased(q, k, v, view(b)), q, k, v, torch.randn(shape, dtype=torch.float64))
     before = module.code
     (row,) = run_pass(module, SMALL).sites
@@ -361,9 +362,9 @@ def test_a_refused_bias_leaves_dynamic_lengths_unguarded():
         seen.append(run_pass(module, SMALL))
         return module.forward
 
-    run = torch.compile(lambda q, k, v, b: biased(q, k, v, b), backend=backend, dynamic=True)
+    run = torch.compile(lambda q, k, v, b: biased(q, k, v, b[:, None]), backend=backend, dynamic=True)
     for length in (30, 100):  # on both sides of dense_len
-        run(*qkv(length), torch.randn(length, dtype=torch.float64))
+        run(*qkv(length, heads_kv=1), torch.randn(2, length, dtype=torch.float64))
     assert len(seen) == 1
 
 

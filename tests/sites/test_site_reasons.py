@@ -30,7 +30,7 @@ def returned(q, k, v):
 
 
 def sinks(q, k, v):
-    scores = torch.cat([masked(scores_of(q, k)), torch.zeros(*q.shape[:3], 1, dtype=q.dtype)], -1)
+    scores = torch.cat([masked(scores_of(q, k)), q[..., :1]], -1)
     return scores.softmax(-1)[..., :-1] @ v
 
 
@@ -49,11 +49,14 @@ REFUSED = {
     "other lengths": (lambda q, k, v: scores_of(q[:, :, :20], k).softmax(-1) @ v, Reason.CROSS_ATTENTION),
     "bias": (lambda q, k, v: (masked(scores_of(q, k)) + q.new_ones(57, 57).cumsum(0)).softmax(-1) @ v, "ADDITIVE_BIAS"),
     "bias before scaling": (
-        lambda q, k, v: masked((q @ k.mT + k[:, :, :, 0][:, :, None]) * 0.3).softmax(-1) @ v,
+        lambda q, k, v: masked((q @ k.mT + q[:, :, :, :1]) * 0.3).softmax(-1) @ v,
         Reason.ADDITIVE_BIAS,
     ),
-    "soft cap": (lambda q, k, v: masked(torch.tanh(scores_of(q, k) / 5) * 5).softmax(-1) @ v, Reason.SOFT_CAP),
-    "sinks": (sinks, Reason.SINK),
+    "soft cap of masked scores": (
+        lambda q, k, v: (torch.tanh(masked(scores_of(q, k)) / 5) * 5).softmax(-1) @ v,
+        Reason.SOFT_CAP,
+    ),
+    "sinks of queries": (sinks, Reason.SINK),
     "dropout": (part(softmax=lambda s: F.dropout(s.softmax(-1), 0.2)), Reason.DROPOUT),
     "weights returned": (returned, Reason.RETURNED_WEIGHTS),
     "finite fill": (part(mask=lambda s: s.masked_fill(hidden(57), -1e4)), Reason.SOFT_MASK),
@@ -199,7 +202,7 @@ def test_a_failure_of_a_matcher_is_a_row_and_the_model_runs(monkeypatch):
 
 
 def test_a_miss_shows_how_far_the_matcher_got():
-    module = capture(REFUSED["soft cap"][0], *qkv())
+    module = capture(REFUSED["soft cap of masked scores"][0], *qkv())
     (row,) = run_pass(module, ALWAYS).sites
     assert "softmax and product with values found" in row.explanation
     assert "stopped at node tanh" in row.explanation
@@ -207,6 +210,6 @@ def test_a_miss_shows_how_far_the_matcher_got():
 
 
 def test_the_warning_names_the_best_partial_match():
-    model = infllm_pass.sparsify(torch.compile(REFUSED["sinks"][0], backend="eager"), SMALL)
-    with pytest.warns(NoAttentionSiteWarning, match=r"SINK: .*stopped at node scores .*test_site_reasons.py"):
+    model = infllm_pass.sparsify(torch.compile(REFUSED["sinks of queries"][0], backend="eager"), SMALL)
+    with pytest.warns(NoAttentionSiteWarning, match=r"SINK: .*stopped at node .*test_site_reasons.py"):
         model(*qkv())

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from infllm_pass.rewrite.pipeline import SitePolicy
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from tests.sites.test_sites_handwritten import ALWAYS, COVERING, capture, compiled, oracle, run, run_pass
+from tests.support import score_terms
 from tests.support.common import count_calls, relative_error
 
 SCALE = 8**-0.5
@@ -53,7 +56,14 @@ def noncausal(batch, head, query, key):
 REFUSED = {
     "no mask": (lambda q, k, v: attend(q, k, v, mask=None), "BIDIRECTIONAL"),
     "other mask": (lambda q, k, v: attend(q, k, v, mask=noncausal), None),
-    "soft cap": (lambda q, k, v: attend(q, k, v, score_mod=lambda s, *_: torch.tanh(s / 5) * 5), "SOFT_CAP"),
+    "capped twice": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, *_: torch.tanh(torch.tanh(s / 5) * 5) * 5),
+        "SOFT_CAP",
+    ),
+    "shifted before the cap": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, *_: torch.tanh(s / 5 + 1) * 5),
+        "SOFT_CAP",
+    ),
     "bias": (lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i)), "ADDITIVE_BIAS"),
     "log-sum-exp": (lambda q, k, v: attend(q, k, v, return_lse=True), "RETURNED_WEIGHTS"),
 }
@@ -75,3 +85,27 @@ def test_a_rewritten_model_runs():
     out, (row,) = compiled(attend, COVERING, q, k, v)
     assert row.decision == "switchable"
     assert relative_error(out, attend(q, k, v)) < 1e-5
+
+
+CAPS = {
+    "divided": lambda s, *_: 2.0 * torch.tanh(s / 2.0),
+    "scaled before": lambda s, *_: torch.tanh(s * SCALE / 0.5) * 0.5,
+    "of both signs": lambda s, *_: -2.0 * torch.tanh(s / -2.0),
+}
+
+
+@pytest.mark.parametrize("form", CAPS)
+def test_a_cap_is_read_off_the_score_function(form):
+    def capped(q, k, v):
+        return attend(q, k, v, score_mod=CAPS[form])
+
+    q, k, v = qkv()
+    score_terms.taken.clear()
+    torch._dynamo.reset()
+    module = capture(capped, q, k, v)
+    expected = capped(q, k, v)
+    (row,) = run_pass(module, SitePolicy(ALWAYS, targets=(score_terms.TakesTerms(), *DEFAULT_TARGETS))).sites
+    assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
+    assert score_terms.taken == [("softcap",)]
+    assert count_calls(module, torch.ops.higher_order.flex_attention) == 0
+    assert relative_error(run(module, (q, k, v)), expected) < 1e-5

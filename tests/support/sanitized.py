@@ -19,7 +19,7 @@ from infllm_pass import SparseAttentionConfig, switchable_attention
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
 from infllm_pass.kernels.triton.prefill import attention
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 
 CONFIG = SparseAttentionConfig(
@@ -139,8 +139,8 @@ def decode(name: str, case: Case) -> bool:
     for count, others in ((1, (None, None, None)), (5, (starts, key_mask, None)), (1, (starts, None, 500))):
         lengths += count
         q = torch.randn(2, case.heads_q, count, case.dim, device="cuda", dtype=torch.bfloat16)
-        numbers = (case.dim**-0.5, DENSE_LEN, geometry_text(geometry))
-        out, _ = decode_attention(q, k, v, state, lengths, *others, *numbers)
+        call = DecodeCall(lengths, case.dim**-0.5, DENSE_LEN, geometry, *others)
+        out, _ = decode_attention(q, k, v, state, *call.arguments)
         torch.cuda.synchronize()
         finite = bool(out.isfinite().all())
         print(f"{name} decode {count}: {'finite' if finite else 'NOT FINITE'}", flush=True)

@@ -6,11 +6,12 @@ import operator
 
 from torch import fx
 
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.emit.mask_operands import MASK_ARGUMENTS
+from infllm_pass.lowering.ops.attention_args import ATTEND, COMPRESS, SELECT, geometry_text
 from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
-from infllm_pass.plan.planner import Lowering
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
-from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_bias
+from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_terms
 
 
 class BlockSparse:
@@ -20,13 +21,13 @@ class BlockSparse:
 
     def accepts(self, request: Request) -> Refusal | None:
         """Every site, but those of a GPU that the model's own mask serves better than operators tuned for the CPU."""
-        biased = refuses_bias(request)
+        refused = refuses_terms(request)
         replaces_own_mask = request.lowering is Lowering.DENSE and (
             request.plan.in_cache or not request.plan.switchable
         )
-        if biased is None and replaces_own_mask and (refusal := operator_kernels(request).refusal):
+        if refused is None and replaces_own_mask and (refusal := operator_kernels(request).refusal):
             return Refusal(f"dense attention is faster with the model's own mask: {refusal}")
-        return biased
+        return refused
 
     def state(self, request: Request) -> None:
         """Nothing is kept: keys are compressed anew at every call."""
@@ -41,9 +42,15 @@ class BlockSparse:
         operands = builder.operands()
         if self.kernels(request).name == "triton":
             operands = [builder.unit_stride(node) for node in operands]
-        call = (*builder.mask_arguments(), request.scale, config.switch_length, geometry_text(request.geometry))
+        scalars = {
+            "scale": request.scale,
+            "dense_len": config.switch_length,
+            "geometry": geometry_text(request.geometry),
+        }
+        call = dict(zip(MASK_ARGUMENTS, builder.mask_arguments(), strict=True)) | scalars | builder.terms()
         selection: fx.Node | list[fx.Node] = []
         if request.lowering is Lowering.SPARSE:
-            state = builder.call(compress_keys.default, *operands[:2], *call)
-            selection = builder.call(select_blocks.default, *operands[:2], state, *call)
-        return builder.call(operator.getitem, builder.call(block_attention.default, *operands, selection, *call), 0)
+            state = builder.call(compress_keys.default, *operands[:2], *COMPRESS.rest(call))
+            selection = builder.call(select_blocks.default, *operands[:2], state, *SELECT.rest(call))
+        attended = builder.call(block_attention.default, *operands, selection, *ATTEND.rest(call))
+        return builder.call(operator.getitem, attended, 0)

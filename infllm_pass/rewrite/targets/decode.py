@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from infllm_pass.emit.mask_operands import ROW_ARGUMENTS
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.scorer import scorer_of
 from infllm_pass.kv_cache.spec import StateTensor
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DECODE, geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention
-from infllm_pass.plan.planner import Lowering
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
-from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_bias
+from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_terms
 
 _NEVER_SPARSE = torch.iinfo(torch.int32).max
 """A `dense_len` beyond all lengths: decoding then is dense, in the operator that splits the keys among programs."""
@@ -53,7 +54,7 @@ class Decode:
             return Refusal("the Triton kernels do not take it")
         if request.lowering is Lowering.DENSE and not request.plan.in_cache:
             return Refusal("its keys are too few")
-        return refuses_bias(request)
+        return refuses_terms(request)
 
     def state(self, request: Request) -> ScorerState:
         """Compressed keys, or index keys."""
@@ -71,6 +72,9 @@ class Decode:
         dense_len = config.switch_length if request.lowering is Lowering.SPARSE else _NEVER_SPARSE
         if self.kernels(request).name == "triton":
             operands = [builder.unit_stride(node) for node in operands]
-        call = (*rows, request.scale, dense_len, geometry_text(request.geometry))
+        scalars = {"scale": request.scale, "dense_len": dense_len, "geometry": geometry_text(request.geometry)}
+        call = dict(zip(ROW_ARGUMENTS, rows, strict=True)) | scalars | builder.terms()
         kept = [*state.tensors, state.filled]
-        return builder.call(operator.getitem, builder.call(decode_attention.default, *operands, kept, *call), 0)
+        return builder.call(
+            operator.getitem, builder.call(decode_attention.default, *operands, kept, *DECODE.rest(call)), 0
+        )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from infllm_pass.graph.facts import example_of, size
-from infllm_pass.plan.planner import Lowering
+from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request
 

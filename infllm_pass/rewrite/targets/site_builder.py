@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from infllm_pass.emit.builder import Emitter
-from infllm_pass.emit.mask_operands import MaskOperands
+from infllm_pass.emit.mask_operands import MaskOperands, wide_dtype
 from infllm_pass.graph.facts import GraphFacts, example_of
 from infllm_pass.kv_cache.invalidation import CacheUpkeep
 from infllm_pass.kv_cache.spec import StateNodes
-from infllm_pass.plan.planner import SitePlan
+from infllm_pass.plan.site_plan import SitePlan
 from infllm_pass.sites import AttentionSite, Operand
 
 
@@ -70,8 +71,20 @@ class SiteBuilder:
         return self._masks.arguments(self._plan, self._site)
 
     def key_bias(self) -> list[fx.Node]:
-        """The numbers that are added to the scores, each ``[B or 1, Hq or 1, Lk]``, see `MaskOperands.key_bias`."""
+        """The numbers that are added to the scores, see `MaskOperands.key_bias`."""
         return self._masks.key_bias(self._plan, self._site)
+
+    def terms(self) -> dict[str, Any]:
+        """What the scores have beside the mask, by the names of the operators' arguments.
+
+        A bias is one tensor ``[B or 1, Hkv or 1, Lk]``, sinks are ``[Hq]``, in the dtype that scores are summed in.
+        """
+        site, wide = self._site, wide_dtype(self._site)
+        bias: fx.Node | None = None
+        for term in self.key_bias():
+            term = term if example_of(term).dtype == wide else self.call("to", term, wide)
+            bias = term if bias is None else self.call(operator.add, bias, term)
+        return {"key_bias": bias, "sinks": self._masks.sinks(site), "softcap": site.softcap}
 
     def decoding_arguments(self) -> tuple[StateNodes, tuple[Any, ...]]:
         """The cache's state, true to what the graph wrote to the cache, and lengths, starts, key_mask and window.

@@ -12,7 +12,7 @@ from infllm_pass.kernels.cpu import native
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kv_cache.spec import StateLayout
 from infllm_pass.lowering.ops.checks import refused_by_tiled
-from infllm_pass.plan.planner import Lowering, SitePlan
+from infllm_pass.plan.site_plan import Lowering, SitePlan
 from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.sites import AttentionSite
@@ -120,13 +120,17 @@ def operator_kernels(request: Request) -> Kernels:
     refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry)
     if refusal is None:
         return Kernels("triton")
-    name = "C++" if native.takes(query) else "torch operators"
+    name = "C++" if native.takes(query) and not request.plan.terms else "torch operators"
     return Kernels(name, refusal if query.device.type != "cpu" else "")
 
 
-def refuses_bias(request: Request) -> Refusal | None:
-    """The refusal of a mask that adds numbers to the scores; None for any other."""
-    mask = request.plan.mask
-    if mask is None or not mask.key_terms.bias:
+def refuses_terms(request: Request) -> Refusal | None:
+    """The refusal of numbers added to keys that differ among the query heads of a group; None for all other sites."""
+    plan, site = request.plan, request.site
+    heads, kv_heads = int(site.query_heads), int(site.kv_heads)
+    biases = () if plan.mask is None else plan.mask.key_terms.bias
+    apart = next((bias for bias in biases if not bias.is_shared_by(heads, kv_heads)), None)
+    if apart is None:
         return None
-    return Refusal(mask.key_terms.bias[0].described, Reason.ADDITIVE_BIAS)
+    seen = f"{apart.described}; it differs among the {heads // kv_heads} query heads of a key/value head"
+    return Refusal(seen, Reason.ADDITIVE_BIAS)

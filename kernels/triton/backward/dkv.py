@@ -15,6 +15,7 @@ from torch import Tensor
 from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
 from ..launch import precision, wrap_triton
+from ..score_terms import cap_products, load_key_bias
 from ..tile_ops import UNBOUNDED, mask_scores
 from ..tile_tables import TABLE_COLUMNS, padded_dim
 from .block_to_query import BLOCK_BATCH, BLOCK_KEY, BLOCK_KEYS, BLOCK_QUERY, BLOCK_RUN, BLOCK_SHIFT, invert_selection
@@ -51,6 +52,8 @@ def _step_queries(first, listed, start, token, run, last):
 @triton.jit(
     do_not_specialize=[
         "key_mask_batch_stride",
+        "bias_batch_stride",
+        "bias_head_stride",
         "length_q",
         "length_k",
         "num_units",
@@ -69,8 +72,10 @@ def _key_gradients_kernel(
     delta,
     grad_k,
     grad_v,
+    grad_bias,  # float32 [B, Hkv, Lk], HAS_BIAS only, as the bias
     pool,
     key_mask,
+    key_bias,
     table,
     starts,
     counts,
@@ -91,6 +96,9 @@ def _key_gradients_kernel(
     v_token_stride,
     key_mask_batch_stride,
     key_mask_token_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_token_stride,
     heads,
     length_q,
     length_k,
@@ -100,6 +108,7 @@ def _key_gradients_kernel(
     limit,
     window,
     scale,
+    softcap,  # HAS_SOFTCAP only
     GROUP: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     HEAD_CHUNKS: tl.constexpr,
@@ -114,6 +123,8 @@ def _key_gradients_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Pieces first: they are the longest.
@@ -180,8 +191,12 @@ def _key_gradients_kernel(
     scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
     LOG2E: tl.constexpr = 1.4426950408889634
     ROWS: tl.constexpr = TOKENS * TILE_HEADS
-    scale_log2 = scale * LOG2E
-    inverse_scale = 1.0 / scale
+    unit = scale  # of scores, as in `score_terms`
+    if HAS_SOFTCAP:
+        unit = tl.cast(softcap, tl.float32)
+        cap_log2 = 2.0 * LOG2E * scale / unit
+    scale_log2 = unit * LOG2E
+    inverse_unit = 1.0 / unit
     heads_q = heads * GROUP
     q += batch * q_batch_stride + (head * GROUP).to(tl.int64) * q_head_stride
     grad_out += batch * grad_batch_stride + (head * GROUP).to(tl.int64) * grad_head_stride
@@ -189,10 +204,10 @@ def _key_gradients_kernel(
     row_token = tl.arange(0, ROWS) // TILE_HEADS
     row_head = tl.arange(0, ROWS) % TILE_HEADS
     # One load fetches a step's lse and delta, each thread one number, a step ahead. Products start from what would be
-    # subtracted from them, lse / scale and delta, which each thread prepares for its number.
+    # subtracted from them, lse in the unit of scores and delta, which each thread prepares for its number.
     lane = tl.arange(0, 2 * ROWS)
     lane_base = tl.where(lane < ROWS, lse + statistics, delta + statistics)
-    lane_factor = tl.where(lane < ROWS, -inverse_scale, -1.0)
+    lane_factor = tl.where(lane < ROWS, -inverse_unit, -1.0)
     lane_token = lane % ROWS // TILE_HEADS
     lane_head = lane % TILE_HEADS
     row_listed = row_token
@@ -208,6 +223,10 @@ def _key_gradients_kernel(
     if HAS_LISTS:
         lane_listed = _listed_queries(queries, following, lane_token, run, last)
 
+    if HAS_BIAS:
+        bias_at = key_bias + batch * bias_batch_stride + head.to(tl.int64) * bias_head_stride
+        bias = load_key_bias(bias_at + key_rows * bias_token_stride, scale_log2, None)  # [BLOCK_N]
+        sum_bias = tl.zeros([BLOCK_N], tl.float32)
     sum_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for step in range(tl.cdiv(last - begin + 1, TOKENS) * HEAD_CHUNKS):
@@ -243,7 +262,14 @@ def _key_gradients_kernel(
         grad_weights = zeros + grad_start[None, :]
         grad_weights = tl.dot(v_tile, tl.trans(g_tile), grad_weights, input_precision=PRECISION)  # [BLOCK_N, ROWS]
         scores = zeros + score_start[None, :]
-        scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [BLOCK_N, ROWS]
+        if HAS_BIAS:
+            scores += bias[:, None]
+        if HAS_SOFTCAP:
+            capped = cap_products(tl.dot(k_tile, tl.trans(q_tile), zeros, input_precision=PRECISION), cap_log2)
+            slope = 1.0 - capped * capped
+            scores += capped
+        else:
+            scores = tl.dot(k_tile, tl.trans(q_tile), scores, input_precision=PRECISION)  # [BLOCK_N, ROWS]
         if (start < early) | (start + (TOKENS - 1) > last):
             index = start + row_token
             own = first + index + shift  # number of the query's own key
@@ -259,15 +285,22 @@ def _key_gradients_kernel(
             scores = mask_scores(scores, key + keys[:, None], own[None, :], window, True, False, True)
         weights = tl.exp2(scores * scale_log2)
         sum_v = tl.dot(weights.to(g_tile.dtype), g_tile, sum_v, input_precision=PRECISION)
-        sum_k = tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)
+        grad_scores = weights * grad_weights
+        if HAS_BIAS:
+            sum_bias += tl.sum(grad_scores, 1)
+        if HAS_SOFTCAP:
+            grad_scores *= slope
+        sum_k = tl.dot(grad_scores.to(q_tile.dtype), q_tile, sum_k, input_precision=PRECISION)
     sum_k *= scale
 
     if in_pool:
-        slot = pool + task.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
+        slot = pool + task.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + VALUE_DIM + HAS_BIAS)
         inside = (part * BLOCK_N + keys)[:, None]
         tl.store(slot + inside * HEAD_DIM + dims[None, :], sum_k, mask=dims[None, :] < HEAD_DIM)
         slot += BLOCK_SIZE * HEAD_DIM
         tl.store(slot + inside * VALUE_DIM + value_dims[None, :], sum_v, mask=value_dims[None, :] < VALUE_DIM)
+        if HAS_BIAS:
+            tl.store(slot + BLOCK_SIZE * VALUE_DIM + part * BLOCK_N + keys, sum_bias)
     else:
         valid = keys <= last_key
         if HAS_KEY_MASK:
@@ -277,6 +310,8 @@ def _key_gradients_kernel(
         tl.store(out, sum_k.to(grad_k.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < HEAD_DIM))
         out = grad_v + at_rows * VALUE_DIM + value_dims[None, :]
         tl.store(out, sum_v.to(grad_v.dtype.element_ty), mask=valid[:, None] & (value_dims[None, :] < VALUE_DIM))
+        if HAS_BIAS:
+            tl.store(grad_bias + (batch * heads + head) * length_k + key + keys, sum_bias, mask=valid)
 
 
 def key_gradients(
@@ -287,8 +322,8 @@ def key_gradients(
     *,
     piece_steps: int = PIECE_STEPS,
     pool_bytes: int = POOL_BYTES,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the keys and the values of block-sparse attention.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the keys, the values and the key bias of block-sparse attention.
 
     Args:
         grad_out: gradient of the output, ``[B, Hq, Lq, Dv]``, any strides with the last one 1.
@@ -299,15 +334,19 @@ def key_gradients(
         pool_bytes: memory for the sums of pieces, which bounds how small the pieces become.
 
     Returns:
-        Contiguous gradients in the dtypes of `k` and `v`; 0 for keys that no query sees.
+        Contiguous gradients in the dtypes of `k` and `v`, and of the key bias in its dtype and shape, None where there
+        is none; 0 for keys that no query sees.
     """
-    q, k, v, key_mask = given.q, given.k, given.v, given.key_mask
+    q, k, v, key_bias = given.q, given.k, given.v, given.key_bias
     batch, heads, length_k = k.shape[:3]
     length_q, (dim, value_dim) = q.shape[2], given.dims
     shape, block_size = given.plan.shape, given.geometry.block_size
     # Of different shapes on purpose: a compiler merges two equal allocations, and then copies one of them.
     grad_k = torch.zeros(k.numel() // dim, dim, dtype=k.dtype, device=k.device)
     grad_v = torch.zeros(v.numel(), dtype=v.dtype, device=v.device)
+    grad_bias = None
+    if key_bias is not None:
+        grad_bias = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     key_lists = invert_selection(
         given.lists,
         given.plan,
@@ -324,7 +363,7 @@ def key_gradients(
         heads=heads,
         length_q=length_q,
         smallest=piece_steps * shape.tokens,
-        slot_size=block_size * (dim + value_dim),
+        slot_size=block_size * (dim + value_dim + (grad_bias is not None)),
         pool_bytes=pool_bytes,
     )
     launch = config_for(LaunchConfig, "key_gradients", k, given.padded)
@@ -339,8 +378,9 @@ def key_gradients(
         delta,
         grad_k,
         grad_v,
+        pieces.pool if grad_bias is None else grad_bias,
         pieces.pool,
-        table if key_mask is None else key_mask,
+        *given.of_keys,
         table,
         table if key_lists.starts is None else key_lists.starts,
         table if key_lists.counts is None else key_lists.counts,
@@ -350,6 +390,7 @@ def key_gradients(
         *grad_out.stride()[:3],
         *given.strides,
         *given.mask_strides,
+        *given.bias_strides,
         heads,
         length_q,
         length_k,
@@ -359,6 +400,7 @@ def key_gradients(
         pieces.limit,
         0 if given.window is None else given.window,
         given.scale,
+        given.softcap,
         GROUP=shape.group,
         TILE_HEADS=tile_heads,
         HEAD_CHUNKS=shape.padded_group // tile_heads,
@@ -371,10 +413,14 @@ def key_gradients(
         BLOCK_N=keys,
         QUERY_BLOCK=given.geometry.query_block,
         HAS_LISTS=given.lists is not None,
-        HAS_KEY_MASK=key_mask is not None,
+        HAS_KEY_MASK=given.key_mask is not None,
+        HAS_BIAS=grad_bias is not None,
+        HAS_SOFTCAP=given.softcap != 0.0,
         HAS_WINDOW=given.window is not None,
         PRECISION=precision(k),
         **launch.options,
     )
-    add_pieces(grad_k, grad_v, pieces, key_lists, given)
-    return grad_k.view(k.shape), grad_v.view(v.shape)
+    add_pieces(grad_k, grad_v, grad_bias, pieces, key_lists, given)
+    if key_bias is not None and grad_bias is not None:
+        grad_bias = grad_bias.sum_to_size(key_bias.shape).to(key_bias.dtype)
+    return grad_k.view(k.shape), grad_v.view(v.shape), grad_bias

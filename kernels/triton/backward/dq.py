@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
 from ..launch import wrap_triton
+from ..score_terms import cap_products, load_key_bias
 from ..tile_ops import (
     LOG2_E,
     count_visits,
@@ -101,6 +102,7 @@ def _add_step(
     k_rows,  # [BN, D] addresses
     v_rows,  # [Dv, BN] addresses
     key_mask,  # [BN] addresses
+    key_bias,  # [BN] addresses
     dims,  # [1, D]
     value_dims,  # [Dv, 1]
     count,
@@ -113,11 +115,14 @@ def _add_step(
     shift,  # [BM]
     row_delta,  # [BM]
     scale_log2,
+    cap_log2,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     SHORT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the keys of a step give; `load_keys` and `mask_step` explain what they are handed on."""
@@ -125,12 +130,19 @@ def _add_step(
     k_step = load_keys(k_rows, numbers[:, None], dims, count, HEAD_DIM, dims.shape[1] == HEAD_DIM, SHORT)  # [BN, D]
     v_step = load_keys(v_rows, numbers[None, :], value_dims, count, VALUE_DIM, value_dims.shape[0] == VALUE_DIM, SHORT)
     scores = tl.dot(queries, tl.trans(k_step), input_precision=PRECISION)  # [BM, BN]
+    if HAS_SOFTCAP:
+        scores = cap_products(scores, cap_log2)
+        slope = 1.0 - scores * scores
+    if HAS_BIAS:
+        scores += load_key_bias(key_bias, scale_log2, None)[None, :]
     scores = mask_step(
         scores, key_positions, start, position, positions, last, window, key_mask, HAS_WINDOW, HAS_KEY_MASK
     )
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
     grad_weights = tl.dot(gradients, v_step, input_precision=PRECISION)  # [BM, BN]
     grad_scores = weights * (grad_weights - row_delta[:, None])
+    if HAS_SOFTCAP:
+        grad_scores *= slope
     return tl.dot(grad_scores.to(k_step.dtype), k_step, acc, input_precision=PRECISION)
 
 
@@ -165,6 +177,8 @@ def _store_query_gradient(
         "lse_batch_stride",
         "lse_head_stride",
         "key_mask_batch_stride",
+        "bias_batch_stride",
+        "bias_head_stride",
         "capacity",
         "dense_len",
         "window",
@@ -183,6 +197,7 @@ def _query_gradient_kernel(
     tokens,
     counts,
     key_mask,  # bool [B, Lk], HAS_KEY_MASK only
+    key_bias,  # [B, Hkv, Lk], HAS_BIAS only
     grad_batch_stride,
     grad_head_stride,
     grad_token_stride,
@@ -202,11 +217,15 @@ def _query_gradient_kernel(
     lse_head_stride,
     key_mask_batch_stride,
     key_mask_token_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_token_stride,
     capacity,
     dense_len,
     window,
     scale,
-    scale_log2,  # softmax scale times log2(e)
+    scale_log2,  # base-2 logarithm that a score of 1 stands for
+    cap_log2,  # of `cap_products`, HAS_SOFTCAP only
     log2_e,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -222,6 +241,8 @@ def _query_gradient_kernel(
     HAS_LISTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     QUERIES_IN_REGISTERS: tl.constexpr,
     K_TOKEN_STRIDE: tl.constexpr,
     V_TOKEN_STRIDE: tl.constexpr,
@@ -229,6 +250,7 @@ def _query_gradient_kernel(
 ):
     scale = tl.cast(scale, tl.float32)  # Inductor passes numbers as float64
     scale_log2 = tl.cast(scale_log2, tl.float32)
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     log2_e = tl.cast(log2_e, tl.float32)
     if K_TOKEN_STRIDE > 0:  # a number of the program: the addresses of a step's keys then take no registers
         k_token_stride = K_TOKEN_STRIDE
@@ -272,6 +294,7 @@ def _query_gradient_kernel(
     k_offsets = keys[:, None] * k_token_stride + dims  # [BN, D]
     v_offsets = keys[None, :] * v_token_stride + value_dims  # [Dv, BN]
     key_mask += batch * key_mask_batch_stride
+    key_bias += batch * bias_batch_stride + head.to(tl.int64) * bias_head_stride
 
     if length < BLOCK_N:
         # As in the forward: one step, which all queries visit.
@@ -283,6 +306,7 @@ def _query_gradient_kernel(
             k + key * k_token_stride + k_offsets,
             v + key * v_token_stride + v_offsets,
             key_mask + (key + tl.minimum(keys, length - 1)) * key_mask_token_stride,
+            key_bias + (key + tl.minimum(keys, length - 1)) * bias_token_stride,
             dims,
             value_dims,
             length,
@@ -295,11 +319,14 @@ def _query_gradient_kernel(
             shift,
             row_delta,
             scale_log2,
+            cap_log2,
             HEAD_DIM,
             VALUE_DIM,
             True,
             HAS_WINDOW,
             HAS_KEY_MASK,
+            HAS_BIAS,
+            HAS_SOFTCAP,
             PRECISION,
         )
         _store_query_gradient(
@@ -338,6 +365,7 @@ def _query_gradient_kernel(
             k + key * k_token_stride + k_offsets,
             v + key * v_token_stride + v_offsets,
             key_mask + (key + keys) * key_mask_token_stride,
+            key_bias + (key + keys) * bias_token_stride,
             dims,
             value_dims,
             length,
@@ -350,11 +378,14 @@ def _query_gradient_kernel(
             step_shift,
             row_delta,
             scale_log2,
+            cap_log2,
             HEAD_DIM,
             VALUE_DIM,
             False,
             HAS_WINDOW,
             HAS_KEY_MASK,
+            HAS_BIAS,
+            HAS_SOFTCAP,
             PRECISION,
         )
 
@@ -405,11 +436,12 @@ def query_gradient(grad_out: Tensor, lse: Tensor, delta: Tensor, given: Attentio
         *grad_q.stride()[:3],
         *lse.stride()[:2],
         *given.mask_strides,
+        *given.bias_strides,
         given.capacity,
         given.dense_len,
         given.bound,
         given.scale,
-        given.scale * LOG2_E,
+        *given.unit,
         LOG2_E,
         **given.list_constants(launch),
         QUERIES_IN_REGISTERS=launch.queries_in_registers,

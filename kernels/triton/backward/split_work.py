@@ -111,6 +111,7 @@ def unit_of_slot(slots, num_units, slot):
 def _add_pieces_kernel(
     grad_k,
     grad_v,
+    grad_bias,  # float32 [B, Hkv, Lk], HAS_BIAS only
     pool,
     key_mask,
     table,
@@ -127,6 +128,7 @@ def _add_pieces_kernel(
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """One program a slot and KEYS keys; the first slot of a unit adds them all."""
     slot = tl.program_id(0)
@@ -144,11 +146,14 @@ def _add_pieces_kernel(
     ok_v = valid[:, None] & (value_dims < VALUE_DIM)
     sum_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
     sum_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
-    part = pool + slot.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
+    sum_bias = tl.zeros([KEYS], tl.float32)
+    part = pool + slot.to(tl.int64) * BLOCK_SIZE * (HEAD_DIM + VALUE_DIM + HAS_BIAS)
     for _ in range(slot, tl.load(slots + unit + 1)):
         sum_k += tl.load(part + keys[:, None] * HEAD_DIM + dims, mask=ok_k, other=0.0)
         sum_v += tl.load(part + BLOCK_SIZE * HEAD_DIM + keys[:, None] * VALUE_DIM + value_dims, mask=ok_v, other=0.0)
-        part += BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
+        if HAS_BIAS:
+            sum_bias += tl.load(part + BLOCK_SIZE * (HEAD_DIM + VALUE_DIM) + keys, mask=valid, other=0.0)
+        part += BLOCK_SIZE * (HEAD_DIM + VALUE_DIM + HAS_BIAS)
     batch = tl.load(row + BLOCK_BATCH).to(tl.int64)
     key_rows = (tl.load(row + BLOCK_KEY) + keys).to(tl.int64)
     if HAS_KEY_MASK:
@@ -158,9 +163,12 @@ def _add_pieces_kernel(
         )
         ok_k &= seen[:, None]
         ok_v &= seen[:, None]
+        valid &= seen
     at_rows = ((batch * heads + unit % heads) * length_k + key_rows)[:, None]
     tl.store(grad_k + at_rows * HEAD_DIM + dims, sum_k.to(grad_k.dtype.element_ty), mask=ok_k)
     tl.store(grad_v + at_rows * VALUE_DIM + value_dims, sum_v.to(grad_v.dtype.element_ty), mask=ok_v)
+    if HAS_BIAS:
+        tl.store(grad_bias + (batch * heads + unit % heads) * length_k + key_rows, sum_bias, mask=valid)
 
 
 def plan_pieces(
@@ -199,12 +207,20 @@ def plan_pieces(
     return Pieces(slots, size, torch.empty(limit * slot_size, dtype=torch.float32, device=device), limit)
 
 
-def add_pieces(grad_k: Tensor, grad_v: Tensor, pieces: Pieces, lists: BlockQueries, given: AttentionInputs) -> None:
+def add_pieces(
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_bias: Tensor | None,
+    pieces: Pieces,
+    lists: BlockQueries,
+    given: AttentionInputs,
+) -> None:
     """Write the gradients of the units that were cut.
 
     Args:
         grad_k: memory of ``[B, Hkv, Lk, D]``, contiguous.
         grad_v: memory of ``[B, Hkv, Lk, Dv]``, contiguous.
+        grad_bias: float32 ``[B, Hkv, Lk]``, contiguous; None: the call has no key bias.
         pieces: the pieces, computed.
         lists: the queries of each unit.
         given: the call; gradients of keys that its mask hides are not written.
@@ -213,6 +229,7 @@ def add_pieces(grad_k: Tensor, grad_v: Tensor, pieces: Pieces, lists: BlockQueri
     wrap_triton(_add_pieces_kernel)[(pieces.limit, block_size // _REDUCED_KEYS)](
         grad_k,
         grad_v,
+        pieces.pool if grad_bias is None else grad_bias,
         pieces.pool,
         lists.table if given.key_mask is None else given.key_mask,
         lists.table,
@@ -228,4 +245,5 @@ def add_pieces(grad_k: Tensor, grad_v: Tensor, pieces: Pieces, lists: BlockQueri
         BLOCK_SIZE=block_size,
         KEYS=_REDUCED_KEYS,
         HAS_KEY_MASK=given.key_mask is not None,
+        HAS_BIAS=grad_bias is not None,
     )

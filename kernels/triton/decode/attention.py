@@ -16,7 +16,8 @@ from ...geometry import BlockGeometry
 from ..configs import DecodeConfig, config_for
 from ..launch import multiprocessors, precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..tile_ops import LN_2, LOG2_E, LOWEST_SCORE, UNBOUNDED, mask_scores, online_softmax
+from ..score_terms import cap_products, load_key_bias, score_unit
+from ..tile_ops import LN_2, LOWEST_SCORE, UNBOUNDED, mask_scores, online_softmax
 from ..tile_tables import padded_dim
 from .rows import (
     DecodeRows,
@@ -51,6 +52,7 @@ def _decode_attention_kernel(
     v,
     blocks,  # int32 [B * Hkv * LINES, BUDGET]
     key_mask,  # bool [B, C], HAS_KEY_MASK only
+    key_bias,  # [B, Hkv, C], HAS_BIAS only
     part_out,  # float32 [B, Hq, Lq, splits, VALUE_DIM]
     part_lse,  # float32 [B, Hq, Lq, splits], base 2
     stride_qb,
@@ -64,7 +66,11 @@ def _decode_attention_kernel(
     stride_vt,
     stride_mb,
     stride_mt,
-    scale_log2,
+    stride_bb,
+    stride_bh,
+    stride_bt,
+    scale_log2,  # base-2 logarithm that a score of 1 stands for
+    cap_log2,  # of `cap_products`, HAS_SOFTCAP only
     heads,
     capacity,
     length_q,
@@ -86,6 +92,8 @@ def _decode_attention_kernel(
     BUDGET: tl.constexpr,
     STEP_KEYS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,6 +101,7 @@ def _decode_attention_kernel(
     AHEAD: tl.constexpr,  # visits whose keys and values are fetched early, DEPENDENT only
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     M: tl.constexpr = TOKENS * GP
     STEPS: tl.constexpr = BLOCK // STEP_KEYS
     split = tl.program_id(0)
@@ -137,6 +146,7 @@ def _decode_attention_kernel(
         line_of_row = line_of(tl.maximum(position, 0), length, length_q, QUERY_BLOCK)
         value_dims = tl.arange(0, BLOCK_DV)[None, :]
         mask_row = key_mask + batch * stride_mb + start.to(tl.int64) * stride_mt
+        bias_row = key_bias + batch * stride_bb + head * stride_bh + start.to(tl.int64) * stride_bt
         lists = blocks + pair * (LINES * BUDGET)
 
         highest = tl.full([M], LOWEST_SCORE, tl.float32)
@@ -159,6 +169,10 @@ def _decode_attention_kernel(
             v_at = v_row + key.to(tl.int64)[:, None] * stride_vt + value_dims
             values = tl.load(v_at, mask=there[:, None] & (value_dims < VALUE_DIM), other=0.0)  # [STEP_KEYS, DV]
             scores = tl.dot(queries, keys, input_precision=PRECISION)  # [M, STEP_KEYS]
+            if HAS_SOFTCAP:
+                scores = cap_products(scores, cap_log2)
+            if HAS_BIAS:
+                scores += load_key_bias(bias_row + key.to(tl.int64) * stride_bt, scale_log2, there)[None, :]
             valid = there[None, :] & (real & ((sparse == 0) | (line_of_row == line)))[:, None]
             if HAS_KEY_MASK:
                 valid &= (tl.load(mask_row + key.to(tl.int64) * stride_mt, mask=there, other=0) != 0)[None, :]
@@ -180,6 +194,7 @@ def _decode_attention_kernel(
 def _decode_merge_kernel(
     part_out,
     part_lse,
+    sinks,  # [Hq], HAS_SINKS only
     out,  # [B, Lq, Hq, VALUE_DIM]
     lse,  # float32 [B, Hq, Lq]
     heads,  # query heads
@@ -188,6 +203,7 @@ def _decode_merge_kernel(
     VALUE_DIM: tl.constexpr,
     MOST: tl.constexpr,  # a power of two, at least `splits`
     DIMS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program a query, head and DIMS numbers of the output; parts without a key have no output."""
@@ -200,8 +216,14 @@ def _decode_merge_kernel(
         await_previous()
     parts = tl.load(part_lse + row * splits + split, mask=split < splits, other=float("-inf"))
     highest = tl.max(parts, 0)
-    weight = tl.exp2(parts - tl.where(highest == float("-inf"), 0.0, highest))
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * (1.0 / LN_2)
+        highest = tl.maximum(highest, sink)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp2(parts - shift)
     total = tl.sum(weight, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - shift)
     dims = tl.program_id(1) * DIMS + tl.arange(0, DIMS)[None, :]
     at = part_out + (row * splits + split)[:, None] * VALUE_DIM + dims
     part = tl.load(at, mask=(weight > 0.0)[:, None] & (dims < VALUE_DIM), other=0.0)  # [MOST, DIMS]
@@ -225,6 +247,9 @@ def decode_attend(
     scale: float,
     dense_len: int,
     window: int | None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last queries of every row over its valid keys, or over their listed blocks.
 
@@ -239,10 +264,13 @@ def decode_attend(
         scale: softmax scale.
         dense_len: rows with fewer keys are dense.
         window: sliding window in keys, or None.
+        key_bias: floating ``[B or 1, Hkv or 1, C]``, added to the capped scores, or None.
+        sinks: floating ``[Hq]``: logits without a value that join every row's softmax, or None.
+        softcap: scores ``x`` become ``softcap * tanh(x / softcap)``; 0: no cap.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's dtype, which lies in memory as ``[B, Lq, Hq, Dv]``, and the log-sum-exp, float32
-        ``[B, Hq, Lq]``. A query without a visible key gives 0 and -inf.
+        ``[B, Hq, Lq]``, which counts the sink in. A query without a visible key gives 0, and -inf or its sink.
     """
     g = geometry
     batch, heads, capacity = k.shape[:3]
@@ -267,13 +295,15 @@ def decode_attend(
         v,
         blocks,
         blocks if key_mask is None else key_mask,
+        blocks if key_bias is None else key_bias,
         part_out,
         part_lse,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         *((0, 0) if key_mask is None else key_mask.stride()),
-        scale * LOG2_E,
+        *((0, 0, 0) if key_bias is None else key_bias.expand(k.shape[:3]).stride()),
+        *score_unit(scale, softcap),
         heads,
         capacity,
         shape.length_q,
@@ -295,6 +325,8 @@ def decode_attend(
         BUDGET=g.selected_blocks,
         STEP_KEYS=min(g.block_size & -g.block_size, launch.step_keys),
         HAS_KEY_MASK=key_mask is not None,
+        HAS_BIAS=key_bias is not None,
+        HAS_SOFTCAP=softcap != 0.0,
         HAS_WINDOW=window is not None,
         HAS_STARTS=rows.starts is not None,
         PRECISION=precision(q),
@@ -307,6 +339,7 @@ def decode_attend(
     wrap_triton(_decode_merge_kernel)[(count, triton.cdiv(value_dim, dims))](
         part_out,
         part_lse,
+        part_lse if sinks is None else sinks.contiguous(),
         out,
         lse,
         heads_q,
@@ -315,6 +348,7 @@ def decode_attend(
         VALUE_DIM=value_dim,
         MOST=MAX_SPLITS,
         DIMS=dims,
+        HAS_SINKS=sinks is not None,
         **dependent_launch(_decode_merge_kernel, q),
         num_warps=4,
     )

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..pdl import await_previous
+from ..score_terms import cap_products
 from ..tile_ops import LOWEST_SCORE, online_softmax
 from .rows import DECODE_FACTOR, clip_row, count_windows, last_of_line, line_of
 
@@ -122,6 +123,7 @@ def decode_compress_kernel(
     stride_2h,
     stride_2t,
     scale_log2,
+    cap_log2,
     heads,
     capacity,
     chunks,
@@ -139,6 +141,7 @@ def decode_compress_kernel(
     BLOCK: tl.constexpr,
     BUDGET: tl.constexpr,
     EXACT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
@@ -147,6 +150,7 @@ def decode_compress_kernel(
 ):
     """A program owns CHUNK coarse keys: it writes the new ones, and takes the queries' log-sum-exp over them all."""
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     C: tl.constexpr = TOKENS * GP
     chunk = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -208,6 +212,8 @@ def decode_compress_kernel(
             at = keys_row + index.to(tl.int64)[:, None] * keys_stride + dims
             keys = tl.load(at, mask=there, other=0.0)  # [CHUNK, DP]
             scores = tl.dot(keys, turned, input_precision=PRECISION)  # [CHUNK, C]
+            if HAS_SOFTCAP:
+                scores = cap_products(scores, cap_log2)
             scores = tl.where(index[:, None] < visible[None, :], scores, float("-inf"))
             _, highest, total, _ = online_softmax(scores, scale_log2, highest, total, True, False, 0)
         at = parts + (pair * chunks + chunk) * tiles * C + tile * C + columns

@@ -19,7 +19,8 @@ from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import DecodeConfig, config_for
 from ..launch import precision, wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..tile_ops import LOG2_E, LOWEST_SCORE, UNBOUNDED, online_softmax
+from ..score_terms import cap_products, score_unit
+from ..tile_ops import LOWEST_SCORE, UNBOUNDED, online_softmax
 from ..tile_tables import padded_dim
 from .compress import decode_compress_kernel, load_columns
 from .rows import (
@@ -77,6 +78,7 @@ def _decode_score_kernel(
     stride_1h,
     stride_1t,
     scale_log2,
+    cap_log2,
     heads,
     capacity,
     chunks,
@@ -107,6 +109,7 @@ def _decode_score_kernel(
     RANKS: tl.constexpr,
     RANKED: tl.constexpr,  # blocks that ranking keeps in registers
     WIDTH: tl.constexpr,  # the next power of two of BUDGET
+    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -115,6 +118,7 @@ def _decode_score_kernel(
     With RANKS, for rows of a single query, the last program of a row and head to arrive also ranks the blocks.
     """
     scale_log2 = tl.cast(scale_log2, tl.float32)
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     C: tl.constexpr = TOKENS * GP
     SHARED: tl.constexpr = QUERY_BLOCK > 1
     ROWS: tl.constexpr = 1 if SHARED else TOKENS  # lines of one program
@@ -176,9 +180,13 @@ def _decode_score_kernel(
                     turned = load_columns(q_row, stride_qh, stride_qt, token, member, real, D, DP)
                     norm = join_normalisers(parts_row, norm_chunks, tiles * C, token * GP + member, real)
                     product = tl.dot(windows, turned, input_precision=PRECISION)
+                    if HAS_SOFTCAP:
+                        product = cap_products(product, cap_log2)
                     score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
             else:
                 product = tl.dot(windows, turned, input_precision=PRECISION)  # [BLOCKS, C]
+                if HAS_SOFTCAP:
+                    product = cap_products(product, cap_log2)
                 weights = tl.exp2(product * scale_log2 - norm[None, :])
                 score = tl.sum(tl.reshape(weights, [BLOCKS, ROWS, GP]), 2)
             seen = known[:, None] & ((index * STRIDE + (KERNEL - 1))[:, None] <= last[None, :])
@@ -207,6 +215,7 @@ class DecodeStep:
         dense_len: rows with fewer keys select nothing.
         window: sliding window in keys, or None.
         key_mask: bool ``[B, C]``: False hides a key; None: no key is hidden. Pooled scores do not read it.
+        softcap: scores ``x`` become ``softcap * tanh(x / softcap)``; 0: no cap.
     """
 
     q: Tensor
@@ -217,6 +226,7 @@ class DecodeStep:
     dense_len: int
     window: int | None = None
     key_mask: Tensor | None = None
+    softcap: float = 0.0
 
     @cached_property
     def shape(self) -> DecodeShape:
@@ -245,6 +255,11 @@ class DecodeStep:
         return UNBOUNDED if self.window is None else self.window
 
     @property
+    def unit(self) -> tuple[float, float]:
+        """Arguments ``scale_log2`` and ``cap_log2``."""
+        return score_unit(self.scale, self.softcap)
+
+    @property
     def ranks_at_once(self) -> bool:
         """Whether the scoring kernel ranks."""
         return int(self.k.shape[1]) <= self.launch.fused_rank_heads and self.shape.length_q == 1
@@ -264,6 +279,11 @@ class DecodeStep:
         """Constants of kernels that multiply queries."""
         shape = self.shape
         return {"G": shape.group, "GP": shape.padded_group, "TOKENS": shape.tokens, "PRECISION": precision(self.q)}
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Constants of kernels that score keys."""
+        return {**self.products, "HAS_SOFTCAP": self.softcap != 0.0}
 
     @property
     def ranking(self) -> dict[str, Any]:
@@ -333,7 +353,7 @@ def decode_select(step: DecodeStep, state: DecodeState) -> Tensor:
     parts = step.parts(chunks)
     keys, arrivals, blocks = step.lists()
     windows = {"D": int(dim), "DP": padded_dim(int(dim)), "KERNEL": g.kernel_size, "STRIDE": g.kernel_stride}
-    products = {**step.products, **windows}
+    products = {**step.scoring, **windows}
     wrap_triton(decode_compress_kernel)[(chunks, step.pairs)](
         *step.rows.arguments,
         q,
@@ -347,7 +367,7 @@ def decode_select(step: DecodeStep, state: DecodeState) -> Tensor:
         *step.k.stride()[:3],
         *state.k1.stride()[:3],
         *state.k2.stride()[:3],
-        step.scale * LOG2_E,
+        *step.unit,
         heads,
         capacity,
         chunks,
@@ -374,7 +394,7 @@ def decode_select(step: DecodeStep, state: DecodeState) -> Tensor:
         state.filled,
         *q.stride()[:3],
         *state.k1.stride()[:3],
-        step.scale * LOG2_E,
+        *step.unit,
         heads,
         capacity,
         chunks,

@@ -15,7 +15,8 @@ from ..index_keys import FORMS, KEY_FORM, head_channels, place_channels, store_i
 from ..index_keys import unpack_index_keys as unpack
 from ..launch import wrap_triton
 from ..pdl import await_previous, dependent_launch
-from ..tile_ops import LOG2_E, LOWEST_SCORE, mask_scores
+from ..score_terms import cap_products
+from ..tile_ops import LOWEST_SCORE, mask_scores
 from .rows import IndexState, clip_row, last_of_line, line_of, scored_range
 from .select import DecodeStep, join_normalisers
 from .topk import rank_when_last
@@ -70,6 +71,7 @@ def decode_tokens_kernel(
     stride_mt,
     channel_stride,
     scale_log2,
+    cap_log2,
     heads,
     capacity,
     chunks,
@@ -91,6 +93,7 @@ def decode_tokens_kernel(
     BUDGET: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     OWNED: tl.constexpr,
     STEP_TOKENS: tl.constexpr,
@@ -99,6 +102,7 @@ def decode_tokens_kernel(
 ):
     """A program owns OWNED blocks: it stores the index keys of their new tokens, and scores all of their tokens."""
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     C: tl.constexpr = TOKENS * GP
     STEPS: tl.constexpr = BLOCK // STEP_TOKENS
     KEYS: tl.constexpr = DECODE_SCORED * STEP_TOKENS
@@ -168,6 +172,8 @@ def decode_tokens_kernel(
             scores = mask_scores(scores, seen_key[None, :], sees[:, None], window, inside[None, :], True, HAS_WINDOW)
             top = tl.maximum(top, tl.max(tl.reshape(scores, [C, STEP_TOKENS, DECODE_SCORED]), 1))
             if step % STEPS == STEPS - 1:
+                if HAS_SOFTCAP:  # which ascends: that of the largest score is the largest
+                    top = tl.where(top == float("-inf"), top, cap_products(top, cap_log2))
                 top = top * scale_log2
                 block = chunk * OWNED + group
                 tl.store(best_rows + block, top, mask=(block + lane < num_blocks)[None, :])
@@ -311,7 +317,7 @@ def decode_select_tokens(step: DecodeStep, state: IndexState) -> Tensor:
         *scales.stride()[:3],
         *((0, 0) if step.key_mask is None else step.key_mask.stride()),
         channels.stride,
-        step.scale * LOG2_E,
+        *step.unit,
         heads,
         capacity,
         chunks,
@@ -321,7 +327,7 @@ def decode_select_tokens(step: DecodeStep, state: IndexState) -> Tensor:
         step.dense_len,
         step.bound,
         **step.common,
-        **step.products,
+        **step.scoring,
         **channels.constants,
         FORM=FORMS[g.score_dtype],
         HAS_KEY_MASK=step.key_mask is not None,

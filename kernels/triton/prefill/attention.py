@@ -16,9 +16,9 @@ from torch import Tensor
 from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
 from ..launch import wrap_triton
+from ..score_terms import add_sink, score_products
 from ..tile_ops import (
     LN_2,
-    LOG2_E,
     LOWEST_SCORE,
     count_visits,
     forced_visits,
@@ -79,6 +79,7 @@ def _store_tile(
     highest,  # [BM]
     total,  # [BM]
     acc,  # [BM, Dv]
+    sinks,
     out_batch_stride,
     out_head_stride,
     out_token_stride,
@@ -87,10 +88,14 @@ def _store_tile(
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Normalise and store a tile's output and log-sum-exp."""
     batch, query, exists = reload_rows(panels, tile, token, FEWEST, TOKENS, TILES)
     exists = exists & present
+    if HAS_SINKS:
+        highest, total, decay = add_sink(tl.load(sinks + row_head, mask=present, other=0.0), highest, total)
+        acc = acc * decay[:, None]
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -107,6 +112,8 @@ def _store_tile(
         "lse_batch_stride",
         "lse_head_stride",
         "key_mask_batch_stride",
+        "bias_batch_stride",
+        "bias_head_stride",
         "capacity",
         "dense_len",
         "window",
@@ -123,6 +130,8 @@ def _attention_forward_kernel(
     tokens,
     counts,
     key_mask,  # bool [B, Lk], HAS_KEY_MASK only
+    key_bias,  # [B, Hkv, Lk], HAS_BIAS only
+    sinks,  # [Hq], HAS_SINKS only
     is_scattered,  # int32 [1], SCATTERED_OFFERED only: whether tiles visit their forced blocks alone
     q_batch_stride,
     q_head_stride,
@@ -140,10 +149,14 @@ def _attention_forward_kernel(
     lse_head_stride,
     key_mask_batch_stride,
     key_mask_token_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_token_stride,
     capacity,
     dense_len,
     window,
-    scale_log2,  # softmax scale times log2(e)
+    scale_log2,  # base-2 logarithm that a score of 1 stands for
+    cap_log2,  # of `cap_products`, HAS_SOFTCAP only
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -161,12 +174,16 @@ def _attention_forward_kernel(
     SCATTERED_OFFERED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
     K_TOKEN_STRIDE: tl.constexpr,
     V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     if K_TOKEN_STRIDE > 0:  # a number of the program: the addresses of a step's keys then take no registers
         k_token_stride = K_TOKEN_STRIDE
     if V_TOKEN_STRIDE > 0:
@@ -216,6 +233,7 @@ def _attention_forward_kernel(
     k_offsets = keys[None, :] * k_token_stride + dims  # [D, BN]
     v_offsets = keys[:, None] * v_token_stride + value_dims  # [BN, Dv]
     key_mask += batch * key_mask_batch_stride
+    key_bias += batch * bias_batch_stride + head.to(tl.int64) * bias_head_stride
 
     if length < BLOCK_N:
         # A sequence shorter than a step has one block, which all its queries visit.
@@ -233,6 +251,8 @@ def _attention_forward_kernel(
             True,
             PRECISION,
         )
+        own = key + tl.minimum(keys, length - 1)  # [BN]
+        scores = score_products(scores, key_bias + own * bias_token_stride, scale_log2, cap_log2, HAS_BIAS, HAS_SOFTCAP)
         scores = mask_step(
             scores,
             keys,
@@ -241,7 +261,7 @@ def _attention_forward_kernel(
             positions,
             position + end - 1,
             window,
-            key_mask + (key + tl.minimum(keys, length - 1)) * key_mask_token_stride,
+            key_mask + own * key_mask_token_stride,
             HAS_WINDOW,
             HAS_KEY_MASK,
         )
@@ -260,6 +280,7 @@ def _attention_forward_kernel(
             top,
             tl.sum(weights, 1),
             tl.dot(weights.to(v_step.dtype), v_step, input_precision=PRECISION),
+            sinks,
             out_batch_stride,
             out_head_stride,
             out_token_stride,
@@ -268,6 +289,7 @@ def _attention_forward_kernel(
             TOKENS,
             TILES,
             VALUE_DIM,
+            HAS_SINKS,
         )
         visits = 0
 
@@ -296,6 +318,9 @@ def _attention_forward_kernel(
             SPLIT,
             False,
             PRECISION,
+        )
+        scores = score_products(
+            scores, key_bias + (key + keys) * bias_token_stride, scale_log2, cap_log2, HAS_BIAS, HAS_SOFTCAP
         )
         scores = mask_step(
             scores,
@@ -332,6 +357,7 @@ def _attention_forward_kernel(
         highest,
         total,
         acc,
+        sinks,
         out_batch_stride,
         out_head_stride,
         out_token_stride,
@@ -340,6 +366,7 @@ def _attention_forward_kernel(
         TOKENS,
         TILES,
         VALUE_DIM,
+        HAS_SINKS,
     )
 
 
@@ -348,7 +375,7 @@ def attention_forward(given: AttentionInputs) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in q's dtype, which lies in memory as ``[B, Lq, Hq, Dv]``, and the log-sum-exp, float32
-        ``[B, Hq, Lq]``. A query without a visible key gives 0 and -inf.
+        ``[B, Hq, Lq]``, which counts the sink in. A query without a visible key gives 0, and -inf or its sink.
     """
     q, geometry = given.q, given.geometry
     batch, heads_q, length_q = q.shape[:3]
@@ -359,7 +386,10 @@ def attention_forward(given: AttentionInputs) -> tuple[Tensor, Tensor]:
         lse = q.new_empty(lse_shape, dtype=torch.float32)
     else:
         out = q.new_zeros(out_shape)
-        lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
+        if given.sinks is None:
+            lse = q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
+        else:
+            lse = given.sinks.float()[None, :, None].expand(lse_shape).contiguous()
     launch = config_for(LaunchConfig, "attention_forward", q, given.padded).as_launched(_attention_forward_kernel)
     offered = offer_scattered(given)
     if offered is not None:
@@ -371,17 +401,20 @@ def attention_forward(given: AttentionInputs) -> tuple[Tensor, Tensor]:
         out,
         lse,
         *given.tables,
+        given.sink_logits,
         given.plan.panels if offered is None else offered[0],
         *given.strides,
         *(out.stride(0), out.stride(2), out.stride(1), *lse.stride()[:2]),
         *given.mask_strides,
+        *given.bias_strides,
         given.capacity,
         given.dense_len,
         given.bound,
-        given.scale * LOG2_E,
+        *given.unit,
         **given.list_constants(launch),
         INIT_BLOCKS=geometry.init_blocks,
         LOCAL_BLOCKS=geometry.local_blocks,
+        HAS_SINKS=given.sinks is not None,
         SCATTERED_OFFERED=offered is not None,
         SPLIT=launch.queries_in_registers and padded_dim(dim) >= 32,
         **launch.options,

@@ -65,7 +65,7 @@ def choose_variant(state: Tensor, launch: ScatteredConfig, given: AttentionInput
     """
     plan, geometry = given.plan, given.geometry
     shape = plan.shape
-    panels, _, _, counts, _ = given.tables
+    panels, _, _, counts, *_ = given.tables
     wrap_triton(_choose_kernel)[(1,)](
         state,
         panels,

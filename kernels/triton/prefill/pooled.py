@@ -13,6 +13,7 @@ from torch import Tensor
 from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import SelectionConfig
 from ..launch import wrap_triton
+from ..score_terms import cap_products
 from ..tile_ops import LOWEST_SCORE, online_softmax
 from ..tile_tables import TileLists, TilePlan, TileShape
 from .compress import LEAD_SLOTS, CompressedKeys
@@ -46,10 +47,12 @@ def _select_panel_normaliser(
     keys,
     visible,  # [C] leading keys that a column sees
     scale_log2,
+    cap_log2,
     D: tl.constexpr,
     DP: tl.constexpr,
     C: tl.constexpr,
     BN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Base-2 log-sum-exp of a column's visible keys; +inf where none is visible, which makes its scores 0."""
@@ -66,6 +69,8 @@ def _select_panel_normaliser(
         pointers = keys + (origin + start) * D + places
         tile = tl.load(pointers) if DP == D else tl.load(pointers, mask=(dims < D)[:, None], other=0.0)  # [DP, BN]
         scores = tl.dot(q_tile, tile, input_precision=PRECISION)  # [C, BN]
+        if HAS_SOFTCAP:
+            scores = cap_products(scores, cap_log2)
         if start + BN > least:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
         shares = tl.reshape(scores, [C, BN // SHARES, SHARES])
@@ -89,6 +94,7 @@ def _select_pooled_kernel(
     stride_qh,
     stride_qt,
     scale_log2,
+    cap_log2,
     num_panels,
     heads_kv,
     slots1,
@@ -113,6 +119,7 @@ def _select_pooled_kernel(
     EXACT: tl.constexpr,
     COARSE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     FUSED_POOL: tl.constexpr,
     C: tl.constexpr,
     BC: tl.constexpr,
@@ -126,6 +133,7 @@ def _select_pooled_kernel(
     PRECISION: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     R: tl.constexpr = PANEL // QUERY_BLOCK  # rows: queries, or groups of QUERY_BLOCK queries, with one selection each
     CHUNKS: tl.constexpr = PANEL * GP // C  # products that cover the panel's columns
     PIECES: tl.constexpr = CHUNKS if R > 1 else 1  # of these, so many hold rows of their own
@@ -162,12 +170,16 @@ def _select_pooled_kernel(
             sees = tl.minimum(position + token // QUERY_BLOCK * QUERY_BLOCK + (QUERY_BLOCK - 1), length - 1)
             if EXACT:
                 visible = tl.where(scored & (sees + 1 >= KERNEL), (sees + 1 - KERNEL) // STRIDE + 1, 0)
-                norm = _select_panel_normaliser(q_tile, keys1, visible, scale_log2, D, DP, C, BN, PRECISION)
+                norm = _select_panel_normaliser(
+                    q_tile, keys1, visible, scale_log2, cap_log2, D, DP, C, BN, HAS_SOFTCAP, PRECISION
+                )
             else:
                 keys2 = k2 + ((batch * heads_kv + head) * slots2 + key_begin // (COARSE * STRIDE) + LEAD_SLOTS) * D
                 complete = (sees + 1 - COARSE * KERNEL) // (COARSE * STRIDE) + 1
                 visible = tl.where(scored & (sees + 1 >= COARSE * KERNEL), complete, 0)
-                norm = _select_panel_normaliser(q_tile, keys2, visible, scale_log2, D, DP, C, BN, PRECISION)
+                norm = _select_panel_normaliser(
+                    q_tile, keys2, visible, scale_log2, cap_log2, D, DP, C, BN, HAS_SOFTCAP, PRECISION
+                )
             tl.store(norms_at + chunk * C + columns, tl.where(real, norm, float("inf")))
         tl.debug_barrier()
 
@@ -203,6 +215,8 @@ def _select_pooled_kernel(
                 windows = tl.load(pointers) if DP == D else tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
                 if PARTS == 1:
                     product = tl.dot(windows, q_turned, input_precision=PRECISION)  # [BC, C]
+                    if HAS_SOFTCAP:
+                        product = cap_products(product, cap_log2)
                     weights = tl.exp2(product * scale_log2 - norm[None, :])
                     score = tl.sum(tl.reshape(weights, [BC, GP, C // GP]), 1)  # [BC, tokens of the piece]
                     if QUERY_BLOCK > 1:
@@ -219,6 +233,8 @@ def _select_pooled_kernel(
                         )
                         norm = tl.load(norms_at + column)
                         product = tl.dot(windows, q_turned, input_precision=PRECISION)
+                        if HAS_SOFTCAP:
+                            product = cap_products(product, cap_log2)
                         score += tl.sum(tl.exp2(product * scale_log2 - norm[None, :]), 1)[:, None]
                 if CHECKED:
                     ahead = (index * STRIDE + KERNEL - 1)[:, None] > sees_row[None, :]
@@ -297,6 +313,7 @@ def select_tiles(
     dense_len: int,
     length_k: int,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> TileLists:
     """Blocks that every tile visits by pooled scores: `select_blocks` with what `compress_keys` returned as `keys`."""
     return select_blocks(
@@ -312,4 +329,5 @@ def select_tiles(
         dense_len=dense_len,
         length_k=length_k,
         window=window,
+        softcap=softcap,
     )

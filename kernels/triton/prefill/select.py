@@ -7,7 +7,6 @@ hands them to `list_panel`. Scratch grows with the number of key blocks, not wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from ...geometry import BlockGeometry
 from ..configs import SelectionConfig, config_for
 from ..launch import multiprocessors, precision
+from ..score_terms import score_unit
 from ..tile_tables import TileLists, TilePlan, TileShape, load_panel, padded_dim
 from .topk import LANES, SLOTS, below, bound_keys, compact_keys, cut_keys, mark_blocks, scored_range, write_lists
 
@@ -38,9 +38,10 @@ class PanelScorer:
 
     Its kernel's programs loop over panels and heads: `panel_range`, `clear_marks`, a key (`block_keys`) for every row
     and scored block at ``keys_at`` of `panel_scratch`, then `list_panel`. The kernel takes q, the state's tensors, the
-    panels, scratch, the tensors of `TileLists`, the strides of q, ``scale_log2``, the number of panels and of key/value
-    heads, the slots of each state tensor, the row length of scratch, the lists' capacity, dense_len and window; its
-    constants are those of `selection_constants` and of `constants`, PROGRAMS and PRECISION.
+    panels, scratch, the tensors of `TileLists`, the strides of q, ``scale_log2`` and ``cap_log2`` of `score_unit`, the
+    number of panels and of key/value heads, the slots of each state tensor, the row length of scratch, the lists'
+    capacity, dense_len and window; its constants are those of `selection_constants` and of `constants`, HAS_SOFTCAP,
+    PROGRAMS and PRECISION.
 
     Attributes:
         name: as in `kernels.scorer.Scorer`.
@@ -297,6 +298,7 @@ def select_blocks(
     dense_len: int,
     length_k: int,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> TileLists:
     """Blocks that every tile visits, by the scores of a scorer.
 
@@ -313,6 +315,7 @@ def select_blocks(
         dense_len: sequences with fewer keys select nothing.
         length_k: ``Lk``.
         window: sliding window in keys; blocks wholly before it are no candidates.
+        softcap: scores ``x`` become ``softcap * tanh(x / softcap)``; 0: no cap.
 
     Returns:
         The lists, with the capacity that the geometry and the length bound.
@@ -327,7 +330,7 @@ def select_blocks(
     rows = shape.panel_tokens // g.query_block
     config = config_for(SelectionConfig, scorer.tuned, q, scorer.dim or padded_dim(dim)).for_panel(rows)
     constants = selection_constants(shape, g, dim, window is not None, config)
-    constants |= scorer.constants(shape, g, config)
+    constants |= scorer.constants(shape, g, config) | {"HAS_SOFTCAP": softcap != 0.0}
     fixed, per_block = scorer.scratch(constants)
     programs = multiprocessors(q.device) * config.programs
     blocks = (g.num_blocks(length_k) + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
@@ -345,7 +348,7 @@ def select_blocks(
         list_tokens,
         list_counts,
         *q.stride()[:3],
-        scale / math.log(2),
+        *score_unit(scale, softcap),
         plan.panels.shape[0],
         heads_kv,
         *slots,

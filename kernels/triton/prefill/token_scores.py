@@ -22,6 +22,7 @@ from ..configs import SelectionConfig
 from ..index_keys import FORMS, KEY_FORM, Channels, IndexKeys, head_channels, place_channels, stored_bits
 from ..index_keys import unpack_index_keys as unpack
 from ..launch import wrap_triton
+from ..score_terms import cap_products
 from ..tile_ops import LOWEST_SCORE, mask_scores
 from ..tile_tables import TileLists, TilePlan, TileShape
 from .select import (
@@ -67,6 +68,7 @@ def _select_tokens_kernel(
     stride_qh,
     stride_qt,
     scale_log2,
+    cap_log2,
     num_panels,
     heads_kv,
     slots,  # keys of a row
@@ -95,6 +97,7 @@ def _select_tokens_kernel(
     LOCAL: tl.constexpr,
     BUDGET: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     C: tl.constexpr,
     TOKENS: tl.constexpr,
     READ: tl.constexpr,
@@ -107,6 +110,7 @@ def _select_tokens_kernel(
     PRECISION: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     R: tl.constexpr = PANEL // QUERY_BLOCK  # rows: queries, or groups of QUERY_BLOCK queries, with one selection each
     CHUNKS: tl.constexpr = PANEL * GP // C  # products that cover the panel's columns, tokens x heads
     PIECES: tl.constexpr = CHUNKS if CHUNKS < R else R  # of these, so many hold rows of their own
@@ -174,6 +178,8 @@ def _select_tokens_kernel(
                     scores = mask_scores(scores, 0, 0, 0, valid[None, :], False, False)
                 best = tl.maximum(best, tl.max(tl.reshape(scores, [C, TOKENS, SCORED_BLOCKS]), 1))
                 if step % STEPS == STEPS - 1:
+                    if HAS_SOFTCAP:  # which ascends: that of the largest score is the largest
+                        best = tl.where(best == float("-inf"), best, cap_products(best, cap_log2))
                     best = best * scale_log2
                     group = step // STEPS * SCORED_BLOCKS
                     if group < high:
@@ -268,6 +274,7 @@ def select_tiles(
     heads_kv: int,
     key_mask: Tensor | None = None,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> TileLists:
     """Blocks that every tile visits by token scores: `select_blocks` with what `index_keys` returned as `keys`.
 
@@ -293,4 +300,5 @@ def select_tiles(
         dense_len=dense_len,
         length_k=length_k,
         window=window,
+        softcap=softcap,
     )

@@ -52,6 +52,7 @@ class Variant:
     """Sizes and options for which a kernel is compiled.
 
     Attributes:
+        terms: whether scores have a cap, keys a bias and softmaxes a sink.
         fixed: whether the kernel is compiled for a number of elements between tokens.
         hot: a configuration that was tuned, in which no register may spill on sm_90.
     """
@@ -64,12 +65,13 @@ class Variant:
     lists: bool = True
     window: bool = False
     key_mask: bool = False
+    terms: bool = False
     fixed: bool = True
     hot: bool = False
 
     @property
     def name(self) -> str:
-        options = [name for name in ("lists", "window", "key_mask", "hot") if getattr(self, name)]
+        options = [name for name in ("lists", "window", "key_mask", "terms", "hot") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         if not self.fixed:
             options.append("any_stride")
@@ -90,6 +92,8 @@ HOT = [
 ATTENTION = [
     *HOT,
     Variant(window=True, key_mask=True),
+    *(Variant(dim=dim, value_dim=dim, group=group, terms=True) for dim, group in ((64, 8), (128, 4), (128, 16))),
+    Variant(torch.float32, 256, 256, group=2, key_mask=True, terms=True),
     Variant(group=4, fixed=False),
     Variant(dim=256, value_dim=256, group=2),
     Variant(dim=72, value_dim=40, group=7, block_size=48),
@@ -115,11 +119,14 @@ def tile_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
         **dict.fromkeys(("lse", "delta"), torch.float32),
         **dict.fromkeys(("panels", "counts"), torch.int32),
         **dict.fromkeys(("capacity", "dense_len", "window", "length_q"), "i32"),
-        **dict.fromkeys(("scale", "scale_log2", "log2_e"), "fp32"),
+        **dict.fromkeys(("scale", "scale_log2", "cap_log2", "log2_e"), "fp32"),
         "blocks": torch.int16,
         "tokens": shape.mask_dtype,
         "key_mask": torch.bool,
         "key_mask_token_stride": 1,
+        "bias_token_stride": 1,
+        **dict.fromkeys(("key_bias", "sinks"), torch.float32 if variant.terms else torch.int32),
+        **dict.fromkeys(("bias_batch_stride", "bias_head_stride"), "i32"),
         "K_TOKEN_STRIDE": 2 * variant.dim if variant.fixed else 0,
         "V_TOKEN_STRIDE": 2 * variant.value_dim if variant.fixed else 0,
         **dict.fromkeys((f"{name}_stride" for name in ("lse_batch", "lse_head", "key_mask_batch")), "i32"),
@@ -142,6 +149,7 @@ def tile_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
         "is_scattered": torch.int32,
         "HAS_WINDOW": variant.window,
         "HAS_KEY_MASK": variant.key_mask,
+        **dict.fromkeys(("HAS_BIAS", "HAS_SINKS", "HAS_SOFTCAP"), variant.terms),
         "SPLIT": launch.queries_in_registers,
         "QUERIES_IN_REGISTERS": launch.queries_in_registers,
         "PRECISION": "ieee",
@@ -185,13 +193,17 @@ def key_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
         "dense_len",
         "key_mask_batch_stride",
         "key_mask_token_stride",
+        "bias_batch_stride",
+        "bias_head_stride",
+        "bias_token_stride",
     ]
     return {
         **dict.fromkeys(("grad_out", "q", "k", "v", "grad_k", "grad_v"), variant.dtype),
-        **dict.fromkeys(("lse", "delta", "pool"), torch.float32),
+        **dict.fromkeys(("lse", "delta", "pool", "grad_bias"), torch.float32),
+        "key_bias": torch.float32 if variant.terms else torch.int32,
         **dict.fromkeys(tables, torch.int32),
         **dict.fromkeys(numbers, "i32"),
-        "scale": "fp32",
+        **dict.fromkeys(("scale", "softcap"), "fp32"),
         "key_mask": torch.bool,
         "blocks": torch.int16,
         "tokens": shape.mask_dtype,
@@ -210,6 +222,7 @@ def key_arguments(variant: Variant, launch: LaunchConfig) -> dict[str, object]:
         "HAS_LISTS": variant.lists,
         "HAS_KEY_MASK": variant.key_mask,
         "HAS_WINDOW": variant.window,
+        **dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP"), variant.terms),
         "PRECISION": "ieee",
         "INIT_BLOCKS": 1,
         "LOCAL_BLOCKS": 32,
@@ -244,7 +257,9 @@ KERNELS = [
     Kernel(_invert_kernel, "transpose", [Variant(group=group) for group in (1, 4, 16)], key_arguments),
     Kernel(_schedule_kernel, "schedule", [Variant()], key_arguments),
     Kernel(_key_gradients_kernel, "key_gradients", ATTENTION, key_arguments),
-    Kernel(_add_pieces_kernel, "add_pieces", [Variant(key_mask=True)], key_arguments),
+    Kernel(
+        _add_pieces_kernel, "add_pieces", [Variant(key_mask=True), Variant(key_mask=True, terms=True)], key_arguments
+    ),
     Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
 ]
 
@@ -282,6 +297,7 @@ SELECTION = [
     Variant(group=4),
     Variant(group=1, dim=64, value_dim=64),
     Variant(group=96, dim=80, value_dim=80, window=True),
+    *(Variant(dim=dim, value_dim=dim, group=8, terms=True) for dim in (64, 128)),
     Variant(dim=256, value_dim=256),
     Variant(group=4, block_size=48),
     *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
@@ -308,7 +324,8 @@ def test_block_selection_compiles(variant, capability, record_property):
         **dict.fromkeys(("panels", "scratch", "list_counts"), torch.int32),
         "list_blocks": torch.int16,
         "list_tokens": shape.mask_dtype,
-        "scale_log2": "fp32",
+        **dict.fromkeys(("scale_log2", "cap_log2"), "fp32"),
+        "HAS_SOFTCAP": variant.terms,
         **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
         **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("dense_len", "window"), "i32"),
@@ -330,7 +347,9 @@ def test_block_selection_compiles(variant, capability, record_property):
 
 @dataclass(frozen=True)
 class TokenVariant:
-    """What token scores are compiled for; hot: as a default configuration of a model with heads of 128 has it."""
+    """What token scores are compiled for; hot: as a default configuration of a model with heads of 128 has it; terms:
+    with a soft cap.
+    """
 
     dtype: torch.dtype = torch.bfloat16
     group: int = 4
@@ -341,6 +360,7 @@ class TokenVariant:
     runs: int = 2
     window: bool = False
     key_mask: bool = False
+    terms: bool = False
     hot: bool = False
 
 
@@ -351,6 +371,7 @@ TOKEN_SCORES = [
     TokenVariant(form="int8", hot=True),
     TokenVariant(form="fp8", runs=0),
     TokenVariant(group=1, window=True, key_mask=True),
+    TokenVariant(group=8, terms=True),
     TokenVariant(group=96, block_size=48, kept=80, query_block=64),
     *(TokenVariant(kept=kept, key_mask=True) for kept in (128, 256)),
     *(TokenVariant(torch.float32, kept=kept) for kept in (128, 256)),
@@ -384,7 +405,8 @@ def test_token_scores_compile(variant, capability, record_property):
         **dict.fromkeys(("channels", "panels", "scratch", "list_counts"), torch.int32),
         "list_blocks": torch.int16,
         "list_tokens": shape.mask_dtype,
-        "scale_log2": "fp32",
+        **dict.fromkeys(("scale_log2", "cap_log2"), "fp32"),
+        "HAS_SOFTCAP": variant.terms,
         **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
         **dict.fromkeys(("num_panels", "heads_kv", "slots", "channel_stride", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("mask_batch_stride", "mask_token_stride", "dense_len", "window"), "i32"),
@@ -429,6 +451,7 @@ GATHERING = [
     Variant(group=4, hot=True),
     Variant(dim=64, value_dim=64, group=4, hot=True),
     Variant(group=4, fixed=False),
+    *(Variant(dim=dim, value_dim=dim, group=8, terms=True) for dim in (64, 128)),
     Variant(dim=72, value_dim=40, group=7, block_size=16, window=True, key_mask=True),
     Variant(torch.float32, 64, 64, group=4),
 ]

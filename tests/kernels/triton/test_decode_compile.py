@@ -24,7 +24,7 @@ from infllm_pass.kernels.triton.decode.token_scores import _decode_sum_kernel, d
 from infllm_pass.kernels.triton.decode.topk import decode_rank_kernel
 from infllm_pass.kernels.triton.index_keys import FORMS
 from infllm_pass.lowering.ops import checks, decode_triton
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.kernels.triton.test_tracing import Driver, Recorder, _Traced, kernels_of, write_in_place
 from tests.lowering.ops.test_checks import TILED
@@ -59,11 +59,12 @@ class Variant:
     window: bool = False
     starts: bool = False
     holes: bool = False
+    terms: bool = False
     hot: bool = False
 
     @property
     def name(self) -> str:
-        options = [name for name in ("exact", "window", "starts", "holes", "hot") if getattr(self, name)]
+        options = [name for name in ("exact", "window", "starts", "holes", "terms", "hot") if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = [f"dim{self.dim}", f"group{self.group}", f"queries{self.length_q}", f"block{self.block_size}"]
         return "-".join([dtype, *sizes, f"shared{self.query_block}", *options])
@@ -77,6 +78,7 @@ VARIANTS = [
     Variant(group=4, length_q=4, hot=True),
     Variant(length_q=16, hot=True),
     Variant(group=4, length_q=16, query_block=16, window=True, starts=True, holes=True),
+    *(Variant(dim=dim, value_dim=dim, group=8, starts=True, terms=True) for dim in (64, 128)),
     Variant(group=1, exact=True, starts=True),
     Variant(torch.float16, group=7, dim=72, value_dim=40, block_size=48, length_q=3),
     Variant(group=128, block_size=128),
@@ -93,7 +95,7 @@ def arguments(variant: Variant, capability: int) -> dict[str, object]:
     launch = find_config(DecodeConfig, "decode", 0, variant.dtype.itemsize, max(padded, padded_value))
     owned = launch.chunk * 4
     strides = {f"stride_{name}{axis}": "i32:16" for name in "qkv12" for axis in "bht"}
-    strides |= {"stride_mb": "i32:16", "stride_mt": "i32"}
+    strides |= {"stride_mb": "i32:16", "stride_mt": "i32", "stride_bb": "i32", "stride_bh": "i32", "stride_bt": 1}
     return {
         **dict.fromkeys(("q", "k", "v", "k1", "k2", "out"), variant.dtype),
         **dict.fromkeys(("parts", "part_out", "part_lse", "lse"), torch.float32),
@@ -102,7 +104,9 @@ def arguments(variant: Variant, capability: int) -> dict[str, object]:
         **dict.fromkeys(("lengths_stride", "starts_stride", "heads", "capacity"), "i32"),
         **dict.fromkeys(("chunks", "num_blocks", "length_q", "tiles", "dense_len", "window", "splits"), "i32"),
         **strides,
-        "scale_log2": "fp32",
+        **dict.fromkeys(("scale_log2", "cap_log2"), "fp32"),
+        **dict.fromkeys(("key_bias", "sinks"), torch.float32 if variant.terms else torch.int32),
+        **dict.fromkeys(("HAS_BIAS", "HAS_SINKS", "HAS_SOFTCAP"), variant.terms),
         "G": shape.group,
         "GP": shape.padded_group,
         "TOKENS": shape.tokens,
@@ -170,6 +174,7 @@ def test_decode_kernels_compile(variant, capability, record_property):
 TOKEN_VARIANTS = [
     ("key", Variant(hot=True)),
     ("key", Variant(group=4, hot=True)),
+    ("key", Variant(group=8, terms=True)),
     ("int8", Variant(group=4, length_q=4, starts=True, holes=True, hot=True)),
     ("fp8", Variant(length_q=16, query_block=16, window=True)),
     ("key", Variant(torch.float32, 256, 256, group=4, length_q=16, block_size=48)),
@@ -233,8 +238,8 @@ def stepping(geometry):
 
     def step(q, k, v, lengths, starts, key_mask, *state):
         k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
-        given = (q, k, v, list(state), lengths, starts, key_mask, None, 0.25, 64, geometry_text(geometry))
-        return decode_attention(*given)
+        call = DecodeCall(lengths, 0.25, 64, geometry, starts, key_mask)
+        return decode_attention(q, k, v, list(state), *call.arguments)
 
     return step
 

@@ -14,7 +14,7 @@ from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops import checks, prefill
-from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.attention_args import AttentionCall, DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, INTERPRETED, arrange
 
@@ -131,10 +131,10 @@ def test_decoding_stays_within_its_tensors(geometry, queries):
     geometry = replace(geometry, local_blocks=2, selected_blocks=5)
     q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, queries), (2, 120), (2, 120)))
     state = new_state(k, geometry)
-    numbers = (0.25, 80, geometry_text(geometry))
     for lengths, starts in (([110, 70], [3, 0]), ([1000, -5], [-7, 2000])):
+        call = DecodeCall(torch.tensor(lengths), 0.25, 80, geometry, torch.tensor(starts))
         with within_tensors() as launched:
-            decode_attention(q, k, v, state, torch.tensor(lengths), torch.tensor(starts), None, None, *numbers)
+            decode_attention(q, k, v, state, *call.arguments)
         assert STEPS[geometry.scorer] <= set(launched)
 
 
@@ -186,8 +186,8 @@ def test_kernels_are_launched_under_the_device_of_their_tensors(monkeypatch):
     run({})
     geometry = replace(SMALL, local_blocks=2, selected_blocks=5)
     q, k, v = (torch.randn(1, h, n, 16) for h, n in ((4, 1), (2, 120), (2, 120)))
-    numbers = (0.25, 80, geometry_text(geometry))
-    decode_attention(q, k, v, new_state(k, geometry), torch.tensor([110]), None, None, None, *numbers)
+    call = DecodeCall(torch.tensor([110]), 0.25, 80, geometry)
+    decode_attention(q, k, v, new_state(k, geometry), *call.arguments)
     assert {name for name, _ in launched} >= KERNELS | GRADIENTS | {"decode_compress_kernel"}
     assert all(devices == [DEVICE] for _, devices in launched)
     assert not entered

@@ -21,7 +21,7 @@ from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import key_bounds, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileShape
 from infllm_pass.lowering.ops import checks, decode_triton, prefill
-from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.attention_args import AttentionCall, DecodeCall
 from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, arrange
 
@@ -41,22 +41,33 @@ def tensors(length=101, requires_grad=False):
     return [torch.randn(1, n, length, 16, device=DEVICE, requires_grad=requires_grad) for n in (4, 2, 2)]
 
 
+TERMS = pytest.mark.parametrize("terms", [False, True], ids=["", "terms"])
+
+
+def draw_terms(length):
+    """A key bias of one row, sinks and a cap."""
+    bias, sinks = torch.randn(1, 2, length, device=DEVICE), torch.randn(4, device=DEVICE)
+    return {"key_bias": bias, "sinks": sinks, "softcap": 1.5}
+
+
+@TERMS
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_a_prompt(sparse):
+def test_a_prompt(sparse, terms):
     q, k, v = tensors()
+    terms = draw_terms(101) if terms else {}
     plan = plan_tiles(TileShape.choose(2), batch=1, length_q=101, length_k=101, block_size=16, device=DEVICE, offset=0)
     numbers = {"geometry": GEOMETRY, "scale": SCALE, "dense_len": 0}
-    call = AttentionCall(SCALE, 0, GEOMETRY).arguments
+    call = AttentionCall(SCALE, 0, GEOMETRY, **terms).arguments
     lists, selection = None, []
     if sparse:
         keys = compress_keys(k, plan, geometry=GEOMETRY)
-        lists = select_tiles(q, keys, plan, **numbers, length_k=101)
+        lists = select_tiles(q, keys, plan, **numbers, length_k=101, softcap=terms.get("softcap", 0.0))
         state = prefill.compress_keys(q, k, *call)
         selection = prefill.select_blocks(q, k, state, *call)
         assert torch.equal(selection[2], lists.counts)
         torch.library.opcheck(prefill.compress_keys.default, (q, k, *call), test_utils=SHAPES)
         torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call), test_utils=SHAPES)
-    expected = attention_forward(AttentionInputs(q, k, v, lists, plan, **numbers, every_query=True))
+    expected = attention_forward(AttentionInputs(q, k, v, lists, plan, **numbers, **terms, every_query=True))
     for mine, other in zip(prefill.block_attention(q, k, v, selection, *call), expected, strict=True):
         assert torch.equal(mine, other)
         assert mine.stride() == other.stride()
@@ -80,6 +91,27 @@ def test_gradients_flow_to_q_k_and_v_only(length):
     assert (out.requires_grad, lse.requires_grad) == (True, False)
     gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     assert [each.shape for each in gradients] == [each.shape for each in (q, k, v)]
+
+
+@pytest.mark.parametrize("length", [0, 101])
+def test_gradients_flow_to_terms(length):
+    """Selection, attention and its gradients by the operators alone, against autograd through the oracle."""
+    given = tensors(length, requires_grad=True)
+    terms = draw_terms(length)
+    leaves = [*given, *(terms[name].requires_grad_() for name in ("key_bias", "sinks"))]
+    call = AttentionCall(SCALE, 0, GEOMETRY, **terms).arguments
+    selection = prefill.select_blocks(*given[:2], prefill.compress_keys(*given[:2], *call), *call)
+    out, lse = prefill.block_attention(*given, selection, *call)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, grad)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    fields = {"geometry": GEOMETRY, "scale": SCALE, "softcap": 1.5}
+    sets = reference.select_blocks(*given[:2], **fields)
+    expected, expected_lse = reference.attention(*exact[:3], sets, **fields, key_bias=exact[3], sinks=exact[4])
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    for mine, wanted in zip(found, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        torch.testing.assert_close(mine.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @SCORERS
@@ -153,21 +185,23 @@ def test_bounds_of_valid_keys():
 
 
 @SCORERS
-def test_a_decode_step(geometry, monkeypatch):
+@TERMS
+def test_a_decode_step(geometry, terms, monkeypatch):
     """The operator also writes the state; compilers call it, as where CUDA graphs record it."""
     monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: True)
     q, k, v = (torch.randn(2, heads, size, 16, device=DEVICE) for heads, size in ((4, 1), (2, 120), (2, 120)))
+    terms = draw_terms(120) if terms else {}
     lengths, starts = torch.tensor([110, 70], device=DEVICE), torch.tensor([3, 0], device=DEVICE)
     numbers = {"geometry": geometry, "scale": SCALE, "dense_len": 80, "window": None}
     states = [[tensor.zero_() for tensor in new_state(k, geometry)] for _ in range(2)]
     rows = DecodeRows(lengths, starts)
-    step = DecodeStep(q, k, rows, **numbers)
+    step = DecodeStep(q, k, rows, **numbers, softcap=terms.get("softcap", 0.0))
     tokens = geometry.scorer == "tokens"
     blocks = (
         decode_select_tokens(step, IndexState.of(states[0])) if tokens else decode_select(step, DecodeState(*states[0]))
     )
-    expected = decode_attend(q, k, v, blocks, rows, None, **numbers)
-    given = (q, k, v, states[1], lengths, starts, None, None, SCALE, 80, geometry_text(geometry))
+    expected = decode_attend(q, k, v, blocks, rows, None, **numbers, **terms)
+    given = (q, k, v, states[1], *DecodeCall(lengths, SCALE, 80, geometry, starts, **terms).arguments)
     results = decode_attention(*given)
     for mine, other in zip((*results, *states[1]), (*expected, *states[0]), strict=True):
         assert torch.equal(mine, other)

@@ -47,6 +47,7 @@ def check(
     window: int | None = None,
     dense_len: int = 0,
     level: bool = False,
+    softcap: float = 0.0,
     **sizes,
 ) -> None:
     """Compare with the oracle; `level`: keys are zero, so that all scores of a query are equal."""
@@ -59,7 +60,7 @@ def check(
     shape = TileShape.choose(group, geometry.query_block)
     sizes_ = {"batch": batch, "length_q": queries, "length_k": length, "block_size": geometry.block_size}
     plan = plan_tiles(shape, **sizes_, device=DEVICE, offset=offset, key_bounds=key_bounds)
-    _, found = select(q, k, geometry, plan, window=window, dense_len=dense_len)
+    _, found = select(q, k, geometry, plan, window=window, dense_len=dense_len, softcap=softcap)
     key_mask = None
     if bounds is not None:
         index = torch.arange(length, device=DEVICE)
@@ -73,6 +74,7 @@ def check(
         key_mask=key_mask,
         window=window,
         dense_len=dense_len,
+        softcap=softcap,
     )
     wrong = (found != expected).any(-1)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} selections differ, first {wrong.nonzero()[0]}"
@@ -106,6 +108,22 @@ def test_query_blocks_share_a_selection(group, query_block, length, queries):
     # The last tile of positions has to be whole on both sides of a call, or the oracle scores it with fewer queries.
     offset = (length - queries) // query_block * query_block
     check(group, length=length, queries=length - offset, query_block=query_block)
+
+
+@pytest.mark.parametrize(
+    ("group", "sizes"),
+    [
+        (1, {"softcap": 0.3, "window": 70}),
+        (4, {"softcap": 1.0, "heads": 2}),
+        (4, {"softcap": 1.0, "lse": "exact"}),
+        (4, {"softcap": 1.0, "kernel_size": 64}),
+        (96, {"softcap": 1.0, "queries": 5}),
+        (200, {"softcap": 1.0, "queries": 6, "query_block": 2}),
+    ],
+    ids=str,
+)
+def test_capped_scores(group, sizes):
+    check(group, **{"length": 140, "queries": 44} | sizes)
 
 
 @pytest.mark.parametrize(

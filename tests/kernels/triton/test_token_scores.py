@@ -60,6 +60,8 @@ def check(
     window: int | None = None,
     dense_len: int = 0,
     level: bool = False,
+    softcap: float = 0.0,
+    mean: float = 0.0,
     **sizes,
 ) -> None:
     """Compare with the oracle.
@@ -68,12 +70,13 @@ def check(
         bounds: first and last key of every row, for a padded batch; the others are NaN.
         holes: share of the keys between that are hidden.
         level: keys are zero, so that all scores of a query are equal.
+        mean: that of keys; other than 0 it tells the heads of a group apart.
     """
     geometry = replace(SMALL, channels=channels, **sizes)
     queries = length if queries is None else queries
     scale, offset = 0.5, length - queries
     q = torch.randn(batch, group * heads, queries, dim, device=DEVICE)
-    k = torch.randn(batch, heads, length, dim, device=DEVICE) * (not level)
+    k = torch.randn(batch, heads, length, dim, device=DEVICE) * (not level) + mean
     index = torch.arange(length, device=DEVICE)
     key_bounds, key_mask = None, None
     if bounds is not None or holes:
@@ -87,8 +90,9 @@ def check(
     place = {"block_size": geometry.block_size, "device": DEVICE, "offset": offset, "key_bounds": key_bounds}
     plan = plan_tiles(shape, batch=batch, length_q=queries, length_k=length, **place)
     poisoned = k if key_mask is None else k.masked_fill(~key_mask[:, None, :, None], torch.nan)
-    found = select(q, poisoned, geometry, plan, scale, window=window, dense_len=dense_len, key_mask=key_mask)
-    common = {"geometry": geometry, "scale": scale, "dense_len": dense_len, "window": window}
+    numbers = {"dense_len": dense_len, "window": window, "softcap": softcap}
+    found = select(q, poisoned, geometry, plan, scale, **numbers, key_mask=key_mask)
+    common = {"geometry": geometry, "scale": scale, **numbers}
     expected = reference.select_blocks(q, k, **common, offset=offset, key_mask=key_mask)
     wrong = (found != expected).any(-1)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} selections differ, first {wrong.nonzero()[0]}"
@@ -110,6 +114,20 @@ def check(
 )
 def test_sets_equal_the_oracles(group, sizes):
     check(group, **sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"softcap": 2.0, "mean": 1.0, "group": 4, "window": 170, "length": 300, "queries": 300},
+        {"softcap": 2.0, "group": 3, "heads": 2, "holes": 0.4},
+        {"softcap": 1.0, "group": 4, "score_dtype": "int8"},
+        {"softcap": 1.0, "group": 96, "queries": 5},
+    ],
+    ids=str,
+)
+def test_capped_scores(sizes):
+    check(**{"length": 140, "queries": 44} | sizes)
 
 
 @pytest.mark.parametrize(

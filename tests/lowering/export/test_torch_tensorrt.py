@@ -100,12 +100,10 @@ def test_a_call_becomes_the_plugin_with_its_fields(registered):
 
 def site(result=0, select=True, **place):
     """A graph with the operators of a site, of which one result is read, and the node that reads it."""
-    call = AttentionCall(0.3, 64, SMALL.geometry).arguments
     graph = fx.Graph()
     q, k, v = (graph.placeholder(name) for name in "qkv")
-    names = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset")
     tensors = {name: graph.placeholder(name) if value == "tensor" else value for name, value in place.items()}
-    call = (*(tensors.get(name) for name in names), *call[5:])
+    call = AttentionCall(**{"scale": 0.3, "dense_len": 64, "geometry": SMALL.geometry} | tensors).arguments
     selection = []
     if select:
         compressed = graph.call_function(compress_keys.default, (q, k, *call))

@@ -18,7 +18,7 @@ from infllm_pass.errors import CachePositionError, DeviceError, DtypeError, Shap
 from infllm_pass.frontend.backend import SwitchableBackend
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.lowering.ops import checks
-from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_of
+from infllm_pass.lowering.ops.attention_args import ATTEND, AttentionCall, geometry_of
 from infllm_pass.lowering.ops.positions import checked_positions
 from infllm_pass.rewrite.pipeline import Switch, run_pass
 from infllm_pass.runtime.position_checks import take_checks
@@ -298,10 +298,11 @@ def test_sparse_sites_become_three_operators(anywhere, dynamic):
     (site,) = run_pass(module, TILED).sites
     (call,) = calls(module)
     assert (site.branch, site.kernels, site.refusal) == ("sparse", "triton", "")
-    q, k, v, selection, *optional, scale, dense_len, geometry = call.args
+    (q, k, v, selection, *rest), given = call.args, ATTEND.named(call)
     assert [node.meta["example_value"].shape[1] for node in (q, k, v)] == [6, 2, 2]
-    assert optional == [None] * 6
-    assert (scale, dense_len, geometry_of(geometry)) == (0.25, 64, TILED.geometry_for(16))
+    others = {"scale": 0.25, "softcap": 0.0, "dense_len": 64, "geometry": given["geometry"]}
+    assert rest == [others.get(name) for name in ATTEND.names[4:]]
+    assert geometry_of(given["geometry"]) == TILED.geometry_for(16)
     select, compress = torch.ops.infllm.select_blocks.default, torch.ops.infllm.compress_keys.default
     assert (selection.target, selection.args[2].target) == (select, compress)
     assert selection.args == (q, k, selection.args[2], *call.args[4:])
@@ -436,7 +437,7 @@ def checks_of(position, monkeypatch, dynamic=None):
     assert count_calls(module, checked_positions._opoverload) == 0
     assert all(node.users for node in module.graph.nodes if node.target is torch.full)
     (call,) = (node for node in module.graph.nodes if node.target is torch.ops.infllm.block_attention.default)
-    assert call.args[5].meta["example_value"].device.type == "cuda"
+    assert ATTEND.named(call)["offsets"].meta["example_value"].device.type == "cuda"
     return taken, inputs
 
 

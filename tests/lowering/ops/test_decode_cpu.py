@@ -14,7 +14,7 @@ from infllm_pass.kernels.cpu import native
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.scorer import scorer_of
 from infllm_pass.lowering.ops import decode
-from infllm_pass.lowering.ops.attention_args import geometry_text
+from infllm_pass.lowering.ops.attention_args import ARGUMENTS, DecodeCall
 from tests.support.decode_support import SMALL, Cache
 
 ODD = {
@@ -71,9 +71,9 @@ for name, eight in EIGHT_BITS.items():
 
 
 def operator(*arguments):
-    q, k, v, *others, geometry = arguments
-    count = len(decode.new_state(k, geometry))
-    return decode.decode_attention(q, k, v, others[:count], *others[count:], geometry_text(geometry))
+    q, k, v, *state, lengths, starts, key_mask, window, scale, dense_len, geometry = arguments
+    call = DecodeCall(lengths, scale, dense_len, geometry, starts, key_mask, window)
+    return decode.decode_attention(q, k, v, state, *call.arguments)
 
 
 @pytest.fixture
@@ -209,10 +209,10 @@ def arguments(**changes):
     state = dict(zip(names, decode.new_state(k, geometry), strict=True))
     state |= {name: changes.pop(name) for name in names if name in changes}
     given = {"q": q, "k": k, "v": v, "state": list(state.values())}
-    given |= {"lengths": torch.tensor([60, 50]), "starts": None, "key_mask": None}
-    given |= {"window": None, "scale": 0.25, "dense_len": 0}
+    call = {"lengths": torch.tensor([60, 50]), "scale": 0.25, "dense_len": 0, "geometry": geometry}
+    call |= {name: changes.pop(name) for name in ARGUMENTS if name in changes and name not in given}
     assert not set(changes) - set(given)
-    return (*(given | changes).values(), geometry_text(geometry))
+    return (*(given | changes).values(), *DecodeCall(**call).arguments)
 
 
 BAD = {
@@ -292,10 +292,8 @@ def test_opcheck(padded, geometry):
 
 
 def test_a_compiled_step_writes_the_state():
-    numbers = (None, None, None, 0.25, 0, geometry_text(SMALL))
-
     def step(q, k, v, lengths, *state):
-        return decode.decode_attention(q, k, v, list(state), lengths, *numbers)
+        return decode.decode_attention(q, k, v, list(state), *DecodeCall(lengths, 0.25, 0, SMALL).arguments)
 
     q, k, v, state, lengths = arguments()[:5]
     for each in state:

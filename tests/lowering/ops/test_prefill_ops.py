@@ -63,9 +63,7 @@ def test_opcheck_of_the_backward(sparse):
 )
 def test_gradcheck_with_the_selection_held_fixed(group, length, place):
     q, k, v = qkv(heads=2 * group, length=length, dim=3, dtype=torch.float64, dim_v=2, requires_grad=True)
-    given = arguments(dense_len=place.get("dense_len", 0))
-    names = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset", "window")
-    given = (*(place.get(name) for name in names), *given[len(names) :])
+    given = AttentionCall(**{"scale": 0.25, "dense_len": 0, "geometry": SMALL.geometry} | place).arguments
     selection = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *given), *given)
     run = lambda q, k, v: prefill.block_attention(q, k, v, selection, *given)[0]  # noqa: E731
     assert torch.autograd.gradcheck(run, (q, k, v))

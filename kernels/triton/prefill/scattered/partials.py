@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...score_terms import cap_products, load_key_bias
 from ...tile_ops import LN_2, LOWEST_SCORE, mask_scores, row_addresses, row_mask, softmax_weights
 from ...tile_tables import PANEL_BATCH, PANEL_QUERY, TABLE_COLUMNS
 from .block_to_query import (
@@ -41,6 +42,7 @@ def attend_pieces(
     pool,
     sums,
     key_mask,
+    key_bias,
     work,
     entries,
     begin_piece,
@@ -58,8 +60,12 @@ def attend_pieces(
     v_token_stride,
     key_mask_batch_stride,
     key_mask_token_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_token_stride,
     window,
     scale_log2,
+    cap_log2,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -71,10 +77,13 @@ def attend_pieces(
     SCORED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attention of the queries of some pieces to the pieces' blocks, whose keys all stand before them."""
     ENTRIES: tl.constexpr = BLOCK_M // PADDED_GROUP
+    SOME_HIDDEN: tl.constexpr = HAS_WINDOW or HAS_KEY_MASK or HAS_BIAS  # a bias may be -inf
     keys = tl.arange(0, BLOCK_SIZE)
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
@@ -83,6 +92,7 @@ def attend_pieces(
     row_head = head.to(tl.int64) * GROUP + tl.minimum(group_head, GROUP - 1)
     k += head.to(tl.int64) * k_head_stride
     v += head.to(tl.int64) * v_head_stride
+    key_bias += head.to(tl.int64) * bias_head_stride
     next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
         work + begin_piece * PIECE_WIDTH
     )
@@ -106,6 +116,10 @@ def attend_pieces(
         if HAS_KEY_MASK:
             at = key_mask + batch * key_mask_batch_stride + (key + keys) * key_mask_token_stride
             hidden = (tl.load(at) == 0).to(tl.int32)
+        bias = tl.zeros([BLOCK_SIZE], tl.float32)
+        if HAS_BIAS:
+            at_bias = key_bias + batch * bias_batch_stride + (key + keys) * bias_token_stride
+            bias = load_key_bias(at_bias, scale_log2, None)
         next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
             work + tl.minimum(piece + 1, end_piece - 1) * PIECE_WIDTH
         )
@@ -120,16 +134,20 @@ def attend_pieces(
             q_mask = (dims < HEAD_DIM)[None, :]
             queries = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=q_mask, other=0.0)
             scores = tl.dot(queries, k_tile, input_precision=PRECISION)  # [BM, BN]
+            if HAS_SOFTCAP:
+                scores = cap_products(scores, cap_log2)
+            if HAS_BIAS:
+                scores += bias[None, :]
             if HAS_WINDOW or HAS_KEY_MASK:
                 own = key_shift + token  # [BM]
                 valid = (hidden == 0)[None, :]
                 scores = mask_scores(scores, (key + keys)[None, :], own[:, None], window, valid, False, HAS_WINDOW)
-            lowest: tl.constexpr = LOWEST_SCORE if HAS_WINDOW or HAS_KEY_MASK else None
+            lowest: tl.constexpr = LOWEST_SCORE if SOME_HIDDEN else None
             weights, highest = softmax_weights(scores, scale_log2, lowest, 1)  # [BM, BN], [BM]
             total = tl.sum(weights, 1)
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)  # [BM, Dv]
             divisor = total
-            if HAS_WINDOW or HAS_KEY_MASK:
+            if SOME_HIDDEN:
                 divisor = tl.where(total == 0.0, 1.0, total)
             acc = acc * (1.0 / divisor)[:, None]
             place = slot * GROUP + group_head

@@ -24,7 +24,6 @@ from ...attention_inputs import AttentionInputs
 from ...backward.block_to_query import block_bound
 from ...configs import ScatteredConfig, optional_config
 from ...launch import multiprocessors, wrap_triton
-from ...tile_ops import LOG2_E
 from .block_to_query import PIECE_WIDTH, count_queries, list_queries, place_blocks
 from .partials import MERGED_ROWS, attend_pieces, merge_queries
 
@@ -64,6 +63,8 @@ def _await_items(counter, number):
         "lse_batch_stride",
         "lse_head_stride",
         "key_mask_batch_stride",
+        "bias_batch_stride",
+        "bias_head_stride",
         "capacity",
         "num_tiles",
         "num_blocks",
@@ -84,6 +85,7 @@ def _scattered_kernel(
     tokens,
     counts,
     key_mask,
+    key_bias,
     state,  # int32: whether to run; next ticket; items done, chunk by chunk and phase by phase; queries of the blocks
     scratch,  # int32: a ring of lists
     pool,  # a ring of partial results [slots, GROUP, Dv]
@@ -104,6 +106,9 @@ def _scattered_kernel(
     lse_head_stride,
     key_mask_batch_stride,
     key_mask_token_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_token_stride,
     capacity,
     num_tiles,
     num_blocks,
@@ -112,6 +117,7 @@ def _scattered_kernel(
     heads,
     window,
     scale_log2,
+    cap_log2,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -132,11 +138,14 @@ def _scattered_kernel(
     POOL_RING: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     K_TOKEN_STRIDE: tl.constexpr,
     V_TOKEN_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor passes numbers as float64
+    cap_log2 = tl.cast(cap_log2, tl.float32)
     if K_TOKEN_STRIDE > 0:  # a number of the program: the addresses of a step's keys then take no registers
         k_token_stride = K_TOKEN_STRIDE
     if V_TOKEN_STRIDE > 0:
@@ -260,6 +269,7 @@ def _scattered_kernel(
                         pool + pool_slot * VALUE_DIM,
                         sums + pool_slot,
                         key_mask,
+                        key_bias,
                         work,
                         entries,
                         begin,
@@ -277,8 +287,12 @@ def _scattered_kernel(
                         v_token_stride,
                         key_mask_batch_stride,
                         key_mask_token_stride,
+                        bias_batch_stride,
+                        bias_head_stride,
+                        bias_token_stride,
                         window,
                         scale_log2,
+                        cap_log2,
                         GROUP,
                         PADDED_GROUP,
                         BLOCK_M,
@@ -290,6 +304,8 @@ def _scattered_kernel(
                         SCORED,
                         HAS_WINDOW,
                         HAS_KEY_MASK,
+                        HAS_BIAS,
+                        HAS_SOFTCAP,
                         PRECISION,
                     )
             else:
@@ -419,6 +435,7 @@ def attend_scattered(given: AttentionInputs, out: Tensor, lse: Tensor, state: Te
         *given.strides,
         *(out.stride(0), out.stride(2), out.stride(1), *lse.stride()[:2]),
         *given.mask_strides,
+        *given.bias_strides,
         given.capacity,
         plan.num_tiles,
         num_blocks,
@@ -426,7 +443,7 @@ def attend_scattered(given: AttentionInputs, out: Tensor, lse: Tensor, state: Te
         triton.cdiv(plan.num_tiles, chunk_tiles),
         given.k.shape[1],
         given.bound,
-        given.scale * LOG2_E,
+        *given.unit,
         **given.constants(launch.rows),
         **scattered_constants(geometry, tokens, has_window),
         **launch.options,
