@@ -64,12 +64,12 @@ constexpr double LOG2E = 1.4426950408889634;
 // What index keys are stored in: T, or a byte with a scale a token.
 enum IndexKind { INDEX_AS_KEYS, INDEX_INT8, INDEX_FP8 };
 
-// A call from its integers, all fields in their order, and the last one, the scale.
+// A call from its integers, all fields in their order, and the last two, the scale and the cap.
 template <typename C>
-C call_of(const int64_t* numbers, double scale) {
+C call_of(const int64_t* numbers, double scale, double softcap) {
   C call;
   std::memcpy(&call, numbers, offsetof(C, scale));
-  call.scale = scale;
+  call.scale = scale, call.softcap = softcap;
   return call;
 }
 
