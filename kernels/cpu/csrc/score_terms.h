@@ -57,8 +57,7 @@ class SoftCap {
   Vector<R> operator()(Vector<R> x) const {
     using Integers = typename VectorTypes<R>::Integers;
     const Vector<R> highest = broadcast<R>(FLAT);
-    Vector<R> power = x * power_;  // of 2 in exp(2 y)
-    power = maximum(-highest, power < highest ? power : highest);
+    const Vector<R> power = minimum(maximum(x * power_, -highest), highest);  // of 2 in exp(2 y)
     // Truncated after being made positive: floor(power + 0.5).
     const Integers whole = __builtin_convertvector(power + broadcast<R>(FLAT + 1.5), Integers) - (FLAT + 1);
     const Vector<R> part = power - __builtin_convertvector(whole, Vector<R>);  // within 0.5 of 0
@@ -122,15 +121,18 @@ class BlockTerms {
   // Changes the logits of one row; `slopes`, if not null, gets the derivatives of the cap. Not inlined, so that what has
   // no terms keeps its registers.
   __attribute__((noinline)) void apply(R* logits, R* slopes) const {
-    for (size_t lane = 0; lane < biases_.size(); lane += LANES<R>) {
-      Vector<R> x = load(logits + lane);
-      if (cap.given) {
-        x = cap(x);
+    const SoftCap<R> own = cap;
+    const int64_t count = biases_.size();
+    if (own.given)
+      for (int64_t lane = 0; lane < count; lane += LANES<R>) {
+        const Vector<R> x = own(load(logits + lane));
+        store(logits + lane, x);
         if (slopes != nullptr)
-          store(slopes + lane, cap.slope(x));
+          store(slopes + lane, own.slope(x));
       }
-      store(logits + lane, biased_ ? x + load(biases_.data() + lane) : x);
-    }
+    if (biased_)
+      for (int64_t lane = 0; lane < count; lane += LANES<R>)
+        store(logits + lane, load(logits + lane) + load(biases_.data() + lane));
   }
 
   const SoftCap<R> cap;

@@ -119,9 +119,23 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 #endif
 }
 
+// Of a comparison and a choice compilers make two instructions, as they keep what it gives for NaN.
 template <typename V>
 inline V maximum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
   return a > b ? a : b;
+}
+
+template <typename V>
+inline V minimum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#endif
+  return a < b ? a : b;
 }
 
 template <typename V, typename Function>
@@ -258,8 +272,7 @@ inline V exp2(V x) {
   using Constants = Exp2<R>;
   const V lowest = broadcast<R>(Constants::LOWEST), highest = broadcast<R>(Constants::HIGHEST);
   const Integers normal = x >= lowest;
-  x = maximum(x, lowest);
-  x = x < highest ? x : highest;
+  x = minimum(maximum(x, lowest), highest);
   // Truncated after being made positive: floor(x + 0.5).
   const Integers whole = __builtin_convertvector(x + broadcast<R>(Constants::BIAS + 0.5), Integers) - Constants::BIAS;
   const V part = x - __builtin_convertvector(whole, V);  // within 0.5 of 0
