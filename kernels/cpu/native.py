@@ -100,11 +100,11 @@ extern "C" void compress_keys(
 }
 
 extern "C" void select_blocks(
-    const int64_t* numbers, double scale, double softcap, const T* q, T* k1, T* k2, const int64_t* strides1, const int64_t* strides2,
-    int32_t* blocks) {
+    const int64_t* numbers, double scale, double softcap, const T* q, T* k1, T* k2, const int64_t* strides1,
+    const int64_t* strides2, int32_t* blocks) {
   infllm::select_blocks<T>(
-      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, {k1, strides1[1]}, strides1[0], {k2, strides2[1]}, strides2[0],
-      blocks);
+      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, {k1, strides1[1]}, strides1[0], {k2, strides2[1]},
+      strides2[0], blocks);
 }
 
 extern "C" void select_by_tokens(

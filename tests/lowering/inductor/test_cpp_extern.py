@@ -84,7 +84,9 @@ def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, w
     index = torch.int64 if offsets is None else offsets.dtype
     terms = terms or {}
     bias, sinks = terms.get("key_bias"), terms.get("sinks")
-    strides = [] if bias is None else [step if size > 1 else 0 for size, step in zip(bias.shape, bias.stride())]
+    strides = [0, 0]
+    if bias is not None:
+        strides = [bias.stride(dim) if bias.shape[dim] > 1 else 0 for dim in (0, 1)]
     kernels[q.dtype, index](
         (ctypes.c_int64 * len(numbers))(*numbers),
         ctypes.c_double(0.7),
@@ -93,7 +95,7 @@ def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, w
         ctypes.c_int64(0 if offsets is None else offsets.shape[0]),
         ctypes.c_void_p(channels.data_ptr() if sets else None),
         ctypes.c_void_p(None if bias is None else bias.data_ptr()),
-        (ctypes.c_int64 * 2)(*strides[:2]),
+        (ctypes.c_int64 * 2)(*strides),
         *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (sinks, out)),
     )
     return out.transpose(1, 2)
