@@ -332,7 +332,7 @@ def test_sparse_attention_with_every_term_is_the_oracles(scorer):
     model = infllm_pass.sparsify(torch.compile(all_terms, backend="aot_eager"), config)
     out = model(*inputs)
     (row,) = infllm_pass.report(model).sites
-    assert (row.decision, row.target, row.kernels) == ("switchable", "block-sparse", "torch operators")
+    assert (row.decision, row.target, row.kernels) == ("switchable", "block-sparse", "C++")
     assert row.mask == "causal, biased keys, scores capped at 3, sinks"
     expected = oracle(*inputs, config)
     assert relative_error(out, expected) < 1e-10

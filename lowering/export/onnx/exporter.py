@@ -126,6 +126,7 @@ def _translate(
 
     fused_op.join_sites(program.graph)
     _check_dtypes(program)
+    _refuse_terms(program)
     _write_nodes(program.graph)
     program, gained = without_state(program)
     input_names = _names(input_names, program.graph_signature.user_inputs)
@@ -164,6 +165,15 @@ def _check_dtypes(program: ExportedProgram) -> None:
             raise DtypeError(
                 f"{node.name} computes in {node.meta['val'].dtype}: ONNX export takes "
                 f"{' and '.join(map(str, DTYPES))}; cast the model first"
+            )
+
+
+def _refuse_terms(program: ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        if node.target is fused_op.OPERATOR and (terms := fused_op.terms_of(node)):
+            raise ExportError(
+                f"the scores of {node.name} have {' and '.join(terms)}, which have no ONNX form: package the model, "
+                "or compile it"
             )
 
 
