@@ -17,6 +17,7 @@ from infllm_pass.masks.normal_form import (
     UnprovenMask,
     axes_of,
     home_of,
+    without_shift,
 )
 from infllm_pass.masks.proof import prove_mask, prove_terms, readable
 
@@ -40,4 +41,5 @@ __all__ = [
     "prove_mask",
     "prove_terms",
     "readable",
+    "without_shift",
 ]

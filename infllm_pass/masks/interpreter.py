@@ -139,7 +139,7 @@ class Interpreter:
             return any(other.read_input(node) for other in others)
         if node in self.facts.bindings:
             facts, outer = self.facts.bindings[node]
-            return self._interpreter_of(facts).read_input(outer)
+            return self.interpreter_of(facts).read_input(outer)
         if node.op != "placeholder" or self.facts.is_overwritten(node):
             return False
         return self._forget_if(self.facts.held.inputs.add(node, input_name(node)))
@@ -182,13 +182,13 @@ class Interpreter:
 
     def _value_at(self, facts: GraphFacts, node: fx.Node) -> SymbolicTensor | None:
         """The value of a node of an outer graph."""
-        interpreter = self._interpreter_of(facts)
+        interpreter = self.interpreter_of(facts)
         value = interpreter.evaluate(node)
         self.unknowns.update(interpreter.unknowns)
         self.scans.update(interpreter.scans)
         return value
 
-    def _interpreter_of(self, facts: GraphFacts) -> Interpreter:
+    def interpreter_of(self, facts: GraphFacts) -> Interpreter:
         """The interpreter of an outer graph."""
         if facts not in self.outer:
             Interpreter(facts, outer=self.outer)

@@ -148,22 +148,77 @@ ALIBI = {
     "key less query": lambda: torch.arange(L)[None] - torch.arange(L)[:, None],
     "key": lambda: torch.arange(L)[None],
     "key less the last": lambda: torch.arange(1 - L, 1)[None],
+    "distance of both sides": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]).abs(),
+    "distance of both sides, from the query": lambda: -(torch.arange(L)[:, None] - torch.arange(L)[None]).abs(),
+    "distance of both sides, as floats": lambda: (torch.arange(L)[:, None].double() - torch.arange(L)[None]).abs(),
     "query less key, cast": lambda: -(torch.arange(L)[:, None] - torch.arange(L)[None]).double(),
 }
 
 SLOPED_LOOKALIKES = {
     "square of the distance": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]) ** 2,
-    "distance of both sides": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]).abs(),
+    "distance from another key": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None] + 3).abs(),
     "product of query and key": lambda: torch.arange(L)[None] * torch.arange(L)[:, None],
     "half the key": lambda: torch.arange(L)[None] // 2 - torch.arange(L)[:, None],
     "narrow": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]).bfloat16().double(),
 }
 
 
-@pytest.mark.parametrize("form", ALIBI)
-def test_slopes_of_distances_are_biases_of_keys(form):
-    function = sloped(ALIBI[form])
-    inputs = [x.requires_grad_() for x in (*qkv(6, 6), torch.rand(6, dtype=torch.float64))]
+def distance():
+    return torch.arange(L)[None] - torch.arange(L)[:, None]
+
+
+def numbers_of_heads(q):
+    return torch.tensor([0.5, 0.25, 0.125, 0.3, 0.2, 0.1], dtype=torch.float64)[:, None, None]
+
+
+def as_mpt(q, s):
+    """Of a longer text, integers first, slopes put together from two parts."""
+    slopes = torch.cat([s[:4].view(1, 4, 1, 1), s[4:].view(1, 2, 1, 1)], 1)
+    return (torch.arange(1 - 100, 1, dtype=torch.int32).view(1, 1, 1, 100) * slopes).squeeze(0)[:, :, -L:]
+
+
+def as_falcon(q, s):
+    """Filled with the least number where a key is hidden."""
+    alibi = (s[:, None] * torch.arange(L)).reshape(1, 6, 1, L) / 3
+    return torch.masked_fill(alibi, hidden(L), torch.finfo(torch.float64).min)
+
+
+SLOPED = {
+    "negated product": lambda q, s: -(s[:, None, None] * -distance()),
+    "product over a number": lambda q, s: s[:, None, None] * distance() / 3.0,
+    "key less query, each with its slope": lambda q, s: (
+        s[:, None, None] * torch.arange(L)[None, None] - s[:, None, None] * torch.arange(L)[None, :, None]
+    ),
+    "numbers of a list": lambda q, s: numbers_of_heads(q) * distance(),
+    "one number": lambda q, s: 0.125 * distance(),
+    "one number, both sides": lambda q, s: -0.125 * distance().abs(),
+    "distance itself": lambda q, s: distance(),
+    "powers": lambda q, s: torch.pow(2.0, -torch.arange(1, 7))[:, None, None] * distance(),
+    "as in MPT": as_mpt,
+    "as in Falcon": as_falcon,
+}
+
+
+@pytest.mark.parametrize("form", SLOPED)
+def test_products_of_slopes_and_distances_are_read_in_every_spelling(form):
+    assert_carried(of_keys(SLOPED[form]), qkv(6, 6))
+
+
+PARTS = {
+    "first keys of more": lambda q, s: (torch.arange(100) * s[0]).sin()[:L],
+    "last keys of more": lambda q, s: (torch.arange(100) * s[0]).sin()[-L:],
+    "keys from the middle": lambda q, s: (torch.arange(100) * s[0]).sin().narrow(0, 5, L),
+    "last heads of more": lambda q, s: (torch.cat([s, s])[:, None] * torch.arange(100)).sin()[5:11, None, :L],
+}
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_a_part_of_a_tensor_is_a_bias(form):
+    assert_carried(of_keys(PARTS[form]), qkv(6, 6))
+
+
+def assert_carried(function, tensors):
+    inputs = [x.requires_grad_() for x in (*tensors, torch.rand(6, dtype=torch.float64))]
     expected = function(*inputs)
     out, (row,) = rewritten(function, *inputs)
     assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
@@ -171,6 +226,11 @@ def test_slopes_of_distances_are_biases_of_keys(form):
     assert relative_error(out, expected) < 1e-12
     for actual, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
         assert torch.allclose(actual, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ALIBI)
+def test_slopes_of_distances_are_biases_of_keys(form):
+    assert_carried(sloped(ALIBI[form]), qkv(6, 6))
 
 
 @pytest.mark.parametrize("form", SLOPED_LOOKALIKES)
