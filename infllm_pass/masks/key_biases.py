@@ -160,7 +160,7 @@ class _Reader:
 
     def _of_call(self, call: Call, node: fx.Node, index: tuple[sympy.Expr, ...]) -> _Sloped | None:
         """Read the result of an operator at an index."""
-        if set(call.args) - {"input", "other", "dtype"}:
+        if set(call.args) - {"input", "other", "targets"}:
             return None
         operands = [call.args.get("input"), call.args.get("other")]
         if call.kind in (Kind.CAST, Kind.IDENTITY, Kind.NEG):

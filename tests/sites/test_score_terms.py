@@ -9,12 +9,10 @@ import torch
 
 import infllm_pass
 from infllm_pass.kernels import reference
-from infllm_pass.rewrite.pipeline import SitePolicy, run_pass
-from infllm_pass.rewrite.targets import DEFAULT_TARGETS
 from tests.sites.test_sites_handwritten import ALWAYS, COVERING, INF, hidden
 from tests.support import score_terms
 from tests.support.common import relative_error
-from tests.support.score_terms import TakesTerms
+from tests.support.score_terms import rewritten
 
 B, L, D = 2, 57, 8
 SCALE = D**-0.5
@@ -257,19 +255,6 @@ def assert_untouched(function, reason, tensors):
     assert (row.decision, row.reason) == ("dense", reason), row.explanation
     assert score_terms.taken == []
     assert relative_error(out, function(*inputs)) == 0.0
-
-
-def rewritten(function, *inputs):
-    """The result of a function after the pass, with a target that takes all terms, and its sites."""
-    rows = []
-
-    def backend(module, _inputs):
-        rows.extend(run_pass(module, SitePolicy(ALWAYS, targets=(TakesTerms(), *DEFAULT_TARGETS))).sites)
-        return module.forward
-
-    torch._dynamo.reset()
-    score_terms.taken.clear()
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs), rows
 
 
 def gradients(out, inputs):

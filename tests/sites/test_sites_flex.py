@@ -64,7 +64,34 @@ REFUSED = {
         lambda q, k, v: attend(q, k, v, score_mod=lambda s, *_: torch.tanh(s / 5 + 1) * 5),
         "SOFT_CAP",
     ),
-    "bias": (lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i)), "ADDITIVE_BIAS"),
+    "bias of the square": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i) * (j - i)),
+        "ADDITIVE_BIAS",
+    ),
+    "bias of pairs": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + q[b, h, i, 0] * k[b, 0, j, 0]),
+        "ADDITIVE_BIAS",
+    ),
+    "bias of the query": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + q[b, h, i, 0]),
+        "ADDITIVE_BIAS",
+    ),
+    "bias of each head of a group": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + q[b, h, j, 0]),
+        "ADDITIVE_BIAS",
+    ),
+    "bias before the cap": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh((s + k[b, 0, j, 0]) / 5) * 5),
+        "SOFT_CAP",
+    ),
+    "subtracted from a bias": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: k[b, 0, j, 0] - s),
+        "ADDITIVE_BIAS",
+    ),
+    "multiplied with a bias": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s * k[b, 0, j, 0]),
+        "ADDITIVE_BIAS",
+    ),
     "log-sum-exp": (lambda q, k, v: attend(q, k, v, return_lse=True), "RETURNED_WEIGHTS"),
 }
 
@@ -109,3 +136,37 @@ def test_a_cap_is_read_off_the_score_function(form):
     assert score_terms.taken == [("softcap",)]
     assert count_calls(module, torch.ops.higher_order.flex_attention) == 0
     assert relative_error(run(module, (q, k, v)), expected) < 1e-5
+
+
+TERMS = {
+    "bias of row, head and key": (lambda s, b, h, i, j, x: s + x[b, h, j, 0], ("key_bias",)),
+    "bias of the key": (lambda s, b, h, i, j, x: s - x[0, 1, j, 2], ("key_bias",)),
+    "slope times distance": (lambda s, b, h, i, j, x: s + x[0, h, 0, 0] * (j - i), ("key_bias",)),
+    "slope times distance of both sides": (lambda s, b, h, i, j, x: s - x[0, h, 0, 0] * (i - j).abs(), ("key_bias",)),
+    "number times distance": (lambda s, b, h, i, j, x: (s + 0.125 * (j - i)) * 2, ("key_bias",)),
+    "cap and bias": (lambda s, b, h, i, j, x: 5 * torch.tanh(s / 5) + x[b, h, j, 0], ("key_bias", "softcap")),
+}
+
+
+@pytest.mark.parametrize("form", TERMS)
+def test_biases_of_keys_are_read_off_the_score_function(form):
+    score, terms = TERMS[form]
+
+    def biased(q, k, v, x):
+        return attend(q, k, v, score_mod=lambda s, b, h, i, j: score(s, b, h, i, j, x))
+
+    inputs = (*qkv(heads_kv=6), torch.rand(3, 6, 57, 8))
+    out, (row,) = score_terms.rewritten(biased, *inputs)
+    assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
+    assert score_terms.taken == [terms]
+    assert relative_error(out, biased(*inputs)) < 1e-5
+
+
+def test_a_bias_of_key_value_heads_is_read_off_the_score_function():
+    def biased(q, k, v, x):
+        return attend(q, k, v, score_mod=lambda s, b, h, i, j: s + x[b, h // 3, j])
+
+    inputs = (*qkv(), torch.rand(3, 2, 57))
+    out, (row,) = compiled(biased, COVERING, *inputs)
+    assert row.decision == "switchable", row.explanation
+    assert relative_error(out, biased(*inputs)) < 1e-5
