@@ -55,6 +55,12 @@ def _extent(counted: sympy.Expr, site: AttentionSite) -> sympy.Expr:
     return {(BATCH,): rows, (KEY,): keys, (BATCH, HEAD): rows * heads}[axes]
 
 
+def _rows_and_keys(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """How many rows and keys a site has: those of a prompt, or all slots of a cache, in layers of one model."""
+    rows, _, keys, _ = site.shape(site.key)
+    return size(rows), size(keys)
+
+
 class OperandMakers:
     """What inserts calls and makes mask operands in a root graph and in those nested in it.
 
@@ -106,13 +112,13 @@ class MaskOperands:
         self._facts = facts
         self._device = device
         self._early: dict[Any, fx.Node] = {}
-        self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
+        self._key_masks: dict[Any, fx.Node] = {}
         self._positions: dict[sympy.Expr, fx.Node] = {}
         self._numbers: dict[sympy.Expr, fx.Node | int] = {}
         self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
         self._lengths: dict[Any, fx.Node] = {}
         self._starts: dict[fx.Node, fx.Node] = {}
-        self._bounds: dict[Segments, fx.Node] = {}
+        self._bounds: dict[Any, fx.Node] = {}
 
     def arguments(self, plan: SitePlan, site: AttentionSite) -> tuple[Any, ...]:
         """The arguments of a site by its mask, see `MASK_ARGUMENTS`."""
@@ -155,7 +161,8 @@ class MaskOperands:
         """The keys' validity as a node ``[B, Lk]`` of dtype bool."""
         if not conditions:
             return None
-        if conditions not in self._key_masks:
+        wanted = conditions, *_rows_and_keys(site)
+        if wanted not in self._key_masks:
             leaves = [leaf for condition in conditions for leaf in condition.leaves]
             home = self._home(leaves, [condition.expression for condition in conditions], site)
             if home is self:
@@ -167,8 +174,8 @@ class MaskOperands:
                         conditions, leaves, site, lambda extents: home._valid(conditions, site, extents)
                     ),
                 )
-            self._key_masks[conditions] = mask
-        return self._key_masks[conditions]
+            self._key_masks[wanted] = mask
+        return self._key_masks[wanted]
 
     def _valid(self, conditions: tuple[KeyCondition, ...], site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
         tests = [self._test(condition, site, extents) for condition in conditions]
@@ -420,7 +427,8 @@ class MaskOperands:
 
     def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
         """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""
-        if segments not in self._bounds:
+        wanted = segments, *_rows_and_keys(site)
+        if wanted not in self._bounds:
             leaf = segments.leaf
             home = self._home([leaf], [], site)
             if home is self:
@@ -430,8 +438,8 @@ class MaskOperands:
                     home,
                     lambda: home._at_once(segments, [leaf], site, lambda extents: home._numbered(leaf, site, extents)),
                 )
-            self._bounds[segments] = bounds
-        return self._bounds[segments]
+            self._bounds[wanted] = bounds
+        return self._bounds[wanted]
 
     def _numbered(self, numbers: Leaf, site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
         ids = self._call(site, "expand", self._local(numbers, site), list(extents))

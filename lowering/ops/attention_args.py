@@ -263,7 +263,7 @@ BACKWARD = Signature(
     ("grad_out", "q", "k", "v", "out", "lse", "selection"), AttentionCall, "(Tensor, Tensor, Tensor, Tensor[])"
 )
 DECODE = Signature(("q", "k", "v", "state"), DecodeCall, "(Tensor, Tensor)", mutated="state")
-FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k", *SCORE_TERMS))
+FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k"))
 
 SIGNATURES: dict[str, Signature[Any]] = {
     "compress_keys": COMPRESS,
