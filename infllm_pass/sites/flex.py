@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import fx
 
+from infllm_pass.graph.dce import live_users
 from infllm_pass.graph.facts import GraphFacts
 from infllm_pass.graph.op_table import Call, Kind, read
 from infllm_pass.masks.normal_form import MaskRole, MaskTerm
 from infllm_pass.reasons import Reason
 from infllm_pass.sites.fused import fused_reads, site_of
+from infllm_pass.sites.late_sinks import late_sinks
 from infllm_pass.sites.layouts import Layouts
 from infllm_pass.sites.scalars import number_of
 from infllm_pass.sites.site import AttentionSite, PartialSite
@@ -32,8 +34,9 @@ def read_flex(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | 
     result = outputs.get(0)
     if result is None or not layouts.is_tensor(result):
         return None
-    used = [user for place, user in outputs.items() if place != 0 and user.users]
-    if used:
+    used = [user for place, user in outputs.items() if place != 0 and live_users(user)]
+    late = late_sinks(layouts, result, used[0]) if used == [outputs.get(1)] else None
+    if used and late is None:
         return PartialSite(node, Reason.RETURNED_WEIGHTS, used[0], "flex_attention, whose log-sum-exp is used")
     block_mask = call.args.get("block_mask")
     score_body = _body(layouts, call.args.get("score_mod"))
@@ -56,6 +59,8 @@ def read_flex(layouts: Layouts, node: fx.Node) -> AttentionSite | PartialSite | 
     if reads is None:
         return PartialSite(node, Reason.SHAPES, node, "flex_attention")
     reads = replace(reads, softcap=scores.softcap)
+    if late is not None:
+        reads = replace(reads, node=late.node, last=late.node, sinks=late.sinks)
     return site_of(layouts, reads, Reason.SHAPES, "flex_attention")
 
 

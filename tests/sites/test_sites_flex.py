@@ -170,3 +170,62 @@ def test_a_bias_of_key_value_heads_is_read_off_the_score_function():
     out, (row,) = compiled(biased, COVERING, *inputs)
     assert row.decision == "switchable", row.explanation
     assert relative_error(out, biased(*inputs)) < 1e-5
+
+
+def as_a_sum(lse, s):
+    """As transformers joins sinks to flex attention."""
+    sinks = s.view(1, -1, 1, 1).expand(lse.shape[0], -1, lse.shape[2], 1)
+    column = lse.to(s.dtype).unsqueeze(-1)
+    return torch.exp(column - torch.logsumexp(torch.cat([column, sinks], -1), -1, keepdim=True))
+
+
+LATE_SINKS = {
+    "log of a sum": as_a_sum,
+    "log of a sum, less a dimension": lambda lse, s: torch.exp(
+        lse - torch.logsumexp(torch.cat([s[None, None, :, None].expand(1, *lse.shape), lse[None]]), 0)
+    )[..., None],
+    "logaddexp": lambda lse, s: torch.exp(lse - torch.logaddexp(lse, s[:, None]))[..., None],
+    "sigmoid": lambda lse, s: torch.sigmoid(lse - s[None, :, None])[..., None],
+    "sigmoid of a part": lambda lse, s: torch.sigmoid(lse - torch.cat([s, s])[3:9, None])[..., None],
+}
+
+
+def with_late_sinks(share):
+    def attend_with_sinks(q, k, v, s):
+        out, lse = attend(q, k, v, return_lse=True)
+        return out * share(lse, s)
+
+    return attend_with_sinks
+
+
+@pytest.mark.parametrize("form", LATE_SINKS)
+def test_sinks_that_join_after_the_softmax_are_read_off_its_log_sum_exp(form):
+    function = with_late_sinks(LATE_SINKS[form])
+    inputs = (*qkv(), torch.randn(6))
+    out, (row,) = score_terms.rewritten(function, *inputs)
+    assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
+    assert score_terms.taken == [("sinks",)]
+    assert relative_error(out, function(*inputs)) < 1e-5
+
+
+NO_SINKS = {
+    "of the other sign": lambda lse, s: torch.sigmoid(s[:, None] - lse)[..., None],
+    "of another row": lambda lse, s: torch.sigmoid(lse.flip(2) - s[:, None])[..., None],
+    "of another head": lambda lse, s: torch.sigmoid(lse.roll(1, 1) - s[:, None])[..., None],
+    "to the base 2": lambda lse, s: torch.sigmoid(lse / 0.6931471805599453 - s[:, None])[..., None],
+    "of each query": lambda lse, s: torch.sigmoid(lse - torch.arange(57) * s[:, None])[..., None],
+    "and another": lambda lse, s: torch.sigmoid(lse - s[:, None] - 1)[..., None],
+    "beside another use": lambda lse, s: torch.sigmoid(lse - s[:, None])[..., None] + lse[..., None],
+    "three columns": lambda lse, s: torch.exp(
+        lse - torch.logsumexp(torch.cat([lse[None], lse[None], s[None, None, :, None].expand(1, *lse.shape)]), 0)
+    )[..., None],
+}
+
+
+@pytest.mark.parametrize("form", NO_SINKS)
+def test_other_uses_of_a_log_sum_exp_stay_as_they_were(form):
+    function = with_late_sinks(NO_SINKS[form])
+    inputs = (*qkv(), torch.randn(6))
+    out, (row,) = score_terms.rewritten(function, *inputs)
+    assert (row.decision, row.reason in ("RETURNED_WEIGHTS", "SINK")) == ("dense", True), row.explanation
+    assert relative_error(out, function(*inputs)) == 0.0
