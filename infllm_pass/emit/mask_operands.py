@@ -21,6 +21,7 @@ from infllm_pass.masks import (
     HEAD,
     KEY,
     GraphFacts,
+    HeadFunction,
     KeyBias,
     KeyCondition,
     Leaf,
@@ -256,6 +257,8 @@ class MaskOperands:
 
     def _elements(self, bias: KeyBias, site: AttentionSite) -> fx.Node:
         """The elements of a bias's tensor that it reads: a dimension for each index that is no number."""
+        if bias.computed is not None:
+            return self._of_heads(bias.computed, site)
         if bias.leaf is None:
             return self._call(site, torch.ones, [], dtype=wide_dtype(site), device=site.key.example.device)
         node = self._local(bias.leaf, site)
@@ -270,6 +273,19 @@ class MaskOperands:
                 first, length = (self._number(number, (), site) for number in (start, extent))
                 node = self._call(site, "narrow", node, dim, first, length)
         return node
+
+    def _of_heads(self, function: HeadFunction, site: AttentionSite) -> fx.Node:
+        """What a score function computes of one head, for all of them: ``[Hq]``."""
+        dtype, device = function.head.meta["example_value"].dtype, site.key.example.device
+        made = {function.head: self._call(site, torch.arange, int(site.query_heads), dtype=dtype, device=device)}
+
+        def make(node: fx.Node) -> fx.Node:
+            if node not in made:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), make)
+                made[node] = self._call(site, node.target, *args, **kwargs)
+            return made[node]
+
+        return make(function.result)
 
     def _by_position(self, slopes: fx.Node, site: AttentionSite) -> fx.Node:
         """Slopes ``[B or 1, Hq or Hkv or 1]`` times the numbers of the keys, counted from the middle key.

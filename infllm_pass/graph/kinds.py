@@ -51,6 +51,7 @@ class Kind(Enum):
     MASKED_FILL = auto()
     TANH = auto()
     EXP = auto()
+    EXP2 = auto()
     SIGMOID = auto()
     LOG_SUM_EXP = auto()
     LOG_ADD_EXP = auto()

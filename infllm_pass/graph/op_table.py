@@ -247,6 +247,7 @@ _spell(
 )
 _spell(Kind.TANH, "input", [torch.tanh, F.tanh, "tanh", aten.tanh.default])
 _spell(Kind.EXP, "input", [torch.exp, "exp", aten.exp.default])
+_spell(Kind.EXP2, "input", [torch.exp2, torch.special.exp2, "exp2", aten.exp2.default])
 _spell(Kind.SIGMOID, "input", [torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default])
 _spell(Kind.LOG_SUM_EXP, "input dim keepdim", [torch.logsumexp, "logsumexp", aten.logsumexp.default])
 _spell(Kind.LOG_ADD_EXP, "input other", [torch.logaddexp, "logaddexp", aten.logaddexp.default])

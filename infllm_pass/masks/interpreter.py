@@ -90,11 +90,11 @@ class Interpreter:
         self.unknowns: dict[str, Unknown] = {}
         self.scans: dict[str, scans.Scan] = {}
         self.proofs: dict[tuple[sympy.Basic, bool], Any] = {}
-        self._seeds = dict(seeds or {})
+        self.seeds = dict(seeds or {})
         self._values: dict[fx.Node, SymbolicTensor] = {}
         self._readers: list[fx.Node] = []
         self.outer = {} if outer is None else outer
-        if not leaves and not self._seeds:
+        if not leaves and not self.seeds:
             self.outer.setdefault(facts, self)
 
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
@@ -152,8 +152,8 @@ class Interpreter:
 
     def _given(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor | None:
         """The value of a placeholder that stands for an index, or of a tensor that is read by value."""
-        if node in self._seeds:
-            return SymbolicTensor((), self._seeds[node], torch.int64)
+        if node in self.seeds:
+            return SymbolicTensor((), self.seeds[node], torch.int64)
         inputs = self.facts.held.inputs
         if node in inputs.numbered:
             positions = [self.operand(other) for other in inputs.numbered[node]]
@@ -208,7 +208,7 @@ class Interpreter:
         """A name for a node's element, and the hidden indices that it may depend on."""
         name = self._name_of(node)
         under = self.facts.hidden_axes.get(node, ())
-        hidden = () if node.op in ("placeholder", "get_attr") else (*under, *self._seeds.values())
+        hidden = () if node.op in ("placeholder", "get_attr") else (*under, *self.seeds.values())
         inputs = (self._name_of(source) for source in node.all_input_nodes if source in self._values)
         causes = (self.unknowns[source] for source in inputs if source in self.unknowns and source not in self.scans)
         cause = next((unknown for unknown in causes if unknown.node.op not in ("placeholder", "get_attr")), None)

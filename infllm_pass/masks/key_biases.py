@@ -16,17 +16,20 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from infllm_pass.graph.facts import axis
+from infllm_pass.graph.facts import axis, hidden_axis
 from infllm_pass.graph.op_table import Call, Kind, read
 from infllm_pass.masks.cases import Cases, as_number, pairs, unrounded
 from infllm_pass.masks.interpreter import Interpreter, Overwritten
-from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, KeyBias, MaskTerm, axes_of
+from infllm_pass.masks.normal_form import BATCH, HEAD, KEY, QUERY, HeadFunction, KeyBias, MaskTerm, axes_of
 from infllm_pass.masks.rules.registry import shape_of
 from infllm_pass.masks.symbolic import NotFollowed
 from infllm_pass.masks.terms import Value, hides, value_of
 
 _WIDE = (torch.float32, torch.float64)
 """Dtypes that hold positions exactly, up to 16 million."""
+
+_ELEMENTWISE = {Kind.ADD, Kind.SUB, Kind.MUL, Kind.DIV, Kind.NEG, Kind.POW, Kind.EXP, Kind.EXP2, Kind.SQRT, Kind.CAST}
+"""What a score function may compute slopes with: what is true of one head holds for a tensor of all."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,10 @@ class _Reader:
         for first, second, counted in ((*values, operands[1]), (*values[::-1], operands[0])):
             if as_number(first) and first.is_finite:
                 return self._times(second, float(first))
-            share = self._share_of_key(second)
+            distance = self.read(second)
             fixed = isinstance(first, AppliedUndef) and KEY not in first.free_symbols
-            if share is not None and fixed and _is_wide(self.home, counted):
-                return _Sloped(self.home, first, share)
+            if distance is not None and distance.slope is None and fixed and _is_wide(self.home, counted):
+                return replace(distance, home=self.home, slope=first)
         return None
 
     def _times(self, value: sympy.Basic, factor: float) -> _Sloped | None:
@@ -205,7 +208,10 @@ class _Reader:
         """What an operand of a node is where the node is read."""
         shape = shape_of(self.home.facts.example(node))
         places = {axis(dim): at for dim, at in zip(range(len(shape)), index, strict=False)}
-        return self.home.operand(operand).broadcast_to(shape).xreplace(places).xreplace(dict(self.names))
+        value = self.home.operand(operand).broadcast_to(shape).xreplace(places).xreplace(dict(self.names))
+        if isinstance(value, AppliedUndef) and _of_head(self.home, value) is not None:
+            return value.func(HEAD)
+        return value
 
     def _share_of_key(self, distance: sympy.Basic) -> int | None:
         """How often the key's number counts in an integer expression of it and of what is the same for a row."""
@@ -242,6 +248,28 @@ class _Reader:
         return share if tested.func(slack, 0).xreplace({sign: sympy.Integer(-share)}) == sympy.true else -share
 
 
+def _of_head(interpreter: Interpreter, value: AppliedUndef) -> HeadFunction | None:
+    """What a score function computes of the head and of numbers alone; None for all else."""
+    unknown = interpreter.unknowns.get(value.func.__name__)
+    if unknown is None or unknown.facts is not interpreter.facts or not interpreter.seeds:
+        return None
+    heads: set[fx.Node] = set()
+    stack, seen = [unknown.node], set()
+    while stack:
+        each = stack.pop()
+        if each in seen:
+            continue
+        seen.add(each)
+        if interpreter.seeds.get(each) == hidden_axis("head"):
+            heads.add(each)
+            continue
+        call = read(each)
+        if call is None or call.kind not in _ELEMENTWISE or interpreter.facts.is_overwritten(each):
+            return None
+        stack += each.all_input_nodes
+    return HeadFunction(unknown.node, heads.pop()) if len(heads) == 1 else None
+
+
 def _signed(value: sympy.Basic) -> tuple[float, sympy.Basic]:
     """A value as what it is but for its sign, and the sign."""
     return (-1.0, -value) if isinstance(value, sympy.Mul) and value.args[0] == -1 else (1.0, value)
@@ -267,6 +295,9 @@ def _bias_of(
 ) -> KeyBias | None:
     """The bias that a tensor's elements make which are read at some axes, once each, and at `KEY` if it is one."""
     unknown = interpreter.unknowns.get(added.func.__name__)
+    computed = _of_head(interpreter, added)
+    if computed is not None and KEY not in axes:
+        return KeyBias(None, (HEAD,), factor, described, computed=computed)
     read = [at for at in added.args if not at.is_Integer]
     symbols = [symbol for at in read for symbol in axes_of(at)]
     known = all(map(axes_of, read)) and len(symbols) == len(set(symbols)) and set(symbols) <= set(axes)

@@ -38,11 +38,24 @@ class KeyCondition:
 
 
 @dataclass(frozen=True)
+class HeadFunction:
+    """A number that a score function computes of the head alone, element by element.
+
+    Attributes:
+        result: the node that holds it, in the function's graph.
+        head: the function's placeholder for the head.
+    """
+
+    result: fx.Node
+    head: fx.Node
+
+
+@dataclass(frozen=True)
 class KeyBias:
     """Numbers added to the scaled scores of a key, whatever the query: made of the elements of one tensor.
 
     Attributes:
-        leaf: the tensor; None: its numbers are all 1.
+        leaf: the tensor; None: its numbers are all 1, or those of `computed`.
         index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), ``HEAD // group``,
             ``heads * BATCH + HEAD`` or one of its digits, `KEY`, each of them plus a number of sizes, or a number.
         factor: what its numbers are multiplied with first.
@@ -50,6 +63,7 @@ class KeyBias:
         by_position: whether they are multiplied with the number of the key too.
         up_to_rows: whether the model adds another number to all scores of a row as well, which a softmax of keys alone
             does not see.
+        computed: the numbers, for all heads; None: there is a tensor that holds them, or they are all 1.
     """
 
     leaf: Leaf | None
@@ -58,6 +72,7 @@ class KeyBias:
     described: str
     by_position: bool = False
     up_to_rows: bool = False
+    computed: HeadFunction | None = None
 
     def is_shared_by(self, heads: int, kv_heads: int) -> bool:
         """Whether the numbers are the same for the query heads of each key/value head, which are adjacent."""

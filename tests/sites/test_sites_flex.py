@@ -84,6 +84,18 @@ REFUSED = {
         lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh((s + k[b, 0, j, 0]) / 5) * 5),
         "SOFT_CAP",
     ),
+    "number of the head": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.exp2(h * -1.0)),
+        "ADDITIVE_BIAS",
+    ),
+    "slope of the head for each query": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.exp2(-(h + i) * 1.0) * j),
+        "ADDITIVE_BIAS",
+    ),
+    "slope of the head within a group": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.exp2(h * -1.0) * (j - i)),
+        "ADDITIVE_BIAS",
+    ),
     "subtracted from a bias": (
         lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: k[b, 0, j, 0] - s),
         "ADDITIVE_BIAS",
@@ -143,6 +155,10 @@ TERMS = {
     "bias of the key": (lambda s, b, h, i, j, x: s - x[0, 1, j, 2], ("key_bias",)),
     "slope times distance": (lambda s, b, h, i, j, x: s + x[0, h, 0, 0] * (j - i), ("key_bias",)),
     "slope times distance of both sides": (lambda s, b, h, i, j, x: s - x[0, h, 0, 0] * (i - j).abs(), ("key_bias",)),
+    "slope of the head times distance": (
+        lambda s, b, h, i, j, x: s + torch.exp2(-((h + 1) * 8.0 / 6)) * (j - i),
+        ("key_bias",),
+    ),
     "number times distance": (lambda s, b, h, i, j, x: (s + 0.125 * (j - i)) * 2, ("key_bias",)),
     "cap and bias": (lambda s, b, h, i, j, x: 5 * torch.tanh(s / 5) + x[b, h, j, 0], ("key_bias", "softcap")),
 }
