@@ -16,7 +16,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from infllm_pass.graph.facts import axis, hidden_axis
+from infllm_pass.graph.facts import axis, example_of, hidden_axis
 from infllm_pass.graph.op_table import Call, Kind, read
 from infllm_pass.masks.cases import Cases, as_number, pairs, unrounded
 from infllm_pass.masks.interpreter import Interpreter, Overwritten
@@ -58,6 +58,35 @@ def added_to_keys(interpreter: Interpreter, term: MaskTerm) -> AddedToKeys | Non
         interpreter: the interpreter of the graph that the term belongs to.
         term: the term.
     """
+    found = _added(interpreter, term)
+    if found is not None and key_bias(found, None, "") is not None:
+        return found
+    stored = _stored(interpreter, term.node) if term.body is None else None
+    if stored is None:
+        return found
+    inside = Interpreter(interpreter.facts, frozenset([stored]), outer=interpreter.outer)
+    kept = _added(inside, term)
+    interpreter.unknowns.update(inside.unknowns)
+    return found if kept is None or key_bias(kept, None, "") is None else kept
+
+
+def _stored(interpreter: Interpreter, node: fx.Node) -> fx.Node | None:
+    """The memory of a cache that a term is read from, to be taken as it is: a concatenation, or a tensor that the graph
+    has written to before.
+    """
+    while True:
+        call = read(node)
+        if interpreter.facts.is_overwritten(node):
+            return node if interpreter.facts.is_final(node) else None
+        if call is not None and call.kind is Kind.CAT:
+            return node
+        sources = [each for each in node.all_input_nodes if isinstance(example_of(each), torch.Tensor)]
+        if len(sources) != 1:
+            return None
+        (node,) = sources
+
+
+def _added(interpreter: Interpreter, term: MaskTerm) -> AddedToKeys | None:
     found = value_of(interpreter, term)
     if not isinstance(found, Value) or found.dtype == torch.bool:
         return None

@@ -338,7 +338,7 @@ def _check_predicate(
         if not interpreter.facts.is_within(facts):
             return SitePlan(site, Reason.NESTED_GRAPH, f"the mask reads {node.name}, which only its own function sees")
     for facts, node in predicate.read_later:
-        if facts.is_overwritten(node):
+        if facts.is_overwritten(node) and not facts.is_final(node):
             return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
     return predicate
 

@@ -15,6 +15,29 @@ from tests.support.common import SMALL
 
 ALWAYS_SPARSE = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "dense_len": 0})
 
+CAP, WINDOW, BLOCK = 3.0, 192, 16
+
+
+def blocks_before_the_window() -> tuple[Tensor, Tensor, set[int]]:
+    """Two heads of a query that want a block each, where there is room for one beside the own block and the one before.
+
+    The scores of the first are near the lowest that `CAP` allows. Sixty blocks before a window of `WINDOW` keys, taken
+    for blocks of that score, would be most of what its weights are divided by, and the other head's block would win.
+
+    Returns:
+        ``[1, 2, 1, 16]`` and ``[1, 1, 1152, 16]``, of which channels 4 and 5 count, for a scale of 1; and the blocks of
+        `BLOCK` keys that are visited.
+    """
+    capped = torch.tensor([-2.7, 2.4]).repeat(72 * BLOCK, 1)
+    capped[62 * BLOCK : 63 * BLOCK, 0] += 0.5
+    capped[65 * BLOCK : 66 * BLOCK, 1] += 0.3
+    k = torch.zeros(1, 1, 72 * BLOCK, 16)
+    k[0, 0, :, 4:6] = CAP * torch.atanh(capped / CAP)
+    q = torch.zeros(1, 2, 1, 16)
+    q[0, 0, 0, 4] = q[0, 1, 0, 5] = 1.0
+    return q, k, {62, 70, 71}
+
+
 taken: list[tuple[str, ...]] = []
 """The terms of each site that the target took."""
 

@@ -17,6 +17,7 @@ from infllm_pass.lowering.ops import decode, prefill
 from infllm_pass.lowering.ops.attention_args import AttentionCall, DecodeCall
 from tests.lowering.ops.test_placement import CALLS, TOTAL, rows
 from tests.support.common import SMALL, relative_error
+from tests.support.score_terms import BLOCK, CAP, WINDOW, blocks_before_the_window
 
 TERMS = {
     "cap": {"softcap": 0.8},
@@ -104,6 +105,19 @@ def test_selections_score_capped_logits(changes, computed):
         assert torch.equal(found[..., :-1], expected)
         chosen[softcap] = expected
     assert not torch.equal(*chosen.values())  # a cap that changed nothing would show nothing
+
+
+def test_what_no_query_sees_has_no_capped_score(computed):
+    q, k, expected = blocks_before_the_window()
+    geometry = BlockGeometry(8, 4, BLOCK, 1, 1, 3, scorer="tokens", channels=((4, 5),))
+    call = AttentionCall(1.0, 0, geometry, window=WINDOW, softcap=CAP).arguments
+    (blocks,) = prefill.select_blocks(q, k, prefill.compress_keys(q, k, *call), *call)
+    assert set(blocks.flatten().tolist()) == expected
+    numbers = torch.arange(k.shape[2]) // BLOCK
+    v = torch.nn.functional.one_hot(numbers, 72).float()[None, None]  # of a block
+    step = DecodeCall(torch.tensor([k.shape[2]]), 1.0, 0, geometry, window=WINDOW, softcap=CAP)
+    out, _ = decode.decode_attention(q, k, v, decode.new_state(k, geometry), *step.arguments)
+    assert set(out.sum((0, 1, 2)).nonzero()[:, 0].tolist()) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
