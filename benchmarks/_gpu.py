@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import triton
@@ -116,7 +116,7 @@ def scoring_of(arguments: argparse.Namespace) -> Scoring:
     return Scoring(arguments.scorer, arguments.score_dims, arguments.score_dtype, arguments.query_block)
 
 
-def config_for(blocks: int, dense_len: int = 0, scoring: Scoring = TOKENS) -> SparseAttentionConfig:
+def config_for(blocks: int, dense_len: int | Literal["auto"] = 0, scoring: Scoring = TOKENS) -> SparseAttentionConfig:
     """The default geometry with another budget of blocks; sparse at every length unless `dense_len` is given."""
     return SparseAttentionConfig(topk=blocks - LOCAL_BLOCKS, dense_len=dense_len, **dataclasses.asdict(scoring))
 

@@ -1,7 +1,7 @@
 """From which length on sparse attention is faster than dense attention on the GPU: one layer, bfloat16, batch 1.
 
-``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is what ``dense_len="auto"`` runs,
-which is to be no slower than dense attention at any length. Dense attention is cuDNN's.
+``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is `switchable_attention` with
+``dense_len="auto"``, which is to be no slower than dense attention at any length. Dense attention is cuDNN's.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ from _work import Ceilings, attention_work, selection_work
 from rich.console import Console
 from rich.progress import track
 
-from infllm_pass.lowering.ops.attention_args import AttentionCall
-from infllm_pass.lowering.ops.dispatch import attend
+from infllm_pass import switchable_attention
 from infllm_pass.plan.break_even import AttentionPlace, device_name, resolved
 
 LENGTHS = (2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 131072)
@@ -74,8 +73,8 @@ def measure(
     row["ratio"] = row["ms"] / row["dense_ms"]
     place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
     row["dense_len"] = resolved(replace(config, dense_len="auto"), place).dense_len
-    call = AttentionCall(heads.dim**-0.5, row["dense_len"], geometry)
-    row["auto_ms"] = milliseconds(lambda: attend(q, k, v, call, select=length >= row["dense_len"]), device)
+    auto = replace(config, dense_len="auto")
+    row["auto_ms"] = milliseconds(lambda: switchable_attention(q, k, v, auto), device)
     row["auto_ratio"] = row["auto_ms"] / row["dense_ms"]
     work = attention_work(heads, length, geometry) + selection_work(heads, length, geometry)
     return floored(row, work, ceilings)

@@ -16,7 +16,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _common import dump_results, show
@@ -41,7 +41,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import infllm_pass
-from infllm_pass.config import PUBLISHED, SparseAttentionConfig
+from infllm_pass.config import SparseAttentionConfig
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -172,6 +172,11 @@ def add_ratios(rows: list[Row]) -> None:
         row["ratio"] = row["ms"] / min(dense) if dense and row["ms"] is not None else None
 
 
+def dense_len_option(text: str) -> int | Literal["auto"]:
+    """A length given on the command line, or ``auto``."""
+    return "auto" if text == "auto" else positive_option(text)
+
+
 def parser() -> argparse.ArgumentParser:
     options = gpu_parser(__doc__)
     options.add_argument(
@@ -185,6 +190,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--data", nargs="+", choices=["random", "local"], default=["random", "local"], help="embeddings (both)"
     )
+    options.add_argument(
+        "--dense-len", type=dense_len_option, metavar="N", help="tokens up to which it stays dense, or auto (auto)"
+    )
     add_scoring(options)
     options.add_argument("--train", action="store_true", help="a training step in place of prefill")
     return options
@@ -194,7 +202,7 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     lengths = arguments.lengths or list(TRAIN_LENGTHS if arguments.train else LENGTHS)
-    config = config_for(arguments.blocks, PUBLISHED["dense_len"], scoring_of(arguments))
+    config = config_for(arguments.blocks, arguments.dense_len or "auto", scoring_of(arguments))
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
     if arguments.train:
         plain.train()

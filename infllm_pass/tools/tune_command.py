@@ -25,7 +25,7 @@ from infllm_pass.plan.break_even import AttentionPlace, BreakEvenRow, add_user_r
 from infllm_pass.tables import Column, FittedTable
 from infllm_pass.tools.output import OutputFormat, print_table
 
-LENGTHS = (2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)
+LENGTHS = (2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 131072)
 CORRELATION = 0.98
 """Of neighbouring tokens in the data that is measured on: as in text, neighbours select mostly the same blocks."""
 
@@ -78,13 +78,14 @@ def tune(
         console: where lines for people go.
 
     Raises:
-        TuningError: sparse attention is slower at every length, or the file of earlier rows is damaged.
+        TuningError: sparse attention of some heads is slower at every length (the lengths of the others are kept), or
+            the file of earlier rows is damaged.
     """
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = configured(SparseAttentionConfig())
     lengths = [length for length in LENGTHS if length <= options.longest]
     measured: list[dict[str, Any]] = []
-    kept = []
+    kept, slower = [], []
     cases = [(heads, scorer) for heads in options.heads for scorer in options.scorers]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(cases) * len(lengths))
@@ -95,14 +96,19 @@ def tune(
                 rows.append(measure(heads, chosen, length, device))
                 progress.advance(task)
             measured += rows
-            kept.append(_row(heads, chosen, device, break_even_length(rows)))
+            try:
+                kept.append(_row(heads, chosen, device, break_even_length(rows)))
+            except TuningError as error:
+                slower.append(str(error))
     print_table(options.format, FittedTable(COLUMNS, measured), measured)
     path = add_user_rows(kept)
-    if options.format is OutputFormat.TABLE:
+    if kept and options.format is OutputFormat.TABLE:
         for row in kept:
             heads = f"{row.query_heads}x{row.kv_heads}x{row.head_dim}"
             console.print(f"{row.device}, {heads}, {row.scorer}: breaks even at {row.length} tokens", soft_wrap=True)
         console.print(f'kept in {path}, where dense_len="auto" finds it', soft_wrap=True)
+    if slower:
+        raise TuningError("; ".join(slower))
 
 
 def measure(heads: Heads, config: SparseAttentionConfig, length: int, device: torch.device) -> dict[str, Any]:
