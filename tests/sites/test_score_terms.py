@@ -99,6 +99,7 @@ TAKEN = {
     "cap first": (capped(lambda x: 5.0 * (SCALE * x / 5.0).tanh()), ("softcap",)),
     "multiplied by an inverse": (capped(lambda x: torch.tanh(x * (SCALE / 5.0)) / 0.2), ("softcap",)),
     "cap of both signs": (capped(lambda x: -5.0 * torch.tanh(x * SCALE / -5.0)), ("softcap",)),
+    "cap of the other sign": (capped(lambda x: -5.0 * torch.tanh(x * SCALE / 5.0)), ("softcap",)),
     "cap as a tensor": (
         capped(lambda x: torch.tanh(x * SCALE / torch.full((), 5.0)) * torch.full((), 5.0)),
         ("softcap",),
@@ -337,6 +338,11 @@ LOOKALIKES = {
     ),
     "column of the row": (
         with_column(lambda x, s, q: torch.cat([x, q.mean((2, 3), keepdim=True).expand(-1, -1, L, 1)], -1)),
+        "SINK",
+    ),
+    "column of a key": (with_column(lambda x, s, q: torch.cat([x, x[..., :1].clamp(-1, 1)], -1)), "SINK"),
+    "column of the head and, in part, of the query": (
+        with_column(lambda x, s, q: torch.cat([x, column_of(s, q) + q[:, :1, :, :1]], -1)),
         "SINK",
     ),
     "two columns": (
