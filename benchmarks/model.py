@@ -15,7 +15,7 @@ import gc
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -119,11 +119,18 @@ def train_call(model: Any, plain: nn.Module, inputs: Tensor) -> Callable[[], obj
 
 
 def measure(
-    variant: str, plain: nn.Module, lengths: list[int], config: SparseAttentionConfig, *, data: list[str], train: bool
+    variant: str,
+    plain: nn.Module,
+    lengths: list[int],
+    config: SparseAttentionConfig,
+    *,
+    data: list[str],
+    train: bool,
+    variants: Mapping[str, tuple[str, Variant]] = VARIANTS,
 ) -> Iterator[Row]:
     """The rows of one variant, one a length and kind of data; those of dense variants do not depend on the data."""
     device = next(plain.parameters()).device
-    attention, transform = VARIANTS[variant]
+    attention, transform = variants[variant]
     sizes: Any = plain.config
     plain.set_attn_implementation(attention)  # type: ignore[operator]
     torch._dynamo.reset()

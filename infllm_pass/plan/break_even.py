@@ -139,12 +139,17 @@ def break_even(config: SparseAttentionConfig, place: AttentionPlace) -> BreakEve
 
 
 def resolved(config: SparseAttentionConfig, place: AttentionPlace) -> SparseAttentionConfig:
-    """The configuration with a number as ``dense_len``.
+    """The configuration with a number as ``dense_len``, the same for as long as the process runs or keeps no new rows.
 
     Raises:
         TuningError: see `break_even`.
     """
-    return config.with_dense_len(break_even(config, place).length) if config.dense_len == "auto" else config
+    return _resolved(config, place, os.environ.get(USER_FILE)) if config.dense_len == "auto" else config
+
+
+@lru_cache
+def _resolved(config: SparseAttentionConfig, place: AttentionPlace, _user_file: str | None) -> SparseAttentionConfig:
+    return config.with_dense_len(break_even(config, place).length)
 
 
 def add_user_rows(rows: Iterable[BreakEvenRow]) -> Path:
@@ -164,6 +169,7 @@ def add_user_rows(rows: Iterable[BreakEvenRow]) -> Path:
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps({"rows": [asdict(row) for row in kept.values()]}, indent=1) + "\n")
     _parsed.cache_clear()
+    _resolved.cache_clear()
     return path
 
 

@@ -381,3 +381,38 @@ def test_a_script_prints_its_rows_for_programs(bench, monkeypatch, tmp_path, cap
         rows = [dict(zip(heading.split(","), line.split(","), strict=True)) for line in lines]
         assert rows == [{name: str(value) for name, value in row.items()} for row in written]
     assert "written to" in err
+
+
+def test_score_terms_are_measured_against_none(bench, monkeypatch):
+    terms = bench("score_terms")
+    monkeypatch.setattr(terms, "TURNS", 1)
+    rows = terms.measure(bench("_data").Heads(4, 2, 16), 150, SMALL, "local", CPU)
+    assert [row["term"] for row in rows] == ["none", "softcap", "key_bias", "sinks"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ms"] / rows[0]["ms"])
+        assert row["bwd_ratio"] == pytest.approx(row["bwd_ms"] / rows[0]["bwd_ms"])
+
+
+@pytest.mark.parametrize(("name", "term"), [("gpt-oss-20b", "sinks"), ("gemma-2-9b", "capped")])
+def test_models_with_terms_are_measured_dense_and_sparse(bench, name, term):
+    pytest.importorskip("transformers")
+    script = bench("term_models")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    plain = script.build(name, CPU, torch.float32, **sizes, head_dim=16, sliding_window=32)
+    reports = []
+
+    def sparsified(model, config):
+        handle = infllm_pass.sparsify(torch.compile(model, backend="eager"), config, strict=True)
+        reports.append(handle)
+        return handle
+
+    variants = {"eager": script.VARIANTS["eager"], "sparsified": ("eager", sparsified)}
+    rows = [
+        row
+        for variant in variants
+        for row in script.measure(variant, plain, [128], SMALL, data=["local"], train=False, variants=variants)
+    ]
+    assert [row["variant"] for row in rows] == ["eager", "sparsified"]
+    sites = infllm_pass.report(reports[0]).sites
+    assert {term in site.mask for site in sites} == {True}
+    assert [site.reason for site in sites] == ["WINDOW_WITHIN_BUDGET", "SWITCHABLE"]

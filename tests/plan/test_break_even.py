@@ -85,6 +85,13 @@ def test_numbers_are_left_alone():
         _ = PUBLISHED.switch_length
 
 
+def test_rows_that_are_added_count_at_once():
+    config, place = SparseAttentionConfig(**SIZES, scorer="pooled"), AttentionPlace("cpu", 4, 2, 8)
+    for length, expected in ((300, 512), (900, 1024)):
+        add_user_rows([replace(MINE, length=length)])
+        assert resolved(config, place).dense_len == expected
+
+
 SIZES = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "window_size": 32, "topk": 4}
 
 
