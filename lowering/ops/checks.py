@@ -88,6 +88,8 @@ def check_terms(q: Tensor, k: Tensor, call: AttentionCall | DecodeCall) -> None:
         DtypeError: a bias or sinks are not floating.
         DeviceError: they are not on q's device.
     """
+    if call.softcap == 0.0 and call.key_bias is None and call.sinks is None:
+        return
     if not 0.0 <= call.softcap < float("inf"):
         raise ShapeError(f"softcap={call.softcap}: expected a positive number, or 0 for no cap")
     for name, tensor in (("key_bias", call.key_bias), ("sinks", call.sinks)):

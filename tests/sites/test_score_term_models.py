@@ -189,3 +189,35 @@ def test_models_of_transformers_with_alibi(make, implementation):
     assert [row.mask for row in infllm_pass.report(sparse).sites] == ["causal, padded keys, biased keys"] * 2
     assert infllm_pass.report(sparse).switchable == 2
     assert relative_error(out, wanted) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_lengths_on_both_sides_of_the_switch(name):
+    """One graph a side; a covering budget, so that the model itself is what is right."""
+    make = MODELS[name][0]
+    plain, model = make(), make()
+    torch._dynamo.reset()
+    config = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "topk": 40})
+    sparse = infllm_pass.sparsify(torch.compile(model, backend="eager", dynamic=True), config)
+    for length in (30, 90, 50, 130):
+        ids = tokens(length, 2)
+        out, wanted = (m(input_ids=ids, use_cache=False).logits for m in (sparse, plain))
+        assert relative_error(out, wanted) < (1e-9 if wanted.dtype == torch.float64 else 1e-5), length
+    whole = [row for row in infllm_pass.report(sparse).sites if row.decision == "switchable"]
+    assert {row.branch for row in whole} == {"dense", "sparse"}
+    assert {row.kernels for row in whole} == {"C++"}
+
+
+@torch.no_grad()
+def test_packed_sequences_of_a_model_with_a_cap():
+    plain, model = gemma2(), gemma2()
+    torch._dynamo.reset()
+    sparse = infllm_pass.sparsify(torch.compile(model, backend="eager"), COVERING)
+    ids, places = tokens(90, 1), torch.cat([torch.arange(40), torch.arange(50)])[None]
+    out = sparse(input_ids=ids, position_ids=places, use_cache=False).logits
+    alone = [plain(input_ids=part, use_cache=False).logits for part in ids.split([40, 50], 1)]
+    assert relative_error(out, torch.cat(alone, 1)) < 1e-5
+    rows = infllm_pass.report(sparse).sites
+    assert ("switchable", "block-sparse", "C++") in {(row.decision, row.target, row.kernels) for row in rows}
+    assert all("packed sequences" in row.mask for row in rows)

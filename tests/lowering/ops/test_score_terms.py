@@ -161,11 +161,12 @@ def test_opcheck(terms, length):
     torch.library.opcheck(prefill.block_attention_backward.default, (*given, *call))
 
 
-def test_compiled_calls_give_the_same_gradients():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_calls_give_the_same_gradients(backend):
     q, k, v = (torch.randn(2, h, 100, 16, requires_grad=True) for h in (6, 2, 2))
     own = draw("all", length=100, dtype=torch.float32)
     inputs = [q, k, v, *differentiable(own)]
-    run = torch.compile(infllm_pass.switchable_attention, backend="aot_eager", fullgraph=True)
+    run = torch.compile(infllm_pass.switchable_attention, backend=backend, fullgraph=True)
     outs = [function(q, k, v, SMALL, **own) for function in (run, infllm_pass.switchable_attention)]
     grad = torch.randn_like(outs[0])
     for mine, other in zip(*(torch.autograd.grad(out, inputs, grad) for out in outs), strict=True):
