@@ -232,6 +232,31 @@ def test_slopes_of_distances_are_biases_of_keys(form):
     assert_carried(sloped(ALIBI[form]), qkv(6, 6))
 
 
+DYNAMIC = {
+    "last keys of more": lambda s, n: (torch.arange(300) * s[0]).sin()[-n:],
+    "slope and distance": lambda s, n: s[:, None, None] * (torch.arange(n)[None] - torch.arange(n)[:, None]),
+    "slope and distance of both sides": lambda s, n: -0.1 * (torch.arange(n)[None] - torch.arange(n)[:, None]).abs(),
+}
+
+
+@pytest.mark.parametrize("form", DYNAMIC)
+def test_biases_of_dynamic_lengths(form):
+    def attend(q, k, v, s):
+        place = torch.arange(q.shape[2])
+        scores = q @ k.mT * SCALE + DYNAMIC[form](s, q.shape[2])
+        return scores.masked_fill(place > place[:, None], INF).softmax(-1) @ v
+
+    torch._dynamo.reset()
+    config = replace(COVERING, dense_len=64)
+    model = infllm_pass.sparsify(torch.compile(attend, backend="aot_eager", dynamic=True), config)
+    slopes = torch.rand(6, dtype=torch.float64)
+    for length in (30, 90, 50, 130):
+        tensors = [torch.randn(2, 6, length, D, dtype=torch.float64) for _ in range(3)]
+        assert relative_error(model(*tensors, slopes), attend(*tensors, slopes)) < 1e-12
+    rows = infllm_pass.report(model).sites
+    assert [(row.decision, row.branch) for row in rows] == [("switchable", "dense"), ("switchable", "sparse")]
+
+
 def test_distances_of_128k_keys_keep_their_precision_in_float32(monkeypatch):
     """Scores are off by less than 0.001, but for one number of the row, and at the very ends by less than 0.002."""
     length, queries, slopes = 131072, 3, 2.0 ** -torch.arange(1.0, 9.0)
