@@ -235,7 +235,7 @@ def test_slopes_of_distances_are_biases_of_keys(form):
 DYNAMIC = {
     "last keys of more": lambda s, n: (torch.arange(300) * s[0]).sin()[-n:],
     "slope and distance": lambda s, n: s[:, None, None] * (torch.arange(n)[None] - torch.arange(n)[:, None]),
-    "slope and distance of both sides": lambda s, n: -0.1 * (torch.arange(n)[None] - torch.arange(n)[:, None]).abs(),
+    "slope and distance of both sides": lambda s, n: -0.125 * (torch.arange(n)[None] - torch.arange(n)[:, None]).abs(),
 }
 
 
