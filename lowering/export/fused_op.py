@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from infllm_pass.errors import ExportError
 
-from ..ops.attention_args import FUSED, SCORE_TERMS, SIGNATURES, AttentionCall, geometry_of, name_of
+from ..ops.attention_args import FUSED, SIGNATURES, AttentionCall, geometry_of, name_of
 from ..ops.checks import check_attention, check_sequences, check_terms, refused_by_tiled
 from ..ops.dispatch import attend
 from ..ops.prefill import new_output
@@ -113,12 +113,6 @@ def why_not_joined(node: fx.Node) -> str | None:
         if not isinstance(source, fx.Node) or name_of(source) != "select_blocks":
             return f"the selection of {node.name} comes from {source}: expected infllm::select_blocks"
     return None
-
-
-def terms_of(node: fx.Node) -> list[str]:
-    """Names of the score terms of a call of attention, or of the one operator."""
-    given = SIGNATURES[name_of(node)].named(node)
-    return [name for name in SCORE_TERMS if given[name] not in (None, 0.0)]
 
 
 def _parts(selection: Any) -> list[fx.Node]:

@@ -7,8 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from infllm_pass import SparseAttentionConfig
 from infllm_pass.plan.site_plan import Lowering
-from infllm_pass.rewrite.targets import Kernels, Refusal
+from infllm_pass.rewrite.pipeline import SitePolicy, run_pass
+from infllm_pass.rewrite.targets import DEFAULT_TARGETS, Kernels, Refusal
+from tests.support.common import SMALL
+
+ALWAYS_SPARSE = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "dense_len": 0})
 
 CAP, WINDOW, BLOCK = 3.0, 192, 16
 
@@ -95,3 +100,16 @@ class TakesTerms:
         terms = builder.terms()
         terms = terms["key_bias"], terms["sinks"], terms["softcap"]
         return builder.call(attend_with_terms, *builder.operands(), key_mask, window, *terms, request.scale)
+
+
+def rewritten(function, *inputs):
+    """The result of a function after the pass, with a target that takes all terms, and its sites."""
+    rows = []
+
+    def backend(module, _inputs):
+        rows.extend(run_pass(module, SitePolicy(ALWAYS_SPARSE, targets=(TakesTerms(), *DEFAULT_TARGETS))).sites)
+        return module.forward
+
+    torch._dynamo.reset()
+    taken.clear()
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs), rows

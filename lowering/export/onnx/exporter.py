@@ -126,7 +126,6 @@ def _translate(
 
     fused_op.join_sites(program.graph)
     _check_dtypes(program)
-    _refuse_terms(program)
     _write_nodes(program.graph)
     program, gained = without_state(program)
     input_names = _names(input_names, program.graph_signature.user_inputs)
@@ -168,15 +167,6 @@ def _check_dtypes(program: ExportedProgram) -> None:
             )
 
 
-def _refuse_terms(program: ExportedProgram) -> None:
-    for node in program.graph.nodes:
-        if node.target is fused_op.OPERATOR and (terms := fused_op.terms_of(node)):
-            raise ExportError(
-                f"the scores of {node.name} have {' and '.join(terms)}, which have no ONNX form: package the model, "
-                "or compile it"
-            )
-
-
 def _write_nodes(graph: fx.Graph) -> None:
     """Replace each call of ``infllm::switchable_attention`` by what torch translates to a node of the operator."""
     for call in list(graph.nodes):
@@ -196,7 +186,8 @@ def _write_nodes(graph: fx.Graph) -> None:
                     shape=call.meta["val"].shape,
                     version=VERSION,
                 )
-            target, args, kwargs = recorder.calls[0]
+            # Parameters are asked for their device in calls of their own.
+            target, args, kwargs = next(call for call in recorder.calls if call[0].namespace != "prim")
             sizes = [_size(graph, given["v" if dim == 3 else "q"], dim) for dim in range(4)]
             written = graph.call_function(target, (inputs, *args[1:]), {**kwargs, "shape": sizes})
         written.meta = dict(call.meta)

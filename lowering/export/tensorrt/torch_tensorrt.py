@@ -46,18 +46,16 @@ def register_converters() -> None:
 def join(module: fx.GraphModule, _: Any = None) -> fx.GraphModule:
     """Lowering pass: make one operator of compression, selection and attention, where they have such a form.
 
-    Packed sequences, scores with terms, and calls whose log-sum-exp is read, stay as they are.
+    Packed sequences, and calls whose log-sum-exp is read, stay as they are.
     """
-    fused_op.join_sites(
-        module.graph, lambda node: fused_op.why_not_joined(node) is None and not fused_op.terms_of(node)
-    )
+    fused_op.join_sites(module.graph, lambda node: fused_op.why_not_joined(node) is None)
     module.recompile()
     return module
 
 
 def is_convertible(call: fx.Node, settings: Any = None) -> bool:
-    """Whether the plugin computes what a call does: no number as offset, and no terms of the scores."""
-    return FUSED.named(call)["offset"] is None and not fused_op.terms_of(call)
+    """Whether the plugin computes what a call does: no number as offset."""
+    return FUSED.named(call)["offset"] is None
 
 
 def _converter(trt: ModuleType) -> Any:
