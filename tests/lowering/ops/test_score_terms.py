@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import infllm_pass
-from infllm_pass.errors import DeviceError, DtypeError, ExportError, ShapeError
+from infllm_pass.errors import DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.cpu import chunked, native
 from infllm_pass.kernels.geometry import BlockGeometry
-from infllm_pass.lowering.export.onnx.exporter import OnnxTarget
 from infllm_pass.lowering.ops import decode, prefill
 from infllm_pass.lowering.ops.attention_args import AttentionCall, DecodeCall
 from tests.lowering.ops.test_placement import CALLS, TOTAL, rows
@@ -331,18 +330,3 @@ def test_bad_terms_are_refused_before_anything_is_computed(terms, error, reason,
     with pytest.raises(error, match=reason):
         decode.decode_attention(q[:, :, :1], k, v, state, *call)
     assert not state[-1].any()
-
-
-@pytest.mark.parametrize("terms", ["bias", "all"])
-def test_onnx_files_have_no_terms(terms, tmp_path):
-    class Attention(torch.nn.Module):
-        def forward(self, q, k, v):
-            return infllm_pass.switchable_attention(q, k, v, SMALL, **own)
-
-    own = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in draw(terms, 1, 80).items()}
-    given = tuple(torch.randn(1, h, 80, 16) for h in (6, 2, 2))
-    program = torch.export.export(Attention(), given)
-    names = [name for name in ("key_bias", "sinks", "softcap") if name in own]
-    with pytest.raises(ExportError, match=" and ".join(names)):
-        OnnxTarget(tmp_path / "model.onnx").write(program)
-    assert not list(tmp_path.iterdir())
