@@ -10,6 +10,28 @@ namespace {
 
 constexpr int ROWS = 4, VECTORS = 4;  // of one product: what the registers hold
 
+template <typename R>
+inline int64_t padded(int64_t count) {
+  return round_up(count, LANES<R>);
+}
+
+// `count` vectors in the type of the arithmetic, each padded with zeros to whole vectors: where they lie, or copied to `scratch`.
+template <typename T, typename R>
+const R* as_reals(
+    const T* from, int64_t stride, int64_t count, int64_t dim, std::vector<R>& scratch, int64_t* apart) {
+  if constexpr (std::is_same_v<T, R>)
+    if (dim % LANES<R> == 0) {
+      *apart = stride;
+      return from;
+    }
+  *apart = padded<R>(dim);
+  scratch.assign(count * *apart, R{0});
+  for (int64_t number = 0; number < count; number++)
+    for (int64_t feature = 0; feature < dim; feature++)
+      scratch[number * *apart + feature] = static_cast<R>(from[number * stride + feature]);
+  return scratch.data();
+}
+
 template <int rows, typename R>
 inline void multiply_rows(
     const R* queries, int64_t wide, const R* keys, int64_t apart, int64_t count, R* to, int64_t width) {
