@@ -13,7 +13,8 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
-from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_select
+from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.decode.step import DecodeStep
 from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
@@ -197,9 +198,8 @@ def test_a_decode_step(geometry, terms, monkeypatch):
     rows = DecodeRows(lengths, starts)
     step = DecodeStep(q, k, rows, **numbers, softcap=terms.get("softcap", 0.0))
     tokens = geometry.scorer == "tokens"
-    blocks = (
-        decode_select_tokens(step, IndexState.of(states[0])) if tokens else decode_select(step, DecodeState(*states[0]))
-    )
+    select, kept = (decode_select_tokens, IndexState) if tokens else (decode_select, DecodeState)
+    blocks = select(step, kept.of(states[0]))
     expected = decode_attend(q, k, v, blocks, rows, None, **numbers, **terms)
     given = (q, k, v, states[1], *DecodeCall(lengths, SCALE, 80, geometry, starts, **terms).arguments)
     results = decode_attention(*given)
