@@ -139,6 +139,14 @@ class GraphFacts:
         """Whether another graph, nested with this one, writes to the memory this node's tensor lives in."""
         return self.is_overwritten(node) and self._overwritten[storage(node)] is None  # type: ignore[index]
 
+    def is_final(self, node: fx.Node) -> bool:
+        """Whether this graph writes to a node's memory, all of it before the node: its values stay what they are."""
+        if self.is_written_elsewhere(node) or not self.is_overwritten(node):
+            return False
+        cell = storage(node)
+        writers = [each for each in self.graph.nodes if cell in map(storage, written_arguments(each))]
+        return bool(writers) and node.graph is self.graph and all(each < node for each in writers)
+
     def is_settled(self, node: fx.Node, reader: fx.Node | None) -> bool:
         """Whether nothing can have written to a node's memory when a node of this graph reads it."""
         if not self.is_overwritten(node):

@@ -107,7 +107,8 @@ class Interpreter:
         example = self.facts.example(node)
         if not isinstance(example, torch.Tensor):
             return None
-        if not self.facts.is_settled(node, self._readers[-1] if self._readers else None):
+        reader = self._readers[-1] if self._readers else None
+        if node not in self.leaves and not self.facts.is_settled(node, reader):
             raise Overwritten(node)
         if node in self._values:
             return self._values[node]

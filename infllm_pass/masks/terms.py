@@ -10,7 +10,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from infllm_pass.graph.facts import axis, hidden_axis
+from infllm_pass.graph.facts import axis, example_of, hidden_axis
 from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.masks.cases import as_number, negation, pairs, unrounded
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
@@ -107,6 +107,34 @@ def key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBia
         term: the term, of which `visible` does not know what it hides.
         described: where the numbers come from, for people.
     """
+    found = _plain_key_bias(interpreter, term, described)
+    stored = _stored(interpreter, term.node) if found is None and term.role is MaskRole.ADDED else None
+    if stored is None:
+        return found
+    inside = Interpreter(interpreter.facts, frozenset([stored]), outer=interpreter.outer)
+    found = _plain_key_bias(inside, term, described)
+    interpreter.unknowns.update(inside.unknowns)
+    return found
+
+
+def _stored(interpreter: Interpreter, node: fx.Node) -> fx.Node | None:
+    """The memory of a cache that a term is read from, to be taken as it is: a concatenation, or a tensor that the graph
+    has written to before.
+    """
+    while True:
+        call = read(node)
+        if interpreter.facts.is_overwritten(node):
+            return node if interpreter.facts.is_final(node) else None
+        if call is not None and call.kind is Kind.CAT:
+            return node
+        sources = [each for each in node.all_input_nodes if isinstance(example_of(each), torch.Tensor)]
+        if len(sources) != 1:
+            return None
+        (node,) = sources
+
+
+def _plain_key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBias | None:
+    """`key_bias` of a term that is computed from tensors which the interpreter follows."""
     value = _evaluate(interpreter, term.node) if term.role is MaskRole.ADDED else None
     if not isinstance(value, SymbolicTensor) or not value.dtype.is_floating_point:
         return None

@@ -121,7 +121,12 @@ def _chosen(plan: SitePlan, site: AttentionSite, chosen: Configured, rotary: Rot
     window = None if plan.mask is None else plan.mask.window
     if window is not None and int(window) <= config.visited_tokens:
         seen = f"the window is {int(window)} keys, and {config.visited_tokens} are visited"
-        return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen)
+        return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen, config=replace(config, agnostic_topk=0))
+    if config.agnostic_topk:
+        if "key_bias" not in plan.terms:
+            return replace(plan, reason=Reason.NO_KEY_BIAS, detail=f"agnostic_topk={config.agnostic_topk}")
+        shares = f"{config.agnostic_topk} of {config.selected_blocks} blocks by the keys' bias"
+        return replace(plan, scores=f"pooled, {shares}")
     if config.scorer == "pooled":
         return replace(plan, scores="pooled")
     head_dim = int(site.shape(site.key_heads)[3])
@@ -322,7 +327,7 @@ def _check_predicate(
         if not interpreter.facts.is_within(facts):
             return SitePlan(site, Reason.NESTED_GRAPH, f"the mask reads {node.name}, which only its own function sees")
     for facts, node in predicate.read_later:
-        if facts.is_overwritten(node):
+        if facts.is_overwritten(node) and not facts.is_final(node):
             return SitePlan(site, Reason.UNPROVEN_MASK, f"at node {node.name}: the graph overwrites its memory")
     return predicate
 

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from infllm_pass.emit.mask_operands import ROW_ARGUMENTS
+from infllm_pass.graph.facts import example_of, same, size, storage
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.scorer import scorer_of
 from infllm_pass.kv_cache.spec import StateTensor
 from infllm_pass.lowering.ops.attention_args import DECODE, geometry_text
 from infllm_pass.lowering.ops.decode import decode_attention
+from infllm_pass.masks.normal_form import BATCH, KEY
 from infllm_pass.plan.site_plan import Lowering
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_terms
@@ -37,6 +40,29 @@ class ScorerState:
         return tuple(StateTensor(each.name, (batch, heads, *each.shape), each.dtype) for each in kept)
 
 
+def _are_kept_with_keys(request: Request) -> bool:
+    """Whether a key's biases lie in the cache's memory, in the key's own slot.
+
+    Then they change only as the key may: what is kept of both is void together.
+    """
+    keys, plan = request.site.key_heads, request.plan
+    slot = size(keys.example.stride(2))
+    for bias in () if plan.mask is None else plan.mask.key_terms.bias:
+        node = bias.leaf[2]
+        if bias.by_position or storage(node) is None or storage(node) != storage(keys.node):
+            return False
+        example = example_of(node)
+        steps = {at: size(step) for at, step in zip(bias.index, example.stride(), strict=True)}
+        numbers = (at * step for at, step in steps.items() if at.is_Integer)
+        behind = sum(numbers, size(example.storage_offset())) - size(keys.example.storage_offset())
+        rows = size(keys.example.shape[0]) == 1 or same(
+            steps.get(BATCH, sympy.Integer(0)), size(keys.example.stride(0))
+        )
+        if not rows or not same(steps.get(KEY, sympy.Integer(0)), slot) or not 0 <= behind < slot:
+            return False
+    return True
+
+
 class Decode:
     """Selection and attention in one operator, which also compresses the keys that are new."""
 
@@ -54,6 +80,8 @@ class Decode:
             return Refusal("the Triton kernels do not take it")
         if request.lowering is Lowering.DENSE and not request.plan.in_cache:
             return Refusal("its keys are too few")
+        if request.geometry.agnostic_blocks and not _are_kept_with_keys(request):
+            return Refusal("its keys' bias lies in other memory than the cache: what is pooled of it may change")
         return refuses_terms(request)
 
     def state(self, request: Request) -> ScorerState:
