@@ -55,10 +55,9 @@ def _are_kept_with_keys(request: Request) -> bool:
         steps = {at: size(step) for at, step in zip(bias.index, example.stride(), strict=True)}
         numbers = (at * step for at, step in steps.items() if at.is_Integer)
         behind = sum(numbers, size(example.storage_offset())) - size(keys.example.storage_offset())
-        rows = size(keys.example.shape[0]) == 1 or same(
-            steps.get(BATCH, sympy.Integer(0)), size(keys.example.stride(0))
-        )
-        if not rows or not same(steps.get(KEY, sympy.Integer(0)), slot) or not 0 <= behind < slot:
+        row, step = (steps.get(at, sympy.Integer(0)) for at in (BATCH, KEY))
+        one_row = size(keys.example.shape[0]) == 1 or same(row, size(keys.example.stride(0)))
+        if not one_row or not same(step, slot) or not 0 <= behind < slot:
             return False
     return True
 

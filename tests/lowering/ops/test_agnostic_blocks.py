@@ -56,7 +56,7 @@ def test_selections_equal_the_oracles(place, rows):
 
 
 def test_the_oracle_is_the_published_selection():
-    """Two stages as published: scores of the sink, local and best blocks set to infinity, then the largest importance."""
+    """Two stages as published: the best by score, forced blocks at infinity, then the largest importance, these too."""
     torch.manual_seed(0)
     config = SparseAttentionConfig.nosa()
     length, g = 128 * 64 + 17, config.geometry
