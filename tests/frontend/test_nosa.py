@@ -99,7 +99,7 @@ class Cached(nn.Module):
 
     def forward(self, q, k, v, s, position):
         longer = torch.cat([k, s, k.new_zeros(*k.shape[:3], 7)], -1)
-        places = position + torch.arange(k.shape[2])
+        places = position + torch.arange(k.shape[2], device=k.device)
         self.keys.index_copy_(2, places, longer)
         self.values.index_copy_(2, places, v)
         self.own.index_copy_(2, places, s)
@@ -109,7 +109,7 @@ class Cached(nn.Module):
         bias = bias[:, :, None]
         if self.place == "late":
             self.own.mul_(1.5)
-        mask = torch.where(torch.arange(160) <= places[:, None], 0.0, -torch.inf)
+        mask = torch.where(torch.arange(160, device=k.device) <= places[:, None], 0.0, -torch.inf)
         scores = 0.25 * (q @ self.keys[..., :16].mT) + bias + mask
         return scores.softmax(-1) @ self.values
 
