@@ -11,11 +11,12 @@ from torch import fx, nn
 from torch._dynamo import OptimizedModule, eval_frame
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizeContext, _TorchDynamoContext, innermost_backend
-from torch._dynamo.exc import UserError
+from torch._dynamo.exc import RestartAnalysis, UserError
 from torch._dynamo.utils import graph_break_reasons
 
 __all__ = [
     "OptimizedModule",
+    "RestartAnalysis",
     "UserError",
     "add_input",
     "add_static_input",

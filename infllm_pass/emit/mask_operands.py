@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from infllm_pass.emit.builder import Emitter
-from infllm_pass.graph.facts import example_of, size, storage
+from infllm_pass.graph.facts import example_of, same, size, storage
 from infllm_pass.graph.op_table import read_update
 from infllm_pass.graph.regions import Regions, carry
 from infllm_pass.graph.subgraphs import input_name
@@ -21,12 +21,15 @@ from infllm_pass.masks import (
     HEAD,
     KEY,
     GraphFacts,
+    HeadFunction,
+    KeyBias,
     KeyCondition,
     Leaf,
     MaskPredicate,
     Segments,
     axes_of,
     home_of,
+    without_shift,
 )
 from infllm_pass.masks.codegen import Site, build
 from infllm_pass.plan.site_plan import SitePlan
@@ -42,6 +45,21 @@ ROW_ARGUMENTS = ("lengths", "starts", "key_mask", "window")
 def wide_dtype(site: AttentionSite) -> torch.dtype:
     """The dtype that a site's scores are summed in."""
     return torch.float64 if site.dtype == torch.float64 else torch.float32
+
+
+def _extent(counted: sympy.Expr, site: AttentionSite) -> sympy.Expr:
+    """How many elements an index of a bias counts over, which begins at 0."""
+    rows, heads, keys = size(site.shape(site.key)[0]), int(site.query_heads), size(site.shape(site.key)[2])
+    axes = axes_of(counted)
+    if axes == (HEAD,):
+        return counted.args[1] if isinstance(counted, sympy.Mod) else sympy.floor(counted.xreplace({HEAD: heads}))
+    return {(BATCH,): rows, (KEY,): keys, (BATCH, HEAD): rows * heads}[axes]
+
+
+def _rows_and_keys(site: AttentionSite) -> tuple[sympy.Expr, sympy.Expr]:
+    """How many rows and keys a site has: those of a prompt, or all slots of a cache, in layers of one model."""
+    rows, _, keys, _ = site.shape(site.key)
+    return size(rows), size(keys)
 
 
 class OperandMakers:
@@ -95,13 +113,13 @@ class MaskOperands:
         self._facts = facts
         self._device = device
         self._early: dict[Any, fx.Node] = {}
-        self._key_masks: dict[tuple[KeyCondition, ...], fx.Node] = {}
+        self._key_masks: dict[Any, fx.Node] = {}
         self._positions: dict[sympy.Expr, fx.Node] = {}
         self._numbers: dict[sympy.Expr, fx.Node | int] = {}
         self._checked: dict[tuple[fx.Node, Any, Any], fx.Node] = {}
         self._lengths: dict[Any, fx.Node] = {}
         self._starts: dict[fx.Node, fx.Node] = {}
-        self._bounds: dict[Segments, fx.Node] = {}
+        self._bounds: dict[Any, fx.Node] = {}
 
     def arguments(self, plan: SitePlan, site: AttentionSite) -> tuple[Any, ...]:
         """The arguments of a site by its mask, see `MASK_ARGUMENTS`."""
@@ -144,7 +162,8 @@ class MaskOperands:
         """The keys' validity as a node ``[B, Lk]`` of dtype bool."""
         if not conditions:
             return None
-        if conditions not in self._key_masks:
+        wanted = conditions, *_rows_and_keys(site)
+        if wanted not in self._key_masks:
             leaves = [leaf for condition in conditions for leaf in condition.leaves]
             home = self._home(leaves, [condition.expression for condition in conditions], site)
             if home is self:
@@ -156,8 +175,8 @@ class MaskOperands:
                         conditions, leaves, site, lambda extents: home._valid(conditions, site, extents)
                     ),
                 )
-            self._key_masks[conditions] = mask
-        return self._key_masks[conditions]
+            self._key_masks[wanted] = mask
+        return self._key_masks[wanted]
 
     def _valid(self, conditions: tuple[KeyCondition, ...], site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
         tests = [self._test(condition, site, extents) for condition in conditions]
@@ -218,10 +237,7 @@ class MaskOperands:
         """The numbers added to the scaled scores of keys, each ``[B or 1, Hq or Hkv or 1, Lk or 1]``."""
         found: list[fx.Node] = []
         for bias in () if plan.mask is None else plan.mask.key_terms.bias:
-            node = self._local(bias.leaf, site)
-            for dim in reversed(range(len(bias.index))):
-                if bias.index[dim].is_Integer:
-                    node = self._call(site, "select", node, dim, int(bias.index[dim]))
+            node = self._elements(bias, site)
             axes = [axes_of(at) for at in bias.index if not at.is_Integer]
             for dim, found_axes in enumerate(axes):
                 if len(found_axes) == 2:  # only one index counts along two
@@ -233,17 +249,55 @@ class MaskOperands:
             for dim, symbol in enumerate((BATCH, HEAD)):
                 if symbol not in own:
                     node = self._call(site, "unsqueeze", node, dim)
+            if bias.by_position:
+                node = self._call(site, "to", node, wide_dtype(site))
             node = node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor)
             found.append(self._by_position(node, site) if bias.by_position else node)
         return found
 
+    def _elements(self, bias: KeyBias, site: AttentionSite) -> fx.Node:
+        """The elements of a bias's tensor that it reads: a dimension for each index that is no number."""
+        if bias.computed is not None:
+            return self._of_heads(bias.computed, site)
+        if bias.leaf is None:
+            return self._call(site, torch.ones, [], dtype=wide_dtype(site), device=site.key.example.device)
+        node = self._local(bias.leaf, site)
+        for dim in reversed(range(len(bias.index))):
+            at = bias.index[dim]
+            if at.is_Integer:
+                node = self._call(site, "select", node, dim, int(at))
+                continue
+            counted, start = without_shift(at)
+            extent = _extent(counted, site)
+            if start != 0 or not same(size(example_of(node).shape[dim]), extent):
+                first, length = (self._number(number, (), site) for number in (start, extent))
+                node = self._call(site, "narrow", node, dim, first, length)
+        return node
+
+    def _of_heads(self, function: HeadFunction, site: AttentionSite) -> fx.Node:
+        """What a score function computes of one head, for all of them: ``[Hq]``."""
+        dtype, device = function.head.meta["example_value"].dtype, site.key.example.device
+        made = {function.head: self._call(site, torch.arange, int(site.query_heads), dtype=dtype, device=device)}
+
+        def make(node: fx.Node) -> fx.Node:
+            if node not in made:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), make)
+                made[node] = self._call(site, node.target, *args, **kwargs)
+            return made[node]
+
+        return make(function.result)
+
     def _by_position(self, slopes: fx.Node, site: AttentionSite) -> fx.Node:
-        """Slopes ``[B or 1, Hq or Hkv or 1]`` times the numbers of the keys, in the dtype that scores are summed in."""
+        """Slopes ``[B or 1, Hq or Hkv or 1]`` times the numbers of the keys, counted from the middle key.
+
+        Half of the keys then lie on either side, which halves the numbers that scores are added to and what they are
+        rounded by: to 0.001 for a slope of 1/2 and 131 072 keys in float32.
+        """
         key = self._emitter.operand(site.node, site.key_heads, site.query)
         length, device = self._emitter.size(site.node, key, 2), site.key.example.device
         places = self._call(site, torch.arange, length, device=device)
-        wide = self._call(site, "to", slopes, wide_dtype(site))
-        return self._call(site, operator.mul, self._call(site, "unsqueeze", wide, 2), places)
+        places = self._call(site, operator.sub, places, self._call(site, operator.floordiv, length, 2))
+        return self._call(site, operator.mul, self._call(site, "unsqueeze", slopes, 2), places)
 
     def sinks(self, site: AttentionSite) -> fx.Node | None:
         """The logits that join each query's softmax without a key, as a node ``[Hq]``."""
@@ -389,7 +443,8 @@ class MaskOperands:
 
     def _segment_bounds(self, segments: Segments, site: AttentionSite) -> fx.Node:
         """Where the sequences of all rows begin: int32 ``[B * Lk + 1]``."""
-        if segments not in self._bounds:
+        wanted = segments, *_rows_and_keys(site)
+        if wanted not in self._bounds:
             leaf = segments.leaf
             home = self._home([leaf], [], site)
             if home is self:
@@ -399,8 +454,8 @@ class MaskOperands:
                     home,
                     lambda: home._at_once(segments, [leaf], site, lambda extents: home._numbered(leaf, site, extents)),
                 )
-            self._bounds[segments] = bounds
-        return self._bounds[segments]
+            self._bounds[wanted] = bounds
+        return self._bounds[wanted]
 
     def _numbered(self, numbers: Leaf, site: AttentionSite, extents: tuple[Any, Any]) -> fx.Node:
         ids = self._call(site, "expand", self._local(numbers, site), list(extents))

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from infllm_pass.compat.ddp import split_at_buckets
-from infllm_pass.compat.dynamo import bound_backend, graph_breaks, latest_break
+from infllm_pass.compat.dynamo import RestartAnalysis, bound_backend, graph_breaks, latest_break
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import CarriedError, ConfigError, DenseSiteError, InternalError
 from infllm_pass.graph.input_readings import InputContext
@@ -118,8 +118,12 @@ class SwitchableBackend:
         vectors = held.inputs.examples
         reverse_only = loses_tangents(module)
         checks = take_checks(module, len(example_inputs) + len(vectors))
-        with trace.compiler_behind(report), remembered_accesses():
-            compiled = split_at_buckets(self.compiler)(module, [*example_inputs, *vectors, *caches.examples])
+        try:
+            with trace.compiler_behind(report), remembered_accesses():
+                compiled = split_at_buckets(self.compiler)(module, [*example_inputs, *vectors, *caches.examples])
+        except RestartAnalysis:  # Dynamo traces once more, with numbers in place of floats that the graph depends on
+            self.log.discard(report)
+            raise
         if reverse_only:
             compiled = ReverseModeGraph(compiled)
         if caches.specs:

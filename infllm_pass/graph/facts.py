@@ -145,7 +145,7 @@ class GraphFacts:
             return False
         cell = storage(node)
         writers = [each for each in self.graph.nodes if cell in map(storage, written_arguments(each))]
-        return bool(writers) and node.graph is self.graph and all(each < node for each in writers)
+        return bool(writers) and node.graph is self.graph and all(each <= node for each in writers)
 
     def is_settled(self, node: fx.Node, reader: fx.Node | None) -> bool:
         """Whether nothing can have written to a node's memory when a node of this graph reads it."""

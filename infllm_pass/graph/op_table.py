@@ -246,6 +246,11 @@ _spell(
     [torch.masked_fill, "masked_fill", aten.masked_fill.Scalar, aten.masked_fill.Tensor],
 )
 _spell(Kind.TANH, "input", [torch.tanh, F.tanh, "tanh", aten.tanh.default])
+_spell(Kind.EXP, "input", [torch.exp, "exp", aten.exp.default])
+_spell(Kind.EXP2, "input", [torch.exp2, torch.special.exp2, "exp2", aten.exp2.default])
+_spell(Kind.SIGMOID, "input", [torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default])
+_spell(Kind.LOG_SUM_EXP, "input dim keepdim", [torch.logsumexp, "logsumexp", aten.logsumexp.default])
+_spell(Kind.LOG_ADD_EXP, "input other", [torch.logaddexp, "logaddexp", aten.logaddexp.default])
 _spell(Kind.SQRT, "input", [torch.sqrt, "sqrt", aten.sqrt.default])
 _spell(Kind.CAT, "tensors dim", [torch.cat, torch.concat, torch.concatenate, aten.cat.default])
 _spell(Kind.MAX, "input dim keepdim", [torch.max, "max", torch.amax, "amax", aten.max.dim, aten.amax.default], _largest)

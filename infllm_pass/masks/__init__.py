@@ -6,6 +6,7 @@ from infllm_pass.masks.normal_form import (
     BATCH,
     HEAD,
     KEY,
+    HeadFunction,
     KeyBias,
     KeyCondition,
     KeyTerms,
@@ -17,6 +18,7 @@ from infllm_pass.masks.normal_form import (
     UnprovenMask,
     axes_of,
     home_of,
+    without_shift,
 )
 from infllm_pass.masks.proof import prove_mask, prove_terms, readable
 
@@ -25,6 +27,7 @@ __all__ = [
     "HEAD",
     "KEY",
     "GraphFacts",
+    "HeadFunction",
     "HeldTensors",
     "KeyBias",
     "KeyCondition",
@@ -40,4 +43,5 @@ __all__ = [
     "prove_mask",
     "prove_terms",
     "readable",
+    "without_shift",
 ]

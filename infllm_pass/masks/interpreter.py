@@ -90,11 +90,11 @@ class Interpreter:
         self.unknowns: dict[str, Unknown] = {}
         self.scans: dict[str, scans.Scan] = {}
         self.proofs: dict[tuple[sympy.Basic, bool], Any] = {}
-        self._seeds = dict(seeds or {})
+        self.seeds = dict(seeds or {})
         self._values: dict[fx.Node, SymbolicTensor] = {}
         self._readers: list[fx.Node] = []
         self.outer = {} if outer is None else outer
-        if not leaves and not self._seeds:
+        if not leaves and not self.seeds:
             self.outer.setdefault(facts, self)
 
     def evaluate(self, node: fx.Node) -> SymbolicTensor | None:
@@ -140,7 +140,7 @@ class Interpreter:
             return any(other.read_input(node) for other in others)
         if node in self.facts.bindings:
             facts, outer = self.facts.bindings[node]
-            return self._interpreter_of(facts).read_input(outer)
+            return self.interpreter_of(facts).read_input(outer)
         if node.op != "placeholder" or self.facts.is_overwritten(node):
             return False
         return self._forget_if(self.facts.held.inputs.add(node, input_name(node)))
@@ -153,8 +153,8 @@ class Interpreter:
 
     def _given(self, node: fx.Node, example: torch.Tensor) -> SymbolicTensor | None:
         """The value of a placeholder that stands for an index, or of a tensor that is read by value."""
-        if node in self._seeds:
-            return SymbolicTensor((), self._seeds[node], torch.int64)
+        if node in self.seeds:
+            return SymbolicTensor((), self.seeds[node], torch.int64)
         inputs = self.facts.held.inputs
         if node in inputs.numbered:
             positions = [self.operand(other) for other in inputs.numbered[node]]
@@ -183,13 +183,13 @@ class Interpreter:
 
     def _value_at(self, facts: GraphFacts, node: fx.Node) -> SymbolicTensor | None:
         """The value of a node of an outer graph."""
-        interpreter = self._interpreter_of(facts)
+        interpreter = self.interpreter_of(facts)
         value = interpreter.evaluate(node)
         self.unknowns.update(interpreter.unknowns)
         self.scans.update(interpreter.scans)
         return value
 
-    def _interpreter_of(self, facts: GraphFacts) -> Interpreter:
+    def interpreter_of(self, facts: GraphFacts) -> Interpreter:
         """The interpreter of an outer graph."""
         if facts not in self.outer:
             Interpreter(facts, outer=self.outer)
@@ -209,7 +209,7 @@ class Interpreter:
         """A name for a node's element, and the hidden indices that it may depend on."""
         name = self._name_of(node)
         under = self.facts.hidden_axes.get(node, ())
-        hidden = () if node.op in ("placeholder", "get_attr") else (*under, *self._seeds.values())
+        hidden = () if node.op in ("placeholder", "get_attr") else (*under, *self.seeds.values())
         inputs = (self._name_of(source) for source in node.all_input_nodes if source in self._values)
         causes = (self.unknowns[source] for source in inputs if source in self.unknowns and source not in self.scans)
         cause = next((unknown for unknown in causes if unknown.node.op not in ("placeholder", "get_attr")), None)

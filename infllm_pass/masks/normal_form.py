@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import sympy
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from infllm_pass.graph.facts import GraphFacts, axis
@@ -37,26 +38,41 @@ class KeyCondition:
 
 
 @dataclass(frozen=True)
+class HeadFunction:
+    """A number that a score function computes of the head alone, element by element.
+
+    Attributes:
+        result: the node that holds it, in the function's graph.
+        head: the function's placeholder for the head.
+    """
+
+    result: fx.Node
+    head: fx.Node
+
+
+@dataclass(frozen=True)
 class KeyBias:
     """Numbers added to the scaled scores of a key, whatever the query: made of the elements of one tensor.
 
     Attributes:
-        leaf: the tensor.
+        leaf: the tensor; None: its numbers are all 1, or those of `computed`.
         index: where it is read, an entry for each of its dimensions: `BATCH`, `HEAD` (of queries), ``HEAD // group``,
-            ``heads * BATCH + HEAD`` or one of its digits, `KEY`, or a number.
+            ``heads * BATCH + HEAD`` or one of its digits, `KEY`, each of them plus a number of sizes, or a number.
         factor: what its numbers are multiplied with first.
         described: where they come from, for people.
         by_position: whether they are multiplied with the number of the key too.
         up_to_rows: whether the model adds another number to all scores of a row as well, which a softmax of keys alone
             does not see.
+        computed: the numbers, for all heads; None: there is a tensor that holds them, or they are all 1.
     """
 
-    leaf: Leaf
+    leaf: Leaf | None
     index: tuple[sympy.Expr, ...]
     factor: float
     described: str
     by_position: bool = False
     up_to_rows: bool = False
+    computed: HeadFunction | None = None
 
     def is_shared_by(self, heads: int, kv_heads: int) -> bool:
         """Whether the numbers are the same for the query heads of each key/value head, which are adjacent."""
@@ -64,11 +80,14 @@ class KeyBias:
         shared = {sympy.floor(HEAD / group), BATCH + sympy.floor(HEAD / heads)}
         if group == 1:
             shared |= {heads * BATCH + HEAD, sympy.Mod(HEAD, heads)}
-        return all(HEAD not in at.free_symbols or at in shared for at in self.index)
+        return all(HEAD not in at.free_symbols or without_shift(at)[0] in shared for at in self.index)
 
 
 def axes_of(at: sympy.Expr) -> tuple[sympy.Symbol, ...]:
     """The axes that an index of a bias counts along, outermost first; none for a number and for other expressions."""
+    at, shift = without_shift(at)
+    if shift.atoms(AppliedUndef):
+        return ()
     if at in (BATCH, HEAD, KEY):
         return (at,)
     if _counts_heads(at) or (isinstance(at, sympy.Mod) and at.args[0] == HEAD and at.args[1].is_Integer):
@@ -77,6 +96,15 @@ def axes_of(at: sympy.Expr) -> tuple[sympy.Symbol, ...]:
         return (BATCH,)
     rows = sympy.expand(at - HEAD) / BATCH
     return (BATCH, HEAD) if rows.is_Integer and rows > 1 else ()
+
+
+def without_shift(at: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """An index as one that begins at 0, and the number that it begins at."""
+    counted: list[sympy.Expr] = []
+    shift: list[sympy.Expr] = []
+    for part in sympy.Add.make_args(sympy.expand(at)):
+        (counted if part.free_symbols & {BATCH, HEAD, QUERY, KEY} else shift).append(part)
+    return sympy.Add(*counted), sympy.Add(*shift)
 
 
 def _counts_heads(at: sympy.Expr) -> bool:
@@ -102,7 +130,7 @@ class KeyTerms:
     def leaves(self) -> tuple[Leaf, ...]:
         """The graph tensors that the terms read."""
         tests = [leaf for condition in self.mask for leaf in condition.leaves]
-        return *tests, *(bias.leaf for bias in self.bias)
+        return *tests, *(bias.leaf for bias in self.bias if bias.leaf is not None)
 
 
 @dataclass(frozen=True)
@@ -225,6 +253,8 @@ class MaskTerm:
             0-d, and then what stands in `arguments`.
         arguments: for BLOCK_MASK, the nodes that the body's further placeholders stand for.
         factor: for ADDED, what its numbers are multiplied with before the softmax.
+        inside: for ADDED with a body, a score function's, whose first placeholder is the score: the node in it that
+            holds the numbers.
     """
 
     node: fx.Node
@@ -233,3 +263,4 @@ class MaskTerm:
     body: fx.GraphModule | None = None
     arguments: tuple[fx.Node, ...] = ()
     factor: float = 1.0
+    inside: fx.Node | None = None

@@ -18,6 +18,7 @@ from infllm_pass.graph.facts import axis
 from infllm_pass.masks.cases import negation
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter, names_in
+from infllm_pass.masks.key_biases import AddedToKeys, added_to_keys, key_bias
 from infllm_pass.masks.normal_form import (
     BATCH,
     HEAD,
@@ -34,7 +35,7 @@ from infllm_pass.masks.normal_form import (
 )
 from infllm_pass.masks.rules.scans import Scan
 from infllm_pass.masks.steps import plain_names, tell_part, tell_proof, tell_terms
-from infllm_pass.masks.terms import first_unknown, key_bias, visible
+from infllm_pass.masks.terms import first_unknown, visible
 
 _MOST_ATOMS = 6
 """Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""
@@ -61,19 +62,19 @@ def prove_terms(
         The normal form, or the reason why there is none.
     """
     values: list[sympy.Basic] = []
-    biases: list[KeyBias] = []
-    refusal: UnprovenMask | None = None
+    unread: list[tuple[AddedToKeys, UnprovenMask]] = []
     for term in terms:
         value = visible(interpreter, term)
         if not isinstance(value, UnprovenMask):
             values.append(value)
             continue
-        refusal = refusal or replace(value, role=term.role)
-        bias = key_bias(interpreter, term, value.described)
-        if bias is None:
-            tell_proof(refusal)
-            return refusal
-        biases.append(bias)
+        refused = replace(value, role=term.role)
+        added = added_to_keys(interpreter, term) if term.role is MaskRole.ADDED else None
+        if added is None:
+            tell_proof(refused)
+            return refused
+        values.append(added.visible)
+        unread.append((added, refused))
     value = sympy.And(*values)
     key = (value.xreplace({QUERY: sympy.Integer(0)}) if one_query else value, one_query)
     known = key in interpreter.proofs
@@ -85,10 +86,17 @@ def prove_terms(
         interpreter.proofs[key] = found
     proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
     tell_proof(proof, known)
-    if refusal is None:
+    if not unread:
         return proof
     if isinstance(proof, UnprovenMask):
-        return refusal
+        return unread[0][1]
+    biases: list[KeyBias] = []
+    for added, refused in unread:
+        bias = key_bias(added, proof.causal_offset, refused.described)
+        if bias is None:
+            tell_proof(refused)
+            return refused
+        biases.append(bias)
     return replace(proof, key_terms=KeyTerms(proof.key_terms.mask, tuple(biases)))
 
 

@@ -1,8 +1,9 @@
-"""Visibility of keys under one mask term: boolean keep, boolean hide, additive numbers, or a flex mask function."""
+"""What one mask term holds, and where it lets a query see a key: booleans, added numbers, functions of flex."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -10,23 +11,19 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from infllm_pass.graph.facts import axis, example_of, hidden_axis
-from infllm_pass.graph.op_table import Kind, read
-from infllm_pass.masks.cases import as_number, negation, pairs, unrounded
+from infllm_pass.graph.facts import axis, hidden_axis
+from infllm_pass.masks.cases import as_number, negation, pairs
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
 from infllm_pass.masks.normal_form import (
     BATCH,
     HEAD,
     KEY,
     QUERY,
-    KeyBias,
     MaskRole,
     MaskTerm,
     UnprovenMask,
-    axes_of,
 )
-from infllm_pass.masks.rules.registry import shape_of
-from infllm_pass.masks.symbolic import NotFollowed, SymbolicTensor
+from infllm_pass.masks.symbolic import SymbolicTensor
 
 HIDING_NUMBER = -1e9
 """Scores of one row would have to lie this far apart for a key with such a number added to them to be seen.
@@ -36,6 +33,23 @@ hides where it is added in float16, which holds no larger scores.
 """
 
 
+@dataclass(frozen=True)
+class Value:
+    """What a term holds.
+
+    Attributes:
+        value: its numbers or Booleans, over ``(BATCH, HEAD, QUERY, KEY)``.
+        dtype: their dtype.
+        interpreter: that of the graph that computes it: the body's, for a function of flex attention.
+        names: what the hidden indices of that graph stand for.
+    """
+
+    value: sympy.Basic
+    dtype: torch.dtype
+    interpreter: Interpreter
+    names: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+
+
 def visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenMask:
     """Where one term lets a query see a key, as a Boolean of ``(BATCH, HEAD, QUERY, KEY)``.
 
@@ -43,8 +57,25 @@ def visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenM
         interpreter: the interpreter of the graph that the term belongs to.
         term: the term.
     """
-    if term.role is MaskRole.BLOCK_MASK:
-        return _of_mask_function(interpreter, term)
+    found = value_of(interpreter, term)
+    if isinstance(found, UnprovenMask):
+        return found
+    if term.role is MaskRole.ADDED:
+        return _where_nothing_is_hidden(found.interpreter, term, found.value, found.dtype)
+    if found.dtype != torch.bool:
+        return UnprovenMask(term.node, f"it is a {found.dtype} tensor where a boolean one is expected")
+    return negation(found.value) if term.role is MaskRole.HIDE else found.value
+
+
+def value_of(interpreter: Interpreter, term: MaskTerm) -> Value | UnprovenMask:
+    """What one term holds.
+
+    Args:
+        interpreter: the interpreter of the graph that the term belongs to.
+        term: the term.
+    """
+    if term.body is not None or term.role is MaskRole.BLOCK_MASK:
+        return _of_function(interpreter, term)
     example = interpreter.facts.example(term.node)
     if not isinstance(example, torch.Tensor) or (term.index is None and example.dim() > 4):
         return UnprovenMask(term.node, "it is not a tensor of at most four dimensions")
@@ -52,11 +83,7 @@ def visible(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenM
     if isinstance(value, UnprovenMask):
         return value
     lifted = lift(value) if term.index is None else value.at(term.index)
-    if term.role is MaskRole.ADDED:
-        return _where_nothing_is_hidden(interpreter, term, lifted, value.dtype)
-    if value.dtype != torch.bool:
-        return UnprovenMask(term.node, f"it is a {value.dtype} tensor where a boolean one is expected")
-    return negation(lifted) if term.role is MaskRole.HIDE else lifted
+    return Value(lifted, value.dtype, interpreter)
 
 
 def _evaluate(interpreter: Interpreter, node: fx.Node) -> SymbolicTensor | UnprovenMask:
@@ -99,125 +126,6 @@ def _where_nothing_is_hidden(
     return sympy.Or(*kept)
 
 
-def key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBias | None:
-    """A term that adds numbers to the scores of keys, the same for all queries; None if it adds others.
-
-    Args:
-        interpreter: the interpreter of the graph that the term belongs to.
-        term: the term, of which `visible` does not know what it hides.
-        described: where the numbers come from, for people.
-    """
-    found = _plain_key_bias(interpreter, term, described)
-    stored = _stored(interpreter, term.node) if found is None and term.role is MaskRole.ADDED else None
-    if stored is None:
-        return found
-    inside = Interpreter(interpreter.facts, frozenset([stored]), outer=interpreter.outer)
-    found = _plain_key_bias(inside, term, described)
-    interpreter.unknowns.update(inside.unknowns)
-    return found
-
-
-def _stored(interpreter: Interpreter, node: fx.Node) -> fx.Node | None:
-    """The memory of a cache that a term is read from, to be taken as it is: a concatenation, or a tensor that the graph
-    has written to before.
-    """
-    while True:
-        call = read(node)
-        if interpreter.facts.is_overwritten(node):
-            return node if interpreter.facts.is_final(node) else None
-        if call is not None and call.kind is Kind.CAT:
-            return node
-        sources = [each for each in node.all_input_nodes if isinstance(example_of(each), torch.Tensor)]
-        if len(sources) != 1:
-            return None
-        (node,) = sources
-
-
-def _plain_key_bias(interpreter: Interpreter, term: MaskTerm, described: str) -> KeyBias | None:
-    """`key_bias` of a term that is computed from tensors which the interpreter follows."""
-    value = _evaluate(interpreter, term.node) if term.role is MaskRole.ADDED else None
-    if not isinstance(value, SymbolicTensor) or not value.dtype.is_floating_point:
-        return None
-    added = lift(value) if term.index is None else value.at(term.index)
-    if not isinstance(added, AppliedUndef):
-        return None
-    unknown = interpreter.unknowns.get(added.func.__name__)
-    if unknown is not None and QUERY in added.free_symbols and unknown.facts is interpreter.facts:
-        return _by_position(interpreter, unknown.node, added.args, term.factor, described)
-    return _bias_of(interpreter, added, (BATCH, HEAD, KEY), term.factor, described)
-
-
-def _by_position(
-    interpreter: Interpreter, node: fx.Node, index: tuple[sympy.Expr, ...], factor: float, described: str
-) -> KeyBias | None:
-    """A product of a slope with the distance between query and key, which is ``slope * key`` up to a number of the row.
-
-    Args:
-        interpreter: the interpreter of the node's graph.
-        node: the product, of which the interpreter knows no more than where it is read.
-        index: where that is.
-        factor: what it is multiplied with before it is added.
-        described: where its numbers come from, for people.
-    """
-    call = read(node)
-    if call is None or call.kind is not Kind.MUL or interpreter.facts.is_overwritten(node):
-        return None
-    places = {axis(dim): at for dim, at in enumerate(index)}
-    shape = shape_of(interpreter.facts.example(node))
-    operands = [call.args.get("input"), call.args.get("other")]
-    try:
-        sides = [interpreter.operand(operand).broadcast_to(shape).xreplace(places) for operand in operands]
-    except (NotFollowed, Overwritten):
-        return None
-    for slope, distance, counted in ((*sides, operands[1]), (*sides[::-1], operands[0])):
-        share = _share_of_key(distance)
-        if share is not None and isinstance(slope, AppliedUndef) and _is_wide(interpreter, counted):
-            found = _bias_of(interpreter, slope, (BATCH, HEAD), factor * share, described)
-            return None if found is None else replace(found, by_position=True, up_to_rows=True)
-    return None
-
-
-def _is_wide(interpreter: Interpreter, node: Any) -> bool:
-    """Whether integers that a node holds are rounded to no dtype narrower than float32 on the way."""
-    stack, seen = [node], set()
-    while stack:
-        each = stack.pop()
-        example = interpreter.facts.example(each) if isinstance(each, fx.Node) else None
-        if not isinstance(example, torch.Tensor) or not example.dtype.is_floating_point or each in seen:
-            continue
-        if example.dtype not in (torch.float32, torch.float64) or each.op == "placeholder":
-            return False
-        seen.add(each)
-        stack += each.all_input_nodes
-    return True
-
-
-def _share_of_key(distance: sympy.Basic) -> int | None:
-    """How often the number of the key counts in an integer expression of it and of what is the same for a row."""
-    if not isinstance(distance, sympy.Expr):
-        return None
-    plain = sympy.expand(unrounded(distance))
-    share = plain.coeff(KEY)
-    rest = sympy.expand(plain - share * KEY)
-    if not share.is_Integer or share == 0 or KEY in rest.free_symbols or rest.atoms(AppliedUndef):
-        return None
-    return int(share)
-
-
-def _bias_of(
-    interpreter: Interpreter, added: AppliedUndef, axes: tuple[sympy.Symbol, ...], factor: float, described: str
-) -> KeyBias | None:
-    """The bias that a tensor's elements make which are read at some axes, once each, and at `KEY` if it is one."""
-    unknown = interpreter.unknowns.get(added.func.__name__)
-    read = [at for at in added.args if not at.is_Integer]
-    symbols = [symbol for at in read for symbol in axes_of(at)]
-    known = all(map(axes_of, read)) and len(symbols) == len(set(symbols)) and set(symbols) <= set(axes)
-    if unknown is None or not unknown.readable or not known or (KEY in axes and KEY not in symbols):
-        return None
-    leaf = added.func.__name__, unknown.facts, unknown.node
-    return KeyBias(leaf, tuple(added.args), factor, described)
-
-
 def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:
     """Whether a number added to a score takes its key out of the softmax."""
     lowest = torch.finfo(dtype).min if dtype.is_floating_point else HIDING_NUMBER
@@ -233,14 +141,14 @@ def first_unknown(interpreter: Interpreter, value: sympy.Basic) -> Unknown | Non
     return interpreter.unknowns[found[0]].origin if found else None
 
 
-def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic | UnprovenMask:
-    """What a mask function returns, as `flex_attention` calls it for every index."""
-    body = term.body
+def _of_function(interpreter: Interpreter, term: MaskTerm) -> Value | UnprovenMask:
+    """What a mask function returns, or a score function adds, as `flex_attention` calls it for every index."""
+    body, added = term.body, term.role is MaskRole.ADDED
     if body is None:
         return UnprovenMask(term.node, "its mask function is not known")
-    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"][1 if added else 0 :]
     (output,) = (node for node in body.graph.nodes if node.op == "output")
-    result: Any = output.args[0]
+    result: Any = output.args[0] if term.inside is None else term.inside
     result = result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
     if len(placeholders) != 4 + len(term.arguments) or not isinstance(result, fx.Node):
         return UnprovenMask(term.node, "its mask function does not take batch, head, query and key")
@@ -259,6 +167,7 @@ def _of_mask_function(interpreter: Interpreter, term: MaskTerm) -> sympy.Basic |
     interpreter.scans.update(inside.scans)
     if isinstance(value, UnprovenMask):
         return value
-    if value.dtype != torch.bool or value.shape:
+    if value.shape or (value.dtype != torch.bool and not added):
         return UnprovenMask(term.node, "its mask function does not return one boolean")
-    return value.value.xreplace(dict(zip(indices, (BATCH, HEAD, QUERY, KEY), strict=True)))
+    names = dict(zip(indices, (BATCH, HEAD, QUERY, KEY), strict=True))
+    return Value(value.value.xreplace(names), value.dtype, inside, names)

@@ -17,7 +17,17 @@ from infllm_pass.graph.facts import GraphFacts, same, size
 from infllm_pass.graph.op_table import scatters
 from infllm_pass.graph.subgraphs import GraphView, input_name
 from infllm_pass.lowering.ops.checks import DTYPES, MAX_HEAD_DIM
-from infllm_pass.masks import BATCH, Leaf, MaskPredicate, MaskRole, UnprovenMask, home_of, prove_terms, readable
+from infllm_pass.masks import (
+    BATCH,
+    Leaf,
+    MaskPredicate,
+    MaskRole,
+    UnprovenMask,
+    home_of,
+    prove_terms,
+    readable,
+    without_shift,
+)
 from infllm_pass.masks.codegen import is_expressible
 from infllm_pass.masks.interpreter import Interpreter
 from infllm_pass.plan.break_even import AttentionPlace, break_even, device_name
@@ -183,6 +193,12 @@ def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpr
     if shifted and site.sinks is not None:
         seen = f"{shifted[0].described}; sinks see the numbers that it adds to whole rows"
         return SitePlan(site, Reason.ADDITIVE_BIAS, seen)
+    for bias in causal.key_terms.bias:
+        for at in bias.index:
+            refusal = unemittable(without_shift(at)[1], (), interpreter, site)
+            if refusal is not None:
+                seen = f"{bias.described}; it is read from {readable(without_shift(at)[1])} on, and {refusal}"
+                return SitePlan(site, Reason.ADDITIVE_BIAS, seen)
     proved = SitePlan(site, Reason.SWITCHABLE, mask=causal, scale=scale)
     return _check_heads(site, proved) or proved
 

@@ -87,6 +87,13 @@ class CompileLog:
                 site.explanation,
             )
 
+    def discard(self, report: GraphReport) -> None:
+        """Take back a graph that was entered and is not going to run."""
+        with self._lock:
+            kept = [entry for entry in self._entries if entry.report is not report]
+            self._added -= len(self._entries) - len(kept)
+            self._entries = deque(kept, maxlen=self._entries.maxlen)
+
     def add_uncompiled(self, reason: Uncompiled) -> bool:
         """Count a call that ran the plain model; whether it is the first for this reason."""
         with self._lock:

@@ -61,7 +61,7 @@ DECODE_FIELDS = _fields(
 )
 """Integers of ``infllm::DecodeCall``."""
 
-GRADIENT_FIELDS = _fields("grad_out:2 out:2 lse grad_q:2 grad_k:2 grad_v:2")
+GRADIENT_FIELDS = _fields("grad_out:2 out:2 lse grad_q:2 grad_k:2 grad_v:2 grad_bias")
 """Integers of ``infllm::GradientStrides``."""
 
 _STRUCTS = {
@@ -74,22 +74,24 @@ _PRELUDE = """
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 using T = {number};
+using R = infllm::Real<T>;
 """
 
 _FUNCTIONS = {
     "decode_attention.h": """
 extern "C" void decode_attention(
-    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const void* k1, const void* k2,
-    const int32_t* channels, const int64_t* begins, const int64_t* ends, const bool* key_mask, T* out,
-    infllm::Real<T>* lse) {
-  const auto call = infllm::call_of<infllm::DecodeCall>(numbers, scale);
-  infllm::DecodeStep<T>(call, q, k, v, k1, k2, channels, begins, ends, key_mask).run(out, lse);
+    const int64_t* numbers, double scale, double softcap, const T* q, const T* k, const T* v, const void* k1,
+    const void* k2, const int32_t* channels, const int64_t* begins, const int64_t* ends, const R* key_bias,
+    const int64_t* bias_strides, const R* sinks, const bool* key_mask, T* out, R* lse) {
+  const auto call = infllm::call_of<infllm::DecodeCall>(numbers, scale, softcap);
+  const infllm::TermTensors<R> terms(key_bias, bias_strides, sinks);
+  infllm::DecodeStep<T>(call, q, k, v, k1, k2, channels, begins, ends, key_mask, terms).run(out, lse);
 }
 """,
     "switchable_attention.h": """
 extern "C" void compress_keys(
     const int64_t* numbers, const T* k, T* k1, T* k2, const int64_t* strides1, const int64_t* strides2) {
-  const auto call = infllm::call_of<infllm::Call>(numbers, 1.0);
+  const auto call = infllm::call_of<infllm::Call>(numbers, 1.0, 0.0);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t head = 0; head < call.heads; head++)
     infllm::compress_keys<T>(
@@ -98,36 +100,38 @@ extern "C" void compress_keys(
 }
 
 extern "C" void select_blocks(
-    const int64_t* numbers, double scale, const T* q, T* k1, T* k2, const int64_t* strides1, const int64_t* strides2,
-    int32_t* blocks) {
+    const int64_t* numbers, double scale, double softcap, const T* q, T* k1, T* k2, const int64_t* strides1,
+    const int64_t* strides2, int32_t* blocks) {
   infllm::select_blocks<T>(
-      infllm::call_of<infllm::Call>(numbers, scale), q, {k1, strides1[1]}, strides1[0], {k2, strides2[1]}, strides2[0],
-      blocks);
+      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, {k1, strides1[1]}, strides1[0], {k2, strides2[1]},
+      strides2[0], blocks);
 }
 
 extern "C" void select_by_tokens(
-    const int64_t* numbers, double scale, const T* q, const infllm::Real<T>* index, const int64_t* strides,
+    const int64_t* numbers, double scale, double softcap, const T* q, const R* index, const int64_t* strides,
     const bool* valid, const int32_t* channels, int32_t* blocks) {
   infllm::select_by_tokens<T>(
-      infllm::call_of<infllm::Call>(numbers, scale), q, index, strides, valid, channels, blocks);
+      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, index, strides, valid, channels, blocks);
 }
 
 extern "C" void attend_blocks(
-    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const bool* valid,
-    const int32_t* blocks, const int64_t* strides, T* out, infllm::Real<T>* lse) {
+    const int64_t* numbers, double scale, double softcap, const T* q, const T* k, const T* v, const R* key_bias,
+    const int64_t* bias_strides, const R* sinks, const bool* valid, const int32_t* blocks, const int64_t* strides,
+    T* out, R* lse) {
   infllm::attend_blocks<T>(
-      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, {blocks, strides[0], strides[1]}, out, lse,
-      strides[2]);
+      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, k, v, valid, {key_bias, bias_strides, sinks},
+      {blocks, strides[0], strides[1]}, out, lse, strides[2]);
 }
 """,
     "attention_backward.h": """
 extern "C" void attend_blocks_backward(
-    const int64_t* numbers, double scale, const T* q, const T* k, const T* v, const bool* valid,
-    const int32_t* blocks, const int64_t* strides, const infllm::GradientStrides* gradient_strides,
-    const T* grad_out, const T* out, const infllm::Real<T>* lse, T* grad_q, T* grad_k, T* grad_v) {
+    const int64_t* numbers, double scale, double softcap, const T* q, const T* k, const T* v, const R* key_bias,
+    const int64_t* bias_strides, const R* sinks, const bool* valid, const int32_t* blocks, const int64_t* strides,
+    const infllm::GradientStrides* gradient_strides, const T* grad_out, const T* out, const R* lse, T* grad_q,
+    T* grad_k, T* grad_v, R* grad_bias) {
   infllm::attend_blocks_backward<T>(
-      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, valid, {blocks, strides[0], strides[1]},
-      {grad_out, out, lse, grad_q, grad_k, grad_v}, *gradient_strides);
+      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, k, v, valid, {key_bias, bias_strides, sinks},
+      {blocks, strides[0], strides[1]}, {grad_out, out, lse, grad_q, grad_k, grad_v, grad_bias}, *gradient_strides);
 }
 """,
 }
@@ -147,8 +151,8 @@ def header(name: str) -> str:
         checks += f"static_assert(offsetof(infllm::{struct}, {field}) == {8 * at} && "
         checks += f'sizeof(infllm::{struct}::{field}) == {8 * count}, "{struct}.{field}");\n'
         at += count
-    scale = 8 * (name != "attention_backward.h")
-    return text + f'{checks}static_assert(sizeof(infllm::{struct}) == {8 * at + scale}, "{struct}");\n'
+    scores = 16 * (name != "attention_backward.h")  # scale and softcap
+    return text + f'{checks}static_assert(sizeof(infllm::{struct}) == {8 * at + scores}, "{struct}");\n'
 
 
 def integers(fields: Mapping[str, int], **values: Any) -> list[Any]:
@@ -233,7 +237,7 @@ def decode_attention(
     q, geometry = adjacent(q), params.geometry
     alike = [x for x in state if geometry.score_dtype == "key" or geometry.scorer == "pooled"]
     library = _library_for("decode_attention.h", q, k, v, *alike)
-    if library is None or _has_terms(params) or geometry.agnostic_blocks:
+    if library is None or geometry.agnostic_blocks:
         return False
     k1, k2 = state[0], state[-1]
     batch, heads_q, length_q, dim = q.shape
@@ -250,12 +254,15 @@ def decode_attention(
         stride_mask=(0, 0) if key_mask is None else key_mask.stride(),
         **fixed_numbers(params.window, dense_len, params.geometry),
     )
+    terms, _held = _terms(params, lse.dtype)
     library.decode_attention(
         _int64s(numbers),
         ctypes.c_double(params.scale),
+        ctypes.c_double(params.softcap),
         *map(_address, (q, k, v, k1, k2)),
         channel_numbers(geometry, v.shape[1]) if geometry.scorer == "tokens" else None,
         *map(_int64s, bounds),
+        *terms,
         *map(_address, (key_mask, out, lse)),
     )
     return True
@@ -282,11 +289,12 @@ def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) ->
 def select_blocks(q: Tensor, state: Sequence[Tensor], length: int, params: AttentionParams) -> Tensor | None:
     """`kernels.cpu.chunked.select_blocks`, blocks ascending and -1 last; None where it was not computed."""
     library = _library_for("switchable_attention.h", q, *(state if params.geometry.scorer == "pooled" else ()))
-    if library is None or params.softcap:
+    if library is None:
         return None
     keys = q.new_empty(()).expand(q.shape[0], length, q.shape[3])  # for its shape
     blocks = torch.empty(q.shape[0], q.shape[2], params.geometry.selected_blocks, dtype=torch.int32)
-    call = _sequence_numbers(q, keys, keys, params), ctypes.c_double(params.scale), _address(q)
+    scores = ctypes.c_double(params.scale), ctypes.c_double(params.softcap)
+    call = _sequence_numbers(q, keys, keys, params), *scores, _address(q)
     strides = [_int64s(x.stride()[:2]) for x in state]
     if params.geometry.scorer == "tokens":
         mask, _ = _contiguous(params.mask, None)
@@ -310,13 +318,17 @@ def attend_blocks(
 ) -> bool:
     """`kernels.cpu.chunked.attend_blocks`; ``out`` is a part of ``[B, Lq, Hq, Dv]``, ``lse`` of ``[B, Hq, Lq]``."""
     library = _library_for("switchable_attention.h", q, k, v)
-    if library is None or _has_terms(params):
+    if library is None:
         return False
     mask, blocks = _contiguous(params.mask, blocks)
+    terms, _held = _terms(params, lse.dtype)
     library.attend_blocks(
         _sequence_numbers(q, k, v, params),
         ctypes.c_double(params.scale),
-        *map(_address, (q, k, v, mask, blocks)),
+        ctypes.c_double(params.softcap),
+        *map(_address, (q, k, v)),
+        *terms,
+        *map(_address, (mask, blocks)),
         _int64s([*_list_strides(blocks), _head_stride(lse)]),
         *map(_address, (out, lse)),
     )
@@ -328,11 +340,12 @@ def attend_blocks_backward(
     blocks: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor],
     params: AttentionParams,
+    grad_bias: Tensor | None = None,
 ) -> bool:
     """`kernels.cpu.chunked.attend_blocks_backward`; the same bits for any number of threads."""
     grad_out, q, k, v, out, lse = forward
     library = _library_for("attention_backward.h", q, k, v, grad_out, out)
-    if library is None or _has_terms(params):
+    if library is None:
         return False
     grad_q, grad_k, grad_v = gradients
     mask, blocks = _contiguous(params.mask, blocks)
@@ -345,21 +358,35 @@ def attend_blocks_backward(
         lse=_head_stride(lse),
         grad_k=grad_k.stride()[:2],
         grad_v=grad_v.stride()[:2],
+        grad_bias=0 if grad_bias is None else grad_bias.stride(0),
     )
+    terms, _held = _terms(params, lse.dtype)
     library.attend_blocks_backward(
         _sequence_numbers(q, k, v, params),
         ctypes.c_double(params.scale),
-        *map(_address, (q, k, v, mask, blocks)),
+        ctypes.c_double(params.softcap),
+        *map(_address, (q, k, v)),
+        *terms,
+        *map(_address, (mask, blocks)),
         _int64s(_list_strides(blocks)),
         _int64s(strides),
-        *map(_address, (grad_out, out, lse, *gradients)),
+        *map(_address, (grad_out, out, lse, *gradients, grad_bias)),
     )
     return True
 
 
-def _has_terms(params: AttentionParams) -> bool:
-    """Whether scores have terms, which the kernels do not compute."""
-    return params.key_bias is not None or params.sinks is not None or params.softcap != 0.0
+def _terms(params: AttentionParams, wide: torch.dtype) -> tuple[tuple[Any, Any, Any], tuple[Tensor | None, ...]]:
+    """The bias of keys ``[..., heads, keys]``, its strides, and the sinks as arguments; and the tensors to be kept."""
+    bias, sinks = params.key_bias, params.sinks
+    if bias is None and sinks is None:
+        return (None, None, None), ()
+    strides = None
+    if bias is not None:
+        bias = adjacent(bias.to(wide))
+        steps = [step if size > 1 else 0 for size, step in zip(bias.shape[:-1], bias.stride(), strict=False)]
+        strides = _int64s([*[0] * (2 - len(steps)), *steps])  # one sequence has no batch
+    sinks = None if sinks is None else sinks.to(wide).contiguous()
+    return (_address(bias), strides, _address(sinks)), (bias, sinks)
 
 
 def _contiguous(mask: Tensor | None, blocks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

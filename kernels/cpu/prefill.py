@@ -224,8 +224,8 @@ def attention_backward(
             (grad_queries, grad_keys, grad_values),
             one.params(call),
         )
-        if not native.attend_blocks_backward(*arguments):
-            biases = None if grad_bias is None else grad_bias[one.row, :, one.keys]
+        biases = None if grad_bias is None else grad_bias[one.row, :, one.keys]
+        if not native.attend_blocks_backward(*arguments, biases):
             chunked.attend_blocks_backward(*arguments, biases)
     terms = []
     if bias is not None and grad_bias is not None:

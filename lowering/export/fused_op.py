@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from infllm_pass.errors import ExportError
 
-from ..ops.attention_args import FUSED, SCORE_TERMS, SIGNATURES, AttentionCall, geometry_of, name_of
-from ..ops.checks import check_attention, check_sequences, refused_by_tiled
+from ..ops.attention_args import FUSED, SIGNATURES, AttentionCall, geometry_of, name_of
+from ..ops.checks import check_attention, check_sequences, check_terms, refused_by_tiled
 from ..ops.dispatch import attend
 from ..ops.prefill import new_output
 from ..ops.registry import Operator
@@ -34,6 +34,7 @@ def fake(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Shape, dtype and layout of it."""
     check_attention(q, k, v, call.key_mask)
     check_sequences(q, call)
+    check_terms(q, k, call)
     return new_output(q, v)[0]
 
 
@@ -105,10 +106,6 @@ def why_not_joined(node: fx.Node) -> str | None:
     for user in node.users:
         if user.users and (user.target is not operator.getitem or user.args[1] != 0):
             return f"{user.name} reads the log-sum-exp of {node.name}, which is not exported"
-    if terms := _terms(given):
-        return (
-            f"the scores of {node.name} have {' and '.join(terms)}, which cannot be exported: compile the model instead"
-        )
     if count := geometry_of(given["geometry"]).agnostic_blocks:
         return f"{node.name} chooses {count} blocks by importance, which cannot be exported: set agnostic_topk=0"
     if given["cu_seqlens_q"] is not None or given["cu_seqlens_k"] is not None:
@@ -118,11 +115,6 @@ def why_not_joined(node: fx.Node) -> str | None:
         if not isinstance(source, fx.Node) or name_of(source) != "select_blocks":
             return f"the selection of {node.name} comes from {source}: expected infllm::select_blocks"
     return None
-
-
-def _terms(given: dict[str, Any]) -> list[str]:
-    """Names of the score terms among the arguments, by name, of a call."""
-    return [name for name in SCORE_TERMS if given.get(name) not in (None, 0.0)]
 
 
 def _parts(selection: Any) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering
+from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering, to_dtype
 from infllm_pass.kernels.cpu.native import call_numbers, channel_numbers, fixed_numbers, header
 
 from ..export import fused_op
@@ -22,6 +22,9 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 """Dtypes of offsets."""
 
 HEADER = "switchable_attention.h"
+
+OPTIONAL = ("key_mask", "offsets", "key_bias", "sinks")
+"""Tensors that a call may lack."""
 
 
 packaged_attention = Operator(
@@ -41,13 +44,15 @@ class SwitchableAttention(ir.ExternKernelOut):
     """A call of the kernel.
 
     Args:
-        tensors: q, k and v, with adjacent features; then, contiguous, the key mask and the offsets, if there are any.
-        masked: whether there is a key mask.
+        tensors: q, k and v, with adjacent features; then, contiguous, those of `more`.
+        more: names of the arguments that are given of the key mask, the offsets, the bias of keys and the sinks.
         offset: key index of the first query, to which offsets are added.
-        call: the geometry, the scale, dense_len and the window.
+        call: the geometry, the scale, the cap, dense_len and the window.
     """
 
-    def __init__(self, tensors: list[ir.IRNode], masked: bool, offset: sympy.Expr, call: AttentionCall) -> None:
+    def __init__(
+        self, tensors: list[ir.IRNode], more: tuple[str, ...], offset: sympy.Expr, call: AttentionCall
+    ) -> None:
         q, _, v = tensors[:3]
         batch, heads, length, _ = q.get_size()
         dim_v = v.get_size()[3]
@@ -58,16 +63,16 @@ class SwitchableAttention(ir.ExternKernelOut):
             [length * heads * dim_v, dim_v, heads * dim_v, sympy.S.One],
         )
         super().__init__(layout, tensors, (offset,), op_overload=OPERATOR)
-        self.masked, self.offset, self.call = masked, offset, call
+        self.more, self.offset, self.call = more, offset, call
 
     def codegen(self, wrapper: Any) -> None:
         """Write the call, and the kernel in front of the first one."""
-        q, k, v, *more = (_pointer(wrapper, tensor) for tensor in self.inputs)
-        mask = more.pop(0) if self.masked else "nullptr"
-        count, offsets, index = "0", "nullptr", torch.int64
-        if more:
-            (offsets,), tensor = more, self.inputs[-1]
-            count, index = wrapper.codegen_sizevar(tensor.get_size()[0]), tensor.get_dtype()
+        given = dict(zip(self.more, self.inputs[3:], strict=True))
+        tensors = [_pointer(wrapper, tensor) for tensor in self.inputs[:3]]
+        mask, offsets, bias, sinks = (_pointer(wrapper, given.get(name)) for name in OPTIONAL)
+        count, index = "0", torch.int64
+        if "offsets" in given:
+            count, index = wrapper.codegen_sizevar(given["offsets"].get_size()[0]), given["offsets"].get_dtype()
         name = kernel_name(wrapper, self.get_dtype(), index)
         geometry, heads = self.call.geometry, int(self.inputs[1].get_size()[1])
         fixed = fixed_numbers(self.call.window, self.call.dense_len, geometry)
@@ -84,7 +89,15 @@ class SwitchableAttention(ir.ExternKernelOut):
             channels = f"{call}_channels"
             numbers = ", ".join(map(str, channel_numbers(geometry, heads)))
             wrapper.writeline(f"static const int32_t {channels}[] = {{{numbers}}};")
-        arguments = (call, repr(self.call.scale), q, k, v, mask, offsets, count, channels, out)
+        bias_strides = "nullptr"
+        if "key_bias" in given:
+            bias_strides = f"{call}_bias"
+            rows, of_heads, keys = given["key_bias"].get_size()
+            steps = (0 if rows == 1 else of_heads * keys, 0 if of_heads == 1 else keys)
+            numbers = ", ".join(wrapper.codegen_sizevar(sympy.sympify(number)) for number in steps)
+            wrapper.writeline(f"const int64_t {bias_strides}[] = {{{numbers}}};")
+        scores = repr(self.call.scale), repr(self.call.softcap)
+        arguments = (call, *scores, *tensors, mask, offsets, count, channels, bias, bias_strides, sinks, out)
         wrapper.writeline(f"{name}({', '.join(arguments)});")
 
 
@@ -94,20 +107,29 @@ def _lower(
     k: ir.TensorBox,
     v: ir.TensorBox,
     key_mask: ir.TensorBox | None,
+    key_bias: ir.TensorBox | None,
+    sinks: ir.TensorBox | None,
     offsets: ir.TensorBox | None,
     offset: sympy.Expr | int | None,
     window: int | None,
     scale: float,
+    softcap: float,
     dense_len: int,
     geometry: str,
 ) -> ir.TensorBox:
     """The operator in Inductor's representation, with its arguments: see `lowering.export.fused_op`."""
     if offset is None:
         offset = k.get_size()[2] - q.get_size()[2] if offsets is None else 0
-    more = (ir.ExternKernel.require_contiguous(x) for x in (key_mask, offsets) if x is not None)
-    tensors = [*map(_with_adjacent_features, (q, k, v)), *more]
-    call = AttentionCall(scale, dense_len, geometry_of(geometry), window=window)
-    return ir.TensorBox.create(SwitchableAttention(tensors, key_mask is not None, sympy.sympify(offset), call))
+    wide = torch.float64 if q.get_dtype() == torch.float64 else torch.float32
+    key_bias, sinks = (x if x is None else to_dtype(x, wide) for x in (key_bias, sinks))
+    given = {
+        name: ir.ExternKernel.require_contiguous(x)
+        for name, x in zip(OPTIONAL, (key_mask, offsets, key_bias, sinks), strict=True)
+        if x is not None
+    }
+    tensors = [*map(_with_adjacent_features, (q, k, v)), *given.values()]
+    call = AttentionCall(scale, dense_len, geometry_of(geometry), window=window, softcap=softcap)
+    return ir.TensorBox.create(SwitchableAttention(tensors, tuple(given), sympy.sympify(offset), call))
 
 
 def _with_adjacent_features(x: ir.TensorBox) -> ir.IRNode:
@@ -116,8 +138,10 @@ def _with_adjacent_features(x: ir.TensorBox) -> ir.IRNode:
     return realized if realized.get_stride()[-1] == 1 else ir.ExternKernel.require_contiguous(realized)
 
 
-def _pointer(wrapper: Any, tensor: ir.IRNode) -> str:
-    """The address of a tensor's first number."""
+def _pointer(wrapper: Any, tensor: ir.IRNode | None) -> str:
+    """The address of a tensor's first number; of none the null pointer."""
+    if tensor is None:
+        return "nullptr"
     start = wrapper.codegen_sizevar(sympy.sympify(tensor.get_layout().offset))
     return f"({DTYPE_TO_CPP[tensor.get_dtype()]}*)({tensor.get_name()}.data_ptr()) + {start}"
 
@@ -133,16 +157,18 @@ def kernel_name(wrapper: Any, dtype: torch.dtype, index: torch.dtype) -> str:
     name = f"infllm_switchable_attention_{str(dtype).split('.')[1]}_{str(index).split('.')[1]}"
     if name not in wrapper.src_to_kernel.values():
         number, key = DTYPE_TO_CPP[dtype], DTYPE_TO_CPP[index]
+        real = DTYPE_TO_CPP[torch.float64 if dtype == torch.float64 else torch.float32]
         declaration = (
-            f'extern "C" void {name}(const int64_t* numbers, double scale, const {number}* q, const {number}* k, '
-            f"const {number}* v, const bool* key_mask, const {key}* offsets, int64_t offsets_count, "
-            f"const int32_t* channels, {number}* out)"
+            f'extern "C" void {name}(const int64_t* numbers, double scale, double softcap, const {number}* q, '
+            f"const {number}* k, const {number}* v, const bool* key_mask, const {key}* offsets, "
+            f"int64_t offsets_count, const int32_t* channels, const {real}* key_bias, "
+            f"const int64_t* bias_strides, const {real}* sinks, {number}* out)"
         )
         source = (
             f"#include <torch/csrc/inductor/cpp_prefix.h>\n{header(HEADER)}\n{declaration} {{\n"
             "  infllm::switchable_attention(\n"
-            "      infllm::call_of<infllm::Call>(numbers, scale), q, k, v, key_mask, offsets, offsets_count,\n"
-            "      channels, out);\n}\n"
+            "      infllm::call_of<infllm::Call>(numbers, scale, softcap), q, k, v, key_mask, offsets, offsets_count,\n"
+            "      channels, {key_bias, bias_strides, sinks}, out);\n}\n"
         )
         wrapper.src_to_kernel[source] = name
         wrapper.define_kernel(name, source, gpu=False, cpp_definition=f"{declaration};\n")

@@ -187,7 +187,9 @@ class Signature(Generic[Call]):
         count = len(self.own)
         given = dict(zip(self._rest, arguments[count:], strict=True))
         given["geometry"] = geometry_of(given["geometry"])
-        return arguments[:count], self.record(**given)
+        call = object.__new__(self.record)  # the constructor of a frozen record sets field by field: a microsecond
+        call.__dict__.update(given)
+        return arguments[:count], call
 
     def positional(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments by position, as a caller may have given some by name."""
@@ -263,7 +265,7 @@ BACKWARD = Signature(
     ("grad_out", "q", "k", "v", "out", "lse", "selection"), AttentionCall, "(Tensor, Tensor, Tensor, Tensor[])"
 )
 DECODE = Signature(("q", "k", "v", "state"), DecodeCall, "(Tensor, Tensor)", mutated="state")
-FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k", *SCORE_TERMS))
+FUSED = Signature(("q", "k", "v"), AttentionCall, "Tensor", without=("cu_seqlens_q", "cu_seqlens_k"))
 
 SIGNATURES: dict[str, Signature[Any]] = {
     "compress_keys": COMPRESS,

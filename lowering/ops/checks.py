@@ -91,6 +91,8 @@ def check_terms(q: Tensor, k: Tensor, call: AttentionCall | DecodeCall) -> None:
     """
     if call.geometry.agnostic_blocks:
         _check_agnostic(call)
+    if call.softcap == 0.0 and call.key_bias is None and call.sinks is None:
+        return
     if not 0.0 <= call.softcap < float("inf"):
         raise ShapeError(f"softcap={call.softcap}: expected a positive number, or 0 for no cap")
     for name, tensor in (("key_bias", call.key_bias), ("sinks", call.sinks)):

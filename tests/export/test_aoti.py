@@ -296,3 +296,65 @@ def test_packaging_reads_each_kernel_once(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="no"):
         infllm_pass.package(Plain(), (torch.randn(1, 2, 80, 16),), tmp_path / "plain.pt2", config=SMALL)
     assert read == [kernel]
+
+
+class Terms(nn.Module):
+    """Three layers of attention: with learned biases of keys, with capped scores, and with sinks behind a window."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.ModuleList(nn.Linear(48, 6 * 8 + 2 * 8 + 2 * 8) for _ in range(3))
+        self.out = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
+        self.importance = nn.Linear(48, 2)
+        self.sinks = nn.Parameter(torch.randn(6))
+
+    def forward(self, x, valid):
+        place = torch.arange(x.shape[1])
+        seen = (place <= place[:, None]) & valid[:, None, None]
+        for number, (layer, out) in enumerate(zip(self.project, self.out, strict=True)):
+            parts = layer(x).split((48, 16, 16), dim=2)
+            q, k, v = (part.unflatten(2, (-1, 8)).transpose(1, 2) for part in parts)
+            k, v = (part.repeat_interleave(3, 1) for part in (k, v))
+            scores = q @ k.mT * 2.0
+            if number == 0:
+                bias = nn.functional.logsigmoid(4 * self.importance(x)).transpose(1, 2)
+                scores = scores + bias.repeat_interleave(3, 1)[:, :, None]
+            elif number == 1:
+                scores = torch.tanh(scores / 3) * 3
+            shown = seen & (place > place[:, None] - 60) if number == 2 else seen
+            scores = scores.masked_fill(~shown, torch.finfo(x.dtype).min)
+            if number == 2:
+                scores = torch.cat([scores, self.sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+            weights = scores.softmax(-1)[..., : x.shape[1]]
+            x = x + out((weights @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_score_terms_in_a_fresh_process(tmp_path):
+    """Sparse and dense rows, against the oracle's selection and the model itself."""
+    torch.manual_seed(0)
+    model, path = Terms().eval(), tmp_path / "model.pt2"
+    config = replace(SMALL, window_size=8, topk=3)
+    shapes = {"x": DYNAMIC, "valid": DYNAMIC}
+    example = (torch.randn(2, 90, 48), torch.ones(2, 90, dtype=torch.bool))
+    infllm_pass.package(model, example, path, dynamic_shapes=shapes, config=config)
+    with zipfile.ZipFile(path) as archive:
+        sources = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".cpp"))
+    assert len(re.findall(r"^\s*infllm_switchable_attention_float32_int64\(", sources, re.MULTILINE)) == 3
+    inputs = []
+    for batch, length in ((1, 40), (3, 200)):
+        valid = torch.ones(batch, length, dtype=torch.bool)
+        valid[0, :17] = False
+        inputs.append((torch.randn(batch, length, 48), valid))
+    torch.save(inputs, tmp_path / "in")
+    command = [sys.executable, "-c", LOADING.replace("model(ids)", "model(*ids)"), str(path), str(tmp_path / "in")]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = model.double()
+    exact = infllm_pass.sparsify(torch.compile(model, backend="eager", dynamic=True), config)
+    for (x, valid), got in zip(inputs, torch.load(tmp_path / "out"), strict=True):
+        with torch.no_grad():
+            expected, dense = exact(x.double(), valid), model(x.double(), valid)
+        assert relative_error(got[valid], expected[valid]) <= 2e-5
+        assert (relative_error(got[valid], dense[valid]) > 1e-2) == (x.shape[1] >= 64)

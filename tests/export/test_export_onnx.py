@@ -327,3 +327,39 @@ def test_checkpoint_on_both_sides_of_dense_len(tmp_path):
         assert relative_error(run(sessions[0], ids), expected) <= 1e-3
         assert relative_error(run(sessions[1], ids), dense) <= 1e-3
         assert (relative_error(expected, dense) > 1e-3) == (length >= 400)
+
+
+class Terms(nn.Module):
+    """Attention with a cap, biases of keys, and sinks."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.ModuleList(nn.Linear(48, heads * 8) for heads in (6, 2, 2))
+        self.importance = nn.Linear(48, 2)
+        self.sinks = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = (layer(x).view(batch, length, -1, 8).transpose(1, 2) for layer in self.project)
+        scores = torch.tanh(q @ k.repeat_interleave(3, 1).mT / 4) * 4
+        scores = scores + self.importance(x).transpose(1, 2).repeat_interleave(3, 1)[:, :, None]
+        place = torch.arange(length)
+        scores = scores.masked_fill(place > place[:, None], float("-inf"))
+        sinks = self.sinks.view(1, -1, 1, 1).expand(batch, -1, length, -1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        return (weights @ v.repeat_interleave(3, 1)).transpose(1, 2).flatten(2)
+
+
+def test_score_terms_become_inputs_and_an_attribute(tmp_path):
+    path = tmp_path / "terms.onnx"
+    torch.manual_seed(0)
+    model, x = Terms().eval(), torch.randn(2, 130, 48) * 2
+    infllm_pass.export_onnx(model, path, (x,), config=SMALL)
+    (node,) = nodes(path)
+    assert len(node.input) == 5
+    assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}["softcap"] == 4.0
+    sparsified = infllm_pass.sparsify(torch.compile(model, backend="eager"), SMALL)
+    with torch.no_grad():
+        got, expected, dense = run(runtime(path), x), sparsified(x), model(x)
+    assert relative_error(got, expected) <= 1e-5
+    assert relative_error(got, dense) > 1e-2

@@ -476,12 +476,12 @@ def capped_scores(q, k, v):
 
 def linear_bias(q, k, v):
     i, j = _grid(q.shape[2])
-    return (_hidden(q, k) + 0.1 * (j - i)).softmax(-1) @ v
+    return (_hidden(q, k) + 0.125 * (j - i)).softmax(-1) @ v
 
 
 def fused_linear_bias(q, k, v):
     i, j = _grid(q.shape[2])
-    bias = (0.1 * (j - i)).to(q.dtype).masked_fill(j > i, float("-inf"))
+    bias = (0.125 * (j - i)).to(q.dtype).masked_fill(j > i, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -742,10 +742,6 @@ NOT_ATTENTION = [
             hidden_and_shown_again,
             infinity_cleared,
             clamped_scores,
-            capped_scores,
-            linear_bias,
-            fused_linear_bias,
-            sink,
         ),
         *(softmax_plus_one, sigmoid, log_softmax, softmin, squared_weights, weights_cut_off, transposed_weights),
         *(wrong_einsum, permuted_weights, rolled_scores, mixed_heads, weights_returned, scale_from_data),
@@ -753,8 +749,7 @@ NOT_ATTENTION = [
         *(top_left_of_more_queries, first_key_unused, scores_detached, weights_detached),
         *(scores_without_gradients, weights_without_gradients, cast_to_integers_between, scores_edited_in_place),
         *(scores_masked_in_place, scores_added_to_in_place_through_a_view, scores_zeroed_before_the_mask),
-        *(weights_edited_in_place, less_the_largest_of_each_key, less_the_largest_of_other_scores),
-        *(less_a_number_of_each_key, subtracted_mask_of_the_wrong_sign, added_fill_that_scaling_shows_again),
+        *(weights_edited_in_place, subtracted_mask_of_the_wrong_sign, added_fill_that_scaling_shows_again),
         *(least_number_that_scaling_shows_again, clamped_from_both_sides, masked_in_place_too_late),
         *(masked_and_shown_again_in_place, edited_through_a_view_after_the_mask),
     )
@@ -778,6 +773,8 @@ PERHAPS_ATTENTION = [
             queries_scaled_by_data,
             channels_attend,
         ),
+        *(capped_scores, linear_bias, fused_linear_bias, sink),
+        *(less_the_largest_of_each_key, less_the_largest_of_other_scores, less_a_number_of_each_key),
     )
 ]
 
@@ -926,19 +923,19 @@ def test_flex_masks_that_are_not_causal_stay_dense(mask):
     check_flex(attend, *tensors())
 
 
-def distance(score, b, h, q, k):
-    return score + 0.1 * (k - q)
+def squared_distance(score, b, h, q, k):
+    return score + 0.1 * (k - q) * (k - q)
 
 
-def cap(score, b, h, q, k):
-    return 5.0 * torch.tanh(score / 5.0)
+def cap_of_a_query(score, b, h, q, k):
+    return (5.0 + q) * torch.tanh(score / 5.0)
 
 
 def shown_in_the_score(score, b, h, q, k):
     return torch.where(k <= q + 1, score, -float("inf"))
 
 
-@pytest.mark.parametrize("score", [distance, cap, shown_in_the_score], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("score", [squared_distance, cap_of_a_query, shown_in_the_score], ids=lambda f: f.__name__)
 def test_flex_scores_that_are_changed_stay_dense(score):
     def causal(b, h, q, k):
         return k <= q

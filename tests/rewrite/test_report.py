@@ -122,3 +122,24 @@ def test_warm_compile_caches_still_report_the_truth(tmp_path, monkeypatch):
     assert [graph.pop("seconds").keys() for report in reports for graph in report["graphs"]]  # differ from run to run
     assert reports[0] == reports[1]
     assert torch.equal(outputs[0], outputs[1])
+
+
+class Capped(nn.Module):
+    """Attention whose cap is an attribute, which Dynamo traces as a symbolic number."""
+
+    def __init__(self, cap):
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, x):
+        scores = torch.tanh(x @ x.mT / self.cap) * self.cap
+        hidden = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ x
+
+
+def test_a_graph_that_dynamo_traces_again_for_a_number_is_reported_once():
+    torch._dynamo.reset()
+    model = infllm_pass.sparsify(torch.compile(Capped(5.5), backend="aot_eager", dynamic=True), SMALL)
+    model(torch.randn(1, 2, 100, 8))
+    (row,) = infllm_pass.report(model).sites
+    assert row.mask == "causal, scores capped at 5.5"

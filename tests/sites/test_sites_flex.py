@@ -64,7 +64,46 @@ REFUSED = {
         lambda q, k, v: attend(q, k, v, score_mod=lambda s, *_: torch.tanh(s / 5 + 1) * 5),
         "SOFT_CAP",
     ),
-    "bias": (lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i)), "ADDITIVE_BIAS"),
+    "bias of the square": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + (j - i) * (j - i)),
+        "ADDITIVE_BIAS",
+    ),
+    "bias of pairs": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + q[b, h, i, 0] * k[b, 0, j, 0]),
+        "ADDITIVE_BIAS",
+    ),
+    "bias of the query": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + q[b, h, i, 0]),
+        "ADDITIVE_BIAS",
+    ),
+    "bias of each head of a group": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + q[b, h, j, 0]),
+        "ADDITIVE_BIAS",
+    ),
+    "bias before the cap": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh((s + k[b, 0, j, 0]) / 5) * 5),
+        "SOFT_CAP",
+    ),
+    "number of the head": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.exp2(h * -1.0)),
+        "ADDITIVE_BIAS",
+    ),
+    "slope of the head for each query": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.exp2(-(h + i) * 1.0) * j),
+        "ADDITIVE_BIAS",
+    ),
+    "slope of the head within a group": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.exp2(h * -1.0) * (j - i)),
+        "ADDITIVE_BIAS",
+    ),
+    "subtracted from a bias": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: k[b, 0, j, 0] - s),
+        "ADDITIVE_BIAS",
+    ),
+    "multiplied with a bias": (
+        lambda q, k, v: attend(q, k, v, score_mod=lambda s, b, h, i, j: s * k[b, 0, j, 0]),
+        "ADDITIVE_BIAS",
+    ),
     "log-sum-exp": (lambda q, k, v: attend(q, k, v, return_lse=True), "RETURNED_WEIGHTS"),
 }
 
@@ -109,3 +148,100 @@ def test_a_cap_is_read_off_the_score_function(form):
     assert score_terms.taken == [("softcap",)]
     assert count_calls(module, torch.ops.higher_order.flex_attention) == 0
     assert relative_error(run(module, (q, k, v)), expected) < 1e-5
+
+
+TERMS = {
+    "bias of row, head and key": (lambda s, b, h, i, j, x: s + x[b, h, j, 0], ("key_bias",)),
+    "bias of the key": (lambda s, b, h, i, j, x: s - x[0, 1, j, 2], ("key_bias",)),
+    "slope times distance": (lambda s, b, h, i, j, x: s + x[0, h, 0, 0] * (j - i), ("key_bias",)),
+    "slope times distance of both sides": (lambda s, b, h, i, j, x: s - x[0, h, 0, 0] * (i - j).abs(), ("key_bias",)),
+    "slope of the head times distance": (
+        lambda s, b, h, i, j, x: s + torch.exp2(-((h + 1) * 8.0 / 6)) * (j - i),
+        ("key_bias",),
+    ),
+    "number times distance": (lambda s, b, h, i, j, x: (s + 0.125 * (j - i)) * 2, ("key_bias",)),
+    "cap and bias": (lambda s, b, h, i, j, x: 5 * torch.tanh(s / 5) + x[b, h, j, 0], ("key_bias", "softcap")),
+}
+
+
+@pytest.mark.parametrize("form", TERMS)
+def test_biases_of_keys_are_read_off_the_score_function(form):
+    score, terms = TERMS[form]
+
+    def biased(q, k, v, x):
+        return attend(q, k, v, score_mod=lambda s, b, h, i, j: score(s, b, h, i, j, x))
+
+    inputs = (*qkv(heads_kv=6), torch.rand(3, 6, 57, 8))
+    out, (row,) = score_terms.rewritten(biased, *inputs)
+    assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
+    assert score_terms.taken == [terms]
+    assert relative_error(out, biased(*inputs)) < 1e-5
+
+
+def test_a_bias_of_key_value_heads_is_read_off_the_score_function():
+    def biased(q, k, v, x):
+        return attend(q, k, v, score_mod=lambda s, b, h, i, j: s + x[b, h // 3, j])
+
+    inputs = (*qkv(), torch.rand(3, 2, 57))
+    out, (row,) = compiled(biased, COVERING, *inputs)
+    assert row.decision == "switchable", row.explanation
+    assert relative_error(out, biased(*inputs)) < 1e-5
+
+
+def as_a_sum(lse, s):
+    """As transformers joins sinks to flex attention."""
+    sinks = s.view(1, -1, 1, 1).expand(lse.shape[0], -1, lse.shape[2], 1)
+    column = lse.to(s.dtype).unsqueeze(-1)
+    return torch.exp(column - torch.logsumexp(torch.cat([column, sinks], -1), -1, keepdim=True))
+
+
+LATE_SINKS = {
+    "log of a sum": as_a_sum,
+    "log of a sum, less a dimension": lambda lse, s: torch.exp(
+        lse - torch.logsumexp(torch.cat([s[None, None, :, None].expand(1, *lse.shape), lse[None]]), 0)
+    )[..., None],
+    "logaddexp": lambda lse, s: torch.exp(lse - torch.logaddexp(lse, s[:, None]))[..., None],
+    "sigmoid": lambda lse, s: torch.sigmoid(lse - s[None, :, None])[..., None],
+    "sigmoid of a part": lambda lse, s: torch.sigmoid(lse - torch.cat([s, s])[3:9, None])[..., None],
+}
+
+
+def with_late_sinks(share):
+    def attend_with_sinks(q, k, v, s):
+        out, lse = attend(q, k, v, return_lse=True)
+        return out * share(lse, s)
+
+    return attend_with_sinks
+
+
+@pytest.mark.parametrize("form", LATE_SINKS)
+def test_sinks_that_join_after_the_softmax_are_read_off_its_log_sum_exp(form):
+    function = with_late_sinks(LATE_SINKS[form])
+    inputs = (*qkv(), torch.randn(6))
+    out, (row,) = score_terms.rewritten(function, *inputs)
+    assert (row.decision, row.target) == ("switchable", "terms"), row.explanation
+    assert score_terms.taken == [("sinks",)]
+    assert relative_error(out, function(*inputs)) < 1e-5
+
+
+NO_SINKS = {
+    "of the other sign": lambda lse, s: torch.sigmoid(s[:, None] - lse)[..., None],
+    "of another row": lambda lse, s: torch.sigmoid(lse.flip(2) - s[:, None])[..., None],
+    "of another head": lambda lse, s: torch.sigmoid(lse.roll(1, 1) - s[:, None])[..., None],
+    "to the base 2": lambda lse, s: torch.sigmoid(lse / 0.6931471805599453 - s[:, None])[..., None],
+    "of each query": lambda lse, s: torch.sigmoid(lse - torch.arange(57) * s[:, None])[..., None],
+    "and another": lambda lse, s: torch.sigmoid(lse - s[:, None] - 1)[..., None],
+    "beside another use": lambda lse, s: torch.sigmoid(lse - s[:, None])[..., None] + lse[..., None],
+    "three columns": lambda lse, s: torch.exp(
+        lse - torch.logsumexp(torch.cat([lse[None], lse[None], s[None, None, :, None].expand(1, *lse.shape)]), 0)
+    )[..., None],
+}
+
+
+@pytest.mark.parametrize("form", NO_SINKS)
+def test_other_uses_of_a_log_sum_exp_stay_as_they_were(form):
+    function = with_late_sinks(NO_SINKS[form])
+    inputs = (*qkv(), torch.randn(6))
+    out, (row,) = score_terms.rewritten(function, *inputs)
+    assert (row.decision, row.reason in ("RETURNED_WEIGHTS", "SINK")) == ("dense", True), row.explanation
+    assert relative_error(out, function(*inputs)) == 0.0

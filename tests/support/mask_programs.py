@@ -434,8 +434,14 @@ def check(program: Program, proof: MaskPredicate, length: int, draw: int) -> boo
             visible = visible & ~mask
         else:
             bound = max(HIDING_NUMBER, torch.finfo(mask.dtype).min)
-            assert bool(((mask == 0) | (mask <= bound)).all()), f"seed {program.seed}: {proof} of {mask}"
-            visible = visible & (mask == 0)
+            shown = mask > bound
+            if not proof.key_terms.bias:
+                assert bool((mask[shown] == 0).all()), f"seed {program.seed}: {proof} of {mask}"
+            elif not any(bias.up_to_rows for bias in proof.key_terms.bias):
+                least, most = (mask.masked_fill(~shown, far).double() for far in (torch.inf, -torch.inf))
+                alike = (least.amin(2) == most.amax(2)) | ~shown.any(2)
+                assert bool(alike.all()), f"seed {program.seed}: {proof} of {mask}"
+            visible = visible & shown
     for name, _, leaf in proof.key_terms.leaves:
         if recorded[leaf].dim() == 0:
             sizes[name] = int(recorded[leaf])

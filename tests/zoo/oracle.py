@@ -107,7 +107,9 @@ def _attend(
             raise NotImplementedError("packed sequences whose queries are not their keys")
         q = q[:, :, keys]
     k, v = k[:, :, keys], v[:, :, keys]
-    mask = call["key_mask"]
+    mask, bias = call["key_mask"], call["key_bias"]
+    if bias is not None:
+        bias = bias.expand(call["q"].shape[0], -1, -1)[row : row + 1, :, keys]
     common: dict[str, Any] = {
         "geometry": geometry_of(call["geometry"]),
         "scale": call["scale"],
@@ -115,6 +117,7 @@ def _attend(
         "key_mask": None if mask is None else mask[row : row + 1, keys],
         "dense_len": call["dense_len"],
         "window": call.get("window"),
+        "softcap": call["softcap"],
     }
     chosen = None if selection is None else reference.select_blocks(q, k, **common)
-    return reference.attention(q, k, v, chosen, **common)
+    return reference.attention(q, k, v, chosen, **common, key_bias=bias, sinks=call["sinks"])

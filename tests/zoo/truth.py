@@ -15,16 +15,18 @@ class Cause(Enum):
         "Dynamo splits its graph: the mask, or the weights it returns, cross the split",
         ("ADDITIVE_BIAS", "UNPROVEN_MASK", "RETURNED_WEIGHTS"),
     )
-    CAP = "its scores are capped by a tanh", ("SOFT_CAP",)
     CHUNKS = "it attends within chunks of fixed length", ("UNPROVEN_MASK",)
-    DYNAMIC_MASK = "it masks keys by weights computed from the values", ("ADDITIVE_BIAS",)
+    DYNAMIC_MASK = "it keeps the keys of the largest weights that each query sees", ("ADDITIVE_BIAS",)
     HEADS_OF_512 = "its heads of global attention have 512 features", ("HEAD_DIM",)
-    INDEXER = "it attends to keys that an indexer of its own picks for each query", ("UNPROVEN_MASK",)
+    INDEXER = (
+        "it attends to keys that an indexer of its own picks for each query",
+        ("ADDITIVE_BIAS", "UNPROVEN_MASK"),
+    )
     LAYERS_ATTEND = "it attends to the outputs of earlier layers", ("BIDIRECTIONAL", "CROSS_ATTENTION")
     MIXED_SCORES = "the scores of its heads are mixed before they are masked", ("ADDITIVE_BIAS", "PARTIAL_MATCH")
     MULTIPLIED_MASK = "its scores are multiplied with the mask", ("SCALE_IS_DATA",)
     PATCHES = "its patches attend to their own bytes", ("UNPROVEN_MASK",)
-    SINK = "its softmax has a sink, a column without a key", ("SINK",)
+    SINK_OF_QUERIES = "its softmax has a sink, computed for each query", ("SINK",)
     WRITTEN_MASK = "its window mask is put together by writing to it", ("ADDITIVE_BIAS",)
 
     def __init__(self, text: str, reasons: tuple[str, ...]) -> None:
@@ -34,24 +36,20 @@ class Cause(Enum):
 
 CAUSES: dict[str, tuple[Cause, ...]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"), (Cause.INDEXER,)),
-    **dict.fromkeys(("bloom", "cpmant", "inkling_text", "mpt", "prophetnet", "xlnet"), (Cause.BIAS,)),
+    **dict.fromkeys(("deepseek_v4", "hy_v4"), (Cause.INDEXER,)),
+    **dict.fromkeys(("cpmant", "inkling_text", "prophetnet", "xlnet"), (Cause.BIAS,)),
     **dict.fromkeys(("jetmoe", "moshi", "qwen4_exp", "qwen4_exp_text"), (Cause.BROKEN_GRAPH,)),
-    **dict.fromkeys(("deepseek_v4", "flint", "gpt_oss", "hy_v4", "mimo_v2_flash"), (Cause.SINK,)),
     **dict.fromkeys(("gemma4", "gemma4_unified"), (Cause.HEADS_OF_512, Cause.BROKEN_GRAPH)),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), (Cause.HEADS_OF_512,)),
     **dict.fromkeys(("llama4", "llama4_text"), (Cause.CHUNKS,)),
     "blt": (Cause.PATCHES,),
     "doge": (Cause.DYNAMIC_MASK,),
-    "gemma2": (Cause.CAP,),
-    **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), (Cause.LAYERS_ATTEND, Cause.SINK)),
-    "litgpt Gemma-2-2b": (Cause.CAP,),
+    **dict.fromkeys(("inkling2_loop_text", "inkling2_text"), (Cause.LAYERS_ATTEND, Cause.SINK_OF_QUERIES)),
+    "litgpt Gemma-2-2b": (Cause.WRITTEN_MASK,),
     "litgpt Mistral-7B-v0.1": (Cause.WRITTEN_MASK,),
     "openai-gpt": (Cause.MULTIPLIED_MASK,),
-    "torchtune gemma2": (Cause.CAP,),
-    "vaultgemma": (Cause.CAP,),
     "x-transformers alibi": (Cause.BIAS,),
     "x-transformers relative position bias": (Cause.BIAS,),
-    "x-transformers soft-clamped scores": (Cause.CAP,),
     "x-transformers talking heads": (Cause.MIXED_SCORES,),
 }
 """For every architecture with attention that stays dense, what keeps it so."""

@@ -61,9 +61,9 @@ def _shared_rank(run: Evaluator, entries: list[Any], tensors: list[int]) -> int:
         return 0
     adjacent = tensors == list(range(tensors[0], tensors[0] + len(tensors)))
     plain = all(entry is None or isinstance(entry, slice) for i, entry in enumerate(entries) if i not in tensors)
-    if not adjacent or not plain:
-        raise NotFollowed("it mixes index tensors with other indices")
     ranks: list[int] = [run.facts.example(entries[place]).dim() for place in tensors]
+    if any(ranks) and not (adjacent and plain):  # single numbers put no dimension in their place, wherever they are
+        raise NotFollowed("it mixes index tensors with other indices")
     return max(ranks)
 
 

@@ -120,7 +120,7 @@ def operator_kernels(request: Request) -> Kernels:
     refusal = refused_by_tiled(query, site.value_heads.example, request.scale, request.geometry)
     if refusal is None:
         return Kernels("triton")
-    name = "C++" if native.takes(query) and not request.plan.terms else "torch operators"
+    name = "C++" if native.takes(query) else "torch operators"
     return Kernels(name, refusal if query.device.type != "cpu" else "")
 
 

@@ -39,6 +39,7 @@ class ChunkAttention {
         keys_(call.block_size, call.dim),
         values_(call.dim_v, call.block_size),
         weights_(TILE_ROWS * padded_size_),
+        terms_(call.softcap, padded_size_),
         mask_(call) {}
 
   void run(const QueryChunk<T>& chunk, const Output<T>& output) {
@@ -47,6 +48,8 @@ class ChunkAttention {
     std::fill_n(sums_.begin(), rows * padded_v_, R{0});
     std::fill_n(totals_.begin(), rows * LANES<R>, R{0});
     std::fill_n(tops_.begin(), rows, static_cast<R>(HIDDEN));
+    if (chunk.head->sinks != nullptr)
+      begin_with_sinks(rows);
     for (int64_t block = 0; block < chunk.blocks; block++) {
       chunk.rows_visiting(block, visiting_);
       if (visiting_.empty())
@@ -62,10 +65,20 @@ class ChunkAttention {
   }
 
  private:
+  // A sink is what a row has summed before its first block: a weight of 1, without a value.
+  void begin_with_sinks(int64_t rows) {
+    for (int64_t row = 0; row < rows; row++) {
+      const R logit = sink_logit(chunk_->head->sinks, row % chunk_->group);
+      if (logit > static_cast<R>(HIDDEN))
+        tops_[row] = logit, totals_[row * LANES<R>] = R{1};
+    }
+  }
+
   // Lays out the keys and values of a block, zeros for what no query sees.
   void pack(int64_t block) {
     const Head<T>& head = *chunk_->head;
     const int64_t count = mask_.open(head, block), base = block * call_.block_size;
+    terms_.open(head.key_bias == nullptr ? nullptr : head.key_bias + base, count);
     if (count < call_.block_size)
       keys_.clear(), values_.clear();
     for (int64_t key = 0; key < count; key++) {
@@ -103,6 +116,8 @@ class ChunkAttention {
 
   // Turns the logits of a row into weights and adds these to its total. Returns the factor of what was summed before.
   R softmax(R* logits, int64_t row, bool whole) {
+    if (terms_.any())
+      terms_.apply(logits, nullptr);
     if (!whole)
       mask_.hide(logits, padded_size_, chunk_->position(row));
     Vector<R> maxima = load(logits);
@@ -125,7 +140,7 @@ class ChunkAttention {
     return decay;
   }
 
-  // Stores the results; a query that saw no key gives 0 and -inf.
+  // Stores the results; a query that saw no key gives 0 and -inf, or its sink.
   void write(const Output<T>& output) const {
     for (int64_t row = 0; row < chunk_->tokens * chunk_->group; row++) {
       const int64_t token = row / chunk_->group, member = row % chunk_->group;
@@ -146,6 +161,7 @@ class ChunkAttention {
   std::vector<R> sums_, totals_, tops_;  // [row][padded_v_], [row][LANES], [row]
   PackedColumns<R> keys_, values_;       // of the current block
   std::vector<R> weights_;               // [TILE_ROWS][padded_size_]
+  BlockTerms<R> terms_;                  // the same
   BlockMask mask_;
   std::vector<int64_t> visiting_;
   const QueryChunk<T>* chunk_ = nullptr;
@@ -164,9 +180,9 @@ struct BlockLists {
 // Attention of one sequence; `out` is [length_q][heads_q][dim_v].
 template <typename T>
 void attend_blocks(
-    const Call& call, const T* q, const T* k, const T* v, const bool* valid, const BlockLists& lists, T* out,
-    Real<T>* lse, int64_t lse_stride) {
-  const std::vector<Head<T>> all_heads = heads_of_sequence(call, q, k, v, valid);
+    const Call& call, const T* q, const T* k, const T* v, const bool* valid, const TermTensors<Real<T>>& terms,
+    const BlockLists& lists, T* out, Real<T>* lse, int64_t lse_stride) {
+  const std::vector<Head<T>> all_heads = heads_of_sequence(call, q, k, v, valid, terms);
   each_chunk<T, ChunkAttention<T>>(call, all_heads, [&](QueryChunk<T>& chunk, ChunkAttention<T>& attention, int64_t head) {
     const int64_t query = chunk.begin - call.offset, row_size = call.heads_q * call.dim_v;
     chunk.visit_listed(lists.at(head, query), lists.slots);

@@ -1,7 +1,8 @@
 // Gradient of block-sparse attention with the selected blocks held fixed.
 //
 // With the weights P rebuilt from the log-sum-exp: dV = P' dO, dS = P * (dO V' - delta) with delta = sum(dO * O),
-// dQ = scale * dS K, dK = scale * dS' Q. Tasks are those of the forward: a chunk of queries owns its dQ. Chunks of one
+// dQ = scale * dS K, dK = scale * dS' Q. The bias of a key gets the sums of dS; behind a cap dS is multiplied by its
+// derivative. Tasks are those of the forward: a chunk of queries owns its dQ. Chunks of one
 // head add to a block's dK and dV one after another, in the same order always: a chunk begins with a block when the one
 // before it is done with that block. So chunks run at the same time, a block apart, and equal inputs give equal bits for
 // any number of threads; memory is one copy of dK and dV in the type of the arithmetic.
@@ -21,7 +22,7 @@ constexpr int64_t BACKWARD_ROWS = 192;  // query rows whose weights and their gr
 
 // Strides of the gradient's tensors, of head and token; features are adjacent. Order: native.py, GRADIENT_FIELDS.
 struct GradientStrides {
-  int64_t grad_out[2], out[2], lse[1], grad_q[2], grad_k[2], grad_v[2];
+  int64_t grad_out[2], out[2], lse[1], grad_q[2], grad_k[2], grad_v[2], grad_bias[1];
 };
 
 template <typename T>
@@ -29,6 +30,7 @@ struct GradientTensors {
   const T *grad_out, *out;
   const Real<T>* lse;
   T *grad_q, *grad_k, *grad_v;
+  Real<T>* grad_bias;  // [head][key], or null; added to
 };
 
 // to[i] += sum over rows of left[row * left_stride + i] * right[numbers[row] * right_stride ...], TILE_ROWS x PANEL.
@@ -53,14 +55,14 @@ inline void add_transposed(
       store(to[row] + column * LANES<R>, sums[row][column]);
 }
 
-// dK and dV of one head, [key][padded], and how far each of its chunks has come.
+// dK and dV of one head, [key][padded], the gradient of its biases, and how far each of its chunks has come.
 template <typename R>
 struct KeyGradients {
-  std::vector<R> k, v;
+  std::vector<R> k, v, bias;
   std::vector<std::atomic<int64_t>> done;  // blocks that a chunk has added, in the order of chunks
 
-  KeyGradients(int64_t keys, int64_t padded, int64_t padded_v, int64_t chunks)
-      : k(keys * padded), v(keys * padded_v), done(chunks) {}
+  KeyGradients(int64_t keys, int64_t padded, int64_t padded_v, int64_t biases, int64_t chunks)
+      : k(keys * padded), v(keys * padded_v), bias(biases), done(chunks) {}
 
   // Waits until the chunk before this one has added a block.
   void wait(int64_t chunk, int64_t block) const {
@@ -92,6 +94,9 @@ class ChunkGradient {
         weights_((BACKWARD_ROWS + 1) * padded_size_ + TILE_ROWS),
         slopes_((BACKWARD_ROWS + 1) * padded_size_ + TILE_ROWS),
         spare_(std::max(padded_, padded_v_)),
+        bias_sums_(padded_size_),
+        cap_slopes_(padded_size_),
+        terms_(call.softcap, padded_size_),
         mask_(call) {}
 
   // Adds to the gradients of keys and values as chunk `number` of its head, and writes those of the chunk's queries. The
@@ -143,6 +148,7 @@ class ChunkGradient {
   void pack(int64_t block) {
     const Head<T>& head = *chunk_->head;
     const int64_t count = mask_.open(head, block), base = block * call_.block_size;
+    terms_.open(head.key_bias == nullptr ? nullptr : head.key_bias + base, count);
     if (count < call_.block_size)
       keys_.clear(), values_.clear(), key_rows_.clear();
     for (int64_t key = 0; key < count; key++) {
@@ -159,6 +165,8 @@ class ChunkGradient {
     const int64_t total = visiting_.size(), base = block * call_.block_size;
     const bool whole = call_.block_size == padded_size_ &&
         mask_.seen_by_all(chunk_->position(visiting_.front()), chunk_->position(visiting_.back()));
+    if (terms_.biased())
+      std::fill(bias_sums_.begin(), bias_sums_.end(), R{0});
     for (int64_t from = 0; from < total; from += BACKWARD_ROWS) {
       const int64_t* rows = visiting_.data() + from;
       const int64_t count = std::min(BACKWARD_ROWS, total - from);
@@ -168,6 +176,9 @@ class ChunkGradient {
       add_keys(weights_, rows, count, grad_out_.data(), padded_v_, gradients.v.data() + base * padded_v_);
       add_keys(slopes_, rows, count, queries, padded_, gradients.k.data() + base * padded_);
     }
+    if (terms_.biased())
+      for (int64_t key = 0; key < call_.block_size; key++)
+        gradients.bias[base + key] += bias_sums_[key];
   }
 
   // Weights and their gradients of up to TILE_ROWS rows over the packed block, as rows `first` on; adds to dQ.
@@ -189,6 +200,8 @@ class ChunkGradient {
     }
     for (int64_t place = 0; place < real; place++) {
       const int64_t row = rows[place];
+      if (terms_.any())
+        terms_.apply(weights[place], cap_slopes_.data());
       if (!whole)
         mask_.hide(weights[place], padded_size_, chunk_->position(row));
       for (int64_t lane = 0; lane < padded_size_; lane += LANES<R>) {
@@ -196,11 +209,24 @@ class ChunkGradient {
         store(weights[place] + lane, weight);
         store(slopes[place] + lane, weight * (load(slopes[place] + lane) - delta_[row]));
       }
+      if (terms_.any())
+        differentiate_terms(slopes[place]);
     }
     for (int64_t column = 0; column < padded_; column += PANEL<R>) {
       for (int64_t place = 0; place < TILE_ROWS; place++)
         to[place] = grad_q_.data() + (place < real ? rows[place] : rows_) * padded_ + column;
       multiply<true, R>(slopes, call_.block_size, key_rows_.panel(column / PANEL<R>), to, ones);
+    }
+  }
+
+  // Adds the slopes of a row's logits to the sums of the biases, and makes them those of what is capped.
+  void differentiate_terms(R* slopes) {
+    for (int64_t lane = 0; lane < padded_size_; lane += LANES<R>) {
+      const Vector<R> slope = load(slopes + lane);
+      if (terms_.biased())
+        store(bias_sums_.data() + lane, load(bias_sums_.data() + lane) + slope);
+      if (terms_.cap.given)
+        store(slopes + lane, slope * load(cap_slopes_.data() + lane));
     }
   }
 
@@ -222,6 +248,8 @@ class ChunkGradient {
   PackedColumns<R> keys_, values_, key_rows_;         // of the current block
   std::vector<R> weights_, slopes_;                   // P and dS, [BACKWARD_ROWS + 1][padded_size_]
   std::vector<R> spare_;                              // stands for keys after the last of a block
+  std::vector<R> bias_sums_, cap_slopes_;             // of the current block, and of a row: [padded_size_]
+  BlockTerms<R> terms_;                               // of the current block
   BlockMask mask_;
   std::vector<int64_t> visiting_;
   const QueryChunk<T>* chunk_ = nullptr;
@@ -230,17 +258,18 @@ class ChunkGradient {
 // Gradients of one sequence: writes all of its grad_q, grad_k and grad_v.
 template <typename T>
 void attend_blocks_backward(
-    const Call& call, const T* q, const T* k, const T* v, const bool* valid, const BlockLists& lists,
-    const GradientTensors<T>& tensors, const GradientStrides& strides) {
+    const Call& call, const T* q, const T* k, const T* v, const bool* valid, const TermTensors<Real<T>>& terms,
+    const BlockLists& lists, const GradientTensors<T>& tensors, const GradientStrides& strides) {
   using R = Real<T>;
-  const std::vector<Head<T>> all_heads = heads_of_sequence(call, q, k, v, valid);
+  const std::vector<Head<T>> all_heads = heads_of_sequence(call, q, k, v, valid, terms);
   const int64_t group = call.group(), tokens = QueryChunk<T>::max_tokens(call), end = call.offset + call.length_q;
   const int64_t first = call.offset / call.query_block * call.query_block, chunks = ceil_div(end - first, tokens);
   const int64_t padded = round_up(call.dim, PANEL<R>), padded_v = round_up(call.dim_v, PANEL<R>);
   const int64_t keys = round_up(call.length_k, call.block_size);
   std::vector<std::unique_ptr<KeyGradients<R>>> gradients;
   for (int64_t head = 0; head < call.heads; head++)
-    gradients.push_back(std::make_unique<KeyGradients<R>>(keys, padded, padded_v, chunks));
+    gradients.push_back(std::make_unique<KeyGradients<R>>(
+        keys, padded, padded_v, tensors.grad_bias == nullptr ? 0 : keys, chunks));
   std::atomic<int64_t> next{0};  // tasks start in this order, so that what a task waits for has started
 #pragma omp parallel
   {
@@ -258,6 +287,7 @@ void attend_blocks_backward(
           tensors.lse + member * strides.lse[0] + query,
           tensors.grad_q + member * strides.grad_q[0] + query * strides.grad_q[1],
           nullptr,
+          nullptr,
           nullptr};
       gradient.run(chunk, own, strides, *gradients[head], number);
     }
@@ -273,6 +303,8 @@ void attend_blocks_backward(
           grad_k[feature] = static_cast<T>(from_k[feature] * static_cast<R>(1 / LOG2E));
         for (int64_t feature = 0; feature < call.dim_v; feature++)
           grad_v[feature] = static_cast<T>(from_v[feature]);
+        if (tensors.grad_bias != nullptr)
+          tensors.grad_bias[head * strides.grad_bias[0] + key] += gradients[head]->bias[key];
       }
   }
 }

@@ -11,7 +11,7 @@
 
 #include <limits>
 
-#include "vectors.h"
+#include "decode_products.h"
 
 namespace infllm {
 namespace {
@@ -20,7 +20,6 @@ constexpr int64_t SCORED_WINDOWS = 512;  // compressed keys of one task
 constexpr int64_t SCORED_TOKENS = 1024;  // index keys of one task, about
 constexpr int64_t RANGE_KEYS = 128;      // adjacent keys whose logits are held at once
 constexpr int64_t PARTIAL_KEYS = 512;    // visited keys of one task, about
-constexpr int ROWS = 4, VECTORS = 4;     // of one product: what the registers hold
 
 // Order and names: kernels/cpu/native.py, DECODE_FIELDS.
 struct DecodeCall {
@@ -31,7 +30,7 @@ struct DecodeCall {
   int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, exact, query_block;
   int64_t index_dims, index_kind;  // channels that token scores read, 0 for pooled scores; see IndexKind
   int64_t threads;
-  double scale;
+  double scale, softcap;           // softcap: 0 if there is none
 };
 
 // Adjacent keys, numbered from the first of the sequence.
@@ -89,98 +88,6 @@ const R* as_reals(
   return scratch.data();
 }
 
-template <int rows, typename R>
-inline void multiply_rows(
-    const R* queries, int64_t wide, const R* keys, int64_t apart, int64_t count, R* to, int64_t width) {
-  for (int64_t key = 0; key < count; key += VECTORS) {
-    Vector<R> sums[rows][VECTORS] = {};
-    const R* at[VECTORS];
-    for (int place = 0; place < VECTORS; place++)
-      at[place] = keys + std::min(key + place, count - 1) * apart;
-    for (int64_t feature = 0; feature < wide; feature += LANES<R>)
-      for (int place = 0; place < VECTORS; place++) {
-        const Vector<R> numbers = load(at[place] + feature);
-        for (int row = 0; row < rows; row++)
-          sums[row][place] = multiply_add(load(queries + row * wide + feature), numbers, sums[row][place]);
-      }
-    for (int row = 0; row < rows; row++)
-      for (int place = 0; place < VECTORS && key + place < count; place++)
-        to[row * width + key + place] = reduce_sum(sums[row][place]);
-  }
-}
-
-// Runs a function for ROWS rows at a time, and for the rest: with their number as a type, and the first of them.
-template <typename Function>
-inline void by_rows(int64_t rows, Function run) {
-  for (int64_t row = 0; row < rows; row += ROWS)
-    switch (std::min<int64_t>(ROWS, rows - row)) {
-      case 1: run(std::integral_constant<int, 1>(), row); break;
-      case 2: run(std::integral_constant<int, 2>(), row); break;
-      case 3: run(std::integral_constant<int, 3>(), row); break;
-      default: run(std::integral_constant<int, ROWS>(), row);
-    }
-}
-
-// Products of `rows` queries of `wide` numbers with `count` keys: to[row * width + key].
-template <typename R>
-inline void multiply_all(
-    const R* queries,
-    int64_t rows,
-    int64_t wide,
-    const R* keys,
-    int64_t apart,
-    int64_t count,
-    R* to,
-    int64_t width) {
-  by_rows(rows, [&](auto some, int64_t row) {
-    multiply_rows<decltype(some)::value>(queries + row * wide, wide, keys, apart, count, to + row * width, width);
-  });
-}
-
-template <int rows, int vectors, typename R>
-inline void add_values(
-    const R* weights, int64_t width, const R* values, int64_t apart, int64_t count, R* sums, int64_t wide) {
-  Vector<R> total[rows][vectors];
-  for (int row = 0; row < rows; row++)
-    for (int place = 0; place < vectors; place++)
-      total[row][place] = load(sums + row * wide + place * LANES<R>);
-  for (int64_t key = 0; key < count; key++)
-    for (int place = 0; place < vectors; place++) {
-      const Vector<R> numbers = load(values + key * apart + place * LANES<R>);
-      for (int row = 0; row < rows; row++)
-        total[row][place] = multiply_add(broadcast(weights[row * width + key]), numbers, total[row][place]);
-    }
-  for (int row = 0; row < rows; row++)
-    for (int place = 0; place < vectors; place++)
-      store(sums + row * wide + place * LANES<R>, total[row][place]);
-}
-
-template <int rows, typename R>
-inline void add_values(
-    const R* weights, int64_t width, const R* values, int64_t apart, int64_t count, R* sums, int64_t wide) {
-  int64_t column = 0;
-  for (; column + VECTORS * LANES<R> <= wide; column += VECTORS * LANES<R>)
-    add_values<rows, VECTORS>(weights, width, values + column, apart, count, sums + column, wide);
-  for (; column < wide; column += LANES<R>)
-    add_values<rows, 1>(weights, width, values + column, apart, count, sums + column, wide);
-}
-
-// Adds `count` values of `wide` numbers, weighted by weights[row * width + key], to the sums of `rows` rows.
-template <typename R>
-inline void add_all(
-    const R* weights,
-    int64_t width,
-    int64_t rows,
-    const R* values,
-    int64_t apart,
-    int64_t count,
-    R* sums,
-    int64_t wide) {
-  by_rows(rows, [&](auto some, int64_t row) {
-    add_values<decltype(some)::value>(weights + row * width, width, values, apart, count, sums + row * wide, wide);
-  });
-}
-
 template <typename T>
 class DecodeStep {
  public:
@@ -196,9 +103,10 @@ class DecodeStep {
       const int32_t* channels,
       const int64_t* begins,
       const int64_t* ends,
-      const bool* key_mask)
+      const bool* key_mask,
+      const TermTensors<R>& terms)
       : call_(call), q_(q), k_(k), v_(v), fine_(fine), coarse_(coarse), channels_(channels), begins_(begins),
-        key_mask_(key_mask) {
+        key_mask_(key_mask), terms_(terms), cap_(call.softcap) {
     for (int64_t row = 0; row < call.batch; row++)
       for (int64_t head = 0; head < call.heads; head++)
         add_tiles(row, head, ends[row] - begins[row]);
@@ -400,6 +308,10 @@ class DecodeStep {
   }
 
   void choose_best(SharedTile<R>& tile) const {
+    if (cap_.given) {  // it keeps the order of logits: the largest one capped is that of capped ones
+      cap_.cap_visible(tile.coarse.data(), tile.coarse.size());
+      cap_.cap_visible(tile.fine.data(), tile.fine.size());
+    }
     if (call_.index_dims > 0)
       weigh_blocks(tile);
     else
@@ -485,6 +397,7 @@ class DecodeStep {
     const bool* mask = key_mask_ == nullptr
         ? nullptr
         : key_mask_ + tile.row * call_.stride_mask[0] + first * call_.stride_mask[1];
+    const R* bias = terms_.bias_of(tile.row, tile.head, first);
     partial.tops.assign(group, static_cast<R>(HIDDEN)), partial.totals.assign(group, R{0}), partial.sums.assign(group * wide_v, R{0});
     more.resize(group * RANGE_KEYS);
     for (const Range& range : partial.visits) {
@@ -494,6 +407,8 @@ class DecodeStep {
       multiply_all(queries, group, wide, keys, apart, count, more.data(), RANGE_KEYS);
       for (int64_t row = 0; row < group; row++) {
         R* logits = more.data() + row * RANGE_KEYS;
+        if (cap_.given || bias != nullptr)
+          add_terms(logits, count, bias == nullptr ? nullptr : bias + range.begin);
         std::fill(logits + count, logits + stretch, static_cast<R>(HIDDEN));
         if (mask != nullptr)
           for (int64_t key = 0; key < count; key++)
@@ -504,6 +419,25 @@ class DecodeStep {
           as_reals(v + range.begin * call_.stride_v[2], call_.stride_v[2], count, call_.dim_v, scratch, &apart);
       add_all(more.data(), RANGE_KEYS, group, values, apart, count, partial.sums.data(), wide_v);
     }
+  }
+
+  // Caps `count` logits of a row and adds the biases of their keys, or null.
+  __attribute__((noinline)) void add_terms(R* logits, int64_t count, const R* bias) const {
+    if (cap_.given)
+      for (int64_t key = 0; key < count; key += LANES<R>)
+        store(logits + key, cap_(load(logits + key)));
+    if (bias == nullptr)
+      return;
+    const Vector<R> least = broadcast(static_cast<R>(LEAST_BIAS)), hidden = broadcast(static_cast<R>(HIDDEN));
+    int64_t key = 0;
+    for (; key + LANES<R> <= count; key += LANES<R>) {
+      const Vector<R> added = load(bias + key);
+      store(logits + key, added >= least ? multiply_add(added, broadcast(static_cast<R>(LOG2E)), load(logits + key))
+                                         : hidden);
+    }
+    for (; key < count; key++)  // what follows the last key is not the bias's
+      logits[key] = bias[key] >= static_cast<R>(LEAST_BIAS) ? logits[key] + bias[key] * static_cast<R>(LOG2E)
+                                                           : static_cast<R>(HIDDEN);
   }
 
   // Turns the logits of a range into weights; what was summed before fades.
@@ -534,19 +468,22 @@ class DecodeStep {
     return one.tile == other.tile && one.token == other.token;
   }
 
-  // The result of a query from its parts, of which `number` is the first.
+  // The result of a query from its parts, of which `number` is the first, and its sinks, which no part has counted.
   void reduce_partials(size_t number, T* out, R* lse) const {
     const SharedTile<R>& tile = tiles_[partials_[number].tile];
     const int64_t group = call_.group, wide = padded<R>(call_.dim_v), heads = call_.heads * group;
     const int64_t token = tile.token + partials_[number].token;
+    const R* sinks = terms_.sinks_of(tile.head * group);
     size_t end = number;
     while (end < partials_.size() && same_query(partials_[number], partials_[end]))
       end++;
     std::vector<R> sums(call_.dim_v);
     for (int64_t row = 0; row < group; row++) {
-      R top = static_cast<R>(HIDDEN), total = R{0};
+      const R sink = sink_logit(sinks, row);
+      R top = sink;
       for (size_t partial = number; partial < end; partial++)
         top = std::max(top, partials_[partial].tops[row]);
+      R total = sink > static_cast<R>(HIDDEN) ? exp2(sink - top) : R{0};
       std::fill(sums.begin(), sums.end(), R{0});
       for (size_t partial = number; partial < end; partial++) {
         const R share = exp2(partials_[partial].tops[row] - top);
@@ -569,6 +506,8 @@ class DecodeStep {
   const int32_t* channels_;     // that index keys have, [heads][index_dims]
   const int64_t* begins_;
   const bool* key_mask_;
+  const TermTensors<R> terms_;
+  const SoftCap<R> cap_;
   std::vector<SharedTile<R>> tiles_;
   std::vector<ScoreTask> score_tasks_;
   std::vector<Partial<R>> partials_;

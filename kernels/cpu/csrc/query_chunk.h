@@ -7,7 +7,7 @@
 #include <limits>
 #include <memory>
 
-#include "vectors.h"
+#include "score_terms.h"
 
 namespace infllm {
 namespace {
@@ -31,7 +31,7 @@ struct Call {
   int64_t offset, window, dense_len;              // window: keys, more than length_k if there is none
   int64_t kernel_size, kernel_stride, block_size, init_blocks, local_blocks, selected_blocks, exact, query_block;
   int64_t index_dims, index_kind;  // channels that token scores read, 0 for pooled scores; see IndexKind
-  double scale;
+  double scale, softcap;           // softcap: 0 if there is none
 
   int64_t group() const {
     return heads_q / heads;
@@ -147,6 +147,8 @@ template <typename T>
 struct Head {
   const T *q, *k, *v;  // query 0 of the group's first head, and the sequence's first key
   const bool* valid;   // of the sequence's keys, or null
+  const Real<T>* key_bias = nullptr;  // the same
+  const Real<T>* sinks = nullptr;     // of the group's heads, or null
   Sequence sequence;
   bool sparse;
   std::unique_ptr<PackedColumns<Real<T>>> k1, k2;  // where blocks are scored; k2 unless the normaliser is exact
@@ -245,6 +247,9 @@ class BlockMask {
     valid_.assign(call_.block_size, 0);
     for (int64_t key = 0; key < count; key++)
       valid_[key] = head.valid == nullptr || head.valid[base_ + key];
+    if (head.key_bias != nullptr)
+      for (int64_t key = 0; key < count; key++)
+        valid_[key] &= head.key_bias[base_ + key] >= static_cast<Real<T>>(LEAST_BIAS);
     all_valid_ = std::all_of(valid_.begin(), valid_.end(), [](uint8_t valid) { return valid; });
     return count;
   }
@@ -301,7 +306,8 @@ void each_chunk(const Call& call, const std::vector<Head<T>>& all_heads, Functio
 
 // The heads of a call of one batch row, all of whose keys and queries are one sequence.
 template <typename T>
-std::vector<Head<T>> heads_of_sequence(const Call& call, const T* q, const T* k, const T* v, const bool* valid) {
+std::vector<Head<T>> heads_of_sequence(
+    const Call& call, const T* q, const T* k, const T* v, const bool* valid, const TermTensors<Real<T>>& terms) {
   std::vector<Head<T>> all_heads(call.heads);
   for (int64_t number = 0; number < call.heads; number++) {
     Head<T>& head = all_heads[number];
@@ -310,6 +316,7 @@ std::vector<Head<T>> heads_of_sequence(const Call& call, const T* q, const T* k,
     head.k = k == nullptr ? nullptr : k + number * call.stride_k[1];
     head.v = v == nullptr ? nullptr : v + number * call.stride_v[1];
     head.valid = valid;
+    head.key_bias = terms.bias_of(0, number, 0), head.sinks = terms.sinks_of(number * call.group());
   }
   return all_heads;
 }

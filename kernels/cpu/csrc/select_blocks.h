@@ -94,7 +94,7 @@ class BlockSelector {
   using R = Real<T>;
 
   explicit BlockSelector(const Call& call)
-      : call_(call), logits_(TILE_ROWS * PANEL<R>), ranking_(call), tokens_(call) {}
+      : call_(call), cap_(call.softcap), logits_(TILE_ROWS * PANEL<R>), ranking_(call), tokens_(call) {}
 
   void run(QueryChunk<T>& chunk) {
     chunk_ = &chunk;
@@ -184,7 +184,7 @@ class BlockSelector {
       lse_[row] = seen_[row] > 0 ? lse_[row] + std::log2(totals_[row]) : static_cast<R>(-HIDDEN);
   }
 
-  // Hands out the products of `rows` rows, from `first` on, with the first `count` columns, a row and a panel at a time.
+  // Hands out the capped products of `rows` rows, from `first` on, with the first `count` columns, a row and a panel at a time.
   template <typename Function>
   void each_panel(const PackedColumns<R>& columns, int64_t first, int64_t rows, int64_t count, Function take) {
     const R* tile[TILE_ROWS];
@@ -197,12 +197,15 @@ class BlockSelector {
           logits[place] = logits_.data() + place * PANEL<R>;
         }
         multiply<false, R>(tile, call_.dim, columns.panel(column / PANEL<R>), logits, nullptr);
+        if (cap_.given)
+          cap_.cap_visible(logits_.data(), TILE_ROWS * PANEL<R>);
         for (int64_t place = 0; place < real; place++)
           take(row + place, column, logits[place]);
       }
   }
 
   const Call& call_;
+  const SoftCap<R> cap_;
   QueryChunk<T>* chunk_ = nullptr;
   std::vector<R> logits_;               // [TILE_ROWS][PANEL]
   std::vector<SharedTile> scored_;
@@ -233,7 +236,7 @@ template <typename T>
 void select_blocks(
     const Call& call, const T* q, CompressedKeys<T> k1, int64_t head_stride1, CompressedKeys<T> k2,
     int64_t head_stride2, int32_t* blocks) {
-  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, nullptr);
+  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, nullptr, {});
   if (needs_scores(call, call.length_k)) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t head = 0; head < call.heads; head++)
@@ -248,7 +251,7 @@ template <typename T>
 void select_by_tokens(
     const Call& call, const T* q, const Real<T>* index, const int64_t* strides, const bool* valid,
     const int32_t* channels, int32_t* blocks) {
-  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, valid);
+  std::vector<Head<T>> all_heads = heads_of_sequence<T>(call, q, nullptr, nullptr, valid, {});
 #pragma omp parallel for schedule(dynamic)
   for (int64_t head = 0; head < call.heads; head++) {
     all_heads[head].channels = channels + head * call.index_dims;

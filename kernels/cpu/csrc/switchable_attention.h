@@ -60,11 +60,12 @@ struct SelectAndAttend {
 //
 // key_mask: [batch, length_k], or null if all keys are valid. offsets: [offsets_count], 1 or one for each row of the
 // batch, added to call.offset, which is the key index of the first query; or null. channels: those that token scores
-// read, [heads][index_dims]; null for pooled scores.
+// read, [heads][index_dims]; null for pooled scores. terms: a bias of keys, a row for each of the batch and of the heads,
+// and sinks.
 template <typename T, typename I>
 void switchable_attention(
     const Call& call, const T* q, const T* k, const T* v, const bool* key_mask, const I* offsets,
-    int64_t offsets_count, const int32_t* channels, T* out) {
+    int64_t offsets_count, const int32_t* channels, const TermTensors<Real<T>>& terms, T* out) {
   const int64_t group = call.heads_q / std::max<int64_t>(1, call.heads), heads = call.batch * call.heads;
   const int64_t row_size = call.heads_q * call.dim_v;
   if (heads == 0 || call.length_q == 0)
@@ -83,6 +84,7 @@ void switchable_attention(
     head.k = k + row * call.stride_k[0] + which * call.stride_k[1] + sequence.first * call.stride_k[2];
     head.v = v + row * call.stride_v[0] + which * call.stride_v[1] + sequence.first * call.stride_v[2];
     head.valid = key_mask == nullptr ? nullptr : key_mask + row * call.length_k + sequence.first;
+    head.key_bias = terms.bias_of(row, which, sequence.first), head.sinks = terms.sinks_of(which * group);
     head.sparse = sequence.length >= call.dense_len;
     head.channels = channels == nullptr ? nullptr : channels + which * call.index_dims;
     for (int64_t query = 0; query < call.length_q; query++)

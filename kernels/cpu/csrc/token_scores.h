@@ -46,7 +46,7 @@ class TokenScores {
   using R = Real<T>;
 
   explicit TokenScores(const Call& call)
-      : call_(call), depth_(call.index_dims + 1), logits_(TILE_ROWS * PANEL<R>) {}
+      : call_(call), cap_(call.softcap), depth_(call.index_dims + 1), logits_(TILE_ROWS * PANEL<R>) {}
 
   // Scores of all blocks up to those of the last tile: [tile][width], negative where no token of a block is visible.
   // Returns the width.
@@ -60,6 +60,8 @@ class TokenScores {
     for (const SharedTile& tile : tiles)
       std::fill_n(lasts_.begin() + (tile.token - begin) * group, tile.tokens * group, tile.last);
     find_maxima(*chunk.head->index, chunk.head->valid == nullptr);
+    if (cap_.given)  // it keeps the order of logits: the largest one capped is that of capped ones
+      cap_.cap_visible(maxima_.data(), rows_ * width_);
     scores.assign(tiles.size() * width_, R{0});
     for (size_t number = 0; number < tiles.size(); number++) {
       const int64_t first = (tiles[number].token - begin) * group;
@@ -141,6 +143,7 @@ class TokenScores {
   }
 
   const Call& call_;
+  const SoftCap<R> cap_;
   const int64_t depth_;
   int64_t rows_ = 0, blocks_ = 0, width_ = 0;
   std::vector<R> queries_, logits_, maxima_, carried_;  // [row][depth], [TILE_ROWS][PANEL], [row][width], [row][LANES]

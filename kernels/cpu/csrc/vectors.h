@@ -64,12 +64,12 @@ constexpr double LOG2E = 1.4426950408889634;
 // What index keys are stored in: T, or a byte with a scale a token.
 enum IndexKind { INDEX_AS_KEYS, INDEX_INT8, INDEX_FP8 };
 
-// A call from its integers, all fields in their order, and the last one, the scale.
+// A call from its integers, all fields in their order, and the last two, the scale and the cap.
 template <typename C>
-C call_of(const int64_t* numbers, double scale) {
+C call_of(const int64_t* numbers, double scale, double softcap) {
   C call;
   std::memcpy(&call, numbers, offsetof(C, scale));
-  call.scale = scale;
+  call.scale = scale, call.softcap = softcap;
   return call;
 }
 
@@ -119,9 +119,23 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 #endif
 }
 
+// Of a comparison and a choice compilers make two instructions, as they keep what it gives for NaN.
 template <typename V>
 inline V maximum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
   return a > b ? a : b;
+}
+
+template <typename V>
+inline V minimum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Element<V>, float>)
+    return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#endif
+  return a < b ? a : b;
 }
 
 template <typename V, typename Function>
@@ -258,8 +272,7 @@ inline V exp2(V x) {
   using Constants = Exp2<R>;
   const V lowest = broadcast<R>(Constants::LOWEST), highest = broadcast<R>(Constants::HIGHEST);
   const Integers normal = x >= lowest;
-  x = maximum(x, lowest);
-  x = x < highest ? x : highest;
+  x = minimum(maximum(x, lowest), highest);
   // Truncated after being made positive: floor(x + 0.5).
   const Integers whole = __builtin_convertvector(x + broadcast<R>(Constants::BIAS + 0.5), Integers) - Constants::BIAS;
   const V part = x - __builtin_convertvector(whole, V);  // within 0.5 of 0

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
 from infllm_pass.kernels.geometry import COARSE_FACTOR
+from infllm_pass.kernels.params import LEAST_BIAS
 from infllm_pass.kernels.scorer import INDEX_HIGHEST
 
 from .builder_helpers import (
@@ -57,8 +58,8 @@ def attention_function(node: AttentionNode, opset: int, overload: str = "") -> i
     """The body of a node as a model-local function.
 
     Its inputs are q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, v ``[B, Hkv, Lk, Dv]``, and, as the node has them,
-    key_mask bool ``[B, Lk]`` and offset int64 ``[1]`` or ``[B]``, the key index of the first query; keys after the last
-    query then are free slots of a cache. Its output is
+    key_mask bool ``[B, Lk]``, offset int64 ``[1]`` or ``[B]``, the key index of the first query (keys after the last
+    query then are free slots of a cache), key_bias ``[B or 1, Hkv or 1, Lk]`` and sinks ``[Hq]``. Its output is
     ``[B, Hq, Lq, Dv]`` in q's type; a query that sees no key gives 0.
 
     Args:
@@ -120,6 +121,7 @@ class _Writer:
         self.group = op.Div(dim_size(op, self.q, 1), self.heads)
         self.length_q, self.length_k = dim_size(op, self.q, 2), dim_size(op, self.k, 2)
         self._place_sequences(op, given)
+        self._prepare_terms(op, given)
 
         self.queries = self._token_rows(op, self.q, self.group)  # [R * Lq, G, D]
         self.keys = reshape(op, self.k, -1, dim_size(op, self.k, 3))  # [R * Lk, D]
@@ -159,6 +161,21 @@ class _Writer:
         if self.key_mask is not None:
             self.lengths = op.Sub(end, self.first)
             self.start = op.Sub(self.start, self.first)
+
+    def _prepare_terms(self, op: OpBuilder, given: dict[str, Value]) -> None:
+        """Biases of all keys ``[R * Lk]`` and sinks ``[Hkv, 1, G]``, float32; None where there are none."""
+        self.bias = self.sinks = None
+        if self.node.biased:
+            bias = op.Cast(given["key_bias"], to=FLOAT)
+            shape = op.Concat(self.batch, self.heads, self.length_k, axis=0)
+            self.bias = reshape(op, op.Expand(bias, shape), -1)
+        if self.node.sunk:
+            self.sinks = reshape(op, op.Cast(given["sinks"], to=FLOAT), self.heads, 1, self.group)
+
+    def _capped(self, op: OpBuilder, logits: Value) -> Value:
+        """Scaled scores under the node's cap."""
+        cap = self.node.softcap
+        return op.Mul(op.Tanh(op.Div(logits, cap)), cap) if cap else logits
 
     def _token_rows(self, op: OpBuilder, x: Value, heads: Value) -> Value:
         """``[B, H x heads, L, D]`` as ``[B x H x L, heads, D]``: one row for each token of a key/value head."""
@@ -343,7 +360,7 @@ class _Writer:
             visible = op.And(visible, op.Greater(token, op.Sub(last, self.node.window)))
         if self.key_mask is not None:
             visible = op.And(visible, op.Gather(self.valid, op.Div(self.row, self.heads), axis=0))
-        logits = op.MatMul(q, op.Squeeze(op.Gather(self.index, self.row, axis=0), [0]))
+        logits = self._capped(op, op.MatMul(q, op.Squeeze(op.Gather(self.index, self.row, axis=0), [0])))
         logits = op.Where(op.Unsqueeze(visible, [1]), reshape(op, logits, tiles, -1, self.tokens), HIDDEN)
         maxima = op.ReduceMax(reshape(op, logits, tiles, -1, self.blocks, g.block_size), [3], keepdims=0)
         seen = op.Greater(op.ReduceMax(maxima, [1], keepdims=0), HIDDEN / 2)  # [T, n_blocks]
@@ -368,7 +385,8 @@ class _Writer:
     def _window_logits(self, op: OpBuilder, q: Value, windows: _Windows, last: Value) -> tuple[Value, Value]:
         """Products with compressed keys ``[T, m * G, n]``, and which of these a tile sees, ``[T, n]``."""
         keys = op.Squeeze(op.Gather(windows.means, self.row, axis=0), [0])  # [D, n]
-        logits = reshape(op, op.MatMul(q, keys), dim_size(op, last, 0), -1, dim_size(op, windows.ends, 0))
+        logits = self._capped(op, op.MatMul(q, keys))
+        logits = reshape(op, logits, dim_size(op, last, 0), -1, dim_size(op, windows.ends, 0))
         return logits, op.LessOrEqual(windows.ends, op.Unsqueeze(last, [1]))
 
     def _attend(
@@ -407,7 +425,11 @@ class _Writer:
             if self.key_mask is not None:
                 at_mask = op.Add(op.Mul(row_in_batch, self.length_k), index)
                 visible = op.And(visible, op.Gather(reshape(op, self.key_mask, -1), at_mask, axis=0))
-            logits = op.MatMul(rows, op.Transpose(keys, perm=[1, 0]))
+            logits = self._capped(op, op.MatMul(rows, op.Transpose(keys, perm=[1, 0])))
+            if self.bias is not None:
+                bias = op.Gather(self.bias, at_row, axis=0)
+                visible = op.And(visible, op.Greater(bias, LEAST_BIAS))
+                logits = op.Add(logits, bias)
             logits = reshape(op, logits, self.chunk, self.group, -1)
             logits = op.Where(op.Unsqueeze(visible, [1]), logits, HIDDEN)
             logits = reshape(op, logits, -1, dim_size(op, tokens, 0))  # [C * G, width * size]
@@ -419,6 +441,11 @@ class _Writer:
         column = shape_vector(op, dim_size(op, rows, 0), 1)
         sums = op.Expand(0.0, shape_vector(op, dim_size(op, rows, 0), dim_size(op, self.v, 3)))
         start = op.Expand(HIDDEN, column), op.Expand(0.0, column), sums
+        if self.sinks is not None:  # a row begins with its sink, which has no value
+            sink = op.Gather(self.sinks, op.Mod(self.row, self.heads), axis=0)  # [1, 1, G]
+            sink = reshape(op, op.Expand(sink, shape_vector(op, 1, self.chunk, 1)), -1, 1)
+            first = op.Max(sink, HIDDEN)
+            start = first, op.Exp(op.Sub(sink, first)), sums
         steps = op.Div(op.Sub(op.Add(count, width), 1), width)
         top, total, sums = loop(op, "step", steps, step, *start, outputs=3)
         # A row that saw no key has weighed hidden ones all alike.

@@ -186,7 +186,8 @@ def _write_nodes(graph: fx.Graph) -> None:
                     shape=call.meta["val"].shape,
                     version=VERSION,
                 )
-            target, args, kwargs = recorder.calls[0]
+            # Parameters are asked for their device in calls of their own.
+            target, args, kwargs = next(call for call in recorder.calls if call[0].namespace != "prim")
             sizes = [_size(graph, given["v" if dim == 3 else "q"], dim) for dim in range(4)]
             written = graph.call_function(target, (inputs, *args[1:]), {**kwargs, "shape": sizes})
         written.meta = dict(call.meta)

@@ -32,6 +32,9 @@ class AttentionNode:
         window: sliding window in keys; 0: none.
         masked: whether the node has the input ``key_mask``.
         placed: whether the node has the input ``offset``; without it the queries are the last of the keys.
+        softcap: cap of the scaled scores; 0.0: none.
+        biased: whether the node has the input ``key_bias``.
+        sunk: whether the node has the input ``sinks``.
     """
 
     geometry: BlockGeometry
@@ -40,6 +43,9 @@ class AttentionNode:
     window: int = 0
     masked: bool = False
     placed: bool = False
+    softcap: float = 0.0
+    biased: bool = False
+    sunk: bool = False
 
     @classmethod
     def from_call(cls, given: Mapping[str, Any], *, placed: bool) -> AttentionNode:
@@ -51,6 +57,9 @@ class AttentionNode:
             window=given["window"] or 0,
             masked=given["key_mask"] is not None,
             placed=placed,
+            softcap=given["softcap"],
+            biased=given["key_bias"] is not None,
+            sunk=given["sinks"] is not None,
         )
 
     @classmethod
@@ -65,6 +74,9 @@ class AttentionNode:
             window=attributes["window"],
             masked=bool(attributes["has_key_mask"]),
             placed=bool(attributes["has_offset"]),
+            softcap=attributes.get("softcap", 0.0),  # files of earlier versions have none of these
+            biased=bool(attributes.get("has_key_bias", 0)),
+            sunk=bool(attributes.get("has_sinks", 0)),
         )
 
     @property
@@ -77,7 +89,10 @@ class AttentionNode:
             "window": self.window,
             "has_key_mask": int(self.masked),
             "has_offset": int(self.placed),
+            "has_key_bias": int(self.biased),
+            "has_sinks": int(self.sunk),
             "scale": float(self.scale),
+            "softcap": float(self.softcap),
             "plugin_namespace": DOMAIN,
             "plugin_version": str(VERSION),
         }
@@ -85,4 +100,5 @@ class AttentionNode:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the node's inputs. There are no gaps, which TensorRT's parser does not take."""
-        return ("q", "k", "v", *(["key_mask"] if self.masked else []), *(["offset"] if self.placed else []))
+        given = {"key_mask": self.masked, "offset": self.placed, "key_bias": self.biased, "sinks": self.sunk}
+        return ("q", "k", "v", *(name for name, present in given.items() if present))

@@ -87,6 +87,9 @@ def run_on_stream(node: AttentionNode, inputs: Sequence[DeviceMemory], output: D
             key_mask=named.get("key_mask"),
             offsets=named.get("offset"),
             window=node.window or None,
+            softcap=node.softcap,
+            key_bias=named.get("key_bias"),
+            sinks=named.get("sinks"),
         )
         out = attend(named["q"], named["k"], named["v"], call, select=named["k"].shape[2] >= node.dense_len)
         output.tensor().copy_(out)
@@ -154,6 +157,8 @@ def plugin_creator(trt: ModuleType) -> Any:
                 allowed = found.type == trt.bool
             elif name == "offset":
                 allowed = found.type in (trt.int64, trt.int32)
+            elif name in ("key_bias", "sinks"):
+                allowed = found.type == trt.float32
             else:
                 allowed = found.type == first and torch_types.get(first) in INPUT_DTYPES
             return bool(allowed and found.format == trt.TensorFormat.LINEAR)

@@ -16,9 +16,11 @@ from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, Inde
 from infllm_pass.kernels.triton.decode.select import decode_select
 from infllm_pass.kernels.triton.decode.step import DecodeStep
 from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
+from infllm_pass.lowering.ops.decode import new_state
 from tests.kernels.triton.test_decode import TOKENS, _poisoned  # noqa: F401
 from tests.kernels.triton.test_score_terms import exact_attention
 from tests.support.decode_support import SMALL, Cache
+from tests.support.score_terms import CAP, WINDOW, blocks_before_the_window
 from tests.support.triton_device import DEVICE, arrange
 
 
@@ -117,9 +119,15 @@ def test_rows_on_different_sides_of_dense_len(geometry):
 
 
 def test_what_no_query_sees_has_no_capped_score():
-    steps = cache([200], heads=1, group=4, softcap=3.0, geometry=TOKENS, capacity=300, window=120)
-    steps.k += 2.0  # the heads of a group then differ in what a block without a token would add
-    steps.grow(16, 16, 16, 16)
+    q, k, expected = blocks_before_the_window()
+    geometry, length = replace(TOKENS, selected_blocks=3), k.shape[2]
+    rows = DecodeRows(torch.tensor([length], dtype=torch.int32, device=DEVICE), None)
+    q, k = q.to(DEVICE), k.to(DEVICE)
+    fields = {"geometry": geometry, "scale": 1.0, "window": WINDOW, "softcap": CAP}
+    blocks = decode_select_tokens(DecodeStep(q, k, rows, dense_len=0, **fields), IndexState.of(new_state(k, geometry)))
+    assert set(blocks.flatten().tolist()) == expected
+    wanted = reference.select_blocks(q, k, offset=length - 1, **fields)
+    assert set(wanted[0, 0, 0].nonzero()[:, 0].tolist()) == expected
 
 
 def test_queries_before_the_first_key_have_the_sink_alone():

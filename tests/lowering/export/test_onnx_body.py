@@ -37,6 +37,8 @@ def model(node: AttentionNode, *, dtype=torch.float32, opset=18):
         "v": (kind, ["b", "hkv", "lk", "dv"]),
         "key_mask": (TensorProto.BOOL, ["b", "lk"]),
         "offset": (TensorProto.INT64, ["rows"]),
+        "key_bias": (TensorProto.FLOAT, ["bias_b", "bias_h", "lk"]),
+        "sinks": (TensorProto.FLOAT, ["hq"]),
     }
     inputs = [helper.make_tensor_value_info(name, *types[name]) for name in node.inputs]
     output = helper.make_tensor_value_info("out", kind, ["b", "hq", "lq", "dv"])
@@ -61,12 +63,12 @@ def session(built, **options):
     return ort.InferenceSession(built.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def run(runtime, q, k, v, key_mask=None, offset=None):
-    feeds = {"q": q, "k": k, "v": v, "key_mask": key_mask, "offset": offset}
+def run(runtime, q, k, v, key_mask=None, offset=None, key_bias=None, sinks=None):
+    feeds = {"q": q, "k": k, "v": v, "key_mask": key_mask, "offset": offset, "key_bias": key_bias, "sinks": sinks}
     return torch.from_numpy(runtime.run(None, {name: x.numpy() for name, x in feeds.items() if x is not None})[0])
 
 
-def oracle(node, q, k, v, key_mask=None, offset=None):
+def oracle(node, q, k, v, key_mask=None, offset=None, key_bias=None, sinks=None):
     common = {
         "geometry": node.geometry,
         "scale": node.scale,
@@ -75,9 +77,10 @@ def oracle(node, q, k, v, key_mask=None, offset=None):
         "key_mask": key_mask,
         "dense_len": node.dense_len,
         "window": node.window or None,
+        "softcap": node.softcap,
     }
     selected = reference.select_blocks(q, k, **common)
-    return reference.attention(q, k, v, selected, **common)[0]
+    return reference.attention(q, k, v, selected, **common, key_bias=key_bias, sinks=sinks)[0]
 
 
 def tensors(batch, heads, length_q, length_k, dim=16, dim_v=12, dtype=torch.float32):
@@ -118,6 +121,53 @@ def test_prefill_on_both_sides_of_dense_len(variant, opset):
     for heads, length in itertools.product([(2, 2), (6, 2), (4, 1)], LENGTHS):
         q, k, v = tensors(2, heads, length, length)
         assert relative_error(run(runtime, q, k, v), oracle(node, q, k, v)) <= 1e-5, (heads, length)
+
+
+TERMS = {
+    "cap": (SMALL, {"softcap": 0.7}, None, False),
+    "bias of rows and heads": (SMALL, {}, (2, 2), False),
+    "bias of keys, window": (SMALL, {"window": 30}, (1, 1), False),
+    "sinks": (replace(SMALL, lse="exact"), {}, None, True),
+    "all, tokens": (TOKENS, {"softcap": 0.7}, (1, 2), True),
+    "all, tiles-of-four": (replace(SMALL, query_block=4), {"softcap": 0.7}, (2, 1), True),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "key-mask"])
+@pytest.mark.parametrize("case", TERMS)
+def test_score_terms(case, masked):
+    geometry, options, bias, sunk = TERMS[case]
+    node = AttentionNode(
+        geometry, scale=0.3, dense_len=DENSE_LEN, masked=masked, biased=bias is not None, sunk=sunk, **options
+    )
+    runtime = session(model(node))
+    for heads, length in (((6, 2), 37), ((6, 2), 131), ((2, 2), 150)):
+        q, k, v = tensors(2, heads, length, length)
+        key_mask = None
+        if masked:
+            key_mask = torch.ones(2, length, dtype=torch.bool)
+            key_mask[0, :13] = False
+            key_mask[1, 20:23] = False
+        terms = {}
+        if bias is not None:
+            terms["key_bias"] = torch.randn(*bias, length) * 2
+            terms["key_bias"][..., 5::7] = -torch.inf
+        if sunk:
+            terms["sinks"] = torch.randn(heads[0]) * 2
+            terms["sinks"][1] = -torch.inf
+        out = run(runtime, q, k, v, key_mask, **terms)
+        assert torch.isfinite(out).all()
+        real = torch.tensor(True) if key_mask is None else real_queries(key_mask, length, 0)
+        assert relative_error(out * real, oracle(node, q, k, v, key_mask, **terms) * real) <= 1e-5, (heads, length)
+        plain = oracle(replace(node, softcap=0.0), q, k, v, key_mask)
+        assert relative_error(out * real, plain * real) > 1e-2
+
+
+def test_a_row_with_nothing_but_its_sink_gives_zero():
+    node = AttentionNode(SMALL, scale=0.3, dense_len=DENSE_LEN, sunk=True)
+    q, k, v = tensors(1, (2, 2), 30, 20)
+    out = run(session(model(node)), q, k, v, sinks=torch.randn(2))
+    assert torch.equal(out[:, :, :10], torch.zeros(1, 2, 10, 12))
 
 
 def test_the_switch_is_at_dense_len():

@@ -16,14 +16,14 @@ from infllm_pass.errors import MissingDependencyError
 from infllm_pass.lowering.export import fused_op
 from infllm_pass.lowering.export.onnx.op_spec import DOMAIN, NAME, AttentionNode
 from infllm_pass.lowering.export.tensorrt.torch_tensorrt import is_convertible, join
-from infllm_pass.lowering.ops.attention_args import AttentionCall, geometry_text
+from infllm_pass.lowering.ops.attention_args import FUSED, AttentionCall, geometry_text
 from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
 from tests.support.common import SMALL
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-CALL = (None, None, None, None, 0.3, 64, geometry_text(SMALL.geometry))
-"""key_mask, offsets, offset, window, scale, dense_len and the geometry."""
+CALL = {"scale": 0.3, "dense_len": 64, "geometry": geometry_text(SMALL.geometry)}
+"""Arguments of a call beside q, k and v."""
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_call_becomes_the_plugin_with_its_fields(registered):
     (converter,) = registered[fused_op.OPERATOR]
     network, context = Network(), SimpleNamespace()
     context.net = network
-    args = ("q", "k", "v", "valid", "starts", None, 9, *CALL[4:])
+    args = ("q", "k", "v", *FUSED.rest({**CALL, "key_mask": "valid", "offsets": "starts", "window": 9}))
     out = converter.convert(context, fused_op.OPERATOR, args, {}, "layer")
     assert out == ("output", 0)
     names = [f"layer_{name}" for name in ("q", "k", "v", "key_mask", "offset")]
@@ -95,6 +95,18 @@ def test_a_call_becomes_the_plugin_with_its_fields(registered):
     found = network.plugin.node
     assert found.scale == pytest.approx(0.3)
     expected = AttentionNode(SMALL.geometry, found.scale, 64, window=9, masked=True, placed=True)
+    assert found == expected
+
+
+def test_score_terms_become_inputs_and_fields_of_the_plugin(registered):
+    (converter,) = registered[fused_op.OPERATOR]
+    network, context = Network(), SimpleNamespace()
+    context.net = network
+    args = ("q", "k", "v", *FUSED.rest({**CALL, "key_bias": "bias", "sinks": "logits", "softcap": 30.0}))
+    converter.convert(context, fused_op.OPERATOR, args, {}, "layer")
+    assert [value for value, _ in network.inputs] == ["q", "k", "v", "bias", "logits"]
+    found = network.plugin.node
+    expected = AttentionNode(SMALL.geometry, found.scale, 64, softcap=30.0, biased=True, sunk=True)
     assert found == expected
 
 
@@ -121,8 +133,9 @@ def test_a_site_becomes_one_call(select):
     (call,) = (node for node in module.graph.nodes if node.op == "call_function")
     assert call.target is fused_op.OPERATOR
     assert is_convertible(call)
-    assert [str(argument) for argument in call.args[:5]] == ["q", "k", "v", "None", "offsets"]
-    assert call.args[8] == (64 if select else fused_op.ALWAYS_DENSE)
+    found = FUSED.named(call)
+    assert [str(found[name]) for name in ("q", "k", "v", "key_mask", "offsets")] == ["q", "k", "v", "None", "offsets"]
+    assert found["dense_len"] == (64 if select else fused_op.ALWAYS_DENSE)
 
 
 @pytest.mark.parametrize(("changed", "result"), [({}, 1), ({"cu_seqlens_k": "tensor"}, 0)])

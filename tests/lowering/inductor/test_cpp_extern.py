@@ -69,7 +69,7 @@ def geometry_of(config, q):
     return config.geometry_for(q.shape[3], CHANNELS)
 
 
-def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=None):
+def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=None, terms=None):
     """The kernel's result for tensors; where nothing is written it holds NaN."""
     first = (0 if offsets is not None else k.shape[2] - q.shape[2]) if offset is None else offset
     numbers = cpp_extern.call_numbers(
@@ -82,18 +82,26 @@ def run(kernels, config, q, k, v, *, key_mask=None, offsets=None, offset=None, w
     channels = torch.tensor(sets, dtype=torch.int32)
     out = torch.full((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), torch.nan, dtype=q.dtype)
     index = torch.int64 if offsets is None else offsets.dtype
+    terms = terms or {}
+    bias, sinks = terms.get("key_bias"), terms.get("sinks")
+    strides = [0, 0]
+    if bias is not None:
+        strides = [bias.stride(dim) if bias.shape[dim] > 1 else 0 for dim in (0, 1)]
     kernels[q.dtype, index](
         (ctypes.c_int64 * len(numbers))(*numbers),
         ctypes.c_double(0.7),
+        ctypes.c_double(terms.get("softcap", 0.0)),
         *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (q, k, v, key_mask, offsets)),
         ctypes.c_int64(0 if offsets is None else offsets.shape[0]),
         ctypes.c_void_p(channels.data_ptr() if sets else None),
-        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
+        (ctypes.c_int64 * 2)(*strides),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (sinks, out)),
     )
     return out.transpose(1, 2)
 
 
-def expect(config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=None):
+def expect(config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=None, terms=None):
     """The reference's result."""
     first = k.shape[2] - q.shape[2] if offset is None else offset
     common = {
@@ -104,6 +112,7 @@ def expect(config, q, k, v, *, key_mask=None, offsets=None, offset=None, window=
         "offsets": offsets,
         "window": window,
         "dense_len": config.dense_len,
+        **(terms or {}),
     }
     selected = reference.select_blocks(q, k, **common)
     return reference.attention(q, k, v, selected, **common)[0]
@@ -128,6 +137,53 @@ def test_narrower_vectors(missing):
         q, k, v = tensors(433, 433, dim_v=65)
         error = relative_error(run(kernels, config, q, k, v), expect(config, q, k, v))
         assert error <= 1e-5, name
+        terms = TERMS["all"](433)
+        error = relative_error(run(kernels, config, q, k, v, terms=terms), expect(config, q, k, v, terms=terms))
+        assert error <= 1e-5, f"{name} with terms"
+
+
+def _all_terms(length):
+    bias = torch.randn(1, 2, length)
+    bias[..., 5::9] = -torch.inf
+    return {"softcap": 1.5, "key_bias": bias, "sinks": torch.randn(6)}
+
+
+TERMS = {
+    "cap": lambda _: {"softcap": 0.9},
+    "bias of rows": lambda length: {"key_bias": torch.randn(2, 1, length)},
+    "sinks": lambda _: {"sinks": torch.tensor([2.0, -1.0, 0.0, -torch.inf, 30.0, -200.0])},
+    "all": _all_terms,
+}
+
+
+@pytest.mark.parametrize("name", ["coarse", "shared", "odd blocks", "tokens"])
+@pytest.mark.parametrize("terms", TERMS)
+def test_score_terms(kernels, terms, name):
+    """One row of the batch is dense; a window, holes in the mask, and free slots of a cache."""
+    key_mask = torch.rand(2, 200) > 0.2
+    key_mask[0, :150] = False
+    q, k, v = tensors(200, 200)
+    own = TERMS[terms](200)
+    for place in ({"key_mask": key_mask, "window": 90}, {"offsets": torch.tensor([0, -60])}):
+        expected = expect(VARIANTS[name], q, k, v, terms=own, **place)
+        assert relative_error(run(kernels, VARIANTS[name], q, k, v, terms=own, **place), expected) <= 1e-5
+        plain = run(kernels, VARIANTS[name], q, k, v, **place)
+        assert relative_error(plain, expected) > 1e-2
+
+
+@pytest.mark.parametrize(("cap", "scale"), [(50.0, 1.0), (3.0, 3.0), (2.0, 300.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_caps_are_exact_near_zero_and_far_from_it(kernels, dtype, cap, scale):
+    """Two keys of one query: the weight of a key says what its logit was."""
+    logits = scale * torch.linspace(-1, 1, 65, dtype=torch.float64)
+    q, k = torch.zeros(65, 1, 2, 1, dtype=dtype), torch.zeros(65, 1, 2, 1, dtype=dtype)
+    q[:], k[:, 0, 1, 0] = 1.0, (logits / 0.7).to(dtype)
+    v = torch.zeros_like(k)
+    v[:, 0, 1] = 1.0
+    got = run(kernels, SMALL, q, k, v, terms={"softcap": cap})[:, 0, 1, 0].double()
+    wanted = cap * torch.tanh(0.7 * k[:, 0, 1, 0].double() / cap)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(torch.logit(got), wanted, rtol=0, atol=10 * eps)
 
 
 @pytest.mark.parametrize("group", [1, 7, 16])
