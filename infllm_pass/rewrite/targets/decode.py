@@ -59,8 +59,8 @@ def _places_beside_keys(request: Request) -> tuple[BiasPlace, ...] | None:
     wanted = [size(step) for step in keys.example.stride()[:3]]
     found = []
     for bias in () if plan.mask is None else plan.mask.key_terms.bias:
-        node = bias.leaf[2]
-        if bias.by_position or storage(node) is None or storage(node) != storage(keys.node):
+        node = None if bias.leaf is None else bias.leaf[2]
+        if node is None or bias.by_position or storage(node) is None or storage(node) != storage(keys.node):
             return None
         behind = size(example_of(node).storage_offset()) - size(keys.example.storage_offset())
         steps: list[sympy.Expr] = [sympy.Integer(0)] * 3
@@ -68,7 +68,7 @@ def _places_beside_keys(request: Request) -> tuple[BiasPlace, ...] | None:
             axes = axes_of(at)
             if at.is_Integer:
                 behind += at * step
-            elif len(axes) == 1:
+            elif len(axes) == 1 and (at in (BATCH, KEY) or axes == (HEAD,)):
                 steps[(BATCH, HEAD, KEY).index(axes[0])] += step
             else:
                 return None
