@@ -15,7 +15,7 @@ from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering, 
 from infllm_pass.kernels.cpu.native import call_numbers, channel_numbers, fixed_numbers, header
 
 from ..export import fused_op
-from ..ops.attention_args import FUSED, AttentionCall, geometry_of
+from ..ops.attention_args import FUSED, SCORE_TERMS, AttentionCall
 from ..ops.registry import Operator
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -102,33 +102,19 @@ class SwitchableAttention(ir.ExternKernelOut):
 
 
 @register_lowering(OPERATOR, type_promotion_kind=None)  # type: ignore[untyped-decorator]
-def _lower(
-    q: ir.TensorBox,
-    k: ir.TensorBox,
-    v: ir.TensorBox,
-    key_mask: ir.TensorBox | None,
-    key_bias: ir.TensorBox | None,
-    sinks: ir.TensorBox | None,
-    offsets: ir.TensorBox | None,
-    offset: sympy.Expr | int | None,
-    window: int | None,
-    scale: float,
-    softcap: float,
-    dense_len: int,
-    geometry: str,
-) -> ir.TensorBox:
+def _lower(*arguments: Any) -> ir.TensorBox:
     """The operator in Inductor's representation, with its arguments: see `lowering.export.fused_op`."""
+    (q, k, v), call = FUSED.read(arguments)
+    offset: Any = call.offset
     if offset is None:
-        offset = k.get_size()[2] - q.get_size()[2] if offsets is None else 0
+        offset = k.get_size()[2] - q.get_size()[2] if call.offsets is None else 0
     wide = torch.float64 if q.get_dtype() == torch.float64 else torch.float32
-    key_bias, sinks = (x if x is None else to_dtype(x, wide) for x in (key_bias, sinks))
-    given = {
-        name: ir.ExternKernel.require_contiguous(x)
-        for name, x in zip(OPTIONAL, (key_mask, offsets, key_bias, sinks), strict=True)
-        if x is not None
-    }
+    given = {}
+    for name in OPTIONAL:
+        x: Any = getattr(call, name)
+        if x is not None:
+            given[name] = ir.ExternKernel.require_contiguous(to_dtype(x, wide) if name in SCORE_TERMS else x)
     tensors = [*map(_with_adjacent_features, (q, k, v)), *given.values()]
-    call = AttentionCall(scale, dense_len, geometry_of(geometry), window=window, softcap=softcap)
     return ir.TensorBox.create(SwitchableAttention(tensors, tuple(given), sympy.sympify(offset), call))
 
 
