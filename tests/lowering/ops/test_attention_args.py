@@ -159,7 +159,7 @@ def test_numbers_of_a_call_are_in_the_order_of_its_struct():
 def fields_of(header: str, struct: str) -> list[str]:
     """The integers of a struct in a header, arrays written out."""
     text = (ROOT / "kernels" / "cpu" / "csrc" / header).read_text()
-    body = text.split(f"{struct} {{")[1].split("scale;")[0]
+    body = text.split(f"{struct} {{")[1].split("double scale")[0]
     fields = []
     for line in body.splitlines():
         line = line.split("//")[0].strip()
