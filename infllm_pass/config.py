@@ -46,6 +46,9 @@ class SparseAttentionConfig:
             least in heads of 64 and more, half of smaller ones.
         score_dtype: what these channels of the keys are stored in: "key", k's dtype, or "int8" or "fp8" with a scale
             a token.
+        agnostic_topk: of the visited blocks, how many are chosen by the importance of their keys, the bias that the
+            site adds to their scores, whatever the query (NOSA, arXiv 2510.13602); 0: none. Needs pooled scores and a
+            site with such a bias.
 
     Raises:
         ConfigError: a field has the wrong type or an invalid value.
@@ -64,13 +67,14 @@ class SparseAttentionConfig:
     scorer: ScorerName = "tokens"
     score_dims: int | None = None
     score_dtype: ScoreDtype = "key"
+    agnostic_topk: int = 0
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
             if name == "dense_len" and value == "auto":
                 continue
-            least = 0 if name == "dense_len" else 1
+            least = 0 if name in ("dense_len", "agnostic_topk") else 1
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
                 auto = ', or "auto"' if name == "dense_len" else ""
                 raise ConfigError(name, value, f"an integer of at least {least}{auto}")
@@ -101,6 +105,27 @@ class SparseAttentionConfig:
             if isinstance(dims, bool) or not isinstance(dims, numbers.Integral) or dims < 1 or dims % LEAST_SCORE_DIMS:
                 raise ConfigError("score_dims", dims, f"a multiple of {LEAST_SCORE_DIMS}, or None for the default")
             object.__setattr__(self, "score_dims", int(dims))
+        if self.agnostic_topk:
+            self._check_agnostic()
+
+    def _check_agnostic(self) -> None:
+        """Check what a selection of blocks by importance asks of the other fields."""
+        unforced = self.topk - self.init_blocks - 1
+        if self.agnostic_topk > unforced:
+            raise ConfigError(
+                "agnostic_topk",
+                self.agnostic_topk,
+                f"at most topk - init_blocks - 1 = {unforced}, the visited blocks that are neither initial nor local",
+            )
+        if self.scorer != "pooled":
+            raise ConfigError("scorer", self.scorer, f'"pooled" with agnostic_topk={self.agnostic_topk}')
+        if self.kernel_size - self.kernel_stride > self.window_size:
+            raise ConfigError(
+                "kernel_size",
+                self.kernel_size,
+                f"at most window_size + kernel_stride = {self.window_size + self.kernel_stride} with agnostic_topk, so "
+                "that the importance of a block that is not local reaches no later key",
+            )
 
     @property
     def local_blocks(self) -> int:
@@ -173,7 +198,17 @@ class SparseAttentionConfig:
             selected_blocks=self.selected_blocks,
             lse=self.lse,
             query_block=self.query_block,
+            agnostic_blocks=self.agnostic_topk,
         )
+
+    @classmethod
+    def nosa(cls) -> SparseAttentionConfig:
+        """What the released NOSA models were trained with (arXiv 2510.13602; openbmb/NOSA-1B, -3B and -8B).
+
+        Of 64 blocks 18 are forced, 15 have the best scores, under the exact normaliser, and 31 the largest importance;
+        attention is sparse at every length.
+        """
+        return cls(window_size=1024, topk=48, dense_len=0, lse="exact", scorer="pooled", agnostic_topk=31)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
@@ -243,4 +278,5 @@ _COUNTS = (
     "topk",
     "dense_len",
     "query_block",
+    "agnostic_topk",
 )

@@ -31,6 +31,10 @@ class Reason(Enum):
         "its own sliding window is no longer than what sparse attention visits, so that dense attention within the "
         "window reads no more: lower topk or window_size if the site is to be sparse all the same"
     )
+    NO_KEY_BIAS = (
+        "agnostic_topk chooses blocks by the importance of their keys, and nothing is added to this site's scores that "
+        "depends on the key: set agnostic_topk=0 for it, by site_config"
+    )
     PARTIAL_KEYS = (
         "the queries are not provably the last of the keys that they see: let the mask compare key numbers with an "
         "arange plus a position, a 0-d tensor or one number a row, and let the same graph write keys there"

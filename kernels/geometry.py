@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -31,6 +31,7 @@ _KEYS = {
     "score": "scorer",
     "ch": "channels",
     "idx": "score_dtype",
+    "agn": "agnostic_blocks",
 }
 """Names of `BlockGeometry.format` and the fields that they stand for."""
 
@@ -58,6 +59,8 @@ class BlockGeometry:
         scorer: how blocks are scored, see `kernels.scorer`.
         channels: channels that token scores read; () for pooled scores.
         score_dtype: what index keys of token scores are stored in: k's dtype, or 8 bits with a scale a token.
+        agnostic_blocks: how many of `selected_blocks` are chosen by the importance of their keys, whatever the query
+            (NOSA, arXiv 2510.13602); 0: none.
     """
 
     kernel_size: int = 32
@@ -71,19 +74,20 @@ class BlockGeometry:
     scorer: ScorerName = "pooled"
     channels: ChannelSets = ()
     score_dtype: ScoreDtype = "key"
+    agnostic_blocks: int = 0
 
     def format(self) -> str:
         """The geometry as text, one for each.
 
-        ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1,score=pooled,ch=,idx=key``; channels are written as
-        runs, such as ``16-31+48-63``, the sets of different heads with ``/`` between them.
+        ``l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1,score=pooled,ch=,idx=key,agn=0``; channels are written
+        as runs, such as ``16-31+48-63``, the sets of different heads with ``/`` between them.
         """
         # A tracing compiler may hold the numbers as symbols: `int` gives their values.
         return (
             f"l={int(self.kernel_size)},s={int(self.kernel_stride)},b={int(self.block_size)},"
             f"init={int(self.init_blocks)},local={int(self.local_blocks)},sel={int(self.selected_blocks)},"
             f"lse={self.lse},qb={int(self.query_block)},score={self.scorer},"
-            f"ch={format_channels(self.channels)},idx={self.score_dtype}"
+            f"ch={format_channels(self.channels)},idx={self.score_dtype},agn={int(self.agnostic_blocks)}"
         )
 
     @staticmethod
@@ -104,6 +108,13 @@ class BlockGeometry:
             return BlockGeometry(**fields, channels=parse_channels(given["ch"]))
         except ValueError:
             raise ConfigError("geometry", text, "integers as sizes") from None
+
+    @property
+    def query_aware(self) -> BlockGeometry:
+        """What is selected before the query-agnostic blocks: forced blocks and the best scored."""
+        if not self.agnostic_blocks:
+            return self
+        return replace(self, selected_blocks=self.selected_blocks - self.agnostic_blocks, agnostic_blocks=0)
 
     @property
     def score_dims(self) -> int:

@@ -170,6 +170,27 @@ def tile_position(positions: Tensor, query_block: int, length: int) -> Tensor:
     return (positions // query_block * query_block + query_block - 1).clamp(max=length - 1)
 
 
+def block_importance(key_bias: Tensor, geometry: BlockGeometry) -> Tensor:
+    """Importance of every key block of one sequence, whatever the query (NOSA, arXiv 2510.13602).
+
+    Args:
+        key_bias: ``[Hkv or 1, Lk]``, the importance of the keys; below `LEAST_BIAS` a key is hidden.
+        geometry: the block geometry.
+
+    Returns:
+        float64 ``[Hkv or 1, n_blocks]``: of the complete windows that overlap a block the largest mean; ``-inf`` where
+        there is none or each has a hidden key.
+    """
+    g, length = geometry, key_bias.shape[1]
+    keys = torch.where(key_bias.double() < LEAST_BIAS, NEG_INF, key_bias.double())
+    found = torch.full((key_bias.shape[0], g.num_blocks(length)), NEG_INF, dtype=torch.float64, device=keys.device)
+    for start in range(0, length - g.kernel_size + 1, g.kernel_stride):
+        mean = keys[:, start : start + g.kernel_size].sum(1) / g.kernel_size
+        touched = slice(start // g.block_size, (start + g.kernel_size - 1) // g.block_size + 1)
+        found[:, touched] = torch.maximum(found[:, touched], mean[:, None])
+    return found
+
+
 def select_sequence(
     q: Tensor,
     k: Tensor,
@@ -180,8 +201,13 @@ def select_sequence(
     key_mask: Tensor | None = None,
     window: int | None = None,
     softcap: float = 0.0,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
-    """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`."""
+    """The selected set of one unpadded sequence, bool ``[Hkv, Lq, n_blocks]``; see `block_scores`.
+
+    With ``geometry.agnostic_blocks`` of ``n`` the best ``selected_blocks - n`` blocks by score are taken first, forced
+    ones included, and then the best of the rest by `block_importance` of ``key_bias [Hkv or 1, Lk]``.
+    """
     g = geometry
     length_q, length_k = q.shape[1], k.shape[1]
     count = g.num_blocks(length_k)
@@ -198,9 +224,19 @@ def select_sequence(
     forced = candidate & ((blocks < g.init_blocks) | (blocks >= own[:, None] - g.local_blocks))
     scores = scores.clamp(min=-1.0)  # a candidate without a score still comes before what is no candidate
     rank = torch.where(forced, torch.inf, scores).masked_fill(~candidate, NEG_INF)
-    order = torch.sort(rank, dim=-1, descending=True, stable=True).indices  # stable: ties go to the lower block
-    chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order[..., : g.selected_blocks], True)
-    return chosen & candidate
+    chosen = _best(rank, g.selected_blocks - g.agnostic_blocks) & candidate
+    if g.agnostic_blocks:
+        assert key_bias is not None
+        importance = block_importance(key_bias, g)[:, None].clamp(min=torch.finfo(torch.float64).min)
+        rank = torch.where(chosen, torch.inf, importance).masked_fill(~candidate, NEG_INF)
+        chosen = _best(rank, g.selected_blocks) & candidate
+    return chosen
+
+
+def _best(rank: Tensor, count: int) -> Tensor:
+    """Where the `count` largest numbers of each row are; ties go to the lower index."""
+    order = torch.sort(rank, dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
 def select_blocks(q: Tensor, k: Tensor, **fields: Any) -> Tensor:
@@ -229,6 +265,7 @@ def select_blocks(q: Tensor, k: Tensor, **fields: Any) -> Tensor:
             key_mask=None if call.key_mask is None else call.key_mask[row, keys],
             window=call.window,
             softcap=call.softcap,
+            key_bias=None if call.key_bias is None else call.key_bias[min(row, call.key_bias.shape[0] - 1), :, keys],
         )
         chosen[row, :, queries, : part.shape[-1]] = part
     return chosen

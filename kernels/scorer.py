@@ -49,10 +49,14 @@ class PooledScorer:
     name: str = "pooled"
 
     def state(self, geometry: BlockGeometry, capacity: Any, head_dim: int, dtype: torch.dtype) -> list[StateTensor]:
-        """Compressed keys ``K1`` and coarse ones ``K2``, one window at least."""
+        """Compressed keys ``K1`` and coarse ones ``K2``, one window at least; their importance if that selects too."""
         size, stride = geometry.kernel_size, geometry.kernel_stride
-        slots = (torch.sym_max(1, (capacity - factor * size) // (factor * stride) + 1) for factor in (1, COARSE_FACTOR))
-        return [StateTensor(name, (count, head_dim), dtype) for name, count in zip(("k1", "k2"), slots, strict=True)]
+        slots = [torch.sym_max(1, (capacity - factor * size) // (factor * stride) + 1) for factor in (1, COARSE_FACTOR)]
+        kept = [StateTensor(name, (count, head_dim), dtype) for name, count in zip(("k1", "k2"), slots, strict=True)]
+        if geometry.agnostic_blocks:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            kept.append(StateTensor("s1", (slots[0],), wide))
+        return kept
 
 
 @dataclass(frozen=True)

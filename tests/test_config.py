@@ -45,6 +45,33 @@ def test_round_trip_and_hash():
     assert len({config, SparseAttentionConfig.from_dict(config.to_dict())}) == 1
 
 
+def test_the_preset_of_nosa_is_as_released():
+    """33 of 64 blocks before the query-agnostic ones: the first, the own and 16 before it, and 15 by score."""
+    config = SparseAttentionConfig.nosa()
+    aware = config.geometry.query_aware
+    assert (config.selected_blocks, aware.selected_blocks, aware.init_blocks, aware.local_blocks) == (64, 33, 1, 16)
+    assert (config.agnostic_topk, config.dense_len, config.lse, config.scorer) == (31, 0, "exact", "pooled")
+    assert (config.kernel_size, config.kernel_stride, config.block_size) == (32, 16, 64)
+    assert SparseAttentionConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected"),
+    [
+        ({"agnostic_topk": -1}, "agnostic_topk", "at least 0"),
+        ({"agnostic_topk": True}, "agnostic_topk", "an integer"),
+        ({"agnostic_topk": 63}, "agnostic_topk", "at most topk - init_blocks - 1 = 62"),
+        ({"agnostic_topk": 8, "scorer": "tokens"}, "scorer", '"pooled" with agnostic_topk=8'),
+        ({"agnostic_topk": 8, "kernel_size": 2080}, "kernel_size", r"at most window_size \+ kernel_stride = 2064"),
+    ],
+)
+def test_query_agnostic_blocks_that_cannot_be(changes, field, expected):
+    with pytest.raises(ConfigError, match=expected) as caught:
+        SparseAttentionConfig(**{"scorer": "pooled", **changes})
+    assert str(caught.value).startswith(field)
+    SparseAttentionConfig(scorer="pooled", agnostic_topk=62)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

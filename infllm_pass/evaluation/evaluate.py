@@ -19,6 +19,7 @@ from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, EvaluationError, UnsupportedModelError
 from infllm_pass.evaluation.density import mean_density
+from infllm_pass.evaluation.locality import KeptBlocks, blocks_kept
 from infllm_pass.evaluation.results import DENSE, Evaluation, SideRun, summarised
 from infllm_pass.evaluation.samples import Sample, Writer
 from infllm_pass.evaluation.scoring import AnswerScore, Scorer, TextLosses
@@ -139,7 +140,10 @@ class _Passes:
         self.generating = generating
         self._tell = tell or (lambda *_: None)
         self._done = 0
+        longest = max((length for _, length in texts), default=0)
+        self._longest = [place for place in texts if place[1] == longest]
         self._all = sides * (len(texts) + len(samples) * (1 if generating is None else 2))
+        self._all += (sides - 1) * len(self._longest)
 
     def run(
         self, name: str, run: Callable[..., Any], original: nn.Module, config: SparseAttentionConfig | None
@@ -160,6 +164,12 @@ class _Passes:
             for sample in self.samples:
                 self._next(f"{name}: {sample.task}, {len(sample.ids)} tokens, generating")
                 generated.append(scorer.generated(sample, self.generating.decode))
+        kept: dict[tuple[str, int], KeptBlocks] = {}
+        for text, length in [] if config is None else self._longest:
+            self._next(f"{name}: blocks kept from token to token, {length} tokens of {text}")
+            blocks = blocks_kept(run, original, self.texts[text, length])
+            if blocks is not None:
+                kept[text, length] = blocks
         found = [] if config is None else report(run).sites
         switchable = sum(site.decision == "switchable" for site in found)
         return SideRun(
@@ -170,6 +180,7 @@ class _Passes:
             texts=losses,
             answers=answers,
             generated=generated,
+            kept=kept,
             seconds=time.perf_counter() - begin,
         )
 

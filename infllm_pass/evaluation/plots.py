@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: needles by length and depth, and perplexity by position."""
+"""Pictures of an evaluation: needles by length and depth, perplexity by position, locality by site."""
 
 from __future__ import annotations
 
@@ -123,6 +123,48 @@ def draw_perplexity(evaluation: Evaluation) -> bytes | None:
 
 def _changes(row: PerplexityRow, dense: tuple[float, ...]) -> list[float]:
     return [sparse / plain - 1 for sparse, plain in zip(row.by_position, dense, strict=True)]
+
+
+def draw_locality(evaluation: Evaluation) -> bytes | None:
+    """Blocks that are kept from token to token at each site, a line for each side; the mean over the texts.
+
+    Dashed lines: what query-agnostic blocks guarantee.
+
+    Returns:
+        A PNG file; None where locality was not measured.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    if not evaluation.locality:
+        return None
+    figure = Figure(figsize=(5.2, 3.2), dpi=160, layout="constrained")
+    axes: Any = figure.subplots()
+    sides = [side for side in evaluation.sides if side != DENSE]
+    for number, side in enumerate(sides, 1):
+        rows = [row for row in evaluation.locality if row.side == side]
+        if not rows:
+            continue
+        colour = COLOURS[number % len(COLOURS)]
+        means = [sum(shares) / len(shares) for shares in zip(*(row.by_site for row in rows), strict=True)]
+        kept = sum(row.kept for row in rows) / len(rows)
+        label = f"{side}: {100 * kept:.1f} %"
+        axes.plot(range(len(means)), means, color=colour, marker="o", markersize=3, label=label)
+        if rows[0].bound:
+            axes.axhline(rows[0].bound, color=colour, linewidth=1, linestyle="--")
+    axes.set_xlabel("attention site", fontsize=8)
+    axes.set_ylabel("blocks kept from token to token", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
 
 
 def _png(figure: Any) -> bytes:

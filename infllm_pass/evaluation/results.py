@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.evaluation.locality import KeptBlocks
 from infllm_pass.evaluation.samples import Sample
 from infllm_pass.evaluation.scoring import SEGMENTS, AnswerScore, TextLosses
 from infllm_pass.evaluation.statistics import Interval, bootstrap_mean, relative_perplexity, wilson
@@ -81,6 +83,29 @@ class TaskRow:
 
 
 @dataclass(frozen=True)
+class LocalityRow:
+    """What selections of adjacent queries share in the second half of one text on one side, see `locality`.
+
+    Attributes:
+        text: name of the text.
+        tokens: its length.
+        side: the name of a configuration.
+        kept: mean share of a query's blocks that the one before visits too.
+        least: the smallest such share.
+        bound: share that no step can fall below while no new block enters: that of the query-agnostic blocks.
+        by_site: mean share at each sparse site, in the order in which they run.
+    """
+
+    text: str
+    tokens: int
+    side: str
+    kept: float
+    least: float
+    bound: float
+    by_site: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SideRun:
     """Everything measured on one side.
 
@@ -93,6 +118,7 @@ class SideRun:
         answers: for each sample, the scores of its answers.
         generated: for each sample, whether generated text held the answers; empty: nothing was generated.
         seconds: what it took.
+        kept: blocks kept from query to query, of the longest texts where the side is sparse.
     """
 
     name: str
@@ -103,17 +129,19 @@ class SideRun:
     answers: Sequence[Sequence[AnswerScore]]
     generated: Sequence[Sequence[bool]]
     seconds: float
+    kept: Mapping[tuple[str, int], KeptBlocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dense attention against sparse configurations. ``print(evaluation)`` shows the two tables.
+    """Dense attention against sparse configurations. ``print(evaluation)`` shows the tables.
 
     Attributes:
         facts: what was evaluated, on what, with which settings and versions.
         perplexity: a row for each text, length and side, and one over all texts.
         tasks: a row for each task, length and side, over all depths.
         depths: the same for each depth, where a task has any.
+        locality: a row for each of the longest texts and each sparse side.
     """
 
     facts: Mapping[str, Any]
@@ -121,6 +149,7 @@ class Evaluation:
     tasks: tuple[TaskRow, ...] = ()
     depths: tuple[TaskRow, ...] = ()
     segments: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    locality: tuple[LocalityRow, ...] = ()
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -128,12 +157,14 @@ class Evaluation:
         return tuple(dict.fromkeys([row.side for row in self.perplexity] + [row.side for row in self.tasks]))
 
     def tables(self) -> list[FittedTable]:
-        """The tables of perplexity and of tasks, as far as these were evaluated."""
+        """The tables of perplexity, of tasks and of locality, as far as these were evaluated."""
         found = []
         if self.perplexity:
             found.append(FittedTable(_PERPLEXITY_COLUMNS, list(map(_perplexity_cells, self.perplexity)), "perplexity"))
         if self.tasks:
             found.append(FittedTable(_TASK_COLUMNS, list(map(_task_cells, self.tasks)), "answers"))
+        if self.locality:
+            found.append(FittedTable(_LOCALITY_COLUMNS, list(map(_locality_cells, self.locality)), "locality"))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,6 +175,7 @@ class Evaluation:
             "tasks": [vars(row) for row in self.tasks],
             "depths": [vars(row) for row in self.depths],
             "segments": [dict(each) for each in self.segments],
+            "locality": [vars(row) for row in self.locality],
         }
 
     def to_rows(self) -> list[dict[str, Any]]:
@@ -183,6 +215,12 @@ class Evaluation:
                         "high": interval[1],
                     }
                 )
+        for kept in self.locality:
+            rows.append(
+                dict.fromkeys(rows[0] if rows else ())
+                | {"measure": "blocks kept", "text": kept.text, "tokens": kept.tokens, "side": kept.side}
+                | {"value": kept.kept, "low": kept.least}
+            )
         return rows
 
     def __str__(self) -> str:
@@ -212,6 +250,20 @@ _TASK_COLUMNS = (
     Column("nll", "nll", ".3f"),
     Column("nll_interval", "95 %"),
 )
+
+
+_LOCALITY_COLUMNS = (
+    Column("text", "text", right=False),
+    Column("tokens", "tokens"),
+    Column("side", "attention", right=False, folds=True),
+    Column("kept", "kept"),
+    Column("least", "least"),
+    Column("bound", "bound"),
+)
+
+
+def _locality_cells(row: LocalityRow) -> dict[str, Any]:
+    return vars(row) | {name: f"{100 * getattr(row, name):.1f} %" for name in ("kept", "least", "bound")}
 
 
 def _perplexity_cells(row: PerplexityRow) -> dict[str, Any]:
@@ -265,7 +317,17 @@ def summarised(
         {"side": run.name, "config": run.config, "sites": run.sites, "seconds": round(run.seconds, 1)} for run in runs
     ]
     found = tuple(row for row in tasks if row is not None)
-    return Evaluation({**facts, "sides": sides}, tuple(perplexity), found, tuple(by_depth), segments)
+    locality = tuple(
+        _locality_row(text, length, run, kept) for run in runs for (text, length), kept in run.kept.items()
+    )
+    return Evaluation({**facts, "sides": sides}, tuple(perplexity), found, tuple(by_depth), segments, locality)
+
+
+def _locality_row(text: str, length: int, run: SideRun, kept: KeptBlocks) -> LocalityRow:
+    """One text's row; the bound is that of texts with more blocks than are visited."""
+    config = SparseAttentionConfig.coerce(run.config)
+    bound = config.agnostic_topk / config.selected_blocks
+    return LocalityRow(text, length, run.name, kept.mean, min(kept.least), bound, kept.means)
 
 
 def _perplexity_row(name: str, texts: Sequence[str], length: int, run: SideRun, dense: SideRun) -> PerplexityRow:

@@ -133,6 +133,20 @@ def sparsified_config(model: object) -> SparseAttentionConfig | None:
     return None if handle is None else handle.policy.config
 
 
+def with_compiler(model: object, compiler: Callable[..., Any]) -> Callable[..., Any]:
+    """A sparsified model's original with the same sites configured alike, for another compiler.
+
+    Args:
+        model: a model that `sparsify` returned.
+        compiler: takes a rewritten graph's module and example inputs, as backends of ``torch.compile`` do.
+
+    Raises:
+        UnsupportedModelError: `model` was not returned by `sparsify`.
+    """
+    handle = _handle_of(model)
+    return compile_with(handle.original, SwitchableBackend(compiler, handle.policy), handle.settings)
+
+
 def _name(model: object) -> str:
     return getattr(model, "__name__", None) or f"an object of type {type(model).__name__}"
 

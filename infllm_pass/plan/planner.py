@@ -131,7 +131,12 @@ def _chosen(plan: SitePlan, site: AttentionSite, chosen: Configured, rotary: Rot
     window = None if plan.mask is None else plan.mask.window
     if window is not None and int(window) <= config.visited_tokens:
         seen = f"the window is {int(window)} keys, and {config.visited_tokens} are visited"
-        return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen)
+        return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen, config=replace(config, agnostic_topk=0))
+    if config.agnostic_topk:
+        if "key_bias" not in plan.terms:
+            return replace(plan, reason=Reason.NO_KEY_BIAS, detail=f"agnostic_topk={config.agnostic_topk}")
+        shares = f"{config.agnostic_topk} of {config.selected_blocks} blocks by the keys' bias"
+        return replace(plan, scores=f"pooled, {shares}")
     if config.scorer == "pooled":
         return replace(plan, scores="pooled")
     head_dim = int(site.shape(site.key_heads)[3])

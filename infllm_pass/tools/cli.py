@@ -33,6 +33,7 @@ _FIELD_HELP = {
     "scorer": "what blocks are scored by",
     "score_dims": "channels that the scorer tokens reads, default a quarter of the head, 32 of 64",
     "score_dtype": "what it stores these channels of the keys in",
+    "agnostic_topk": "visited blocks that the keys' bias chooses, whatever the query: NOSA",
 }
 
 _FIELD_WORDS = {"lse": get_args(LseMode), "scorer": get_args(ScorerName), "score_dtype": get_args(ScoreDtype)}

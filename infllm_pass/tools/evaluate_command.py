@@ -20,7 +20,7 @@ from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError, DeviceError
 from infllm_pass.evaluation import Evaluation, TaskSettings, default_config, evaluate, read_texts
 from infllm_pass.evaluation.evaluate import Tell, positions_of
-from infllm_pass.evaluation.plots import draw_depths, draw_perplexity, require_matplotlib
+from infllm_pass.evaluation.plots import draw_depths, draw_locality, draw_perplexity, require_matplotlib
 from infllm_pass.lowering.export.atomic_file import written_whole
 from infllm_pass.tools.checkpoint import SMOLLM2, load_folder, load_folder_tokenizer, load_model, load_tokenizer
 from infllm_pass.tools.output import OutputFormat, print_data
@@ -87,7 +87,9 @@ def evaluate_command(
             console.print(table)
         console.print(
             "blocks: visited key blocks, of those that a query sees; change: against dense; right: answers whose "
-            "tokens are all the likeliest ones; nll: mean negative log-likelihood of an answer's tokens"
+            "tokens are all the likeliest ones; nll: mean negative log-likelihood of an answer's tokens; kept: visited "
+            "blocks that the token before visited too, in the second half of the longest texts; least: of one token; "
+            "bound: what query-agnostic blocks guarantee"
         )
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
 
@@ -126,6 +128,7 @@ def _write(folder: Path, model: str, found: Evaluation) -> list[Path]:
         "evaluation.json": (json.dumps(figures, indent=2) + "\n").encode(),
         "needles.png": draw_depths(found),
         "perplexity.png": draw_perplexity(found),
+        "locality.png": draw_locality(found),
     }
     folder.mkdir(parents=True, exist_ok=True)
     written = []

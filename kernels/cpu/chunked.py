@@ -57,8 +57,18 @@ def compress_keys(k: Tensor, k1: Tensor, k2: Tensor, geometry: BlockGeometry) ->
         compressed[:, : pooled.shape[1]] = pooled
 
 
+def visible_blocks(tokens: Tensor, length: int, params: AttentionParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries ``[n]`` of a sequence: the last position that each one's shared selection sees, its first block, and
+    its last.
+    """
+    g = params.geometry
+    last = (tokens + params.offset) // g.query_block * g.query_block
+    last = (last + g.query_block - 1).clamp(max=length - 1)
+    return last, _first_keys(last, params.window) // g.block_size, last // g.block_size
+
+
 def select_blocks(q: Tensor, state: Sequence[Tensor], length: int, params: AttentionParams) -> Tensor:
-    """The blocks that every query of one sequence visits.
+    """The blocks that every query of one sequence visits by their scores and their places.
 
     Args:
         q: ``[Hkv, G, n, D]``; query ``i`` stands at position ``offset + i``, ``offset + n <= length``.
@@ -71,9 +81,7 @@ def select_blocks(q: Tensor, state: Sequence[Tensor], length: int, params: Atten
         int32 ``[Hkv, n, S]``, ``S = geometry.selected_blocks``; -1 in unused places.
     """
     g, (heads, group, tokens, _) = params.geometry, q.shape
-    last = torch.arange(params.offset, params.offset + tokens, device=q.device) // g.query_block * g.query_block
-    last = (last + g.query_block - 1).clamp(max=length - 1)  # of the queries that share a selection
-    own, first = last // g.block_size, _first_keys(last, params.window) // g.block_size
+    last, first, own = visible_blocks(torch.arange(tokens, device=q.device), length, params)
     slots = first[:, None] + torch.arange(g.selected_blocks, device=q.device)
     chosen = torch.where(slots <= own[:, None], slots, -1).int().repeat(heads, 1, 1)  # all, where these are no more
     crowded = (own - first >= g.selected_blocks).nonzero()

@@ -17,7 +17,8 @@ from ..geometry import COARSE_FACTOR, BlockGeometry
 from ..params import DecodeParams
 from . import chunked, native
 from .chunked import pool_keys
-from .prefill import empty_rows
+from .importance import window_importance
+from .prefill import empty_rows, select_sequence
 from .sequences import AttentionParams
 from .tokens import index_keys, read_index
 
@@ -33,8 +34,9 @@ def decode_attention(
         k: ``[B, Hkv, C, D]``, any strides; only slots of valid keys are read.
         v: ``[B, Hkv, C, Dv]``.
         state: what is kept of a row's first `filled` keys, any strides, brought up to date: means of windows
-            ``[B, Hkv, n1, D]`` and of coarse ones, from the first key on, or index keys ``[B, Hkv, C, d]`` in their
-            keys' slots and, in 8 bits, scales ``[B, Hkv, C]``; then `filled`, int32 ``[B]``, set to the rows' lengths.
+            ``[B, Hkv, n1, D]`` and of coarse ones, from the first key on, and their importance ``[B, Hkv, n1]`` if that
+            selects too; or index keys ``[B, Hkv, C, d]`` in their keys' slots and, in 8 bits, scales ``[B, Hkv, C]``;
+            then `filled`, int32 ``[B]``, set to the rows' lengths.
         call: the geometry, the scale, and where rows begin and end.
 
     Returns:
@@ -51,11 +53,14 @@ def decode_attention(
     ends = call.lengths.clamp(0, capacity).expand(batch).tolist()
     begins = [0] * batch if call.starts is None else call.starts.clamp(min=0).expand(batch).tolist()
     begins = [min(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    bias = call.key_bias
     for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         old = max(0, min(int(filled[row]), end - begin - length_q))
-        _bring_up_to_date([part[row] for part in kept], k[row], (begin, end), old, call.geometry)
+        parts = [part[row] for part in kept]
+        _bring_up_to_date(parts, k[row], (begin, end), old, call.geometry)
+        if call.geometry.agnostic_blocks and bias is not None:
+            _pool_new(bias[row if bias.shape[0] > 1 else 0, :, begin:end], parts[2], old, call.geometry)
         filled[row] = end - begin
-    bias = call.key_bias
     params = AttentionParams(
         call.geometry, call.scale, window=call.window, key_bias=bias, sinks=call.sinks, softcap=call.softcap
     )
@@ -95,7 +100,12 @@ def _attend_row(
     if queries.start == length_q:
         return
     q, params = q[:, :, queries], replace(params, offset=max(0, length - length_q))
-    blocks = None if state is None else chunked.select_blocks(q, state, length, params)
+    blocks = None
+    if state is not None and params.geometry.agnostic_blocks:
+        windows = state[2][:, : params.geometry.num_compressed(length)]
+        blocks = select_sequence(q, tuple(state[:2]), length, params, windows)
+    elif state is not None:
+        blocks = chunked.select_blocks(q, state, length, params)
     chunked.attend_blocks(q, k, v, blocks, out[:, :, queries], lse[:, :, queries], params)
 
 
@@ -117,9 +127,16 @@ def _bring_up_to_date(
         for part, new in zip(state, index_keys(k[:, begin + old : end], geometry), strict=True):
             part[:, begin + old : end] = new
         return
-    for compressed, factor in zip(state, (1, COARSE_FACTOR), strict=True):
+    for compressed, factor in zip(state[:2], (1, COARSE_FACTOR), strict=True):
         sizes = geometry.kernel_size * factor, geometry.kernel_stride * factor
         _compress_new(k[:, begin:end], compressed, old, *sizes)
+
+
+def _pool_new(key_bias: Tensor, windows: Tensor, old: int, geometry: BlockGeometry) -> None:
+    """Write the importance of the windows of ``[Hkv or 1, L]`` that end after its first ``old`` keys, ``[Hkv, n]``."""
+    begin, end = geometry.num_compressed(old), geometry.num_compressed(key_bias.shape[1])
+    if begin < end:
+        windows[:, begin:end] = window_importance(key_bias[:, begin * geometry.kernel_stride :], geometry)
 
 
 def _compress_new(k: Tensor, compressed: Tensor, old: int, size: int, stride: int) -> None:

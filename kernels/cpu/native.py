@@ -237,7 +237,7 @@ def decode_attention(
     q, geometry = adjacent(q), params.geometry
     alike = [x for x in state if geometry.score_dtype == "key" or geometry.scorer == "pooled"]
     library = _library_for("decode_attention.h", q, k, v, *alike)
-    if library is None:
+    if library is None or geometry.agnostic_blocks:
         return False
     k1, k2 = state[0], state[-1]
     batch, heads_q, length_q, dim = q.shape

@@ -17,8 +17,9 @@ from ..params import PrefillParams
 from ..scorer import StateTensor, scorer_of
 from . import chunked, native
 from .chunked import compute_dtype
+from .importance import block_importance, fill_blocks, window_importance
 from .native import adjacent
-from .sequences import Sequence, sequences
+from .sequences import AttentionParams, Sequence, sequences
 from .tokens import index_keys, read_index
 
 __all__ = ["attention_backward", "attention_forward", "compress_keys", "new_state", "select_blocks", "state_of"]
@@ -35,7 +36,7 @@ def state_of(k: Tensor, geometry: BlockGeometry) -> list[StateTensor]:
     if geometry.scorer == "tokens":
         return kept
     strides = geometry.kernel_stride, COARSE_FACTOR * geometry.kernel_stride
-    return [replace(each, shape=(length // by + 2, dim)) for each, by in zip(kept, strides, strict=True)]
+    return [replace(each, shape=(length // by + 2, dim)) for each, by in zip(kept[:2], strides, strict=True)]
 
 
 def new_state(k: Tensor, geometry: BlockGeometry) -> list[Tensor]:
@@ -116,10 +117,35 @@ def select_blocks(q: Tensor, k: Tensor, state: list[Tensor], call: PrefillParams
     for one in sequences(q, k, call):
         if one.length >= call.dense_len:
             queries = _grouped(q, heads)[one.row, :, :, one.queries]
-            arguments = queries, _read_state(state, one, geometry, q.dtype), one.length, one.params(call)
-            blocks = native.select_blocks(*arguments)
-            chosen[one.row, :, one.queries] = chunked.select_blocks(*arguments) if blocks is None else blocks
+            kept = _read_state(state, one, geometry, q.dtype)
+            chosen[one.row, :, one.queries] = select_sequence(queries, kept, one.length, one.params(call))
     return chosen
+
+
+def select_sequence(
+    q: Tensor, state: tuple[Tensor, ...], length: int, params: AttentionParams, windows: Tensor | None = None
+) -> Tensor:
+    """The blocks that every query of one sequence visits, arguments as in `chunked.select_blocks`.
+
+    Args:
+        q: ``[Hkv, G, n, D]``.
+        state: of the sequence.
+        length: keys in the sequence.
+        params: the geometry, and what queries see.
+        windows: `window_importance` of the sequence's keys, where it is known.
+
+    Returns:
+        int32 ``[Hkv, n, S]``; -1 in unused places.
+    """
+    geometry, by_query = params.geometry, replace(params, geometry=params.geometry.query_aware)
+    blocks = native.select_blocks(q, state, length, by_query)
+    blocks = chunked.select_blocks(q, state, length, by_query) if blocks is None else blocks
+    if not geometry.agnostic_blocks or params.key_bias is None:
+        return blocks
+    windows = window_importance(params.key_bias, geometry) if windows is None else windows
+    importance = block_importance(windows, geometry.num_blocks(length), geometry)
+    _, first, own = chunked.visible_blocks(torch.arange(q.shape[2], device=q.device), length, params)
+    return fill_blocks(blocks, importance, first, own, geometry)
 
 
 @torch.no_grad()

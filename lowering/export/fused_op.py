@@ -106,6 +106,8 @@ def why_not_joined(node: fx.Node) -> str | None:
     for user in node.users:
         if user.users and (user.target is not operator.getitem or user.args[1] != 0):
             return f"{user.name} reads the log-sum-exp of {node.name}, which is not exported"
+    if count := geometry_of(given["geometry"]).agnostic_blocks:
+        return f"{node.name} chooses {count} blocks by importance, which cannot be exported: set agnostic_topk=0"
     if given["cu_seqlens_q"] is not None or given["cu_seqlens_k"] is not None:
         return f"{node.name} attends within packed sequences, which cannot be exported: pad them to rows of a batch"
     for part in _parts(given["selection"]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infllm_pass.compat.tensors import current_mode
-from infllm_pass.errors import DeviceError, DtypeError, ShapeError
+from infllm_pass.errors import ConfigError, DeviceError, DtypeError, ShapeError
 from infllm_pass.kernels.cpu.sequences import sequences
 from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, format_channels
 from infllm_pass.kernels.scorer import StateTensor
@@ -84,10 +84,13 @@ def check_terms(q: Tensor, k: Tensor, call: AttentionCall | DecodeCall) -> None:
     """Check the score terms of a call.
 
     Raises:
+        ConfigError: blocks are to be chosen by importance, and there is no bias or no such choice.
         ShapeError: a shape does not fit, or the cap is no cap.
         DtypeError: a bias or sinks are not floating.
         DeviceError: they are not on q's device.
     """
+    if call.geometry.agnostic_blocks:
+        _check_agnostic(call)
     if call.softcap == 0.0 and call.key_bias is None and call.sinks is None:
         return
     if not 0.0 <= call.softcap < float("inf"):
@@ -114,6 +117,20 @@ def check_terms(q: Tensor, k: Tensor, call: AttentionCall | DecodeCall) -> None:
         raise ShapeError(
             f"sinks has shape {tuple(sinks.shape)}: expected one number a query head, [Hq] = [{q.shape[1]}]"
         )
+
+
+def _check_agnostic(call: AttentionCall | DecodeCall) -> None:
+    """Check that blocks can be chosen by importance."""
+    g, name = call.geometry, "agnostic_topk"
+    if call.key_bias is None:
+        expected = "0 without key_bias: the importance of a key is the bias that is added to its scores"
+        raise ConfigError(name, g.agnostic_blocks, expected)
+    unforced = g.selected_blocks - g.init_blocks - g.local_blocks - 1
+    if not 0 <= g.agnostic_blocks <= unforced:
+        raise ConfigError(name, g.agnostic_blocks, f"0 to {unforced}, the visited blocks that are not forced")
+    if g.scorer != "pooled" or g.kernel_size - g.kernel_stride > g.local_blocks * g.block_size:
+        expected = '0, or scorer="pooled" and windows of keys no longer than window_size + kernel_stride'
+        raise ConfigError(name, g.agnostic_blocks, expected)
 
 
 def check_channels(k: Tensor, geometry: BlockGeometry) -> None:

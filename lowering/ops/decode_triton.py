@@ -14,7 +14,8 @@ from torch import Tensor
 from infllm_pass.compat.inductor import compiles_ahead_of_time, records_cuda_graphs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
-from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_compress_kernel, decode_select
+from infllm_pass.kernels.triton.decode.select import decode_compress_kernel, decode_select
+from infllm_pass.kernels.triton.decode.step import DecodeStep
 from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.kernels.triton.launch import launching_at_once
 from infllm_pass.kernels.triton.pdl import recording_drops_pdl
@@ -28,11 +29,11 @@ def decode_attention(
     """The kernels of a step, in the form that compilers record; the state is written."""
     rows = DecodeRows(call.lengths, call.starts)
     numbers = {name: getattr(call, name) for name in ("geometry", "scale", "dense_len", "window")}
-    step = DecodeStep(q, k, rows, **numbers, key_mask=call.key_mask, softcap=call.softcap)
+    step = DecodeStep(q, k, rows, **numbers, key_mask=call.key_mask, softcap=call.softcap, key_bias=call.key_bias)
     if call.geometry.scorer == "tokens":
         blocks = decode_select_tokens(step, IndexState.of(state))
     else:
-        blocks = decode_select(step, DecodeState(*state))
+        blocks = decode_select(step, DecodeState.of(state))
     terms = {name: getattr(call, name) for name in SCORE_TERMS}
     return decode_attend(q, k, v, blocks, rows, call.key_mask, **numbers, **terms)
 

@@ -92,7 +92,7 @@ def select_blocks(q: Tensor, k: Tensor, state: Sequence[Tensor], call: Attention
         lists = token_scores.select_tiles(q, keys, plan, length_k=length_k, **numbers)
     else:
         compressed = CompressedKeys(*kept, batch, heads, *slots_of(length_k, call.geometry))  # type: ignore[call-arg]
-        lists = pooled.select_tiles(q, compressed, plan, length_k=length_k, **numbers)
+        lists = pooled.select_tiles(q, compressed, plan, length_k=length_k, key_bias=call.key_bias, **numbers)
     return [lists.blocks, lists.tokens, lists.counts, plan.sequences, plan.panels]
 
 

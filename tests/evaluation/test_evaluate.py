@@ -103,7 +103,9 @@ def test_figures_are_plain_data_and_tables_show_them(found):
     assert data["sides"][2]["config"]["topk"] == 3
     assert data["sides"][2]["sites"][0] == data["sides"][2]["sites"][1] > 0
     assert {len(each["mean_nll"]) for each in data["segments"]} == {SEGMENTS}
-    assert len(found.to_rows()) == len(found.perplexity) + 2 * (len(found.tasks) + len(found.depths))
+    figures = len(found.perplexity) + 2 * (len(found.tasks) + len(found.depths)) + len(found.locality)
+    assert len(found.to_rows()) == figures
+    assert len({tuple(row) for row in found.to_rows()}) == 1
     shown = str(found)
     for word in ("needle_multiquery", "pooled topk=3", "docstrings", "100 %"):
         assert word in shown
@@ -260,7 +262,7 @@ def test_progress_is_told(model, tokenizer):
     infllm_pass.evaluate(
         model, tokenizer, COVERING, settings=settings, texts=texts, tell=lambda *each: told.append(each)
     )
-    assert [(done, total) for _, done, total in told] == [(number, 6) for number in range(6)]
+    assert [(done, total) for _, done, total in told] == [(number, 7) for number in range(7)]
 
 
 class Refusing(torch.nn.Module):

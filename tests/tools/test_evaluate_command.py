@@ -64,9 +64,15 @@ def test_a_folder_is_evaluated_with_every_combination(run, folder, text, tmp_pat
     assert data["settings"]["lengths"] == [512, 600]
     assert {row["tokens"] for row in data["perplexity"]} == {512, 600}
     assert {side["config"]["block_size"] for side in data["sides"][1:]} == {8}
-    for picture in ("needles.png", "perplexity.png"):
+    assert {row["side"] for row in data["locality"]} == {side["side"] for side in data["sides"][1:]}
+    for picture in ("locality.png", "needles.png", "perplexity.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "needles.png", "perplexity.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "evaluation.json",
+        "locality.png",
+        "needles.png",
+        "perplexity.png",
+    ]
 
 
 @pytest.mark.parametrize("form", ["json", "csv"])

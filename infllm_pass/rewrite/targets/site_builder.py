@@ -77,13 +77,19 @@ class SiteBuilder:
     def terms(self) -> dict[str, Any]:
         """What the scores have beside the mask, by the names of the operators' arguments.
 
-        A bias is one tensor ``[B or 1, Hkv or 1, Lk]``, sinks are ``[Hq]``, in the dtype that scores are summed in.
+        A bias is one tensor ``[B or 1, Hkv or 1, Lk]``, sinks are ``[Hq]``. Several biases are added up in the dtype
+        that scores are summed in; a single one is not converted, which would read all of a cache's.
         """
         site, wide = self._site, wide_dtype(self._site)
-        bias: fx.Node | None = None
-        for term in self.key_bias():
-            term = term if example_of(term).dtype == wide else self.call("to", term, wide)
-            bias = term if bias is None else self.call(operator.add, bias, term)
+        biases = self.key_bias()
+        bias = biases[0] if biases else None
+        if len(biases) > 1:
+            first, *others = (
+                each if example_of(each).dtype == wide else self.call("to", each, wide) for each in biases
+            )
+            bias = first
+            for each in others:
+                bias = self.call(operator.add, bias, each)
         return {"key_bias": bias, "sinks": self._masks.sinks(site), "softcap": site.softcap}
 
     def decoding_arguments(self) -> tuple[StateNodes, tuple[Any, ...]]:

@@ -90,12 +90,19 @@ class DecodeState:
         k1: ``[B, Hkv, n1, D]``, last stride 1; ``n1`` at least the windows of the cache's capacity.
         k2: ``[B, Hkv, n2, D]``, last stride 1.
         filled: int32 ``[B]``: so many keys of the row, from its first, have not changed since their windows were
-            written to `k1` and `k2`.
+            written to `k1`, `k2` and `s1`.
+        s1: float32 ``[B, Hkv, n1]``, importance of the windows, where blocks are chosen by it; else None.
     """
 
     k1: Tensor
     k2: Tensor
     filled: Tensor
+    s1: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> DecodeState:
+        """From the tensors of a state: `k1`, `k2`, `s1` if there is one, `filled`."""
+        return cls(tensors[0], tensors[1], tensors[-1], tensors[2] if len(tensors) > 3 else None)
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,22 @@ else a third kernel ranks. Grids follow from the cache's capacity; programs beyo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import COARSE_FACTOR, BlockGeometry
-from ..configs import DecodeConfig, config_for
-from ..launch import precision, wrap_triton
+from ...geometry import COARSE_FACTOR
+from ..launch import wrap_triton
 from ..pdl import await_previous, dependent_launch, prefetch_rows
-from ..score_terms import cap_products, score_unit
-from ..tile_ops import LOWEST_SCORE, UNBOUNDED, online_softmax
+from ..score_terms import cap_products
+from ..tile_ops import LOWEST_SCORE, online_softmax
 from ..tile_tables import padded_dim
 from .compress import decode_compress_kernel, load_columns
+from .importance import fill_lists, pool_importance
 from .rows import (
-    DecodeRows,
-    DecodeShape,
     DecodeState,
     clip_row,
     count_windows,
@@ -33,7 +29,8 @@ from .rows import (
     line_of,
     scored_range,
 )
-from .topk import decode_rank_kernel, rank_when_last
+from .step import DecodeStep
+from .topk import rank_when_last
 
 DECODE_PARTS = tl.constexpr(32)
 """Partial normalisers that are added at once."""
@@ -202,142 +199,20 @@ def _decode_score_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """What the selection of a step computes with, whatever scores its blocks.
-
-    Attributes:
-        q: ``[B, Hq, Lq, D]``, last stride 1.
-        k: ``[B, Hkv, C, D]``, last stride 1; only valid keys are read.
-        rows: where the rows' keys lie.
-        geometry: the block geometry.
-        scale: softmax scale.
-        dense_len: rows with fewer keys select nothing.
-        window: sliding window in keys, or None.
-        key_mask: bool ``[B, C]``: False hides a key; None: no key is hidden. Pooled scores do not read it.
-        softcap: scores ``x`` become ``softcap * tanh(x / softcap)``; 0: no cap.
-    """
-
-    q: Tensor
-    k: Tensor
-    rows: DecodeRows
-    geometry: BlockGeometry
-    scale: float
-    dense_len: int
-    window: int | None = None
-    key_mask: Tensor | None = None
-    softcap: float = 0.0
-
-    @cached_property
-    def shape(self) -> DecodeShape:
-        """Tiles and lines."""
-        group = int(self.q.shape[1]) // int(self.k.shape[1])
-        return DecodeShape.choose(group, int(self.q.shape[2]), self.geometry.query_block, self.q.element_size())
-
-    @cached_property
-    def launch(self) -> DecodeConfig:
-        """The configuration of the kernels."""
-        return config_for(DecodeConfig, "decode", self.q, padded_dim(int(self.q.shape[3])))
-
-    @property
-    def pairs(self) -> int:
-        """Rows x key/value heads."""
-        return self.k.shape[0] * self.k.shape[1]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the capacity."""
-        return self.geometry.num_blocks(self.k.shape[2])
-
-    @property
-    def bound(self) -> int:
-        """The sliding window, or one that never ends."""
-        return UNBOUNDED if self.window is None else self.window
-
-    @property
-    def unit(self) -> tuple[float, float]:
-        """Arguments ``scale_log2`` and ``cap_log2``."""
-        return score_unit(self.scale, self.softcap)
-
-    @property
-    def ranks_at_once(self) -> bool:
-        """Whether the scoring kernel ranks."""
-        return int(self.k.shape[1]) <= self.launch.fused_rank_heads and self.shape.length_q == 1
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """Constants of all kernels."""
-        return {
-            "QUERY_BLOCK": self.geometry.query_block,
-            "BLOCK": self.geometry.block_size,
-            "BUDGET": self.geometry.selected_blocks,
-            "HAS_STARTS": self.rows.starts is not None,
-        }
-
-    @property
-    def products(self) -> dict[str, Any]:
-        """Constants of kernels that multiply queries."""
-        shape = self.shape
-        return {"G": shape.group, "GP": shape.padded_group, "TOKENS": shape.tokens, "PRECISION": precision(self.q)}
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """Constants of kernels that score keys."""
-        return {**self.products, "HAS_SOFTCAP": self.softcap != 0.0}
-
-    @property
-    def ranking(self) -> dict[str, Any]:
-        """Constants of kernels that rank."""
-        return {
-            "LINES": self.shape.lines,
-            "INIT": self.geometry.init_blocks,
-            "LOCAL": self.geometry.local_blocks,
-            "HAS_WINDOW": self.window is not None,
-            "WIDTH": triton.next_power_of_2(self.geometry.selected_blocks),
-            "RANKED": self.launch.rank_blocks,
-        }
-
-    def parts(self, chunks: int) -> Tensor:
-        """Memory for the partial normalisers of so many programs of a pair."""
-        # No size of 1 and no two equal shapes: compilers specialise on the one and merge the other.
-        count = self.pairs * chunks * self.shape.tiles * self.shape.columns
-        return torch.empty(count, 1, dtype=torch.float32, device=self.q.device)
-
-    def lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for keys, arrivals and blocks."""
-        lines, device = self.pairs * self.shape.lines, self.q.device
-        keys = torch.empty(lines * self.num_blocks, dtype=torch.int32, device=device)
-        blocks = torch.empty(lines, self.geometry.selected_blocks, dtype=torch.int32, device=device)
-        return keys, torch.empty(self.pairs, 1, 1, dtype=torch.int32, device=device), blocks
-
-    def score_grid(self) -> tuple[int, int, int]:
-        """Programs that score blocks."""
-        tiles = self.shape.tiles if self.geometry.query_block == 1 else self.shape.lines
-        return (self.num_blocks + self.launch.blocks - 1) // self.launch.blocks, self.pairs, tiles
-
-    def rank(self, keys: Tensor, blocks: Tensor, filled: Tensor) -> None:
-        """Rank the scored blocks, where the scoring kernel did not."""
-        if self.ranks_at_once:
-            return
-        wrap_triton(decode_rank_kernel)[(self.shape.lines, self.pairs)](
-            *self.rows.arguments,
-            keys,
-            blocks,
-            filled,
-            self.k.shape[1],
-            self.k.shape[2],
-            self.num_blocks,
-            self.shape.length_q,
-            self.dense_len,
-            self.bound,
-            **self.common,
-            **self.ranking,
-            **dependent_launch(decode_rank_kernel, self.q),
-            num_warps=self.launch.rank_warps,
-        )
-
-
 def decode_select(step: DecodeStep, state: DecodeState) -> Tensor:
+    """Bring the state up to date, and list the blocks that every line of every sparse row visits.
+
+    Returns:
+        int32 ``[B * Hkv * lines, selected_blocks]``, as `_decode_select` lists them.
+    """
+    if not step.geometry.agnostic_blocks or step.key_bias is None or state.s1 is None:
+        return _decode_select(step, state)
+    pool_importance(step, step.key_bias, state.s1, state.filled)  # which the selection by query raises
+    chosen = _decode_select(replace(step, geometry=step.geometry.query_aware), state)
+    return fill_lists(step, chosen, state.s1)
+
+
+def _decode_select(step: DecodeStep, state: DecodeState) -> Tensor:
     """Bring the compressed keys up to date, and list the blocks that every line of every sparse row visits.
 
     Returns:

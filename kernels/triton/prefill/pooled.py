@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...geometry import COARSE_FACTOR, BlockGeometry
 from ..configs import SelectionConfig
+from ..importance import rank_blocks
 from ..launch import wrap_triton
 from ..score_terms import cap_products
 from ..tile_ops import LOWEST_SCORE, online_softmax
@@ -80,11 +81,14 @@ def _select_panel_normaliser(
     return tl.where(visible > 0, norm, float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_panels", "slots1", "slots2", "num_blocks", "capacity", "dense_len", "window"])
+@triton.jit(
+    do_not_specialize=["num_panels", "slots1", "slots2", "slots3", "num_blocks", "capacity", "dense_len", "window"]
+)
 def _select_pooled_kernel(
     q,
     k1,  # as in `CompressedKeys`, whose memory around the slots is read
     k2,
+    ranks,  # of `rank_blocks`, FILL only
     panels,
     scratch,
     list_blocks,
@@ -99,6 +103,7 @@ def _select_pooled_kernel(
     heads_kv,
     slots1,
     slots2,
+    slots3,
     num_blocks,  # columns of a row of keys in scratch, a multiple of ROW_MULTIPLE
     capacity,
     dense_len,
@@ -129,6 +134,7 @@ def _select_pooled_kernel(
     CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
+    FILL: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -274,7 +280,8 @@ def _select_pooled_kernel(
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,
-            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED,
+            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED, FILL,
+            ranks + ((batch * heads_kv + head) * slots3 + key_begin // BLOCK),
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -314,14 +321,23 @@ def select_tiles(
     length_k: int,
     window: int | None = None,
     softcap: float = 0.0,
+    key_bias: Tensor | None = None,
 ) -> TileLists:
-    """Blocks that every tile visits by pooled scores: `select_blocks` with what `compress_keys` returned as `keys`."""
+    """Blocks that every tile visits by pooled scores: `select_blocks` with what `compress_keys` returned as `keys`.
+
+    With ``geometry.agnostic_blocks`` so many of them by the importance of their keys, `key_bias` ``[B or 1, Hkv or 1,
+    Lk]``.
+    """
+    ranks, slots = keys.fine, 0
+    if geometry.agnostic_blocks and key_bias is not None:
+        ranks = rank_blocks(key_bias.expand(keys.batch, -1, -1), keys.heads, plan, geometry)
+        slots = ranks.shape[1]
     return select_blocks(
         POOLED,
         wrap_triton(_select_pooled_kernel),
         q,
-        (keys.fine, keys.coarse),
-        (keys.fine_slots, keys.coarse_slots),
+        (keys.fine, keys.coarse, ranks),
+        (keys.fine_slots, keys.coarse_slots, slots),
         plan,
         heads_kv=keys.heads,
         geometry=geometry,

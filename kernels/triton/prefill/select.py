@@ -21,7 +21,18 @@ from ..configs import SelectionConfig, config_for
 from ..launch import multiprocessors, precision
 from ..score_terms import score_unit
 from ..tile_tables import TileLists, TilePlan, TileShape, load_panel, padded_dim
-from .topk import LANES, SLOTS, below, bound_keys, compact_keys, cut_keys, mark_blocks, scored_range, write_lists
+from .topk import (
+    LANES,
+    SLOTS,
+    below,
+    bound_keys,
+    compact_keys,
+    cut_keys,
+    fill_keys,
+    mark_blocks,
+    scored_range,
+    write_lists,
+)
 
 FETCHED_KEYS = 128
 """Pieces of rows, of 32 keys each, that one step of a scan over keys fetches: they take 32 registers of a thread."""
@@ -188,8 +199,12 @@ def list_panel(
     CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
+    FILL: tl.constexpr,
+    ranks_at=0,
 ):
     """Rank the panel's scored blocks ``[low, high)`` by their keys, row by row, and write the lists of its tiles.
+
+    With FILL, so many more of a row's blocks are taken by importance, by the ranks from `ranks_at` on.
 
     Barriers come before and after: all threads have written keys and cleared marks, or read the scratch of this panel.
     """
@@ -218,6 +233,19 @@ def list_panel(
             )
             row_marks = marks_at + (line_token // T).to(tl.int64) * num_blocks
         mark_blocks(row_marks, bits, keys, blocks, rows_at, cut, equals, rest, high, RG, CANDIDATES)
+        if FILL > 0:
+            tl.debug_barrier()
+            fill_keys(rows_at, row_marks, bits, ranks_at, num_blocks + 1, low, high, RG)
+            tl.debug_barrier()
+            _all_begin, _all_end, all_wanted = scored_range(
+                line + tl.zeros([RG, LANES], tl.int32), position, begin, end, length, window,
+                QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET + FILL, HAS_WINDOW,
+            )  # fmt: skip
+            bound, top = bound_keys(rows_at, all_wanted, low, high, RG, PEAKS)
+            keys, blocks, rest = compact_keys(rows_at, slots_at, dense_at, bound, low, high, RG, CANDIDATES, FETCHED)
+            cut, equals = cut_keys(keys, rows_at, all_wanted, bound, top, rest, high, RG, CANDIDATES)
+            mark_blocks(row_marks, bits, keys, blocks, rows_at, cut, equals, rest, high, RG, CANDIDATES)
+            tl.debug_barrier()
     tl.debug_barrier()
     for pair in range(TILES // K):
         tile = pair * K + tl.arange(0, K)[:, None]
@@ -254,7 +282,7 @@ def selection_constants(
     g = geometry
     rows = min(shape.panel_tokens // g.query_block, config.rows)
     fetched = min(16, max(4, FETCHED_KEYS // rows))
-    budget = g.selected_blocks - g.local_blocks - 1
+    budget = g.selected_blocks - g.local_blocks - 1  # blocks of a list that are not local
     return {
         "G": shape.group,
         "GP": shape.padded_group,
@@ -266,7 +294,8 @@ def selection_constants(
         "BLOCK": g.block_size,
         "INIT": g.init_blocks,
         "LOCAL": g.local_blocks,
-        "BUDGET": budget,
+        "BUDGET": budget - g.agnostic_blocks,
+        "FILL": g.agnostic_blocks,
         "HAS_WINDOW": has_window,
         "RG": rows,
         "PEAKS": max(fetched, 4 if budget <= 48 else 8),

@@ -106,6 +106,7 @@ def _select_tokens_kernel(
     CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
+    FILL: tl.constexpr,  # 0
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -229,7 +230,7 @@ def _select_tokens_kernel(
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,
-            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED,
+            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED, FILL,
         )  # fmt: skip
         tl.debug_barrier()
 

@@ -266,6 +266,17 @@ def mark_blocks(
 
 
 @triton.jit
+def fill_keys(rows_at, marks_at, bits, ranks_at, highest, low, high, R: tl.constexpr):
+    """Keys for filling up: ranks of blocks ``[low, high)`` by importance, `highest` at those that are marked."""
+    for start in range(low, high, LANES):
+        block = start + tl.arange(0, LANES)[None, :] + tl.zeros([R, 1], tl.int32)
+        key = tl.load(rows_at + block, mask=block < high, other=-1)
+        mark = tl.load(marks_at + block, mask=block < high, other=0, cache_modifier=".cg")
+        rank = tl.load(ranks_at + block, mask=key >= 0, other=-1)
+        tl.store(rows_at + block, tl.where((key >= 0) & ((mark & bits) != 0), highest, rank), mask=block < high)
+
+
+@triton.jit
 def below(count, MASK: tl.constexpr):
     """Masks of the lowest `count` bits."""
     width: tl.constexpr = MASK.primitive_bitwidth

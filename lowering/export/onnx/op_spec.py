@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from infllm_pass.kernels.geometry import BlockGeometry, format_channels, parse_channels
@@ -16,6 +16,9 @@ VERSION = 1
 
 NO_CHANNELS = "none"
 """The attribute ``channels`` of pooled scores: parsers drop texts that are empty."""
+
+_GEOMETRY = [field.name for field in fields(BlockGeometry) if field.name != "agnostic_blocks"]
+"""Fields of the geometry that are attributes: a selection by importance has no node."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class AttentionNode:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> AttentionNode:
         """The node with these attributes by name, as `attributes` gives them; others are ignored."""
-        sizes = {field.name: attributes[field.name] for field in fields(BlockGeometry)}
+        sizes = {name: attributes[name] for name in _GEOMETRY}
         channels = sizes["channels"]
         return cls(
             BlockGeometry(**sizes | {"channels": () if channels == NO_CHANNELS else parse_channels(channels)}),
@@ -80,7 +83,7 @@ class AttentionNode:
     def attributes(self) -> dict[str, int | float | str]:
         """The node's attributes, with those by which TensorRT finds a plugin."""
         return {
-            **asdict(self.geometry),
+            **{name: getattr(self.geometry, name) for name in _GEOMETRY},
             "channels": format_channels(self.geometry.channels) or NO_CHANNELS,
             "dense_len": self.dense_len,
             "window": self.window,

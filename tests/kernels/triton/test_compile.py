@@ -16,6 +16,8 @@ from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
 from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
 from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
 from infllm_pass.kernels.triton.configs import LaunchConfig, ScatteredConfig, SelectionConfig, find_config
+from infllm_pass.kernels.triton.decode.importance import _fill_kernel, _pool_kernel
+from infllm_pass.kernels.triton.importance import WARPS, WINDOWS, _importance_kernel
 from infllm_pass.kernels.triton.index_keys import FORMS, Channels, _channels_kernel, _index_keys_kernel
 from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kernel
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
@@ -317,17 +319,18 @@ def test_block_selection_compiles(variant, capability, record_property):
     launch = find_config(SelectionConfig, "select", capability, size, variant.padded)
     shape = TileShape.choose(variant.group)
     launch = launch.for_panel(shape.panel_tokens)
-    geometry = BlockGeometry(block_size=variant.block_size)
+    geometry = BlockGeometry(block_size=variant.block_size, agnostic_blocks=31 if variant.terms else 0)
     window = 4096 if variant.window else None
     arguments = {
         **dict.fromkeys(("q", "k1", "k2"), variant.dtype),
+        "ranks": torch.int32 if variant.terms else variant.dtype,
         **dict.fromkeys(("panels", "scratch", "list_counts"), torch.int32),
         "list_blocks": torch.int16,
         "list_tokens": shape.mask_dtype,
         **dict.fromkeys(("scale_log2", "cap_log2"), "fp32"),
         "HAS_SOFTCAP": variant.terms,
         **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt"), "i32:16"),
-        **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "num_blocks", "capacity"), "i32"),
+        **dict.fromkeys(("num_panels", "heads_kv", "slots1", "slots2", "slots3", "num_blocks", "capacity"), "i32"),
         **dict.fromkeys(("dense_len", "window"), "i32"),
         **selection_constants(shape, geometry, variant.dim, window is not None, launch),
         **POOLED.constants(shape, geometry, launch),
@@ -343,6 +346,38 @@ def test_block_selection_compiles(variant, capability, record_property):
     if variant.hot and capability == 90:
         # What only a panel's start and end need may spill.
         assert used["spilled"] <= spills_allowed("select", 64)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_importance_compiles(capability):
+    """Kernels of query-agnostic blocks, in prompts and in steps."""
+    known = {
+        **dict.fromkeys(("importance", "s1", "key_bias"), torch.float32),
+        **dict.fromkeys(("sequences", "lengths", "starts", "filled", "chosen", "blocks"), torch.int32),
+        "keys": torch.int64,
+        "SIZE": 32,
+        "KERNEL": 32,
+        "STRIDE": 16,
+        "BLOCK": 64,
+        "PADDED_SIZE": 32,
+        "PADDED": 32,
+        "BLOCKS": WINDOWS,
+        "PACKED": True,
+        "WINDOWS": WINDOWS,
+        "HAS_STARTS": True,
+        "HAS_WINDOW": True,
+        "LINES": 16,
+        "QUERY_BLOCK": 1,
+        "INIT": 1,
+        "LOCAL": 16,
+        "AWARE": 33,
+        "BUDGET": 64,
+        "WIDTH": 64,
+        "RANKED": 1024,
+    }
+    for kernel, warps in ((_importance_kernel, WARPS), (_pool_kernel, WARPS), (_fill_kernel, 4)):
+        arguments = {name: known.get(name, "i32") for name in kernel.arg_names}
+        assert compile_ahead(kernel, arguments, capability=capability, num_warps=warps, num_stages=3)["spilled"] == 0
 
 
 @dataclass(frozen=True)

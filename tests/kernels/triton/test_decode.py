@@ -10,7 +10,8 @@ import torch
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
-from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_select
+from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.decode.step import DecodeStep
 from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from tests.support.decode_support import SMALL, Cache
 from tests.support.triton_device import DEVICE, arrange
@@ -33,7 +34,7 @@ def select_and_attend(q, k, v, *rest):
     if geometry.scorer == "tokens":
         blocks = decode_select_tokens(step, IndexState.of(state))
     else:
-        blocks = decode_select(step, DecodeState(*state))
+        blocks = decode_select(step, DecodeState.of(state))
     return *decode_attend(q, k, v, blocks, rows, key_mask, **common), blocks
 
 

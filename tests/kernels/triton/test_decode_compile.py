@@ -220,6 +220,15 @@ TOKENS = replace(GEOMETRY, scorer="tokens", channels=((*range(4, 8), *range(12, 
 
 WRITTEN = {
     "pooled": (GEOMETRY, [{"k1", "k2", "parts", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}]),
+    "agnostic": (
+        replace(GEOMETRY, selected_blocks=5, agnostic_blocks=2),
+        [
+            {"s1"},
+            {"k1", "k2", "parts", "arrivals"},
+            {"keys", "arrivals", "blocks", "filled"},
+            {"keys", "blocks"},
+        ],
+    ),
     "tokens": (TOKENS, [{"ki", "parts", "best", "arrivals"}, {"keys", "arrivals", "blocks", "filled"}]),
     "int8": (
         replace(TOKENS, score_dtype="int8"),
@@ -238,7 +247,8 @@ def stepping(geometry):
 
     def step(q, k, v, lengths, starts, key_mask, *state):
         k, v = k.index_copy_(2, lengths.long() - 1, q[:, :2]), v.index_copy_(2, lengths.long() - 1, q[:, 2:4])
-        call = DecodeCall(lengths, 0.25, 64, geometry, starts, key_mask)
+        bias = k[..., 0] if geometry.agnostic_blocks else None
+        call = DecodeCall(lengths, 0.25, 64, geometry, starts, key_mask, key_bias=bias)
         return decode_attention(q, k, v, list(state), *call.arguments)
 
     return step
@@ -275,7 +285,7 @@ def test_compilers_see_kernels_that_write_the_state_in_place(padded, scored, cap
     (module,) = recorder.graphs.values()
     kernels = kernels_of(module)
     assert not [node for node in module.graph.nodes if "infllm" in str(node.target)]
-    assert len(kernels) == 4
+    assert len(kernels) == len(selection) + 2
     written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
     assert written == [*selection, {"part_out", "part_lse"}, {"out", "lse"}]
     write_in_place(module.graph)

@@ -13,7 +13,8 @@ from torch import Tensor
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
-from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_select
+from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.decode.step import DecodeStep
 from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.lowering.ops.decode import new_state
 from tests.kernels.triton.test_decode import TOKENS, _poisoned  # noqa: F401
@@ -28,9 +29,9 @@ def select_and_attend(q, k, v, *rest, key_bias=None, sinks=None, softcap=0.0):
     *state, lengths, starts, key_mask, window, scale, dense_len, geometry = rest
     rows = DecodeRows(lengths, starts)
     common = {"geometry": geometry, "scale": scale, "dense_len": dense_len, "window": window}
-    step = DecodeStep(q, k, rows, **common, key_mask=key_mask, softcap=softcap)
+    step = DecodeStep(q, k, rows, **common, key_mask=key_mask, softcap=softcap, key_bias=key_bias)
     tokens = geometry.scorer == "tokens"
-    blocks = decode_select_tokens(step, IndexState.of(state)) if tokens else decode_select(step, DecodeState(*state))
+    blocks = decode_select_tokens(step, IndexState.of(state)) if tokens else decode_select(step, DecodeState.of(state))
     terms = {"key_bias": key_bias, "sinks": sinks, "softcap": softcap}
     return decode_attend(q, k, v, blocks, rows, key_mask, **common, **terms)
 
@@ -58,9 +59,18 @@ class BiasedCache(Cache):
             self.terms["sinks"] = torch.randn(self.heads * self.group, device=self.device) + 1
         self.operator = partial(self.operator, **self.terms)
 
+    def bias_of(self, row: int) -> Tensor | None:
+        """The bias of a row's valid keys, ``[1, Hkv or 1, L]``, in float64."""
+        bias = self.terms.get("key_bias")
+        if bias is None:
+            return None
+        return bias[row % bias.shape[0]][None, :, self.start(row) : self.lengths[row]].double()
+
     def selected(self, q: Tensor, row: int) -> Tensor:
         (row_q, row_k, _), common = self._row(q, row)
         common["softcap"] = self.softcap
+        if self.geometry.agnostic_blocks:
+            common["key_bias"] = self.bias_of(row)
         if self.geometry.scorer == "pooled" or row_k.shape[2] < max(1, self.dense_len):
             return reference.select_blocks(row_q, row_k, **common)
         del common["dense_len"]
@@ -68,13 +78,11 @@ class BiasedCache(Cache):
 
     def expected(self, q: Tensor, row: int, selected: Tensor | None = None) -> tuple[Tensor, Tensor]:
         (row_q, row_k, row_v), common = self._row(q, row)
-        count, start = row_k.shape[2], self.start(row)
+        count = row_k.shape[2]
         unit = torch.eye(count, device=self.device).expand(1, self.heads, -1, -1)
         selected = self.selected(q, row) if selected is None else selected
         allowed = reference.attention(torch.zeros_like(row_q), row_k, unit, selected, **common)[0] > 0
-        key_bias, sinks = self.terms.get("key_bias"), self.terms.get("sinks")
-        if key_bias is not None:
-            key_bias = key_bias[row % key_bias.shape[0]][None, :, start : start + count].double()
+        key_bias, sinks = self.bias_of(row), self.terms.get("sinks")
         sinks = None if sinks is None else sinks.double()
         tensors = (tensor.double() for tensor in (row_q, row_k, row_v))
         return exact_attention(*tensors, allowed & self._mask(row), self.scale, key_bias, sinks, self.softcap)

@@ -13,7 +13,8 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.decode.attention import decode_attend
 from infllm_pass.kernels.triton.decode.rows import DecodeRows, DecodeState, IndexState
-from infllm_pass.kernels.triton.decode.select import DecodeStep, decode_select
+from infllm_pass.kernels.triton.decode.select import decode_select
+from infllm_pass.kernels.triton.decode.step import DecodeStep
 from infllm_pass.kernels.triton.decode.token_scores import decode_select_tokens
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
@@ -114,6 +115,37 @@ def test_gradients_flow_to_terms(length):
         torch.testing.assert_close(mine.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_query_agnostic_blocks(monkeypatch):
+    """Prompt, gradient of the bias and steps by the operators, against the oracle; compilers see their shapes."""
+    geometry = BlockGeometry(8, 4, 16, 1, 1, 6, "exact", agnostic_blocks=2)
+    q, k, v = given = tensors(203, requires_grad=True)
+    bias = torch.randn(1, 2, 203, device=DEVICE, requires_grad=True)
+    fields = {"geometry": geometry, "scale": SCALE, "key_bias": bias}
+    call = AttentionCall(dense_len=0, **fields).arguments
+    state = prefill.compress_keys(q, k, *call)
+    selection = prefill.select_blocks(q, k, state, *call)
+    torch.library.opcheck(prefill.select_blocks.default, (q, k, state, *call), test_utils=SHAPES)
+    out, _ = prefill.block_attention(*given, selection, *call)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (*given, bias)]
+    selected = reference.select_blocks(q, k, **fields)
+    assert not torch.equal(selected, reference.select_blocks(q, k, geometry=geometry.query_aware, scale=SCALE))
+    expected, _ = reference.attention(*exact[:3], selected, **fields | {"key_bias": exact[3]})
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    grad = torch.randn_like(out)
+    for mine, wanted in zip(
+        torch.autograd.grad(out, (*given, bias), grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), wanted, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: True)
+    q, k, v, bias = (x.detach() for x in (*given, bias))
+    cache = [tensor.zero_() for tensor in new_state(k, geometry)]
+    for length in (202, 203):
+        step = DecodeCall(torch.tensor([length], device=DEVICE), SCALE, 0, geometry, key_bias=bias).arguments
+        found, _ = decode_attention(q[:, :, length - 1 : length], k, v, cache, *step)
+        torch.testing.assert_close(found.double(), expected[:, :, length - 1 : length], atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(decode_attention.default, (q[:, :, -1:], k, v, cache, *step))
+
+
 @SCORERS
 def test_empty_calls_give_what_others_give(geometry):
     """The same number of tensors with the same dtypes."""
@@ -197,9 +229,8 @@ def test_a_decode_step(geometry, terms, monkeypatch):
     rows = DecodeRows(lengths, starts)
     step = DecodeStep(q, k, rows, **numbers, softcap=terms.get("softcap", 0.0))
     tokens = geometry.scorer == "tokens"
-    blocks = (
-        decode_select_tokens(step, IndexState.of(states[0])) if tokens else decode_select(step, DecodeState(*states[0]))
-    )
+    select, kept = (decode_select_tokens, IndexState) if tokens else (decode_select, DecodeState)
+    blocks = select(step, kept.of(states[0]))
     expected = decode_attend(q, k, v, blocks, rows, None, **numbers, **terms)
     given = (q, k, v, states[1], *DecodeCall(lengths, SCALE, 80, geometry, starts, **terms).arguments)
     results = decode_attention(*given)

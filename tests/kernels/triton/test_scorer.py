@@ -39,6 +39,7 @@ def _select_mean_kernel(
     stride_qh,
     stride_qt,
     scale_log2,
+    cap_log2,
     num_panels,
     heads_kv,
     slots,
@@ -63,7 +64,9 @@ def _select_mean_kernel(
     CANDIDATES: tl.constexpr,
     FETCHED: tl.constexpr,
     LISTED: tl.constexpr,
+    FILL: tl.constexpr,
     STEP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -101,7 +104,7 @@ def _select_mean_kernel(
         list_panel(
             slots_at, dense_at, keys_at, marks_at, num_blocks, list_blocks, list_tokens, list_counts, capacity,
             panel, head, heads_kv, begin, end, position, length, window, scored, low, high,
-            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED,
+            T, PANEL, QUERY_BLOCK, BLOCK, INIT, LOCAL, BUDGET, HAS_WINDOW, RG, PEAKS, CANDIDATES, FETCHED, LISTED, FILL,
         )  # fmt: skip
         tl.debug_barrier()
 

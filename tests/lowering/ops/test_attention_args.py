@@ -106,6 +106,7 @@ GEOMETRIES = [
     GEOMETRY,
     replace(GEOMETRY, init_blocks=0),
     replace(GEOMETRY, lse="coarse"),
+    replace(GEOMETRY, agnostic_blocks=2),
     TOKENS,
     replace(TOKENS, channels=((0,), (7,))),
     replace(TOKENS, channels=(tuple(range(16)), (0, 2, *range(4, 18))), score_dtype="int8"),
@@ -113,7 +114,8 @@ GEOMETRIES = [
 
 
 def test_a_geometry_has_one_text():
-    assert BlockGeometry().format() == "l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1,score=pooled,ch=,idx=key"
+    text = "l=32,s=16,b=64,init=1,local=32,sel=96,lse=coarse,qb=1,score=pooled,ch=,idx=key,agn=0"
+    assert BlockGeometry().format() == text
     assert len({geometry.format() for geometry in GEOMETRIES}) == len(GEOMETRIES)
     for geometry in GEOMETRIES:
         assert BlockGeometry.parse(geometry.format()) == geometry
@@ -146,7 +148,7 @@ def test_numbers_of_a_call_are_in_the_order_of_its_struct():
     sizes = [("batch", "heads_q", "length_q", "dim"), ("_", "heads", "length_k", "_"), ("_", "_", "_", "dim_v")]
     strides = [tuple(f"stride_{name}{place}" for place in range(4)) for name in "qkv"]
     fixed = {name: name for name in native.fixed_numbers(None, 0, BlockGeometry())}
-    words = {"lse", "scorer", "channels", "score_dtype"}
+    words = {"lse", "scorer", "channels", "score_dtype", "agnostic_blocks"}
     index = {"index_dims", "index_kind"}
     assert set(fixed) == {*vars(BlockGeometry()), "window", "dense_len", "exact", *index} - words
     numbers = native.call_numbers(*sizes, *strides, "offset", fixed)
