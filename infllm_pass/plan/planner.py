@@ -174,11 +174,7 @@ def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:
     if isinstance(proof, SitePlan):
         return proof
     plan = _check_proof(site, proof, interpreter)
-    if plan.mask is not None:
-        plan = _with_inputs(plan, site, interpreter)
-    if proof.key_terms.bias and not plan.switchable:  # the first thing to change
-        return SitePlan(site, Reason.ADDITIVE_BIAS, proof.key_terms.bias[0].described)
-    return plan
+    return plan if plan.mask is None else _with_inputs(plan, site, interpreter)
 
 
 def _check_proof(site: AttentionSite, proof: MaskPredicate, interpreter: Interpreter) -> SitePlan:

@@ -338,6 +338,7 @@ def test_long_texts_with_large_vocabularies_are_scored_in_runs():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scorer", ["pooled", "tokens"])
 def test_a_gpu_gives_the_figures_of_dense_where_the_budget_covers(tokenizer, scorer):
     model = byte_llama(hidden_size=256).cuda().bfloat16()
