@@ -7,6 +7,7 @@ for each side of the length switch, an exported program holds both: its operator
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -147,6 +148,7 @@ def export_with_report(
     report = Report([found])
     if not report.switchable and not _calls_operators(module):
         raise NoAttentionSiteError(f"nothing to export: no attention site is switchable\n{report}")
+    _unpack_lists(module.graph)
     return _with_module(program, module), report
 
 
@@ -198,6 +200,23 @@ def _held_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
 def _calls_operators(module: fx.GraphModule) -> bool:
     """Whether the model itself calls switchable attention."""
     return any(getattr(node.target, "namespace", "") == "infllm" for node in module.graph.nodes)
+
+
+def _unpack_lists(graph: fx.Graph) -> None:
+    """Hand on the tensors of a list one by one: ``torch.export.save`` takes no program that hands on a list whole."""
+    for node in graph.nodes:
+        whole = [user for user in node.users if user.target is not operator.getitem and user.op != "output"]
+        if not whole or not isinstance(node.meta.get("val"), list):
+            continue
+        parts = []
+        with graph.inserting_after(node):
+            for number, value in reversed(list(enumerate(node.meta["val"]))):  # each is put right behind the node
+                part = graph.call_function(operator.getitem, (node, number))
+                part.meta["val"] = value
+                parts.insert(0, part)
+        for user in whole:
+            user.args = fx.map_arg(user.args, lambda arg, node=node, parts=parts: parts if arg is node else arg)
+            user.kwargs = fx.map_arg(user.kwargs, lambda arg, node=node, parts=parts: parts if arg is node else arg)
 
 
 def _with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:

@@ -81,6 +81,16 @@ def test_a_package_decodes_as_pytorch_does_across_dense_len(example, step, progr
         assert torch.equal(cache[2], expected[2])
 
 
+def test_a_saved_program_computes_the_same(example, step, program, tmp_path):
+    torch.export.save(program, tmp_path / "step.pt2")
+    loaded = torch.export.load(tmp_path / "step.pt2")
+    inputs = (tokens(100, 2), *example.empty_cache(step.model.config, 2, CAPACITY))
+    with torch.no_grad():
+        outputs = [torch.utils._pytree.tree_leaves(each.module()(*inputs)) for each in (loaded, program)]
+    assert len(outputs[0]) == len(outputs[1]) > 1
+    assert all(map(torch.equal, *outputs))
+
+
 @pytest.fixture(scope="module")
 def stateful():
     """A Llama that transformers exported: its static cache is buffers, which the program writes to."""
