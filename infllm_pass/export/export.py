@@ -208,15 +208,14 @@ def _unpack_lists(graph: fx.Graph) -> None:
         whole = [user for user in node.users if user.target is not operator.getitem and user.op != "output"]
         if not whole or not isinstance(node.meta.get("val"), list):
             continue
-        parts = []
+        parts: list[fx.Node] = []
         with graph.inserting_after(node):
             for number, value in reversed(list(enumerate(node.meta["val"]))):  # each is put right behind the node
                 part = graph.call_function(operator.getitem, (node, number))
                 part.meta["val"] = value
                 parts.insert(0, part)
         for user in whole:
-            user.args = fx.map_arg(user.args, lambda arg, node=node, parts=parts: parts if arg is node else arg)
-            user.kwargs = fx.map_arg(user.kwargs, lambda arg, node=node, parts=parts: parts if arg is node else arg)
+            user.args = tuple(parts if arg is node else arg for arg in user.args)
 
 
 def _with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:

@@ -35,7 +35,7 @@ from infllm_pass.masks.normal_form import (
 )
 from infllm_pass.masks.rules.scans import Scan
 from infllm_pass.masks.steps import plain_names, tell_part, tell_proof, tell_terms
-from infllm_pass.masks.terms import first_unknown, visible
+from infllm_pass.masks.terms import first_unknown, summands, visible
 
 _MOST_ATOMS = 6
 """Tests in a disjunction up to which it is rewritten as a conjunction; more would grow it exponentially."""
@@ -61,8 +61,19 @@ def prove_terms(
     Returns:
         The normal form, or the reason why there is none.
     """
+    proof, refused = _prove(interpreter, terms, one_query)
+    while refused is not None and (parts := summands(interpreter, refused)):
+        terms = [each for term in terms for each in (parts if term is refused else [term])]
+        proof, refused = _prove(interpreter, terms, one_query)
+    return proof
+
+
+def _prove(
+    interpreter: Interpreter, terms: Sequence[MaskTerm], one_query: bool
+) -> tuple[MaskPredicate | UnprovenMask, MaskTerm | None]:
+    """`prove_terms`, of terms as they are, and the term that was not read."""
     values: list[sympy.Basic] = []
-    unread: list[tuple[AddedToKeys, UnprovenMask]] = []
+    unread: list[tuple[MaskTerm, AddedToKeys, UnprovenMask]] = []
     for term in terms:
         value = visible(interpreter, term)
         if not isinstance(value, UnprovenMask):
@@ -72,9 +83,9 @@ def prove_terms(
         added = added_to_keys(interpreter, term) if term.role is MaskRole.ADDED else None
         if added is None:
             tell_proof(refused)
-            return refused
+            return refused, term
         values.append(added.visible)
-        unread.append((added, refused))
+        unread.append((term, added, refused))
     value = sympy.And(*values)
     key = (value.xreplace({QUERY: sympy.Integer(0)}) if one_query else value, one_query)
     known = key in interpreter.proofs
@@ -87,17 +98,17 @@ def prove_terms(
     proof: MaskPredicate | UnprovenMask = interpreter.proofs[key]
     tell_proof(proof, known)
     if not unread:
-        return proof
+        return proof, None
     if isinstance(proof, UnprovenMask):
-        return unread[0][1]
+        return unread[0][2], unread[0][0]
     biases: list[KeyBias] = []
-    for added, refused in unread:
+    for term, added, refused in unread:
         bias = key_bias(added, proof.causal_offset, refused.described)
         if bias is None:
             tell_proof(refused)
-            return refused
+            return refused, term
         biases.append(bias)
-    return replace(proof, key_terms=KeyTerms(proof.key_terms.mask, tuple(biases)))
+    return replace(proof, key_terms=KeyTerms(proof.key_terms.mask, tuple(biases))), None
 
 
 @dataclass

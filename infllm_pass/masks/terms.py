@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -12,6 +12,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from infllm_pass.graph.facts import axis, hidden_axis
+from infllm_pass.graph.op_table import Kind, read
 from infllm_pass.masks.cases import as_number, negation, pairs
 from infllm_pass.masks.interpreter import Interpreter, Overwritten, Unknown
 from infllm_pass.masks.normal_form import (
@@ -124,6 +125,19 @@ def _where_nothing_is_hidden(
                 term.node, f"{added:g} is added to the scores, which hides nothing for certain: use -inf"
             )
     return sympy.Or(*kept)
+
+
+def summands(interpreter: Interpreter, term: MaskTerm) -> list[MaskTerm]:
+    """The two terms that an added tensor is the sum or difference of, as a mask with a bias; none if it is neither."""
+    call = read(term.node) if term.role is MaskRole.ADDED and term.index is None and term.body is None else None
+    if call is None or call.kind not in (Kind.ADD, Kind.SUB) or set(call.args) != {"input", "other"}:
+        return []
+    first, second = call.args["input"], call.args["other"]
+    examples = [interpreter.facts.example(each) if isinstance(each, fx.Node) else None for each in (first, second)]
+    if not all(isinstance(each, torch.Tensor) and each.dtype.is_floating_point for each in examples):
+        return []
+    sign = -1.0 if call.kind is Kind.SUB else 1.0
+    return [replace(term, node=first), replace(term, node=second, factor=sign * term.factor)]
 
 
 def hides(number: sympy.Expr, dtype: torch.dtype) -> bool:

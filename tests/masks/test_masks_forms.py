@@ -9,6 +9,7 @@ from torch import nn
 from infllm_pass.graph.subgraphs import all_graphs
 from infllm_pass.masks import MaskPredicate, UnprovenMask, prove_terms
 from infllm_pass.masks.interpreter import Interpreter
+from infllm_pass.masks.normal_form import BATCH, KEY
 from infllm_pass.sites import find_sites
 from tests.support.mask_support import captured, check_proof, mask_of, node_values, prove_output
 
@@ -259,8 +260,8 @@ NEAR_MISSES = {
         lambda p: (p[:, None, :, None] + p[:, None, None, :]).float(),
         "its numbers are added to the scores",
     ),
-    "data times the lowest number": (
-        lambda p: (1.0 - p[:, None, None, :].float()) * MIN + torch.where(causal(p.shape[1]), 0.0, MIN),
+    "data of queries times the lowest number": (
+        lambda p: (1.0 - p[:, None, :, None].float()) * MIN + torch.where(causal(p.shape[1]), 0.0, MIN),
         "make the data bool first",
     ),
     "a number that hides too little": (
@@ -332,6 +333,20 @@ def test_near_misses_stay_unproven_and_say_why(form, dynamic):
     proof, _ = prove_output(module)
     assert isinstance(proof, UnprovenMask), proof
     assert words in proof.why
+
+
+def test_data_times_the_lowest_number_is_a_bias_of_keys():
+    """It hides keys where the data is 0, which no proof can know of numbers."""
+
+    def build(p):
+        return (1.0 - p[:, None, None, :].float()) * MIN + torch.where(causal(p.shape[1]), 0.0, MIN)
+
+    module, _inputs = captured(build, POSITIONS)
+    proof, _ = prove_output(module)
+    assert isinstance(proof, MaskPredicate)
+    (bias,) = proof.key_terms.bias
+    assert bias.index == (BATCH, 0, 0, KEY)
+    assert proof.causal_offset == 0
 
 
 def test_a_limit_for_each_row_keeps_its_offsets():

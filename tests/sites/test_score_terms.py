@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import infllm_pass
 from infllm_pass.kernels import reference
@@ -65,6 +66,20 @@ def less_maximum(scores):
 def of_keys(add):
     """Attention with numbers added to its scores."""
     return lambda q, k, v, s: weighted(q, masked(scores_of(q, k) * SCALE + add(q, s)), v)
+
+
+def in_mask(make):
+    """Fused attention with numbers in its mask."""
+
+    def attend(q, k, v, s):
+        mask = make(q, torch.zeros(L, L, dtype=q.dtype).masked_fill(hidden(L), INF), s)
+        return F.scaled_dot_product_attention(q, grouped(q, k), grouped(q, v), mask)
+
+    return attend
+
+
+def distance():
+    return torch.arange(L)[None] - torch.arange(L)[:, None]
 
 
 def in_place(scores):
@@ -136,6 +151,19 @@ TAKEN = {
         ("key_bias",),
     ),
     "bias of rows, keys and heads, merged": (merged_bias, ("key_bias",)),
+    "mask with a bias": (in_mask(lambda q, m, s: m + q[0, 0, :, 0].detach().exp()), ("key_bias",)),
+    "bias with a mask of least numbers": (
+        in_mask(lambda q, m, s: s[1].cos() * POSITION.sin() + m.masked_fill(hidden(L), -1e30)),
+        ("key_bias",),
+    ),
+    "mask less a bias, and a bias": (
+        in_mask(lambda q, m, s: m - POSITION.to(q.dtype).sin() + q[0, 0, :, 0].detach().exp()),
+        ("key_bias",),
+    ),
+    "mask with slopes": (
+        in_mask(lambda q, m, s: m - 0.125 * distance().abs()),
+        ("key_bias",),
+    ),
     "cap, bias and column": (
         with_column(joined, mask=lambda x: masked(torch.tanh(x / 3) * 3 + POSITION.double().sin() * 2)),
         ("key_bias", "sinks", "softcap"),
@@ -160,10 +188,6 @@ SLOPED_LOOKALIKES = {
     "half the key": lambda: torch.arange(L)[None] // 2 - torch.arange(L)[:, None],
     "narrow": lambda: (torch.arange(L)[None] - torch.arange(L)[:, None]).bfloat16().double(),
 }
-
-
-def distance():
-    return torch.arange(L)[None] - torch.arange(L)[:, None]
 
 
 def numbers_of_heads(q):
@@ -392,6 +416,9 @@ LOOKALIKES = {
         with_column(lambda x, s, q: torch.cat([x, x[:, :, :1]], 2), lambda p: p[:, :, :-1]),
         None,
     ),
+    "mask with a bias of queries": (in_mask(lambda q, m, s: m + q[0, 0, :, :1].exp()), "ADDITIVE_BIAS"),
+    "mask with a mask that hides half": (in_mask(lambda q, m, s: m + m.clamp(min=-3.0)), "ADDITIVE_BIAS"),
+    "a bias less a mask": (in_mask(lambda q, m, s: q[0, 0, :, 0].exp() - m.clamp(min=-3.0)), "ADDITIVE_BIAS"),
     "bias of queries": (of_keys(lambda q, s: q[0, 0, :, :1].exp()), "ADDITIVE_BIAS"),
     "bias of queries and keys": (of_keys(lambda q, s: (q[0, 0, :, :1] * POSITION).sin()), "ADDITIVE_BIAS"),
     "bias that differs in one head": (
