@@ -100,7 +100,8 @@ def _prove(
     if not unread:
         return proof, None
     if isinstance(proof, UnprovenMask):
-        return unread[0][2], unread[0][0]
+        others = ((refused, term) for term, added, refused in unread if key_bias(added, None, "") is None)
+        return next(others, (proof, None))
     biases: list[KeyBias] = []
     for term, added, refused in unread:
         bias = key_bias(added, proof.causal_offset, refused.described)

@@ -419,6 +419,16 @@ LOOKALIKES = {
     "mask with a bias of queries": (in_mask(lambda q, m, s: m + q[0, 0, :, :1].exp()), "ADDITIVE_BIAS"),
     "mask with a mask that hides half": (in_mask(lambda q, m, s: m + m.clamp(min=-3.0)), "ADDITIVE_BIAS"),
     "a bias less a mask": (in_mask(lambda q, m, s: q[0, 0, :, 0].exp() - m.clamp(min=-3.0)), "ADDITIVE_BIAS"),
+    "bias of keys beside a mask of data": (
+        lambda q, k, v, s: weighted(
+            q,
+            (scores_of(q, k) * SCALE + q[0, 0, :, 0].detach().exp()).masked_fill(
+                hidden(L) | (q[0, 0, :, :1] > q[0, 0, :, 0] + 1), INF
+            ),
+            v,
+        ),
+        "UNPROVEN_MASK",
+    ),
     "bias of queries": (of_keys(lambda q, s: q[0, 0, :, :1].exp()), "ADDITIVE_BIAS"),
     "bias of queries and keys": (of_keys(lambda q, s: (q[0, 0, :, :1] * POSITION).sin()), "ADDITIVE_BIAS"),
     "bias that differs in one head": (
