@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import inspect
 import json
 import logging as stdlib_logging
 import shutil
@@ -248,6 +249,22 @@ def refused_exports():
 
     with pytest.raises((shapes.ConstraintViolationError, dynamo.UserError)):
         torch.export.export(Fixed(), (torch.ones(4),), dynamic_shapes=({0: torch.export.Dim("n", max=9)},))
+
+
+@checks("dynamo.RestartAnalysis")
+def traced_once_more():
+    graphs = []
+    raised = torch._dynamo.exc.TensorifyScalarRestartAnalysis
+    assert issubclass(raised, dynamo.RestartAnalysis)
+
+    def backend(module, _example):
+        graphs.append(module)
+        if len(graphs) == 1:
+            raise raised
+        return module.forward
+
+    assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).sum() == 4
+    assert len(graphs) == 2
 
 
 # fx
@@ -664,15 +681,16 @@ def kernel_readers():
     assert len(getattr(module, names[0]).__code__.co_varnames) >= 3
 
 
-@checks("inductor_ir.ir", "inductor_ir.register_lowering", "inductor_ir.DTYPE_TO_CPP")
+@checks("inductor_ir.ir", "inductor_ir.register_lowering", "inductor_ir.DTYPE_TO_CPP", "inductor_ir.to_dtype")
 def classes_of_inductor():
-    from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering
+    from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering, to_dtype
     from infllm_pass.lowering.inductor import cpp_extern
 
     assert DTYPE_TO_CPP[torch.float32] == "float"
     for name in ("ExternKernel", "ExternKernelOut", "FixedLayout", "TensorBox", "IRNode"):
         assert isinstance(getattr(ir, name), type)
     assert callable(register_lowering)
+    assert list(inspect.signature(to_dtype).parameters)[:2] == ["x", "dtype"]
     assert issubclass(cpp_extern.SwitchableAttention, ir.ExternKernelOut)
 
 

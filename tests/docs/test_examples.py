@@ -70,6 +70,7 @@ def names(monkeypatch, tmp_path):
         "inputs": {"input_ids": tokens(140), "attention_mask": torch.ones(1, 140, dtype=torch.long)},
         **dict(zip("qkv", (q, k, v), strict=True)),
         **dict(zip(("packed_q", "packed_k", "packed_v"), packed, strict=True)),
+        "importance": torch.randn(1, 2, 300),
         "cu_seqlens": torch.tensor([0, 100, 300], dtype=torch.int32),
         "config": infllm_pass.SparseAttentionConfig(window_size=64, topk=4, dense_len=128),
     }

@@ -25,6 +25,7 @@ from infllm_pass.errors import (
     UncountedCacheWarning,
 )
 from infllm_pass.frontend import api
+from infllm_pass.lowering.ops.attention_args import SIGNATURES
 from infllm_pass.plan.length_guard import Branch
 from infllm_pass.reasons import Reason
 from infllm_pass.rewrite.pipeline import run_on_export, run_pass
@@ -180,8 +181,8 @@ def test_offsets_are_made_once_for_all_sites_before_the_position_is_written():
     assert [site.decision for site in report.sites] == ["switchable"] * 2
     assert count_calls(module, SDPA) == 0
     calls = [node for node in module.graph.nodes if node.target is torch.ops.infllm.block_attention.default]
-    assert len({node.args[5] for node in calls}) == 1
-    assert calls[0].args[5] < next(node for node in module.graph.nodes if node.target == "add_")
+    (offsets,) = {SIGNATURES["block_attention"].named(node)["offsets"] for node in calls}
+    assert offsets < next(node for node in module.graph.nodes if node.target == "add_")
 
 
 def test_exported_graphs_take_the_same_offsets():
