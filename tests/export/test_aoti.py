@@ -136,8 +136,15 @@ class Gated(nn.Module):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("config", [SMALL, replace(TOKENS, score_dtype="fp8")], ids=["pooled", "tokens"])
+@pytest.mark.parametrize(
+    ("config", "dtype", "limit"),
+    [
+        (SMALL, torch.float32, 1e-5),
+        (replace(TOKENS, score_dtype="fp8"), torch.bfloat16, 2e-2),
+        (SMALL, torch.float64, 1e-12),
+    ],
+    ids=["pooled", "tokens", "pooled in float64"],
+)
 def test_all_sites_call_one_kernel(tmp_path, dtype, limit, config):
     model, path = Gated().eval(), tmp_path / "model.pt2"
     shapes = {"x": DYNAMIC, "valid": DYNAMIC}

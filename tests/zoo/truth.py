@@ -16,7 +16,7 @@ class Cause(Enum):
         ("ADDITIVE_BIAS", "UNPROVEN_MASK", "RETURNED_WEIGHTS"),
     )
     CHUNKS = "it attends within chunks of fixed length", ("UNPROVEN_MASK",)
-    DYNAMIC_MASK = "it keeps the keys of the largest weights that each query sees", ("ADDITIVE_BIAS",)
+    DYNAMIC_MASK = "it keeps the keys of the largest weights that each query sees", ("UNPROVEN_MASK",)
     HEADS_OF_512 = "its heads of global attention have 512 features", ("HEAD_DIM",)
     INDEXER = (
         "it attends to keys that an indexer of its own picks for each query",
