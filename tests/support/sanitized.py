@@ -36,7 +36,7 @@ DENSE_LEN = 600
 
 @dataclass(frozen=True)
 class Case:
-    """Heads and sizes of a call; level: queries are zero, so that all scores are equal."""
+    """Heads and sizes of a call; level: queries are zero, so that all scores are equal; terms: a cap, a bias, sinks."""
 
     heads_q: int
     heads_kv: int
@@ -45,6 +45,18 @@ class Case:
     config: SparseAttentionConfig = field(default=CONFIG)
     gathered: bool = False
     level: bool = False
+    terms: bool = False
+
+    def score_terms(self) -> dict[str, Any]:
+        """Arguments of the terms; those with gradients are leaves."""
+        if not self.terms:
+            return {}
+        bias = torch.randn(1, self.heads_kv, self.length, device="cuda", requires_grad=True)
+        return {
+            "key_bias": bias,
+            "sinks": torch.randn(self.heads_q, device="cuda", requires_grad=True),
+            "softcap": 20.0,
+        }
 
 
 CASES = {
@@ -57,6 +69,10 @@ CASES = {
     "G=16, tokens, shared by 64": Case(16, 1, 128, config=replace(TOKENS, query_block=64)),
     "G=3, D=80, int8": Case(3, 1, 80, config=replace(TOKENS, score_dtype="int8")),
     "G=1, float8, shared by 16": Case(4, 4, 32, config=replace(TOKENS, score_dtype="fp8", query_block=16)),
+    "G=4, terms": Case(8, 2, 64, terms=True),
+    "G=3, D=80, terms, gathered": Case(3, 1, 80, terms=True, gathered=True),
+    "G=4, terms, tokens": Case(8, 2, 64, config=TOKENS, terms=True),
+    "G=4, terms, agnostic": Case(8, 2, 64, config=replace(CONFIG, agnostic_topk=2), terms=True),
     # Every block competes: more than a row's pieces in registers hold, so that ranking reads them from memory.
     "G=2, equal scores": Case(4, 2, 32, length=3001, config=FINE, level=True),
 }
@@ -90,13 +106,14 @@ def run(name: str, case: Case) -> bool:
     )
     if case.level:
         q.zero_()
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    inputs, terms = [x.requires_grad_() for x in (q, k, v)], case.score_terms()
+    leaves = [*inputs, *(x for x in terms.values() if isinstance(x, torch.Tensor))]
     key_mask = torch.ones(1, case.length, dtype=torch.bool, device="cuda")
     key_mask[:, :5] = False
     key_mask[:, 300:310] = False
     well = True
     for call in ({}, {"key_mask": key_mask}, {"window": 500}):
-        out = switchable_attention(*leaves, case.config, **call)
+        out = switchable_attention(*inputs, case.config, **call, **terms)
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
         torch.cuda.synchronize()
         finite = all(bool(x.isfinite().all()) for x in (out, *grads))
@@ -126,7 +143,7 @@ def decode(name: str, case: Case) -> bool:
     """Steps over a cache whose rows lie on both sides of ``DENSE_LEN``; whether all results are finite."""
     torch.manual_seed(0)
     k, v = (torch.randn(2, case.heads_kv, case.length, case.dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    geometry = GEOMETRY
+    geometry = replace(GEOMETRY, agnostic_blocks=case.config.agnostic_topk)
     if case.config.scorer == "tokens":
         channels = tuple(tuple(range(head % 2, case.dim, 2)) for head in range(case.heads_kv))  # a table of sets
         scored = {"scorer": "tokens", "channels": channels, "score_dtype": case.config.score_dtype}
@@ -135,11 +152,12 @@ def decode(name: str, case: Case) -> bool:
     lengths = torch.tensor([case.length - 8, DENSE_LEN - 8], device="cuda")
     starts = torch.tensor([3, 0], device="cuda")
     key_mask = torch.rand(2, case.length, device="cuda") < 0.9
+    terms = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in case.score_terms().items()}
     well = True
     for count, others in ((1, (None, None, None)), (5, (starts, key_mask, None)), (1, (starts, None, 500))):
         lengths += count
         q = torch.randn(2, case.heads_q, count, case.dim, device="cuda", dtype=torch.bfloat16)
-        call = DecodeCall(lengths, case.dim**-0.5, DENSE_LEN, geometry, *others)
+        call = DecodeCall(lengths, case.dim**-0.5, DENSE_LEN, geometry, *others, **terms)
         out, _ = decode_attention(q, k, v, state, *call.arguments)
         torch.cuda.synchronize()
         finite = bool(out.isfinite().all())
