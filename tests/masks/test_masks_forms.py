@@ -269,10 +269,10 @@ NEAR_MISSES = {
         "hides nothing for certain",
     ),
     "a number that is not 0": (lambda p: torch.where(causal(p.shape[1]), 1.0, float("-inf")), "hides nothing"),
-    "linear biases": (
+    "roots of distances": (
         lambda p: (
             torch.where(causal(p.shape[1]), 0.0, MIN)
-            - (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs().float()
+            - (torch.arange(p.shape[1])[:, None] - torch.arange(p.shape[1])).abs().float().sqrt()
         ),
         "its numbers are added to the scores",
     ),

@@ -393,8 +393,8 @@ def test_other_numbers_are_no_bias_of_keys(numbers):
     assert calls == []
 
 
-def test_the_first_obstacle_beside_a_bias_is_the_bias():
-    """A scale that is data would be another one."""
+def test_what_keeps_a_site_dense_beside_a_bias_is_told():
+    """Queries see one key too many; a bias alone would not be in the way."""
 
     def attend(q, k, v, b, scale):
         index = torch.arange(k.shape[2])
@@ -403,4 +403,4 @@ def test_the_first_obstacle_beside_a_bias_is_the_bias():
     q, k, v = qkv()
     module = capture(attend, q, k, v, torch.randn(100, dtype=torch.float64), torch.tensor(0.3))
     (row,) = run_pass(module, SitePolicy(SMALL, targets=(Counted(bias=True), *DEFAULT_TARGETS))).sites
-    assert row.reason == "ADDITIVE_BIAS"
+    assert row.reason == "PARTIAL_KEYS"
