@@ -165,16 +165,13 @@ def test_a_folder_keeps_its_weights(folder):
 
 @pytest.mark.checkpoint
 def test_the_public_checkpoint_finds_numbers_dense_and_with_a_budget_that_covers():
-    settings = TaskSettings(lengths=(448,), tasks=("perplexity", "needle_single"), depths=(0.2, 0.7))
+    settings = TaskSettings(lengths=(448,), tasks=("needle_single",), depths=(0.2, 0.7))
     config = {"window_size": 64, "topk": 8, "dense_len": 0}
     found = infllm_pass.evaluate(load_model(), load_tokenizer(), config, settings=settings, prefix=())
     dense, sparse = found.tasks
     assert (dense.exact, sparse.exact) == (1.0, 1.0)
     assert dense.nll < 0.2
     assert sparse.nll == pytest.approx(dense.nll, abs=1e-4)
-    plain, covering = [row.perplexity for row in found.perplexity if row.text == "all"]
-    assert covering == pytest.approx(plain, rel=1e-4)
-    assert 3 < plain < 60
 
 
 @pytest.mark.checkpoint
