@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .geometry import BlockGeometry
 
 LEAST_BIAS = -1e29
 """A key with a bias below this one, such as ``-inf``, is hidden as by a mask."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums run in: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from .geometry import COARSE_FACTOR, BlockGeometry, ScoreDtype
+from .params import compute_dtype
 
 INDEX_DTYPES: dict[ScoreDtype, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """What index keys of 8 bits are stored in; "key" stands for k's dtype."""
@@ -54,8 +55,7 @@ class PooledScorer:
         slots = [torch.sym_max(1, (capacity - factor * size) // (factor * stride) + 1) for factor in (1, COARSE_FACTOR)]
         kept = [StateTensor(name, (count, head_dim), dtype) for name, count in zip(("k1", "k2"), slots, strict=True)]
         if geometry.agnostic_blocks:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            kept.append(StateTensor("s1", (slots[0],), wide))
+            kept.append(StateTensor("s1", (slots[0],), compute_dtype(dtype)))
         return kept
 
 

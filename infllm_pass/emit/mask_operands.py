@@ -15,6 +15,7 @@ from infllm_pass.graph.facts import example_of, same, size, storage
 from infllm_pass.graph.op_table import read_update
 from infllm_pass.graph.regions import Regions, carry
 from infllm_pass.graph.subgraphs import input_name
+from infllm_pass.kernels.params import compute_dtype
 from infllm_pass.lowering.ops.positions import CHECKED_POSITIONS
 from infllm_pass.masks import (
     BATCH,
@@ -40,11 +41,6 @@ MASK_ARGUMENTS = ("key_mask", "offsets", "cu_seqlens_q", "cu_seqlens_k", "offset
 
 ROW_ARGUMENTS = ("lengths", "starts", "key_mask", "window")
 """What `MaskOperands.rows` makes, in order."""
-
-
-def wide_dtype(site: AttentionSite) -> torch.dtype:
-    """The dtype that a site's scores are summed in."""
-    return torch.float64 if site.dtype == torch.float64 else torch.float32
 
 
 def _extent(counted: sympy.Expr, site: AttentionSite) -> sympy.Expr:
@@ -250,7 +246,7 @@ class MaskOperands:
                 if symbol not in own:
                     node = self._call(site, "unsqueeze", node, dim)
             if bias.by_position:
-                node = self._call(site, "to", node, wide_dtype(site))
+                node = self._call(site, "to", node, compute_dtype(site.dtype))
             node = node if bias.factor == 1.0 else self._call(site, operator.mul, node, bias.factor)
             found.append(self._by_position(node, site) if bias.by_position else node)
         return found
@@ -260,7 +256,7 @@ class MaskOperands:
         if bias.computed is not None:
             return self._of_heads(bias.computed, site)
         if bias.leaf is None:
-            return self._call(site, torch.ones, [], dtype=wide_dtype(site), device=site.key.example.device)
+            return self._call(site, torch.ones, [], dtype=compute_dtype(site.dtype), device=site.key.example.device)
         node = self._local(bias.leaf, site)
         for dim in reversed(range(len(bias.index))):
             at = bias.index[dim]
@@ -304,7 +300,7 @@ class MaskOperands:
         sinks, heads = site.sinks, int(site.query_heads)
         if sinks is None:
             return None
-        dtype = wide_dtype(site)
+        dtype = compute_dtype(site.dtype)
         if sinks.node is None:
             return self._call(site, torch.full, [heads], sinks.factor, dtype=dtype, device=site.key.example.device)
         node = self._emitter.current(sinks.node)

@@ -208,12 +208,10 @@ def _unpack_lists(graph: fx.Graph) -> None:
         whole = [user for user in node.users if user.target is not operator.getitem and user.op != "output"]
         if not whole or not isinstance(node.meta.get("val"), list):
             continue
-        parts: list[fx.Node] = []
-        with graph.inserting_after(node):
-            for number, value in reversed(list(enumerate(node.meta["val"]))):  # each is put right behind the node
-                part = graph.call_function(operator.getitem, (node, number))
-                part.meta["val"] = value
-                parts.insert(0, part)
+        with graph.inserting_before(node.next):
+            parts = [graph.call_function(operator.getitem, (node, at)) for at in range(len(node.meta["val"]))]
+        for part, value in zip(parts, node.meta["val"], strict=True):
+            part.meta["val"] = value
         for user in whole:
             user.args = tuple(parts if arg is node else arg for arg in user.args)
 

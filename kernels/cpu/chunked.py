@@ -18,17 +18,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
-from ..params import LEAST_BIAS
+from ..params import LEAST_BIAS, compute_dtype
 from .sequences import AttentionParams
 from .tokens import HIDDEN, LOG2E, cap_scores, cap_slopes, token_block_scores
 
 CHUNK_LOGITS = 2**21
 """Logits of a chunk of queries: 8 MB in float32. A quarter and four times as many are slower at 4k tokens."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums run in: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pool_keys(k: Tensor, size: int, stride: int) -> Tensor:

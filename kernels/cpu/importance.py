@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..geometry import BlockGeometry
-from ..params import LEAST_BIAS
+from ..params import LEAST_BIAS, compute_dtype
 
 CHUNK_RANKS = 2**21
 """Ranks of a chunk of queries: 8 MB in float32."""
@@ -23,7 +23,7 @@ def window_importance(key_bias: Tensor, geometry: BlockGeometry) -> Tensor:
     A window with a hidden key, one whose bias is below `LEAST_BIAS`, is ``-inf``.
     """
     size = geometry.kernel_size
-    wide = key_bias.to(torch.float64 if key_bias.dtype == torch.float64 else torch.float32)
+    wide = key_bias.to(compute_dtype(key_bias.dtype))
     if wide.shape[-1] < size:
         return wide[..., :0]
     return wide.masked_fill(wide < LEAST_BIAS, -torch.inf).unfold(-1, size, geometry.kernel_stride).mean(-1)

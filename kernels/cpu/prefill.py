@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..geometry import COARSE_FACTOR, BlockGeometry
-from ..params import PrefillParams
+from ..params import PrefillParams, compute_dtype
 from ..scorer import StateTensor, scorer_of
 from . import chunked, native
-from .chunked import compute_dtype
 from .importance import block_importance, fill_blocks, window_importance
 from .native import adjacent
 from .sequences import AttentionParams, Sequence, sequences

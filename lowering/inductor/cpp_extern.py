@@ -13,6 +13,7 @@ import torch
 
 from infllm_pass.compat.inductor_ir import DTYPE_TO_CPP, ir, register_lowering, to_dtype
 from infllm_pass.kernels.cpu.native import call_numbers, channel_numbers, fixed_numbers, header
+from infllm_pass.kernels.params import compute_dtype
 
 from ..export import fused_op
 from ..ops.attention_args import FUSED, SCORE_TERMS, AttentionCall
@@ -108,7 +109,7 @@ def _lower(*arguments: Any) -> ir.TensorBox:
     offset: Any = call.offset
     if offset is None:
         offset = k.get_size()[2] - q.get_size()[2] if call.offsets is None else 0
-    wide = torch.float64 if q.get_dtype() == torch.float64 else torch.float32
+    wide = compute_dtype(q.get_dtype())
     given = {}
     for name in OPTIONAL:
         x: Any = getattr(call, name)
@@ -143,7 +144,7 @@ def kernel_name(wrapper: Any, dtype: torch.dtype, index: torch.dtype) -> str:
     name = f"infllm_switchable_attention_{str(dtype).split('.')[1]}_{str(index).split('.')[1]}"
     if name not in wrapper.src_to_kernel.values():
         number, key = DTYPE_TO_CPP[dtype], DTYPE_TO_CPP[index]
-        real = DTYPE_TO_CPP[torch.float64 if dtype == torch.float64 else torch.float32]
+        real = DTYPE_TO_CPP[compute_dtype(dtype)]
         declaration = (
             f'extern "C" void {name}(const int64_t* numbers, double scale, double softcap, const {number}* q, '
             f"const {number}* k, const {number}* v, const bool* key_mask, const {key}* offsets, "

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from infllm_pass.compat.inductor import compiles_ahead_of_time
 from infllm_pass.kernels.cpu import prefill as torch_kernels
+from infllm_pass.kernels.params import compute_dtype
 
 from . import checks
 from .attention_args import ATTEND, BACKWARD, COMPRESS, DIFFERENTIABLE_TERMS, SELECT, AttentionCall
@@ -148,9 +149,8 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, selection: Selection, call: At
 def new_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """An output ``[B, Hq, Lq, Dv]``, stored as ``[B, Lq, Hq, Dv]``, and a log-sum-exp ``[B, Hq, Lq]``, unwritten."""
     batch, heads, length, _ = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, length, dtype=wide)
+    return out, q.new_empty(batch, heads, length, dtype=compute_dtype(q.dtype))
 
 
 def _backward(

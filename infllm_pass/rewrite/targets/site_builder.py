@@ -9,8 +9,9 @@ from typing import Any
 from torch import fx
 
 from infllm_pass.emit.builder import Emitter
-from infllm_pass.emit.mask_operands import MaskOperands, wide_dtype
+from infllm_pass.emit.mask_operands import MaskOperands
 from infllm_pass.graph.facts import GraphFacts, example_of
+from infllm_pass.kernels.params import compute_dtype
 from infllm_pass.kv_cache.invalidation import CacheUpkeep
 from infllm_pass.kv_cache.spec import StateNodes
 from infllm_pass.plan.site_plan import SitePlan
@@ -80,7 +81,7 @@ class SiteBuilder:
         A bias is one tensor ``[B or 1, Hkv or 1, Lk]``, sinks are ``[Hq]``. Several biases are added up in the dtype
         that scores are summed in; a single one is not converted, which would read all of a cache's.
         """
-        site, wide = self._site, wide_dtype(self._site)
+        site, wide = self._site, compute_dtype(self._site.dtype)
         biases = self.key_bias()
         bias = biases[0] if biases else None
         if len(biases) > 1:
