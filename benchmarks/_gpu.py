@@ -111,6 +111,17 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query-block", type=positive_option, default=1, metavar="M", help="queries of one set (1)")
 
 
+def add_layer(options: argparse.ArgumentParser, lengths: list[int]) -> None:
+    """Add the options of one layer's attention: lengths, blocks, data, heads and `Scoring`."""
+    options.add_argument("--lengths", type=positive_option, nargs="+", default=lengths, metavar="N", help="tokens")
+    options.add_argument("--blocks", type=blocks_option, default=96, metavar="N", help="visited blocks (96)")
+    options.add_argument("--data", choices=["local", "random"], default="local")
+    options.add_argument(
+        "--heads", type=heads_option, nargs="+", default=[Heads.parse("32x8x128")], metavar="QxKxD", help="(32x8x128)"
+    )
+    add_scoring(options)
+
+
 def scoring_of(arguments: argparse.Namespace) -> Scoring:
     """What those options say."""
     return Scoring(arguments.scorer, arguments.score_dims, arguments.score_dtype, arguments.query_block)

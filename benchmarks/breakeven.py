@@ -18,18 +18,15 @@ from _gpu import (
     TOKENS,
     Row,
     Scoring,
-    add_scoring,
-    blocks_option,
+    add_layer,
     case_name,
     config_for,
     floored,
     geometry_of,
     gpu_header,
     gpu_parser,
-    heads_option,
     measure_ceilings,
     milliseconds,
-    positive_option,
     require_gpu,
     save,
     scoring_of,
@@ -82,15 +79,7 @@ def measure(
 
 def parser() -> argparse.ArgumentParser:
     options = gpu_parser(__doc__)
-    options.add_argument(
-        "--lengths", type=positive_option, nargs="+", default=list(LENGTHS), metavar="N", help="tokens"
-    )
-    options.add_argument("--blocks", type=blocks_option, default=96, metavar="N", help="visited blocks (96)")
-    options.add_argument("--data", choices=["local", "random"], default="local")
-    options.add_argument(
-        "--heads", type=heads_option, nargs="+", default=[Heads.parse("32x8x128")], metavar="QxKxD", help="(32x8x128)"
-    )
-    add_scoring(options)
+    add_layer(options, lengths=list(LENGTHS))
     return options
 
 

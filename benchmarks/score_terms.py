@@ -16,14 +16,11 @@ from _common import show
 from _data import Heads, make_data
 from _gpu import (
     Row,
-    add_scoring,
-    blocks_option,
+    add_layer,
     config_for,
     gpu_header,
     gpu_parser,
-    heads_option,
     milliseconds,
-    positive_option,
     require_gpu,
     save,
     scoring_of,
@@ -85,15 +82,7 @@ def measure(heads: Heads, length: int, config: SparseAttentionConfig, data: str,
 
 def parser() -> argparse.ArgumentParser:
     options = gpu_parser(__doc__)
-    options.add_argument(
-        "--lengths", type=positive_option, nargs="+", default=[65536], metavar="N", help="tokens (64k)"
-    )
-    options.add_argument("--blocks", type=blocks_option, default=96, metavar="N", help="visited blocks (96)")
-    options.add_argument("--data", choices=["local", "random"], default="local")
-    options.add_argument(
-        "--heads", type=heads_option, nargs="+", default=[Heads.parse("32x8x128")], metavar="QxKxD", help="(32x8x128)"
-    )
-    add_scoring(options)
+    add_layer(options, lengths=[65536])
     return options
 
 
