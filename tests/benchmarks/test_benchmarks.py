@@ -383,9 +383,8 @@ def test_a_script_prints_its_rows_for_programs(bench, monkeypatch, tmp_path, cap
     assert "written to" in err
 
 
-def test_score_terms_are_measured_against_none(bench, monkeypatch):
+def test_score_terms_are_measured_against_none(bench):
     terms = bench("score_terms")
-    monkeypatch.setattr(terms, "TURNS", 1)
     rows = terms.measure(bench("_data").Heads(4, 2, 16), 150, SMALL, "local", CPU)
     assert [row["term"] for row in rows] == ["none", "softcap", "key_bias", "sinks"]
     for row in rows:
