@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -198,6 +198,17 @@ def milliseconds(call: Callable[[], object], device: torch.device, *, budget_ms:
     if estimate[0] > LONG_MS:
         return statistics.median(estimate + _times(call, device, 2))
     return statistics.median(_times(call, device, min(max(round(budget_ms / estimate[0]), 5), 50)))
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, turns: int = 3, budget_ms: float = 200.0
+) -> dict[str, float]:
+    """`milliseconds` of calls to be compared: the median of turns, so that a clock that drifts drifts for all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, device, budget_ms=budget_ms / turns))
+    return {name: statistics.median(kept) for name, kept in times.items()}
 
 
 def _times(call: Callable[[], object], device: torch.device, count: int) -> list[float]:

@@ -1,12 +1,14 @@
 """From which length on sparse attention is faster than dense attention on the GPU: one layer, bfloat16, batch 1.
 
 ``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is `switchable_attention` with
-``dense_len="auto"``, which is to be no slower than dense attention at any length. Dense attention is cuDNN's.
+``dense_len="auto"``, which is to be no slower than dense attention at any length. Dense attention is cuDNN's; the three
+take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import _baselines as baselines
@@ -25,8 +27,8 @@ from _gpu import (
     geometry_of,
     gpu_header,
     gpu_parser,
+    in_turns,
     measure_ceilings,
-    milliseconds,
     require_gpu,
     save,
     scoring_of,
@@ -65,14 +67,16 @@ def measure(
         "data": data,
         "dense_kernel": kernel,
     }
-    row["ms"] = milliseconds(lambda: stages.forward(q, k, v, config), device)
-    row["dense_ms"] = milliseconds(dense, device)
-    row["ratio"] = row["ms"] / row["dense_ms"]
-    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
-    row["dense_len"] = resolved(replace(config, dense_len="auto"), place).dense_len
     auto = replace(config, dense_len="auto")
-    row["auto_ms"] = milliseconds(lambda: switchable_attention(q, k, v, auto), device)
-    row["auto_ratio"] = row["auto_ms"] / row["dense_ms"]
+    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
+    row["dense_len"] = resolved(auto, place).dense_len
+    calls: dict[str, Callable[[], object]] = {
+        "ms": lambda: stages.forward(q, k, v, config),
+        "dense_ms": dense,
+        "auto_ms": lambda: switchable_attention(q, k, v, auto),
+    }
+    row |= in_turns(calls, device)
+    row["ratio"], row["auto_ratio"] = row["ms"] / row["dense_ms"], row["auto_ms"] / row["dense_ms"]
     work = attention_work(heads, length, geometry) + selection_work(heads, length, geometry)
     return floored(row, work, ceilings)
 

@@ -118,6 +118,19 @@ def train_call(model: Any, plain: nn.Module, inputs: Tensor) -> Callable[[], obj
     return call
 
 
+def apply_variant(
+    variant: str,
+    plain: nn.Module,
+    config: SparseAttentionConfig,
+    variants: Mapping[str, tuple[str, Variant]] = VARIANTS,
+) -> Any:
+    """The model as a variant runs it; of what was compiled before, nothing is left."""
+    attention, transform = variants[variant]
+    plain.set_attn_implementation(attention)  # type: ignore[operator]
+    torch._dynamo.reset()
+    return transform(plain, config)
+
+
 def measure(
     variant: str,
     plain: nn.Module,
@@ -130,11 +143,8 @@ def measure(
 ) -> Iterator[Row]:
     """The rows of one variant, one a length and kind of data; those of dense variants do not depend on the data."""
     device = next(plain.parameters()).device
-    attention, transform = variants[variant]
     sizes: Any = plain.config
-    plain.set_attn_implementation(attention)  # type: ignore[operator]
-    torch._dynamo.reset()
-    model = transform(plain, config)
+    model = apply_variant(variant, plain, config, variants)
     kinds = data if variant == "sparsified" else data[:1]
     for length, kind in itertools.product(sorted(lengths), kinds):
         row: Row = {"case": f"{'train' if train else 'model'}/{variant}/{sizes.num_hidden_layers}/{length}/{kind}"}
