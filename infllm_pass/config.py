@@ -21,6 +21,12 @@ PUBLISHED: dict[str, Any] = {"scorer": "pooled", "dense_len": 8192}
 """What differs from the defaults in models that were trained with InfLLM-V2 (MiniCPM4.1)."""
 
 
+def default_score_dims(head_dim: int) -> int:
+    """Channels that token scores read if nobody says how many."""
+    quarter, half = (-(-head_dim // (parts * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS for parts in (4, 2))
+    return min(max(quarter, min(half, SMALL_HEAD_DIMS)), head_dim)
+
+
 @dataclass(frozen=True)
 class SparseAttentionConfig:
     """What InfLLM-V2 attention selects, and from which length on (arXiv 2509.24663, section 3).
@@ -164,8 +170,7 @@ class SparseAttentionConfig:
             ConfigError: `score_dims` is larger than the head.
         """
         if self.score_dims is None:
-            quarter, half = (-(-head_dim // (parts * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS for parts in (4, 2))
-            return min(max(quarter, min(half, SMALL_HEAD_DIMS)), head_dim)
+            return default_score_dims(head_dim)
         if self.score_dims > head_dim:
             raise ConfigError("score_dims", self.score_dims, f"at most the head size, {head_dim}")
         return self.score_dims
