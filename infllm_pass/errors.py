@@ -145,6 +145,10 @@ class EvaluationError(InfLLMError, ValueError):
     """A model cannot be evaluated as asked: a text is empty or too short, or a task does not fit the length."""
 
 
+class AdaptationError(InfLLMError, ValueError):
+    """A model cannot be adapted as asked: the text does not do, or a setting does not fit the model."""
+
+
 class MeasurementError(InfLLMError, RuntimeError):
     """A measuring process ended before it had measured anything."""
 

@@ -26,6 +26,7 @@ ROOMS = (
     "frontend",
     "export",
     "evaluation",
+    "adaptation",
     "",
     "tools",
 )

@@ -79,8 +79,10 @@ def names(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_examples_of_a_page_run_in_order(page, names, capsys):
-    if page.name == "evaluation.md":
+    if page.name in ("evaluation.md", "training_data.md"):
         names |= {"model": byte_llama(), "tokenizer": byte_tokenizer()}
+        Path("texts").mkdir()
+        Path("texts/long.txt").write_text("A line of some text.\n" * 500)
     for line, source in blocks(page):
         missing = [name for name in NEEDED if name in source and importlib.util.find_spec(name) is None]
         if not missing:
