@@ -21,6 +21,7 @@ from _data import Heads
 from _work import Ceilings, Work
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.config import CheckpointSaves
 from infllm_pass.kernels.geometry import BlockGeometry, ScoreDtype, ScorerName
 from infllm_pass.tools.output import add_format_options
 
@@ -120,6 +121,13 @@ def add_layer(options: argparse.ArgumentParser, lengths: list[int]) -> None:
         "--heads", type=heads_option, nargs="+", default=[Heads.parse("32x8x128")], metavar="QxKxD", help="(32x8x128)"
     )
     add_scoring(options)
+
+
+def add_checkpoint_saves(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what checkpointing saves."""
+    parser.add_argument(
+        "--checkpoint-saves", choices=get_args(CheckpointSaves), default="selection", help="see the guide (selection)"
+    )
 
 
 def scoring_of(arguments: argparse.Namespace) -> Scoring:
