@@ -18,8 +18,8 @@ Attention = Literal["sparse", "dense"]
 Precision = Literal["bfloat16", "float32"]
 RotaryKind = Literal["yarn", "longrope", "linear", "dynamic"]
 
-MOST_BUCKETS = 6
-"""Each length is a graph of its own, and Dynamo keeps eight of a function."""
+MOST_BUCKETS = 4
+"""Each length is a graph of its own, beside those of evaluations, and Dynamo keeps eight of a function."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class AdaptationConfig:
             raise ConfigError(
                 "dense_len",
                 sparse.dense_len,
-                f'at most the longest length, {self.longest}: nothing would be sparse; attention="dense" is the control',
+                f"at most the longest length, {self.longest}: nothing would be sparse",
             )
         object.__setattr__(self, "sparse", sparse)
         if self.evaluation is None:

@@ -49,8 +49,8 @@ def sparsify(
         model: a module or function, plain or compiled by ``torch.compile``, whose backend, mode, options,
             ``dynamic`` and ``fullgraph`` are kept. A sparsified model is sparsified anew from its original.
         config: a `SparseAttentionConfig`, a dict of its fields, a model configuration that carries
-            ``sparse_config`` (MiniCPM4), or None: that of the model itself where its configuration carries one, as after
-            `adapt`; else the defaults.
+            ``sparse_config`` (MiniCPM4), or None: that of the model itself where its configuration carries one, as
+            after `adapt`; else the defaults.
         strict: True: raise, instead of warning, when a call compiled graphs and no site became switchable, and when the
             pass itself failed at a site. "all": also when any attention site of the compiled graphs stays dense, for
             whatever reason, bidirectional ones included, unless `filter_fn` or `site_config` turns it down.
