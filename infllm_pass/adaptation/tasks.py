@@ -196,6 +196,11 @@ class Sampler:
     def __init__(self, writer: Writer, documents: Documents) -> None:
         self._writer = writer
         self._documents = documents
+        stops = torch.cat([documents.starts[1:], torch.tensor([len(documents.ids)])])
+        ended = documents.ids[stops - 1] == (
+            -1 if writer.tokenizer.eos_token_id is None else writer.tokenizer.eos_token_id
+        )
+        self._stops = stops - ended.long()
 
     def sample(self, task: str, length: int, draw: random.Random) -> list[int]:
         """The tokens of a sample, exactly `length`.
@@ -227,19 +232,20 @@ class Sampler:
         return [*head, *body, *tail]
 
     def _text(self, count: int, draw: random.Random) -> list[int]:
-        """So many tokens of one document, drawn by its length; of several where it is too short, without their ends."""
-        starts, ids = self._documents.starts, self._documents.ids
-        place = draw.randrange(len(ids))
-        number = int(torch.searchsorted(starts, place, right=True)) - 1
-        end = self._writer.tokenizer.eos_token_id
+        """So many tokens from any place of a document that is long enough; where none is, of several in a row."""
+        ids, starts = self._documents.ids, self._documents.starts
+        places = (self._stops - starts - count + 1).clamp(min=0).cumsum(0)
+        if int(places[-1]):
+            place = draw.randrange(int(places[-1]))
+            number = int(torch.searchsorted(places, place, right=True))
+            begin = int(self._stops[number]) - count - (int(places[number]) - 1 - place)
+            return list(ids[begin : begin + count].tolist())
+        number = draw.randrange(len(starts))
         found: list[int] = []
         while len(found) < count:
-            start, stop = self._documents.span(number)
-            stop -= stop - start > 1 and int(ids[stop - 1]) == end
-            begin = start if found else max(start, min(place, stop - count))
-            found += ids[begin : min(stop, begin + count - len(found))].tolist()
-            number = (number + 1) % len(self._documents)
-        return found
+            found += ids[int(starts[number]) : int(self._stops[number])].tolist()
+            number = (number + 1) % len(starts)
+        return found[:count]
 
 
 def _chain_sizes(length: int, draw: random.Random) -> tuple[int, int]:

@@ -259,9 +259,14 @@ def _check_model(model: nn.Module, settings: TaskSettings, configs: Sequence[Spa
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many positions a model of transformers says that it has; None where it says nothing."""
-    positions = getattr(_text_config(model), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
+    """How many positions a model of transformers says that it has; None where it says nothing, or adds some itself.
+
+    A rotary embedding of the kind ``dynamic`` scales itself from ``max_position_embeddings`` on.
+    """
+    own = _text_config(model)
+    positions = getattr(own, "max_position_embeddings", None)
+    grows = (getattr(own, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    return positions if isinstance(positions, int) and not grows else None
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable, Sequence
 
 from infllm_pass.errors import EvaluationError
-from infllm_pass.evaluation.samples import Haystack, Prompt, Sample, Writer, finished, inserted, room_for_text
+from infllm_pass.evaluation.samples import Haystack, Prompt, Sample, Writer, finished, hidden_in_text, room_for_text
 
 HOPS = 4
 """Assignments after the first of a chain: the paper's default."""
@@ -57,21 +57,17 @@ def variable_tracking(writer: Writer, text: Haystack, length: int, *, seed: int)
         "Variables are assigned in the text below. Remember the assignments. An example:\n\n"
         f"{example}{_chain_question(numbers[-1])}{shown}\n\nThe text:\n\n"
     )
-    pieces: list[tuple[float, Sequence[int]]] = []
+    hidden: list[tuple[float, str]] = []
     depths: list[list[float]] = []
     for number, chain in zip(numbers[:-1], chains[:-1], strict=True):
         depths.append(sorted(draw.random() for _ in chain))
-        lines = _assignments(number, chain)
-        pieces += [(d, writer.encode(f"\n{line}\n")) for d, line in zip(depths[-1], lines, strict=True)]
+        hidden += [(d, f"\n{line}\n") for d, line in zip(depths[-1], _assignments(number, chain), strict=True)]
     asked = Prompt(writer)
     asked.say(_chain_question(numbers[0]))
     for name, depth in zip(chains[0], depths[0], strict=True):
         asked.say(" VAR")
         asked.answer(name, depth)
-    needed = sum(len(ids) for _, ids in pieces) + len(asked.ids)
-    room = room_for_text("variable_tracking", length, writer, opening, needed)
-    body = inserted(text.take(room, draw), pieces, writer.ends_sentence)
-    return finished("variable_tracking", seed, writer, opening, body, asked)
+    return hidden_in_text("variable_tracking", writer, text, length, opening, hidden, asked, draw, seed)
 
 
 def _assignments(number: str, chain: Sequence[str]) -> list[str]:

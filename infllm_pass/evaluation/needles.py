@@ -7,9 +7,8 @@ under other keys, several numbers under one key, and several keys asked for one 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-from infllm_pass.evaluation.samples import Haystack, Prompt, Sample, Writer, finished, inserted, room_for_text
+from infllm_pass.evaluation.samples import Haystack, Prompt, Sample, Writer, hidden_in_text
 
 _WORDS = """
 anchor balcony candle desert engine feather garden harbour island jungle kettle lantern marble needle orchard pepper
@@ -51,7 +50,7 @@ def needle_multiquery(
     named after its key: what sparse attention loses then stands out.
     """
     draw = random.Random(f"needle_multiquery {seed}")
-    keys, numbers = draw.sample(KEYS, asked), _numbers(asked, digits, text.content, draw)
+    keys, numbers = draw.sample(KEYS, asked), different_numbers(asked, digits, text.content, draw)
     depths = _spread(asked, draw)
     draw.shuffle(depths)
     prompt = Prompt(writer)
@@ -59,14 +58,15 @@ def needle_multiquery(
         prompt.say(f"\n\nQuestion: Which secret code begins with {key}?\nAnswer: One of the secret codes is {key}-")
         prompt.answer(number, depth, glue="")
     codes = [f" One of the secret codes is {key}-{number}." for key, number in zip(keys, numbers, strict=True)]
-    return _hidden("needle_multiquery", writer, text, length, list(zip(depths, codes, strict=True)), prompt, draw, seed)
+    hidden = list(zip(depths, codes, strict=True))
+    return hidden_in_text("needle_multiquery", writer, text, length, OPENING, hidden, prompt, draw, seed)
 
 
 def needle_multivalue(writer: Writer, text: Haystack, length: int, *, digits: int, seed: int) -> Sample:
     """`VALUES` numbers under one key, asked for in the order of the text."""
     draw = random.Random(f"needle_multivalue {seed}")
     (key,) = draw.sample(KEYS, 1)
-    numbers = _numbers(VALUES, digits, text.content, draw)
+    numbers = different_numbers(VALUES, digits, text.content, draw)
     depths = _spread(VALUES, draw)
     asked = Prompt(writer)
     asked.say(
@@ -79,7 +79,7 @@ def needle_multivalue(writer: Writer, text: Haystack, length: int, *, digits: in
         asked.answer(number, depth)
     sentences = [f" One of the secret numbers of the {key} is {number}." for number in numbers]
     hidden = list(zip(depths, sentences, strict=True))
-    return _hidden("needle_multivalue", writer, text, length, hidden, asked, draw, seed)
+    return hidden_in_text("needle_multivalue", writer, text, length, OPENING, hidden, asked, draw, seed)
 
 
 def _keyed(
@@ -87,7 +87,7 @@ def _keyed(
 ) -> Sample:
     """A number under a key at a depth, and others under other keys anywhere."""
     draw = random.Random(f"{task} {seed}")
-    keys, numbers = draw.sample(KEYS, 1 + others), _numbers(1 + others, digits, text.content, draw)
+    keys, numbers = draw.sample(KEYS, 1 + others), different_numbers(1 + others, digits, text.content, draw)
     depths = [depth, *(draw.random() for _ in range(others))]
     sentences = [f" The secret number of the {k} is {n}." for k, n in zip(keys, numbers, strict=True)]
     asked = Prompt(writer)
@@ -95,28 +95,11 @@ def _keyed(
         f"\n\nQuestion: What is the secret number of the {keys[0]}?\nAnswer: The secret number of the {keys[0]} is"
     )
     asked.answer(numbers[0], depth)
-    return _hidden(task, writer, text, length, list(zip(depths, sentences, strict=True)), asked, draw, seed)
+    hidden = list(zip(depths, sentences, strict=True))
+    return hidden_in_text(task, writer, text, length, OPENING, hidden, asked, draw, seed)
 
 
-def _hidden(
-    task: str,
-    writer: Writer,
-    text: Haystack,
-    length: int,
-    hidden: Sequence[tuple[float, str]],
-    asked: Prompt,
-    draw: random.Random,
-    seed: int,
-) -> Sample:
-    """A sample with sentences hidden in text, filled up to its length."""
-    pieces = [(depth, writer.encode(sentence)) for depth, sentence in hidden]
-    needed = sum(len(ids) for _, ids in pieces) + len(asked.ids)
-    room = room_for_text(task, length, writer, OPENING, needed)
-    body = inserted(text.take(room, draw), pieces, writer.ends_sentence)
-    return finished(task, seed, writer, OPENING, body, asked)
-
-
-def _numbers(count: int, digits: int, content: str, draw: random.Random) -> list[str]:
+def different_numbers(count: int, digits: int, content: str, draw: random.Random) -> list[str]:
     """Different numbers of so many digits that the text does not hold."""
     found: list[str] = []
     while len(found) < count:

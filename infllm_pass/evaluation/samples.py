@@ -173,6 +173,40 @@ def finished(
     return Sample(task, seed, (*head, *asked.ids), tuple(shifted))
 
 
+def hidden_in_text(
+    task: str,
+    writer: Writer,
+    text: Haystack,
+    length: int,
+    opening: str,
+    hidden: Sequence[tuple[float, str]],
+    asked: Prompt,
+    draw: random.Random,
+    seed: int,
+) -> Sample:
+    """A sample with sentences hidden in text, filled up to its length.
+
+    Args:
+        task: the task's name.
+        writer: the tokenizer.
+        text: where the sentences are hidden.
+        length: tokens of the sample.
+        opening: what comes first.
+        hidden: depth and text of each sentence.
+        asked: the part with the questions and answers.
+        draw: decides the place in the text.
+        seed: what the sample was drawn with.
+
+    Raises:
+        EvaluationError: it does not fit the length, or the text is too short.
+    """
+    pieces = [(depth, writer.encode(sentence)) for depth, sentence in hidden]
+    needed = sum(len(ids) for _, ids in pieces) + len(asked.ids)
+    room = room_for_text(task, length, writer, opening, needed)
+    body = inserted(text.take(room, draw), pieces, writer.ends_sentence)
+    return finished(task, seed, writer, opening, body, asked)
+
+
 def room_for_text(task: str, length: int, writer: Writer, opening: str, needed: int) -> int:
     """Tokens of text that a sample of `length` has room for.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from infllm_pass.errors import ConfigError, EvaluationError
-from infllm_pass.evaluation import lists, needles
+from infllm_pass.evaluation import lists, lookups, needles
 from infllm_pass.evaluation.samples import Haystack, Sample, Writer
 from infllm_pass.evaluation.texts import Text
 
@@ -27,6 +27,7 @@ OF_NUMBERS: dict[str, Maker] = {
 
 OF_WORDS: dict[str, Maker] = {
     "variable_tracking": lists.variable_tracking,
+    "chained_lookups": lookups.chained_lookups,
     "common_words": lists.common_words,
     "frequent_words": lists.frequent_words,
 }

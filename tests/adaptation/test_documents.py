@@ -45,7 +45,8 @@ def test_a_folder_is_read_in_the_order_of_names_with_an_end_after_each_text(fold
     assert names == ["a.txt", "b/inner.md", "b/packed.txt.gz", "c.md.xz"]
     texts = [text_of(tokenizer, found.document(number)) for number in range(len(found))]
     assert texts == [f"{text}<end>" for text in ("first text, ünïcode", "second", "third", "fourth")]
-    assert found.ids.dtype == torch.int32 and found.starts.dtype == torch.int64
+    assert found.ids.dtype == torch.int32
+    assert found.starts.dtype == torch.int64
     assert found.span(len(found) - 1)[1] == len(found.ids)
     assert found.held_out is None
 
@@ -56,7 +57,8 @@ def test_batches_change_nothing(folder, tokenizer, monkeypatch, characters):
     monkeypatch.setattr(documents_module, "BATCH_CHARACTERS", characters)
     told = []
     apart = read_documents([folder], tokenizer, tell=lambda *what: told.append(what))
-    assert torch.equal(whole.ids, apart.ids) and torch.equal(whole.starts, apart.starts)
+    assert torch.equal(whole.ids, apart.ids)
+    assert torch.equal(whole.starts, apart.starts)
     assert [what for what, _, _ in told][:2] == ["reading a.txt", "reading inner.md"]
     assert all(0 <= done < total == told[0][2] for _, done, total in told)
 

@@ -127,11 +127,13 @@ def test_documents_are_read_once_before_any_is_read_again(tokenizer):
     documents = counted_documents(60, 100, 37, vocabulary=1000)
     rows = made(tokenizer, documents, buckets=[Bucket(16, 1.0)], tokens_per_step=16, steps=24)
     seen = Counter(token for step in rows for token in step["input_ids"].flatten().tolist())
-    assert max(seen.values()) == 2 and len(seen) > 197 - 16
+    assert max(seen.values()) == 2
+    assert len(seen) > 197 - 16
     reading = 197 // 16
     for first in (0, reading):
         once = Counter(t for step in range(first, first + reading) for t in rows[step]["input_ids"].flatten().tolist())
-        assert set(once.values()) == {1} and len(once) == reading * 16
+        assert set(once.values()) == {1}
+        assert len(once) == reading * 16
 
 
 def test_what_the_tokenizer_puts_before_a_text_comes_before_every_piece():

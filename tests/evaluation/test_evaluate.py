@@ -89,6 +89,7 @@ def test_every_answer_counts_once(found):
         "needle_multivalue": 4,
         "needle_multiquery": 8,
         "variable_tracking": 5,
+        "chained_lookups": 5,
         "common_words": 10,
         "frequent_words": 3,
     }

@@ -1,12 +1,13 @@
 """Samples: their length, where things are hidden, and that the prompt holds what is asked for."""
 
+import hashlib
 import random
 import re
 
 import pytest
 
 from infllm_pass.errors import ConfigError, EvaluationError
-from infllm_pass.evaluation import lists, needles
+from infllm_pass.evaluation import lists, lookups, needles
 from infllm_pass.evaluation.samples import Haystack, Prompt, Writer, inserted
 from infllm_pass.evaluation.tasks import PERPLEXITY, TASKS, TaskSettings, draw_samples, haystacks, windows
 from infllm_pass.evaluation.texts import Text, read_texts, standard_texts
@@ -109,6 +110,45 @@ def test_chains_of_variables_lead_to_the_answers(writer, text):
     assert len(re.findall(r"^VAR", prompt, re.MULTILINE)) == (lists.CHAINS + 1) * (lists.HOPS + 1)
 
 
+def test_lookups_lead_from_a_locker_to_the_answers_in_any_order_of_the_text(writer, text):
+    orders = set()
+    for sample in drawn(writer, text, "chained_lookups", samples=3):
+        prompt = writer.decode(sample.prompt)
+        body = prompt.split("The text:")[1]
+        links = re.findall(r"(?:The locker of|Key|Box) (\w+) (?:holds|opens) (?:key|box|the) (\w+)\.", body)
+        leads = dict(links)
+        assert len(leads) == len(links) == lookups.CHAINS * (2 * lookups.ROUNDS + 1)
+        here = re.findall(r"Where does the locker of (\w+) lead", prompt)[-1]
+        found = []
+        while here in leads:
+            here = leads[here]
+            found.append(here)
+        assert found == [answer.text for answer in sample.answers]
+        assert found[-1] in lookups.FOUND
+        depths = [body.index(f" {answer.text}.") / len(body) for answer in sample.answers]
+        assert depths == pytest.approx([answer.depth for answer in sample.answers], abs=0.25)
+        orders.add(tuple(sorted(range(len(depths)), key=depths.__getitem__)))
+    assert len(orders) > 1
+
+
+DIGESTS = {
+    "needle_single": "f8373807abf61a0e",
+    "needle_multikey": "bb0981ef06a5e9cf",
+    "needle_multivalue": "a7c1554ff277c9a6",
+    "needle_multiquery": "24236df268ba9a45",
+    "variable_tracking": "567600a2a3dceef7",
+    "common_words": "2976f1b761da5e85",
+    "frequent_words": "02c05a42a417e0f7",
+}
+"""Of the samples that published figures were measured with: other samples make them incomparable."""
+
+
+@pytest.mark.parametrize("task", DIGESTS)
+def test_samples_stay_what_figures_were_measured_with(writer, text, task):
+    (sample,) = drawn(writer, text, task)
+    assert hashlib.sha256(repr((sample.ids, sample.answers)).encode()).hexdigest()[:16] == DIGESTS[task]
+
+
 def test_common_words_are_the_most_common_and_tell_themselves_by_their_first_token(writer, text):
     (sample,) = drawn(writer, text, "common_words")
     listed = re.findall(r"\d+\. (\w+)", writer.decode(sample.prompt).split("Question:")[0])
@@ -175,6 +215,7 @@ def test_what_the_tokenizer_puts_before_a_text_comes_first(text):
         ("needle_single", {"digits": 1000}, "needle_single needs 2"),
         ("needle_multikey", {"lengths": (500,)}, "raise the length to"),
         ("variable_tracking", {"lengths": (600,)}, "or ask for less to be hidden"),
+        ("chained_lookups", {"lengths": (900,)}, "chained_lookups needs"),
         ("common_words", {"lengths": (800,)}, "common_words needs"),
         ("frequent_words", {"lengths": (300,)}, "frequent_words needs"),
         ("needle_single", {"lengths": (60_000,)}, "the text 'made' has"),
