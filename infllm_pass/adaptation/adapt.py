@@ -21,6 +21,7 @@ from infllm_pass.adaptation.curves import draw_curves
 from infllm_pass.adaptation.documents import Documents, read_documents
 from infllm_pass.adaptation.losses import LossLog, StepLoss
 from infllm_pass.adaptation.progress import Progress, Silent
+from infllm_pass.adaptation.rotary import extend_positions
 from infllm_pass.adaptation.rows import TrainingRows
 from infllm_pass.adaptation.run_folder import RunFolder, bytes_written, fingerprint
 from infllm_pass.errors import AdaptationError, DeviceError, MissingDependencyError, UnsupportedModelError
@@ -83,7 +84,8 @@ def adapt(
     control).
 
     Args:
-        model: a causal language model of transformers, with weights in float32; it is trained in place.
+        model: a causal language model of transformers, with weights in float32; it is trained in place, or
+            its weights are where its positions are extended.
         tokenizer: its tokenizer.
         files: text files and folders of text files, see `documents.read_documents`.
         output_dir: a folder for everything that is written; a new one, unless the run is resumed.
@@ -116,7 +118,7 @@ def adapt(
     folder.check(resume=resume)
     vocabulary = _checked_vocabulary(original, tokenizer)
     if chosen.extend_to is not None:
-        _extend(original, chosen)
+        original = _extended(original, chosen.extend_to, chosen.extend_kind)
     _check_positions(original, chosen)
     documents = read_documents(files, tokenizer, vocabulary=vocabulary, tell=told.stage)
     rows = _rows(documents, tokenizer, chosen)
@@ -299,18 +301,20 @@ def _checked_vocabulary(model: Any, tokenizer: Any) -> int:
 
 def _check_positions(model: Any, config: AdaptationConfig) -> None:
     positions = positions_of(model)
-    longest = max(config.longest, *config.task_settings.lengths)
-    if positions is not None and longest > positions:
+    if positions is not None and config.longest > max(positions, config.extend_to or 0):
         raise AdaptationError(
-            f"rows or evaluations have {longest} tokens, and {type(model).__name__} has {positions} positions: take "
-            "shorter ones, or extend its positions (extend_to)"
+            f"rows have {config.longest} tokens, and {type(model).__name__} has {positions} positions: take shorter "
+            "ones, or extend its positions (extend_to)"
         )
 
 
-def _extend(model: Any, config: AdaptationConfig) -> None:
-    from infllm_pass.adaptation.rotary import extend_model
-
-    extend_model(model, config.extend_to, kind=config.extend_kind)
+def _extended(model: Any, length: int, kind: str) -> Any:
+    """A model with more positions and the same weights, which are not copied."""
+    extended = type(model)(extend_positions(model.config, length, kind))
+    extended.load_state_dict(model.state_dict(), assign=True)
+    extended.tie_weights()
+    extended.generation_config = model.generation_config
+    return extended
 
 
 def _rows(documents: Documents, tokenizer: Any, config: AdaptationConfig) -> TrainingRows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from infllm_pass.adaptation.rows import Bucket
@@ -34,8 +34,9 @@ class AdaptationConfig:
         tasks: names out of `tasks.TRAINING_TASKS`.
         seed: of the rows' order, the tasks and dropout.
         attention: "sparse", or "dense" for a control that sees the same rows.
-        sparse: what is selected, and from which length on; ``dense_len="auto"`` is the longest bucket's length, so that
-            all shorter ones are dense. None: `default_config` of the longest bucket, with its length as ``dense_len``.
+        sparse: what is selected, and from which length on. ``dense_len="auto"``: rows, and documents in rows, of more
+            tokens than a query visits and than the second longest bucket has. None: `default_config` of the longest
+            bucket, with that.
         learning_rate: the highest; it rises for `warmup` steps and falls to 0 along a cosine.
         warmup: steps.
         weight_decay: of AdamW.
@@ -102,9 +103,10 @@ class AdaptationConfig:
                     f"a multiple of every length, {self.accumulation} times where steps are accumulated: "
                     f"{self.accumulation} x {length} does not fit",
                 )
-        sparse = default_config(self.longest).with_dense_len(self.longest) if self.sparse is None else self.sparse
+        sparse = replace(default_config(self.longest), dense_len="auto") if self.sparse is None else self.sparse
         if sparse.dense_len == "auto":
-            sparse = sparse.with_dense_len(self.longest)
+            shorter = max((length for length in lengths if length < self.longest), default=0)
+            sparse = sparse.with_dense_len(max(shorter, min(sparse.visited_tokens, self.longest - 1)) + 1)
         if self.attention == "sparse" and self.longest < sparse.switch_length:
             raise ConfigError(
                 "dense_len",

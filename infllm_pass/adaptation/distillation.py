@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -102,6 +103,17 @@ def chunked_losses(
     return minimised, loss, divergence
 
 
+@contextlib.contextmanager
+def _uncached_casts() -> Iterator[None]:
+    """Autocast keeps no copies of weights: those made without gradients are of no use to layers with checkpoints."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 class Distilled:
     """Losses of a batch with the model's own dense mode for a teacher: same weights, same batch, no gradients.
 
@@ -135,7 +147,7 @@ class Distilled:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What is minimised, the loss on the text and the divergence."""
         inputs = {name: each for name, each in batch.items() if name != "labels"}
-        with torch.no_grad(), dense_mode(self._model):
+        with torch.no_grad(), dense_mode(self._model), _uncached_casts():
             taught = body_of(self._model)(**inputs, use_cache=False).last_hidden_state
         hidden = body_of(self._model)(**inputs, use_cache=False).last_hidden_state
         return chunked_losses(hidden, taught, self._output, batch["labels"], self._share)

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -99,11 +99,10 @@ def config_of(
     if len(shares) != len(lengths):
         raise ConfigError("shares", options.shares, f"a share for each of the {len(lengths)} lengths")
     longest = max(lengths)
-    base = default_config(longest).with_dense_len(longest)
+    base = replace(default_config(longest), dense_len="auto")
     if options.scorer != DENSE:
-        given["sparse"] = configured(SparseAttentionConfig.from_dict({**base.to_dict(), "scorer": options.scorer}))
-    else:
-        given["sparse"] = configured(base)
+        base = replace(base, scorer=options.scorer)
+    given["sparse"] = configured(base)
     if options.tasks is not None:
         given["tasks"] = tuple(options.tasks)
     evaluation: dict[str, Any] = {

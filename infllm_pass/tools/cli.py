@@ -294,7 +294,7 @@ def _add_adapt(commands: Any) -> None:
     defaults = {
         "window_size": "a sixteenth of the longest rows",
         "topk": "a fifth of the blocks in all",
-        "dense_len": "the longest rows' length",
+        "dense_len": "one more than the second longest rows have",
     }
     _add_config(parser, defaults, without=("scorer",))
     parser.set_defaults(run=_adapt)
