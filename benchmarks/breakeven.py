@@ -1,8 +1,8 @@
 """From which length on sparse attention is faster than dense attention on the GPU: one layer, bfloat16, batch 1.
 
 ``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is what a graph with
-``dense_len="auto"`` runs, the operators or PyTorch's attention, and is to be no slower than dense attention at any length. Dense attention is cuDNN's; the three
-take turns.
+``dense_len="auto"`` runs, the operators or dense attention, and is to be no slower than dense attention at any length.
+Dense attention is cuDNN's; the three take turns.
 """
 
 from __future__ import annotations
