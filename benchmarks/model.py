@@ -11,6 +11,7 @@ weights included. What cannot run is listed with its reason. Results are written
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import sys
@@ -24,6 +25,7 @@ from _data import CORRELATION, correlated
 from _gpu import (
     BASELINE_ERRORS,
     Row,
+    add_checkpoint_saves,
     add_scoring,
     blocks_option,
     config_for,
@@ -211,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
         "--dense-len", type=dense_len_option, metavar="N", help="tokens up to which it stays dense, or auto (auto)"
     )
     add_scoring(options)
+    add_checkpoint_saves(options)
     options.add_argument("--train", action="store_true", help="a training step in place of prefill")
     return options
 
@@ -220,6 +223,7 @@ def main() -> None:
     device = require_gpu()
     lengths = arguments.lengths or list(TRAIN_LENGTHS if arguments.train else LENGTHS)
     config = config_for(arguments.blocks, arguments.dense_len or "auto", scoring_of(arguments))
+    config = dataclasses.replace(config, checkpoint_saves=arguments.checkpoint_saves)
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
     if arguments.train:
         plain.train()
@@ -227,6 +231,7 @@ def main() -> None:
     import transformers
 
     header = gpu_header(device) | {"transformers": transformers.__version__, "sizes": LLAMA_3_8B}
+    header["checkpoint_saves"] = arguments.checkpoint_saves
     name = "train" if arguments.train else "model"
     name += "" if arguments.scorer == "pooled" else "_tokens"
     path = results_path(

@@ -9,6 +9,7 @@ kinds come the kernels that take the most time, with their launches a step.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import re
 import sys
@@ -20,6 +21,7 @@ import torch
 from _common import show, write_results
 from _gpu import (
     Row,
+    add_checkpoint_saves,
     add_scoring,
     blocks_option,
     config_for,
@@ -160,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--steps", type=positive_option, default=2, metavar="N", help="profiled steps (2)")
     options.add_argument("--kernels", type=positive_option, default=20, metavar="N", help="single kernels shown (20)")
     add_scoring(options)
+    add_checkpoint_saves(options)
     return options
 
 
@@ -167,6 +170,7 @@ def main() -> None:
     arguments = parser().parse_args()
     device = require_gpu()
     config = config_for(arguments.blocks, arguments.dense_len or "auto", scoring_of(arguments))
+    config = dataclasses.replace(config, checkpoint_saves=arguments.checkpoint_saves)
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16).train()
     if not arguments.no_checkpointing:
         plain.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -181,6 +185,7 @@ def main() -> None:
         sys.stdout.flush()
         rows += [*kinds, *single]
     header = gpu_header(device) | {"sizes": LLAMA_3_8B, "checkpointing": not arguments.no_checkpointing}
+    header["checkpoint_saves"] = arguments.checkpoint_saves
     write_results(results_path("train_kernels", arguments.results, header), header, rows)
 
 

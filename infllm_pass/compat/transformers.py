@@ -62,3 +62,22 @@ def supports_sdpa(model_class: type) -> bool:
     where it is False.
     """
     return bool(getattr(model_class, "_supports_sdpa", False))
+
+
+def unpacked(model: Any) -> Any:
+    """A model that was read from a GGUF file, with plain weights and nothing that says otherwise.
+
+    transformers 5.24 unpacks weights where it has no kernels for packed ones, and remembers the quantizer either way:
+    ``hf_quantizer`` and ``is_quantized``, of which `Trainer` concludes that the model cannot be trained.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        model = model.dequantize()
+    model.hf_quantizer = None
+    for module in model.modules():
+        for name in ("is_quantized", "quantization_method"):
+            vars(module).pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model

@@ -55,6 +55,7 @@ def evaluate(
     calibration: Calibration | str | PathLike[str] | None = None,
     backend: str = "eager",
     generate: bool = False,
+    locality: bool = True,
     tell: Tell | None = None,
 ) -> Evaluation:
     """Measure what a causal language model loses by sparse attention.
@@ -78,6 +79,7 @@ def evaluate(
         backend: what ``torch.compile`` hands the sparse graphs to. The figures are of quality, so that nothing is
             gained by compiling; "inductor" measures what it computes.
         generate: also generate text after every prompt, with the sparse model's decode steps, and look for the answers.
+        locality: also look at the sparse sides' selections in the longest texts, one more pass for each, uncompiled.
         tell: called before every pass.
 
     Returns:
@@ -114,7 +116,7 @@ def evaluate(
     sides: list[tuple[str, SparseAttentionConfig, Calibration | None]] = [(n, c, None) for n, c in named.items()]
     if measured is not None:
         sides += [(f"{n} calibrated", c, measured) for n, c in named.items() if c.scorer == "tokens"]
-    passes = _Passes(read, samples, writer if generate else None, tell, 1 + len(sides))
+    passes = _Passes(read, samples, writer if generate else None, tell, 1 + len(sides), locality)
     with evaluation_mode(original):
         runs = [passes.run(DENSE, original, original, None)]
         for name, config, known in sides:
@@ -134,6 +136,7 @@ class _Passes:
         generating: Writer | None,
         tell: Tell | None,
         sides: int,
+        locality: bool,
     ) -> None:
         self.texts = texts
         self.samples = samples
@@ -141,7 +144,7 @@ class _Passes:
         self._tell = tell or (lambda *_: None)
         self._done = 0
         longest = max((length for _, length in texts), default=0)
-        self._longest = [place for place in texts if place[1] == longest]
+        self._longest = [place for place in texts if place[1] == longest and locality]
         self._all = sides * (len(texts) + len(samples) * (1 if generating is None else 2))
         self._all += (sides - 1) * len(self._longest)
 

@@ -58,7 +58,7 @@ def draw_depths(evaluation: Evaluation) -> bytes | None:
                 axes.set_xlabel("tokens", fontsize=8)
         line[0].set_ylabel(f"{task}\ndepth", fontsize=8)
     figure.colorbar(image, ax=list(grid.flat), label="negative log-likelihood of an answer's tokens (nats)", shrink=0.8)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _heat_map(axes: Any, rows: list[TaskRow], scale: Any) -> Any:
@@ -118,7 +118,7 @@ def draw_perplexity(evaluation: Evaluation) -> bytes | None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("perplexity above dense", fontsize=8)
     panels[0][0].legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _changes(row: PerplexityRow, dense: tuple[float, ...]) -> list[float]:
@@ -164,10 +164,11 @@ def draw_locality(evaluation: Evaluation) -> bytes | None:
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return png_of(figure)
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """A figure of matplotlib as a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -49,7 +49,8 @@ def sparsify(
         model: a module or function, plain or compiled by ``torch.compile``, whose backend, mode, options,
             ``dynamic`` and ``fullgraph`` are kept. A sparsified model is sparsified anew from its original.
         config: a `SparseAttentionConfig`, a dict of its fields, a model configuration that carries
-            ``sparse_config`` (MiniCPM4), or None for the defaults.
+            ``sparse_config`` (MiniCPM4), or None: that of the model itself where its configuration carries one, as
+            after `adapt`; else the defaults.
         strict: True: raise, instead of warning, when a call compiled graphs and no site became switchable, and when the
             pass itself failed at a site. "all": also when any attention site of the compiled graphs stays dense, for
             whatever reason, bidirectional ones included, unless `filter_fn` or `site_config` turns it down.
@@ -76,12 +77,24 @@ def sparsify(
         InternalError: at call time, with `strict`: the pass failed at a site, with what it raised as the cause.
         DenseSiteError: at call time, with ``strict="all"``: a site stays dense.
     """
-    chosen = SparseAttentionConfig.coerce(config)
     strict = checked_strict(strict)
     original, settings = original_of(model)
+    chosen = _config_for(original, config)
     own = _calibrated(calibration, original, site_config)
     policy = SitePolicy(chosen, site_config_of(filter_fn, own), tuple(targets), strict)
     return sparsified(original, settings, policy)  # type: ignore[return-value]
+
+
+def _config_for(original: object, config: ConfigLike) -> SparseAttentionConfig:
+    """The configuration that was given, or the model's own, or the defaults.
+
+    Raises:
+        ConfigError: it is invalid.
+    """
+    own = getattr(original, "config", None)
+    if config is None and isinstance(getattr(own, "sparse_config", None), Mapping):
+        return SparseAttentionConfig.from_model_config(own)
+    return SparseAttentionConfig.coerce(config)
 
 
 def original_of(model: object) -> tuple[Callable[..., Any], CompileSettings]:
@@ -242,8 +255,8 @@ def explain(
         if chosen is not None:
             policy = replace(policy, site_config=chosen)
     else:
-        policy = SitePolicy(SparseAttentionConfig.coerce(config), chosen)
         original, settings = settings_of(model)
+        policy = SitePolicy(_config_for(original, config), chosen)
     backend = SwitchableBackend(_run_uncompiled, policy)
     failure: Exception | None = None
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infllm_pass.compat.transformers import supports_sdpa
+from infllm_pass.compat.transformers import supports_sdpa, unpacked
 from infllm_pass.errors import CheckpointError, MissingDependencyError
 from infllm_pass.evaluation.texts import manual
 
@@ -103,7 +103,7 @@ def load_model(dtype: torch.dtype = torch.float32, checkpoint: PublishedCheckpoi
     path = find_checkpoint(checkpoint)
     transformers = _transformers("loading a checkpoint", *GGUF_PACKAGES)
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    return model.eval()
+    return unpacked(model).eval()
 
 
 def load_tokenizer(checkpoint: PublishedCheckpoint = SMOLLM2) -> Any:

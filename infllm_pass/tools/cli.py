@@ -1,4 +1,4 @@
-"""The command ``infllm-pass``: demo, explain, calibrate, evaluate, export, tune, bench and lm-eval."""
+"""The command ``infllm-pass``: demo, explain, calibrate, evaluate, adapt, export, tune, bench and lm-eval."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import infllm_pass
-from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.config import WORDS, SparseAttentionConfig
 from infllm_pass.errors import ConfigError, InfLLMError
-from infllm_pass.kernels.geometry import LseMode, ScoreDtype, ScorerName
+from infllm_pass.kernels.geometry import ScorerName
 from infllm_pass.tools.output import OutputFormat, add_format_options, notes_console, print_data
 
 BAD_INPUT = 2
@@ -36,7 +36,7 @@ _FIELD_HELP = {
     "agnostic_topk": "visited blocks that the keys' bias chooses, whatever the query: NOSA",
 }
 
-_FIELD_WORDS = {"lse": get_args(LseMode), "scorer": get_args(ScorerName), "score_dtype": get_args(ScoreDtype)}
+_FIELD_WORDS = {name: get_args(words) for name, words in WORDS.items()}
 
 _EXAMPLES = """\
 examples:
@@ -48,6 +48,7 @@ examples:
   infllm-pass explain my_package.models:build    the model that a function returns
   infllm-pass evaluate                           perplexity, needles and more of SmolLM2-135M, dense and sparse
   infllm-pass evaluate ./model --scorer tokens pooled --topk 10 18 --tasks perplexity needle_single
+  infllm-pass adapt SmolLM2-135M-Instruct texts/ --out adapted --scorer pooled --lengths 2048 8192
   infllm-pass calibrate SmolLM2-135M-Instruct --text book.txt --out smollm2.json
   infllm-pass export SmolLM2-135M-Instruct --to onnx --out smollm2.onnx
   infllm-pass lm-eval run --model infllm --model_args pretrained=./model,topk=18 --tasks ruler_vt
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_calibrate(commands)
     _add_evaluate(commands)
+    _add_adapt(commands)
     _add_export(commands)
     _add_tune(commands)
     _add_bench(commands)
@@ -273,6 +275,39 @@ def _evaluate(options: argparse.Namespace) -> int:
         return [replace(base, **dict(zip(given, values, strict=True))) for values in product(*given.values())]
 
     evaluate_command(options, configured, notes_console(options.format))
+    return 0
+
+
+def _add_adapt(commands: Any) -> None:
+    from infllm_pass.tools.adapt_options import add_options
+
+    parser = commands.add_parser(
+        "adapt",
+        help="continue a model's training with sparse attention",
+        description="Trains a causal language model on long text files, with sparse attention for long rows and dense "
+        "attention for short ones, and evaluates it before, meanwhile and after in both modes. Everything is written "
+        "to one folder: losses, checkpoints, evaluations, a picture, and a model for from_pretrained whose "
+        "configuration carries sparse_config.",
+    )
+    add_options(parser, _positive, _natural)
+    add_format_options(parser)
+    defaults = {
+        "window_size": "a sixteenth of the longest rows",
+        "topk": "a fifth of the blocks in all",
+        "dense_len": "one more than the second longest rows have",
+    }
+    _add_config(parser, defaults, without=("scorer",))
+    parser.set_defaults(run=_adapt)
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from infllm_pass.tools.adapt_command import adapt_command
+
+    def configured(base: SparseAttentionConfig) -> SparseAttentionConfig:
+        given = {name: getattr(options, name) for name in _FIELD_HELP if hasattr(options, name) and name != "scorer"}
+        return replace(base, **given)
+
+    adapt_command(options, configured, notes_console(options.format))
     return 0
 
 

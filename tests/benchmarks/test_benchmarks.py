@@ -408,6 +408,16 @@ def test_a_package_is_measured_against_the_compiled_model(bench, monkeypatch):
     assert row["note"] == "no cmake"
 
 
+@pytest.mark.parametrize("scorer", ["pooled", "tokens"])
+def test_a_training_step_on_the_cpu_is_the_sum_of_its_stages(bench, scorer):
+    script = bench("cpu_training")
+    options = SimpleNamespace(clock="processor", repeats=1, heads=2, heads_kv=1, dim=64)
+    row = script.measure("random", 2048, scorer, 26, options)
+    assert row["ms"] == pytest.approx(row["select_ms"] + row["forward_ms"] + row["backward_ms"])
+    assert row["dense_ms"] == pytest.approx(row["dense_forward_ms"] + row["dense_backward_ms"])
+    assert row["case"] == f"train/2x1x64/26/2048/random/{scorer}"
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "package"])
 def test_without_a_gpu_one_line_says_so(bench, monkeypatch, capsys, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
