@@ -305,7 +305,7 @@ def test_checkpoint_on_both_sides_of_dense_len(tmp_path):
 
     model = load_model()
     config = copy.copy(model.config)
-    config.num_hidden_layers = 3
+    config.num_hidden_layers = 2
     part = type(model)(config).eval()
     part.load_state_dict(model.state_dict(), strict=False)
     text = corpus(load_tokenizer(), 768)
@@ -317,7 +317,7 @@ def test_checkpoint_on_both_sides_of_dense_len(tmp_path):
     for number, chosen in enumerate((sparse, covering)):
         path = tmp_path / f"{number}.onnx"
         report = infllm_pass.export_onnx(program, path, config=chosen)
-        assert report.switchable == len(report.sites) == 3
+        assert report.switchable == len(report.sites) == 2
         sessions.append(runtime(path))
     sparsified = infllm_pass.sparsify(torch.compile(Logits(part), backend="eager"), sparse)
     for length in (150, 399, 768):

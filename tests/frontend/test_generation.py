@@ -418,12 +418,12 @@ def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smoll
 
 
 @pytest.mark.checkpoint
-def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_200_tokens(whole_smollm2, tokenizer):
+def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_tokens(whole_smollm2, tokenizer):
     covering = SparseAttentionConfig(window_size=256, topk=8, dense_len=256)
-    arguments = {**STATIC, "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "max_new_tokens": 200}
-    ids, model = corpus(tokenizer, 160), sparsified(whole_smollm2, covering)
+    arguments = {**STATIC, "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "max_new_tokens": 40}
+    ids, model = corpus(tokenizer, 240), sparsified(whole_smollm2, covering)
     assert torch.equal(model.generate(ids, **arguments), whole_smollm2.generate(ids, **arguments))
-    assert calls_of(model) == 200
+    assert calls_of(model) == 40
     steps = rows_of_steps(model)
     assert len(steps) == whole_smollm2.config.num_hidden_layers == 30
     assert {(site.decision, site.cache_state) for site in steps} == {("switchable", "carried")}
