@@ -10,7 +10,7 @@ holds the operators that the call becomes and `kernels` what computes them. A re
 `adaptation` trains it on; docs/design.md follows a call.
 """
 
-from infllm_pass.adaptation import Adapted, AdaptationConfig, Bucket, adapt
+from infllm_pass.adaptation import AdaptationConfig, Adapted, Bucket, adapt
 from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.evaluation import Evaluation, evaluate

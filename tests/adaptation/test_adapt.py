@@ -1,4 +1,4 @@
-"""Runs of `adapt`: losses of a plain loop, what is written, resuming, and what is refused before anything is written."""
+"""Runs of `adapt`: losses of a plain loop, what is written, resuming, and what is refused beforehand."""
 
 import json
 import shutil
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half_written(run, tm
         real(tensors, file)
 
     monkeypatch.setattr(trainer, "save_file", full)
-    with pytest.raises(AdaptationError, match="checkpoint-4 cannot be written .*No space left"):
+    with pytest.raises(AdaptationError, match=r"checkpoint-4 cannot be written .*No space left"):
         run(**long_rows())
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
     assert not (tmp_path / "out" / "model").exists()
