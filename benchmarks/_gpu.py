@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,6 +21,7 @@ from _data import Heads
 from _work import Ceilings, Work
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.config import CheckpointSaves
 from infllm_pass.kernels.geometry import BlockGeometry, ScoreDtype, ScorerName
 from infllm_pass.tools.output import add_format_options
 
@@ -122,6 +123,13 @@ def add_layer(options: argparse.ArgumentParser, lengths: list[int]) -> None:
     add_scoring(options)
 
 
+def add_checkpoint_saves(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what checkpointing saves."""
+    parser.add_argument(
+        "--checkpoint-saves", choices=get_args(CheckpointSaves), default="selection", help="see the guide (selection)"
+    )
+
+
 def scoring_of(arguments: argparse.Namespace) -> Scoring:
     """What those options say."""
     return Scoring(arguments.scorer, arguments.score_dims, arguments.score_dtype, arguments.query_block)
@@ -198,6 +206,27 @@ def milliseconds(call: Callable[[], object], device: torch.device, *, budget_ms:
     if estimate[0] > LONG_MS:
         return statistics.median(estimate + _times(call, device, 2))
     return statistics.median(_times(call, device, min(max(round(budget_ms / estimate[0]), 5), 50)))
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, budget_ms: float = 400.0
+) -> dict[str, float]:
+    """Median times of calls to be compared, call by call in turns: a clock that falls under load falls for all.
+
+    Args:
+        calls: what to time, by name.
+        device: where it runs.
+        budget_ms: time to spend in all, between 3 and 50 rounds, each begun by another call.
+    """
+    names = list(calls)
+    for call in calls.values():
+        call()
+    estimate = sum(_times(call, device, 1)[0] for call in calls.values())
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(min(max(round(budget_ms / estimate), 3), 50)):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name] += _times(calls[name], device, 1)
+    return {name: statistics.median(kept) for name, kept in times.items()}
 
 
 def _times(call: Callable[[], object], device: torch.device, count: int) -> list[float]:

@@ -1,12 +1,14 @@
 """From which length on sparse attention is faster than dense attention on the GPU: one layer, bfloat16, batch 1.
 
-``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is `switchable_attention` with
-``dense_len="auto"``, which is to be no slower than dense attention at any length. Dense attention is cuDNN's.
+``ms`` is sparse at every length, also where all blocks are visited; ``auto_ms`` is what a graph with
+``dense_len="auto"`` runs, the operators or dense attention, and is to be no slower than dense attention at any length.
+Dense attention is cuDNN's; the three take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import _baselines as baselines
@@ -25,8 +27,8 @@ from _gpu import (
     geometry_of,
     gpu_header,
     gpu_parser,
+    in_turns,
     measure_ceilings,
-    milliseconds,
     require_gpu,
     save,
     scoring_of,
@@ -35,7 +37,8 @@ from _work import Ceilings, attention_work, selection_work
 from rich.console import Console
 from rich.progress import track
 
-from infllm_pass import switchable_attention
+from infllm_pass.lowering.ops.attention_args import AttentionCall
+from infllm_pass.lowering.ops.dispatch import attend
 from infllm_pass.plan.break_even import AttentionPlace, device_name, resolved
 
 LENGTHS = (2048, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 131072)
@@ -65,14 +68,18 @@ def measure(
         "data": data,
         "dense_kernel": kernel,
     }
-    row["ms"] = milliseconds(lambda: stages.forward(q, k, v, config), device)
-    row["dense_ms"] = milliseconds(dense, device)
-    row["ratio"] = row["ms"] / row["dense_ms"]
-    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
-    row["dense_len"] = resolved(replace(config, dense_len="auto"), place).dense_len
     auto = replace(config, dense_len="auto")
-    row["auto_ms"] = milliseconds(lambda: switchable_attention(q, k, v, auto), device)
-    row["auto_ratio"] = row["auto_ms"] / row["dense_ms"]
+    read = config.score_dims_of(heads.dim) if scoring.scorer == "tokens" else None
+    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim, read)
+    row["dense_len"] = switch = resolved(auto, place).dense_len
+    call = AttentionCall(heads.dim**-0.5, int(switch), geometry)
+    calls: dict[str, Callable[[], object]] = {
+        "ms": lambda: stages.forward(q, k, v, config),
+        "dense_ms": dense,
+        "auto_ms": dense if length < int(switch) else lambda: attend(q, k, v, call, select=True),
+    }
+    row |= in_turns(calls, device)
+    row["ratio"], row["auto_ratio"] = row["ms"] / row["dense_ms"], row["auto_ms"] / row["dense_ms"]
     work = attention_work(heads, length, geometry) + selection_work(heads, length, geometry)
     return floored(row, work, ceilings)
 

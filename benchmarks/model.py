@@ -11,6 +11,7 @@ weights included. What cannot run is listed with its reason. Results are written
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import sys
@@ -24,6 +25,7 @@ from _data import CORRELATION, correlated
 from _gpu import (
     BASELINE_ERRORS,
     Row,
+    add_checkpoint_saves,
     add_scoring,
     blocks_option,
     config_for,
@@ -118,6 +120,19 @@ def train_call(model: Any, plain: nn.Module, inputs: Tensor) -> Callable[[], obj
     return call
 
 
+def apply_variant(
+    variant: str,
+    plain: nn.Module,
+    config: SparseAttentionConfig,
+    variants: Mapping[str, tuple[str, Variant]] = VARIANTS,
+) -> Any:
+    """The model as a variant runs it; of what was compiled before, nothing is left."""
+    attention, transform = variants[variant]
+    plain.set_attn_implementation(attention)  # type: ignore[operator]
+    torch._dynamo.reset()
+    return transform(plain, config)
+
+
 def measure(
     variant: str,
     plain: nn.Module,
@@ -130,11 +145,8 @@ def measure(
 ) -> Iterator[Row]:
     """The rows of one variant, one a length and kind of data; those of dense variants do not depend on the data."""
     device = next(plain.parameters()).device
-    attention, transform = variants[variant]
     sizes: Any = plain.config
-    plain.set_attn_implementation(attention)  # type: ignore[operator]
-    torch._dynamo.reset()
-    model = transform(plain, config)
+    model = apply_variant(variant, plain, config, variants)
     kinds = data if variant == "sparsified" else data[:1]
     for length, kind in itertools.product(sorted(lengths), kinds):
         row: Row = {"case": f"{'train' if train else 'model'}/{variant}/{sizes.num_hidden_layers}/{length}/{kind}"}
@@ -201,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
         "--dense-len", type=dense_len_option, metavar="N", help="tokens up to which it stays dense, or auto (auto)"
     )
     add_scoring(options)
+    add_checkpoint_saves(options)
     options.add_argument("--train", action="store_true", help="a training step in place of prefill")
     return options
 
@@ -210,6 +223,7 @@ def main() -> None:
     device = require_gpu()
     lengths = arguments.lengths or list(TRAIN_LENGTHS if arguments.train else LENGTHS)
     config = config_for(arguments.blocks, arguments.dense_len or "auto", scoring_of(arguments))
+    config = dataclasses.replace(config, checkpoint_saves=arguments.checkpoint_saves)
     plain = build(arguments.layers, LLAMA_3_8B, device, torch.bfloat16)
     if arguments.train:
         plain.train()
@@ -217,6 +231,7 @@ def main() -> None:
     import transformers
 
     header = gpu_header(device) | {"transformers": transformers.__version__, "sizes": LLAMA_3_8B}
+    header["checkpoint_saves"] = arguments.checkpoint_saves
     name = "train" if arguments.train else "model"
     name += "" if arguments.scorer == "pooled" else "_tokens"
     path = results_path(

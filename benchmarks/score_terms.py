@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from _gpu import (
     config_for,
     gpu_header,
     gpu_parser,
-    milliseconds,
+    in_turns,
     require_gpu,
     save,
     scoring_of,
@@ -30,7 +29,6 @@ from torch import Tensor
 from infllm_pass import SparseAttentionConfig, switchable_attention
 
 COLUMNS = {"ms": "forward, ms", "ratio": "ratio", "bwd_ms": "backward, ms", "bwd_ratio": "ratio of backward"}
-TURNS = 3
 
 
 def terms_of(name: str, heads: Heads, length: int, device: torch.device) -> dict[str, Any]:
@@ -66,14 +64,10 @@ def measure(heads: Heads, length: int, config: SparseAttentionConfig, data: str,
     q, k, v = make_data(data, heads, length, device)
     names = ("none", "softcap", "key_bias", "sinks")
     runs = {name: calls(q, k, v, config, terms_of(name, heads, length, device)) for name in names}
-    times: dict[str, list[list[float]]] = {name: [[], []] for name in names}
-    for _ in range(TURNS):
-        for name, pair in runs.items():
-            for kept, call in zip(times[name], pair, strict=True):
-                kept.append(milliseconds(call, device))
+    kinds = [in_turns({name: pair[which] for name, pair in runs.items()}, device) for which in range(2)]
     rows: list[Row] = []
     for name in names:
-        (ms, bwd), (base, base_bwd) = ([median(kept) for kept in times[which]] for which in (name, "none"))
+        (ms, bwd), (base, base_bwd) = ([kind[which] for kind in kinds] for which in (name, "none"))
         row: Row = {"case": f"{heads}/{length}/{data}/{name}", "heads": str(heads), "length": length, "term": name}
         row |= {"ms": ms, "ratio": ms / base, "bwd_ms": bwd, "bwd_ratio": bwd / base_bwd}
         rows.append(row)

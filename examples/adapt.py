@@ -11,9 +11,9 @@ yours: `infllm-pass adapt SmolLM2-135M-Instruct texts/ --out adapted`.
 import sys
 import tempfile
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -6,7 +6,7 @@ import difflib
 import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from infllm_pass.errors import ConfigError
 from infllm_pass.kernels.geometry import BlockGeometry, ChannelSets, LseMode, ScoreDtype, ScorerName
@@ -19,6 +19,22 @@ SMALL_HEAD_DIMS = 32
 
 PUBLISHED: dict[str, Any] = {"scorer": "pooled", "dense_len": 8192}
 """What differs from the defaults in models that were trained with InfLLM-V2 (MiniCPM4.1)."""
+
+CheckpointSaves: TypeAlias = Literal["nothing", "selection", "attention"]
+
+WORDS: dict[str, Any] = {
+    "lse": LseMode,
+    "scorer": ScorerName,
+    "score_dtype": ScoreDtype,
+    "checkpoint_saves": CheckpointSaves,
+}
+"""Fields that are one of some words."""
+
+
+def default_score_dims(head_dim: int) -> int:
+    """Channels that token scores read if nobody says how many."""
+    quarter, half = (-(-head_dim // (parts * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS for parts in (4, 2))
+    return min(max(quarter, min(half, SMALL_HEAD_DIMS)), head_dim)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,9 @@ class SparseAttentionConfig:
         agnostic_topk: of the visited blocks, how many are chosen by the importance of their keys, the bias that the
             site adds to their scores, whatever the query (NOSA, arXiv 2510.13602); 0: none. Needs pooled scores and a
             site with such a bias.
+        checkpoint_saves: what activation checkpointing saves of sparse attention instead of computing it again in the
+            backward pass: "selection", the lists of selected blocks; "attention", the output and log-sum-exp as well;
+            "nothing".
 
     Raises:
         ConfigError: a field has the wrong type or an invalid value.
@@ -68,6 +87,7 @@ class SparseAttentionConfig:
     score_dims: int | None = None
     score_dtype: ScoreDtype = "key"
     agnostic_topk: int = 0
+    checkpoint_saves: CheckpointSaves = "selection"
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -97,7 +117,7 @@ class SparseAttentionConfig:
             )
         if self.use_nope is not False:
             raise ConfigError("use_nope", self.use_nope, "False: block selection reads the keys after RoPE")
-        for name, words in (("lse", LseMode), ("scorer", ScorerName), ("score_dtype", ScoreDtype)):
+        for name, words in WORDS.items():
             if getattr(self, name) not in get_args(words):
                 raise ConfigError(name, getattr(self, name), "one of " + ", ".join(map(repr, get_args(words))))
         dims = self.score_dims
@@ -164,8 +184,7 @@ class SparseAttentionConfig:
             ConfigError: `score_dims` is larger than the head.
         """
         if self.score_dims is None:
-            quarter, half = (-(-head_dim // (parts * LEAST_SCORE_DIMS)) * LEAST_SCORE_DIMS for parts in (4, 2))
-            return min(max(quarter, min(half, SMALL_HEAD_DIMS)), head_dim)
+            return default_score_dims(head_dim)
         if self.score_dims > head_dim:
             raise ConfigError("score_dims", self.score_dims, f"at most the head size, {head_dim}")
         return self.score_dims

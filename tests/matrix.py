@@ -61,6 +61,7 @@ ROWS = (
     Row("torch-2.14", "3.11", "2.14.1", "5.24.0"),
     Row("torch-2.15", "3.11", "2.15.0", "5.24.0"),
     Row("python-3.10", "3.10", "2.11.0", "5.17.0", ("tests/compat", "tests/sites", "tests/plan")),
+    Row("python-3.12", "3.12", "2.11.0", "5.17.0"),
     Row("python-3.13", "3.13", "2.15.0", "5.24.0", ("tests/compat", "tests/sites", "tests/plan")),
 )
 

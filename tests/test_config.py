@@ -89,6 +89,7 @@ def test_query_agnostic_blocks_that_cannot_be(changes, field, expected):
         ("dense_len", "8192", "an integer"),
         ("use_nope", True, "False"),
         ("lse", "fine", "'coarse', 'exact'"),
+        ("checkpoint_saves", "all", "'nothing', 'selection', 'attention'"),
         ("query_block", 0, "at least 1"),
     ],
 )

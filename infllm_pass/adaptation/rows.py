@@ -206,8 +206,7 @@ class TrainingRows(Dataset[dict[str, Tensor]]):
             )
 
     def _check_tasks(self) -> None:
-        """Draw a sample of each task at each length, which refuses what does not fit."""
+        """Refuse tasks that do not fit the shortest rows."""
         if self.task_share:
-            for bucket in self.buckets:
-                for task in self.tasks:
-                    self._sampler.sample(task, bucket.length, random.Random(0))
+            for task in self.tasks:
+                self._sampler.check(task, min(bucket.length for bucket in self.buckets))

@@ -45,8 +45,11 @@ SYLLABLES = ("ba", "da", "fe", "gi", "ho", "ka", "le", "mi", "no", "pu", "ra", "
 SHORT_ROW = 1024
 """Shorter rows have two chains of two steps."""
 
-SHRINKING = (1, 2, 4, 8)
-"""A row too short for what was drawn is given what a row shorter by these factors would get."""
+ATTEMPTS = 12
+"""How often a sample is drawn that does not fit its row: as for rows of half the length, a quarter, and an eighth."""
+
+CHECKED = 32
+"""Draws of a task as for an eighth of a row, all of which have to fit before a run begins."""
 
 
 @dataclass(frozen=True)
@@ -213,23 +216,35 @@ class Sampler:
         Raises:
             AdaptationError: what is hidden does not fit.
         """
-        for factor in SHRINKING:
-            hidden = TRAINING_TASKS[task](length // factor, draw)
-            head = [*self._writer.prefix, *self._writer.encode(hidden.opening)]
-            tail = self._writer.encode(hidden.closing)
-            pieces = [self._writer.encode(sentence) for sentence in hidden.sentences]
-            needed = len(head) + len(tail) + sum(map(len, pieces))
-            if needed < length:
+        for attempt in range(ATTEMPTS):
+            head, pieces, tail = self._written(task, length // min(2**attempt, 8), draw)
+            room = length - len(head) - len(tail) - sum(map(len, pieces))
+            if room > 0:
                 break
         else:
-            raise AdaptationError(
-                f"the task {task} takes {needed} tokens beside the text it hides things in, and a row has {length}: "
-                "take longer rows, or leave the task out"
-            )
-        text = self._text(length - needed, draw)
+            raise _too_short(task, length, length - room)
+        text = self._text(room, draw)
         depths = sorted(draw.random() for _ in pieces)
         body = inserted(text, list(zip(depths, pieces, strict=True)), self._writer.ends_sentence)
         return [*head, *body, *tail]
+
+    def check(self, task: str, length: int) -> None:
+        """Refuse a task that may not fit a row.
+
+        Raises:
+            AdaptationError: one of `CHECKED` draws does not.
+        """
+        for seed in range(CHECKED):
+            head, pieces, tail = self._written(task, length // 8, random.Random(seed))
+            needed = len(head) + len(tail) + sum(map(len, pieces))
+            if needed >= length:
+                raise _too_short(task, length, needed)
+
+    def _written(self, task: str, length: int, draw: random.Random) -> tuple[list[int], list[list[int]], list[int]]:
+        """The tokens before the text, those of each sentence, and those after the text."""
+        hidden = TRAINING_TASKS[task](length, draw)
+        head = [*self._writer.prefix, *self._writer.encode(hidden.opening)]
+        return head, [self._writer.encode(each) for each in hidden.sentences], self._writer.encode(hidden.closing)
 
     def _text(self, count: int, draw: random.Random) -> list[int]:
         """So many tokens from any place of a document that is long enough; where none is, of several in a row."""
@@ -246,6 +261,13 @@ class Sampler:
             found += ids[int(starts[number]) : int(self._stops[number])].tolist()
             number = (number + 1) % len(starts)
         return found[:count]
+
+
+def _too_short(task: str, length: int, needed: int) -> AdaptationError:
+    return AdaptationError(
+        f"the task {task} takes {needed} tokens beside the text it hides things in, and a row has {length}: "
+        "take longer rows, or leave the task out"
+    )
 
 
 def _chain_sizes(length: int, draw: random.Random) -> tuple[int, int]:

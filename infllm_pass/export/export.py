@@ -11,12 +11,13 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from typing_extensions import Unpack
 
 from infllm_pass.compat.dynamo import UserError, uncompiled
 from infllm_pass.compat.shapes import ConstraintViolationError
@@ -71,6 +72,24 @@ def export(
     return export_with_report(model, args, kwargs, dynamic_shapes, policy)[0]
 
 
+class OnnxFileOptions(TypedDict, total=False):
+    """Keywords of `export_onnx` that concern the file.
+
+    Attributes:
+        opset: version of ONNX's default operators, at least 18; 18 if not given.
+        external_data: whether weights go to a second file beside the first; None, the default: if they are large.
+        input_names: names of the graph's inputs; None, the default: the arguments' own.
+        output_names: names of the graph's outputs.
+        overwrite: whether an existing file is replaced; False if not given.
+    """
+
+    opset: int
+    external_data: bool | None
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
+    overwrite: bool
+
+
 def export_onnx(
     model: nn.Module | ExportedProgram,
     path: str | PathLike[str],
@@ -81,11 +100,7 @@ def export_onnx(
     config: SparseAttentionConfig | Mapping[str, Any] | None = None,
     filter_fn: SiteFilter | None = None,
     site_config: SiteConfig | None = None,
-    opset: int = 18,
-    external_data: bool | None = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    overwrite: bool = False,
+    **file: Unpack[OnnxFileOptions],
 ) -> Report:
     """Export a model to an ONNX file in which every switchable site is one node ``infllm::InfLLMV2Attention``.
 
@@ -101,11 +116,7 @@ def export_onnx(
         config: what sparse attention selects; see `export`.
         filter_fn: sites for which it returns False stay dense.
         site_config: the configuration of each site, see `sparsify`.
-        opset: version of ONNX's default operators, at least 18.
-        external_data: whether weights go to a second file beside the first; None: if they are large.
-        input_names: names of the graph's inputs; None: the arguments' own.
-        output_names: names of the graph's outputs.
-        overwrite: whether an existing file is replaced.
+        file: how the file is written, by keyword: see `OnnxFileOptions`.
 
     Returns:
         What was found and done at every site.
@@ -120,10 +131,10 @@ def export_onnx(
     from infllm_pass.lowering.export.onnx.exporter import OnnxTarget, require_onnx
 
     require_onnx()
-    target = OnnxTarget(path, opset=opset, external_data=external_data, overwrite=overwrite)
+    target = OnnxTarget(path, **file)
     policy = SitePolicy(SparseAttentionConfig.coerce(config), site_config_of(filter_fn, site_config))
     program, report = export_with_report(model, args, kwargs, dynamic_shapes, policy)
-    target.write(program, input_names=input_names, output_names=output_names)
+    target.write(program)
     return report
 
 

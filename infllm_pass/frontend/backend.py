@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from infllm_pass.compat.checkpointing import saves_quietly
 from infllm_pass.compat.ddp import split_at_buckets
 from infllm_pass.compat.dynamo import RestartAnalysis, bound_backend, graph_breaks, latest_break
 from infllm_pass.config import SparseAttentionConfig
@@ -20,6 +21,7 @@ from infllm_pass.kv_cache.store import CachedGraph, CacheStore
 from infllm_pass.lowering.inductor.mutation_cache import remembered_accesses
 from infllm_pass.lowering.ops.dispatch import warn_untuned
 from infllm_pass.plan.site_config import site_config_of
+from infllm_pass.rewrite.checkpoints import save_marked
 from infllm_pass.rewrite.failures import warn_of_failures
 from infllm_pass.rewrite.log import CompileLog
 from infllm_pass.rewrite.pipeline import SitePolicy, Switch, run_pass
@@ -114,12 +116,13 @@ class SwitchableBackend:
         self.log.add(report, original)
         warn_of_failures(report, self.log.warned)
         _warn_untuned(report)
+        save_marked(module)
         watched = watch(module.graph, held.readings)
         vectors = held.inputs.examples
         reverse_only = loses_tangents(module)
         checks = take_checks(module, len(example_inputs) + len(vectors))
         try:
-            with trace.compiler_behind(report), remembered_accesses():
+            with trace.compiler_behind(report), remembered_accesses(), saves_quietly(module):
                 compiled = split_at_buckets(self.compiler)(module, [*example_inputs, *vectors, *caches.examples])
         except RestartAnalysis:  # Dynamo traces once more, with numbers in place of floats that the graph depends on
             self.log.discard(report)

@@ -159,7 +159,8 @@ def _attend(
     if not torch.compiler.is_compiling() and have_tangents(given):
         raise ForwardModeError("switchable attention")
     factor = float(q.shape[3]) ** -0.5 if scale is None else scale
-    config = resolved(config, AttentionPlace(device_name(q.device), q.shape[1], k.shape[1], q.shape[3]))
+    dim = q.shape[3]  # nothing tells which channels matter: token scores read them all
+    config = resolved(config, AttentionPlace(device_name(q.device), q.shape[1], k.shape[1], dim, dim))
     call = AttentionCall(factor, config.switch_length, config.geometry_for(k.shape[3]), **place, **terms)
     check_sequences(q, call)
     check_terms(q, k, call)

@@ -8,7 +8,7 @@ The same computation has many spellings: ``torch.add``, ``operator.add``, ``Tens
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,20 @@ class _Entry:
     adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class _Attribute:
+    """An attribute of a tensor that is an operator; up to torch 2.13 Dynamo writes ``getattr(x, "mT")``."""
+
+    name: str
+
+
 _TABLE: dict[object, _Entry] = {}
 
 
 def _spell(
     kind: Kind,
     parameters: str,
-    targets: Iterable[Callable[..., Any] | str],
+    targets: Iterable[Callable[..., Any] | str | _Attribute],
     adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     **constants: Any,
 ) -> None:
@@ -211,7 +218,7 @@ _spell(
     [torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.swapdims, "swapdims", aten.transpose.int],
 )
 _spell(Kind.TRANSPOSE, "input", ["t", torch.t, aten.t.default], dim0=0, dim1=1)
-_spell(Kind.TRANSPOSE, "input", [aten.mT, aten.mT.default], dim0=-2, dim1=-1)
+_spell(Kind.TRANSPOSE, "input", [_Attribute("mT"), aten.mT, aten.mT.default], dim0=-2, dim1=-1)
 _spell(Kind.PERMUTE, "input *dims", [torch.permute, "permute", aten.permute.default])
 _spell(Kind.REPEAT, "input *repeats", ["repeat", aten.repeat.default, torch.tile, "tile", aten.tile.default])
 _spell(
@@ -331,8 +338,11 @@ def read(node: fx.Node) -> Call | None:
     """
     if node.op not in ("call_function", "call_method"):
         return None
+    if node.target is getattr:
+        entry = _TABLE.get(_Attribute(str(node.args[1])))
+        return None if entry is None else _named(node.args[:1], {}, entry)
     entry = _TABLE.get(node.target)
-    return None if entry is None else _named(node, entry)
+    return None if entry is None else _named(node.args, node.kwargs, entry)
 
 
 def read_in_place(node: fx.Node) -> Call | None:
@@ -341,12 +351,12 @@ def read_in_place(node: fx.Node) -> Call | None:
     if kind is None:
         return None
     parameters = ("input", "mask", "value") if kind is Kind.MASKED_FILL else ("input", "other")
-    return _named(node, _Entry(kind, parameters))
+    return _named(node.args, node.kwargs, _Entry(kind, parameters))
 
 
-def _named(node: fx.Node, entry: _Entry) -> Call | None:
+def _named(given: Sequence[Any], by_name: Mapping[str, Any], entry: _Entry) -> Call | None:
     args: dict[str, Any] = dict(entry.constants)
-    rest = list(node.args)
+    rest = list(given)
     for name in entry.parameters:
         if name.startswith("*"):
             args[name[1:]] = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
@@ -355,7 +365,7 @@ def _named(node: fx.Node, entry: _Entry) -> Call | None:
             args[name] = rest.pop(0)
     if rest:
         return None
-    args.update(node.kwargs)
+    args.update(by_name)
     return Call(entry.kind, args if entry.adapt is None else entry.adapt(args))
 
 

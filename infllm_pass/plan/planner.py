@@ -124,23 +124,24 @@ def _chosen(plan: SitePlan, site: AttentionSite, chosen: Configured, rotary: Rot
         TuningError: the user's file of break-even lengths is damaged.
     """
     config, origin = chosen.config, ""
+    window = None if plan.mask is None else plan.mask.window
+    within = window is not None and int(window) <= config.visited_tokens
+    head_dim = int(site.shape(site.key_heads)[3])
+    channels = _score_channels(site, chosen, head_dim, rotary) if config.scorer == "tokens" and not within else None
     if config.dense_len == "auto":
-        found = break_even(config, _place(site))
+        found = break_even(config, _place(site, head_dim, channels))
         config, origin = config.with_dense_len(found.length), found.origin
     plan = replace(plan, config=config, dense_len_origin=origin)
-    window = None if plan.mask is None else plan.mask.window
-    if window is not None and int(window) <= config.visited_tokens:
-        seen = f"the window is {int(window)} keys, and {config.visited_tokens} are visited"
+    if within:
+        seen = f"the window is {window} keys, and {config.visited_tokens} are visited"
         return replace(plan, reason=Reason.WINDOW_WITHIN_BUDGET, detail=seen, config=replace(config, agnostic_topk=0))
     if config.agnostic_topk:
         if "key_bias" not in plan.terms:
             return replace(plan, reason=Reason.NO_KEY_BIAS, detail=f"agnostic_topk={config.agnostic_topk}")
         shares = f"{config.agnostic_topk} of {config.selected_blocks} blocks by the keys' bias"
         return replace(plan, scores=f"pooled, {shares}")
-    if config.scorer == "pooled":
+    if channels is None:
         return replace(plan, scores="pooled")
-    head_dim = int(site.shape(site.key_heads)[3])
-    channels = _score_channels(site, chosen, head_dim, rotary)
     return replace(plan, channels=channels.sets, scores=channels.described(head_dim))
 
 
@@ -157,10 +158,11 @@ def _score_channels(site: AttentionSite, chosen: Configured, head_dim: int, rota
     return from_rotary(rotary.read(site, head_dim), head_dim, chosen.config)
 
 
-def _place(site: AttentionSite) -> AttentionPlace:
-    """Where a site runs, and its heads."""
+def _place(site: AttentionSite, head_dim: int, channels: ScoreChannels | None) -> AttentionPlace:
+    """Where a site runs, its heads, and what its token scores read of them."""
     device = device_name(site.query.example.device)
-    return AttentionPlace(device, int(site.query_heads), int(site.kv_heads), int(site.shape(site.query)[3]))
+    read = None if channels is None else len(channels.sets[0])
+    return AttentionPlace(device, int(site.query_heads), int(site.kv_heads), head_dim, read)
 
 
 def _plan_site(site: AttentionSite, interpreter: Interpreter) -> SitePlan:

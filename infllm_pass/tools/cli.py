@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import infllm_pass
-from infllm_pass.config import SparseAttentionConfig
+from infllm_pass.config import WORDS, SparseAttentionConfig
 from infllm_pass.errors import ConfigError, InfLLMError
-from infllm_pass.kernels.geometry import LseMode, ScoreDtype, ScorerName
+from infllm_pass.kernels.geometry import ScorerName
 from infllm_pass.tools.output import OutputFormat, add_format_options, notes_console, print_data
 
 BAD_INPUT = 2
@@ -36,7 +36,7 @@ _FIELD_HELP = {
     "agnostic_topk": "visited blocks that the keys' bias chooses, whatever the query: NOSA",
 }
 
-_FIELD_WORDS = {"lse": get_args(LseMode), "scorer": get_args(ScorerName), "score_dtype": get_args(ScoreDtype)}
+_FIELD_WORDS = {name: get_args(words) for name, words in WORDS.items()}
 
 _EXAMPLES = """\
 examples:

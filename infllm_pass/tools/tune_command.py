@@ -143,7 +143,8 @@ def break_even_length(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _row(heads: Heads, config: SparseAttentionConfig, device: torch.device, length: int) -> BreakEvenRow:
-    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
+    read = config.score_dims_of(heads.dim) if config.scorer == "tokens" else None
+    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim, read)
     return BreakEvenRow(
         **vars(place),
         scorer=config.scorer,

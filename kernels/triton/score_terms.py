@@ -25,10 +25,12 @@ def score_unit(scale: float, softcap: float) -> tuple[float, float]:
 def cap_products(products, cap_log2):
     """``tanh(products * scale / softcap)`` with ``cap_log2 = 2 * log2(e) * scale / softcap``.
 
-    A power that overflows is infinite and gives 1, one that underflows gives -1. The error is that of a 1 in float32,
-    ``softcap * 2 ** -24`` of a score.
+    As ``1 - 2 / (1 + exp(2 x))``, the quotient as a square of the reciprocal root, which is one instruction where a
+    division is seven. A power that overflows is infinite and gives 1, one that underflows gives -1. The error is that
+    of a few units in the last place of a 1 in float32, about ``softcap * 2 ** -21`` of a score.
     """
-    return 1.0 - 2.0 / (1.0 + tl.exp2(products * cap_log2))
+    root = tl.rsqrt(0.5 * tl.exp2(products * cap_log2) + 0.5)
+    return 1.0 - root * root
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Runs of `adapt`: losses of a plain loop, what is written, resuming, and what is refused beforehand."""
 
+import importlib.util
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from infllm_pass.errors import (
 )
 from infllm_pass.evaluation import Text, read_texts
 from infllm_pass.frontend.api import sparsified_config
+from tests.support import ROOT
 from tests.support.adapting import LENGTHS, long_rows, small_config, small_model, write_texts
 
 transformers = pytest.importorskip("transformers")
@@ -200,19 +202,13 @@ def test_another_run_s_folder_is_refused(run, files, tmp_path):
     ids=["positions", "held out", "no text", "adapters"],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(run, tmp_path, changes, error, match):
-    if "lora" in changes and _installed("peft"):
+    if "lora" in changes and importlib.util.find_spec("peft") is not None:
         pytest.skip("peft is installed")
     if changes.get("buckets") == "long":
         changes = {"buckets": (infllm_pass.Bucket(8192, 1.0),), "tokens_per_step": 8192}
     with pytest.raises(error, match=match):
         run(**changes)
     assert not (tmp_path / "out").exists()
-
-
-def _installed(package):
-    from importlib import util
-
-    return util.find_spec(package) is not None
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run, tmp_path):
@@ -317,3 +313,15 @@ def test_losses_cut_off_in_the_middle_of_a_line_are_read_up_to_it(tmp_path):
     file.write_text(line + '{"step": 2, "le')
     assert [each.step for each in read_losses(file)] == [1]
     assert RunFolder(tmp_path).losses == file
+
+
+def test_the_example_runs(capsys):
+    path = ROOT / "examples" / "adapt.py"
+    spec = importlib.util.spec_from_file_location("adapt_example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.main(steps=2)
+    assert len(found.losses) == 2
+    printed = capsys.readouterr().out
+    assert "2 attention site(s), 2 switchable" in printed
+    assert ">= 257" in printed

@@ -125,13 +125,14 @@ def test_a_step_follows_from_seed_and_number_alone(tokenizer):
 
 def test_documents_are_read_once_before_any_is_read_again(tokenizer):
     documents = counted_documents(60, 100, 37, vocabulary=1000)
-    rows = made(tokenizer, documents, buckets=[Bucket(16, 1.0)], tokens_per_step=16, steps=24)
-    seen = Counter(token for step in rows for token in step["input_ids"].flatten().tolist())
+    rows = made(tokenizer, documents, buckets=[Bucket(16, 1.0)], tokens_per_step=48, steps=8)
+    lines = [row.tolist() for step in rows for row in step["input_ids"]]
+    seen = Counter(token for line in lines for token in line)
     assert max(seen.values()) == 2
-    assert len(seen) > 197 - 16
     reading = 197 // 16
+    assert len(lines) == 2 * reading
     for first in (0, reading):
-        once = Counter(t for step in range(first, first + reading) for t in rows[step]["input_ids"].flatten().tolist())
+        once = Counter(token for line in lines[first : first + reading] for token in line)
         assert set(once.values()) == {1}
         assert len(once) == reading * 16
 
@@ -159,6 +160,7 @@ def test_a_task_is_one_piece_with_labels_throughout(tokenizer):
         tokenizer, documents, buckets=[Bucket(1024, 1)], tokens_per_step=2048, task_share=1.0, tasks=("single_needle",)
     )
     step = rows[3]
+    assert len({tuple(row.tolist()) for number in range(10) for row in rows[number]["input_ids"]}) == 20
     assert torch.equal(step["position_ids"], torch.arange(1024).expand(2, 1024))
     assert torch.equal(step["labels"][:, 1:], step["input_ids"][:, 1:])
     assert step["labels"][:, 0].tolist() == [NO_LABEL] * 2

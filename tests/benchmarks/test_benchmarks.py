@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from tests.support.triton_support import lists_from_sets
 
 GEOMETRY = SMALL.geometry
 CPU = torch.device("cpu")
-SCRIPTS = ("prefill", "backward", "memory", "breakeven", "model", "generate")
+SCRIPTS = ("prefill", "backward", "memory", "breakeven", "model", "generate", "train_kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +296,65 @@ def test_a_model_is_measured_dense_and_sparse(bench):
     assert rows[1]["ratio"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
 
 
+def test_a_training_step_is_divided_into_kinds_of_kernels(bench, monkeypatch):
+    pytest.importorskip("transformers")
+    model, script = bench("model"), bench("train_kernels")
+    monkeypatch.setitem(
+        model.VARIANTS,
+        "sparsified",
+        ("sdpa", lambda model, config: infllm_pass.sparsify(torch.compile(model, backend="eager"), config)),
+    )
+    sizes = model.LLAMA_3_8B | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    plain = model.build(1, sizes, CPU, torch.float32).train()
+    kinds, single = script.measure("sparsified", plain, 128, SMALL, optimizer=True, steps=1)
+    *parts, idle, step = kinds
+    assert sum(row["ms"] for row in (*parts, idle)) == pytest.approx(step["ms"])
+    assert {row["case"] for row in parts} == {*script.KINDS, script.REST}
+    products = next(row for row in parts if row["case"] == "matrix products")
+    assert products["ms"] > 0
+    assert products["launches"] >= 21  # 7 of a layer, 14 of their gradients
+    assert next(row for row in parts if row["case"] == "optimizer")["ms"] > 0
+    assert [row["ms"] for row in single] == sorted((row["ms"] for row in single), reverse=True)
+
+
+def test_every_kernel_of_training_is_of_a_kind(bench):
+    script = bench("train_kernels")
+    sources = [path for path in (ROOT / "kernels/triton").rglob("*.py") if "decode" not in path.parts]
+    launched = {name for path in sources for name in re.findall(r"wrap_triton\((\w+_kernel)\)", path.read_text())}
+    assert len(launched) > 15
+    assert not {name for name in launched if script.kind_of(name) in (script.REST, "matrix products")}
+    backward = [
+        name
+        for path in sources
+        if path.parent.name == "backward"
+        for name in launched
+        if f"def {name}(" in path.read_text()
+    ]
+    assert len(backward) > 5
+    assert {script.kind_of(name) for name in backward} == {"attention backward"}
+    assert script.kind_of("_scattered_kernel") == "attention forward"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention forward"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x128x64", "attention backward"),
+        ("void pytorch_flash::flash_bwd_dot_do_o_kernel<true>", "attention backward"),
+        ("triton_tem_fused_flex_attention_0", "attention forward"),
+        ("triton_tem_fused_flex_attention_backward_1", "attention backward"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "elementwise and reductions"),
+        ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<3>>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+    ],
+)
+def test_kernels_of_libraries_are_of_a_kind(bench, kernel, kind):
+    assert bench("train_kernels").kind_of(kernel) == kind
+
+
 def test_generation_is_measured_dense_and_sparse(bench):
     pytest.importorskip("transformers")
     generate = bench("generate")
@@ -348,6 +408,16 @@ def test_a_package_is_measured_against_the_compiled_model(bench, monkeypatch):
     assert row["note"] == "no cmake"
 
 
+@pytest.mark.parametrize("scorer", ["pooled", "tokens"])
+def test_a_training_step_on_the_cpu_is_the_sum_of_its_stages(bench, scorer):
+    script = bench("cpu_training")
+    options = SimpleNamespace(clock="processor", repeats=1, heads=2, heads_kv=1, dim=64)
+    row = script.measure("random", 2048, scorer, 26, options)
+    assert row["ms"] == pytest.approx(row["select_ms"] + row["forward_ms"] + row["backward_ms"])
+    assert row["dense_ms"] == pytest.approx(row["dense_forward_ms"] + row["dense_backward_ms"])
+    assert row["case"] == f"train/2x1x64/26/2048/random/{scorer}"
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "package"])
 def test_without_a_gpu_one_line_says_so(bench, monkeypatch, capsys, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -383,9 +453,8 @@ def test_a_script_prints_its_rows_for_programs(bench, monkeypatch, tmp_path, cap
     assert "written to" in err
 
 
-def test_score_terms_are_measured_against_none(bench, monkeypatch):
+def test_score_terms_are_measured_against_none(bench):
     terms = bench("score_terms")
-    monkeypatch.setattr(terms, "TURNS", 1)
     rows = terms.measure(bench("_data").Heads(4, 2, 16), 150, SMALL, "local", CPU)
     assert [row["term"] for row in rows] == ["none", "softcap", "key_bias", "sinks"]
     for row in rows:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infllm_pass.compat import (
     aten,
+    checkpointing,
     ddp,
     dynamo,
     inductor,
@@ -87,6 +88,82 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return x * self.factor
+
+
+# checkpointing
+
+
+def checkpointed(body, **options):
+    """The graph of a function that calls another one checkpointed."""
+    return traced(lambda x: torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False, **options).sum(), inputs())
+
+
+def inputs():
+    return torch.linspace(0.0, 1.0, 5, requires_grad=True)
+
+
+def exp_is_saved():
+    """Contexts that a user wrote, in a form that AOTAutograd's cache takes."""
+    return torch.utils.checkpoint.create_selective_checkpoint_contexts([torch.ops.aten.exp.default])
+
+
+exp_is_saved.cache_hash = "written"
+
+
+@checks("checkpointing.checkpointed_bodies", "checkpointing.save_results")
+def checkpointing_results():
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd import autograd_cache
+
+    for options, saved in (({}, {"sigmoid"}), ({"context_fn": exp_is_saved}, {"sigmoid", "exp"})):
+        module = checkpointed(lambda x: x.sigmoid().exp().tanh(), **options)
+        (body,) = checkpointing.checkpointed_bodies(module)
+        checkpointing.save_results(body, frozenset([torch.ops.aten.sigmoid.default]))
+        (known,) = autograd_cache._collect_context_fn_hashes(module)
+        assert "sigmoid" in known
+        assert ("written" in known) == bool(options)
+        graphs = []
+
+        def keep(graph, _inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph
+
+        x = inputs()
+        module = aot_autograd(fw_compiler=keep, bw_compiler=keep)(module, [x])
+        module(x)[0].backward()
+        again = {node.target.__name__.partition(".")[0] for node in graphs[1].graph.nodes if callable(node.target)}
+        assert {"sigmoid", "exp"} - again == saved
+
+
+@checks("checkpointing.traces_writes")
+def traces_writes():
+    module = checkpointed(lambda x: x.sin().mul_(2).exp())
+    checkpointing.save_results(checkpointing.checkpointed_bodies(module)[0], frozenset([torch.ops.aten.sin.default]))
+    if checkpointing.traces_writes():
+        from torch._dynamo.backends.debugging import aot_eager
+
+        x = inputs()
+        aot_eager(module, [x])(x)[0].backward()
+        assert torch.allclose(x.grad, 2 * x.cos() * (2 * x.sin()).exp())
+
+
+@checks("checkpointing.saves_quietly")
+def saves_quietly():
+    from torch._higher_order_ops import wrap
+
+    for options, told in (({}, 0), ({"context_fn": exp_is_saved}, 1)):
+        module = checkpointed(lambda x: x.sin().exp(), **options)
+        checkpointing.save_results(checkpointing.checkpointed_bodies(module)[0], frozenset())
+        heard = []
+        handler = stdlib_logging.Handler()
+        handler.emit = heard.append
+        wrap.log.addHandler(handler)
+        wrap.warning_once.cache_clear()
+        with checkpointing.saves_quietly(module):
+            module(inputs())
+        wrap.log.removeHandler(handler)
+        assert len(heard) == told
+        assert wrap.log.filters == []
 
 
 # tensors

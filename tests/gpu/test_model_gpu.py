@@ -675,3 +675,43 @@ def test_strides_without_a_unit_are_copied_by_the_functions_and_refused_by_the_o
     for operator in (prefill.compress_keys, lambda *given: prefill.block_attention(*given[:2], v, [], *given[2:])):
         with pytest.raises(ShapeError, match=r"k.contiguous\(\) first"):
             operator(q, strided, *call)
+
+
+def test_checkpointed_layers_select_once_and_save_lists(monkeypatch):
+    """Compiled by Inductor, gradients to the bit.
+
+    A token's lists take 32 bytes in each layer: for 2 heads 64 blocks at most, 4 bytes each, shared by 16 tokens.
+    """
+    ran: dict[str, int] = {}
+    launched = prefill._launched
+
+    def counted(function, *arguments):
+        ran[function] = ran.get(function, 0) + 1
+        return launched(function, *arguments)
+
+    monkeypatch.setattr(prefill, "_launched", counted)
+    ids = tokens(4096).cuda()
+    gradients, held = {}, {}
+    for saves in ("nothing", "selection", "attention"):
+        sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+        plain = llama(use_cache=False, weights=1.0, max_position_embeddings=4096, **sizes).to("cuda", torch.bfloat16)
+        plain.train().gradient_checkpointing_enable({"use_reentrant": False})
+        config = SparseAttentionConfig(window_size=512, topk=18, dense_len=0, checkpoint_saves=saves)
+        model = infllm_pass.sparsify(torch.compile(plain), config, strict="all")
+        for _ in range(2):
+            ran.clear()
+            plain.zero_grad()
+            before = torch.cuda.memory_allocated()
+            loss = model(ids, labels=ids).loss
+            held[saves] = torch.cuda.memory_allocated() - before
+            loss.backward()
+        gradients[saves] = [each.grad.clone() for each in plain.parameters()]
+        assert ran["select_blocks"] == (4 if saves == "nothing" else 2)
+        assert ran["block_attention"] == (2 if saves == "attention" else 4)
+    for saves in ("selection", "attention"):
+        pairs = zip(gradients[saves], gradients["nothing"], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    per_token = (held["selection"] - held["nothing"]) / (2 * 4096)
+    assert 25 < per_token < 60
+    out = (held["attention"] - held["selection"]) / (2 * 4096)
+    assert 1000 < out < 1200  # 512 numbers of 2 bytes, 8 of 4

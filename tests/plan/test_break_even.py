@@ -115,3 +115,37 @@ def test_a_site_switches_at_the_length_of_its_device(length, branch):
     assert same == (branch == "dense")
     function = infllm_pass.switchable_attention(q, k, v, {**SIZES, "scorer": "pooled"})
     torch.testing.assert_close(function, out)
+
+
+def rotated(q, k, v):
+    angles = torch.arange(q.shape[2])[:, None] * 10000.0 ** (-torch.arange(16) / 16)
+    cos, sin = (each.repeat(1, 2) for each in (angles.cos(), angles.sin()))
+    q, k = (x * cos + torch.cat([-x[..., 16:], x[..., :16]], -1) * sin for x in (q, k))
+    return attention(q, k, v)
+
+
+@pytest.mark.parametrize(("function", "read"), [(rotated, 16), (attention, 32)])
+def test_a_site_that_reads_more_channels_breaks_even_later(function, read):
+    """Half of 32 channels by the rotary embedding; without one nothing tells which, and all are read."""
+    add_user_rows([replace(MINE, scorer="tokens", head_dim=32, length=512, score_dims=16)])
+    model = infllm_pass.sparsify(torch.compile(function, backend="eager"), {**SIZES, "scorer": "tokens"})
+    q, k, v = torch.randn(1, 4, 600, 32), torch.randn(1, 2, 600, 32), torch.randn(1, 2, 600, 32)
+    model(q, k, v)
+    (site,) = infllm_pass.report(model).sites
+    assert site.scores.startswith(f"tokens {read} of 32" if read < 32 else "tokens 32 of 32")
+    assert (site.branch, site.config["dense_len"]) == (("sparse", 512) if read == 16 else ("dense", 1024))
+
+
+def test_the_function_reads_all_channels():
+    add_user_rows([replace(MINE, scorer="tokens", head_dim=32, length=512, score_dims=16)])
+    q, k, v = torch.randn(1, 4, 600, 32), torch.randn(1, 2, 600, 32), torch.randn(1, 2, 600, 32)
+    config = {**SIZES, "scorer": "tokens"}
+    torch.testing.assert_close(infllm_pass.switchable_attention(q, k, v, config), attention(q, k, v))
+    add_user_rows([replace(MINE, scorer="tokens", head_dim=32, length=512, score_dims=32)])
+    assert not torch.allclose(infllm_pass.switchable_attention(q, k, v, config), attention(q, k, v), atol=1e-5)
+
+
+def test_a_row_that_never_broke_even_stays_dense():
+    add_user_rows([replace(MINE, length=table.NEVER)])
+    config, place = SparseAttentionConfig(**SIZES, scorer="pooled"), AttentionPlace("cpu", 4, 2, 8)
+    assert break_even(config, place).length == table.NEVER

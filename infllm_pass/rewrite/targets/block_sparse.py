@@ -10,6 +10,7 @@ from infllm_pass.emit.mask_operands import MASK_ARGUMENTS
 from infllm_pass.lowering.ops.attention_args import ATTEND, COMPRESS, SELECT, geometry_text
 from infllm_pass.lowering.ops.prefill import block_attention, compress_keys, select_blocks
 from infllm_pass.plan.site_plan import Lowering
+from infllm_pass.rewrite.checkpoints import mark_saved
 from infllm_pass.rewrite.targets.site_builder import SiteBuilder
 from infllm_pass.rewrite.targets.target import Kernels, Refusal, Request, operator_kernels, refuses_terms
 
@@ -52,5 +53,9 @@ class BlockSparse:
         if request.lowering is Lowering.SPARSE:
             state = builder.call(compress_keys.default, *operands[:2], *COMPRESS.rest(call))
             selection = builder.call(select_blocks.default, *operands[:2], state, *SELECT.rest(call))
+            if config.checkpoint_saves != "nothing":
+                mark_saved(selection)
         attended = builder.call(block_attention.default, *operands, selection, *ATTEND.rest(call))
+        if config.checkpoint_saves == "attention":
+            mark_saved(attended)
         return builder.call(operator.getitem, attended, 0)

@@ -64,6 +64,8 @@ class OnnxTarget:
         path: the file.
         opset: version of the default operators.
         external_data: whether weights go to a file of their own, ``<path>.data``; None: if they are large.
+        input_names: names of the graph's inputs; None: the program's own.
+        output_names: names of the graph's outputs.
         overwrite: whether an existing file is replaced.
 
     Raises:
@@ -71,11 +73,19 @@ class OnnxTarget:
     """
 
     def __init__(
-        self, path: str | PathLike[str], *, opset: int = 18, external_data: bool | None = None, overwrite: bool = False
+        self,
+        path: str | PathLike[str],
+        *,
+        opset: int = 18,
+        external_data: bool | None = None,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
         self.opset = opset
         self.external_data = external_data
+        self.input_names, self.output_names = input_names, output_names
         if opset not in OPSETS:
             raise ExportError(f"opset {opset} is not supported: expected {OPSETS.start} to {OPSETS.stop - 1}")
         refuse_unwritable(self.path, self.data_path, overwrite=overwrite)
@@ -85,25 +95,17 @@ class OnnxTarget:
         """The file for weights."""
         return self.path.with_name(self.path.name + ".data")
 
-    def write(
-        self,
-        program: ExportedProgram,
-        *,
-        input_names: Sequence[str] | None = None,
-        output_names: Sequence[str] | None = None,
-    ) -> None:
+    def write(self, program: ExportedProgram) -> None:
         """Write a program; the file appears whole, or not at all.
 
         Args:
             program: the program, from `infllm_pass.export`. Its graph is changed.
-            input_names: names of the graph's inputs.
-            output_names: names of the graph's outputs.
 
         Raises:
             ExportError: a part of the program has no ONNX form, or the file cannot be written.
             DtypeError: a site's dtype has none.
         """
-        model = _translate(program, self.opset, input_names, output_names)
+        model = _translate(program, self.opset, self.input_names, self.output_names)
         with written_whole(self.path, self.data_path) as path:
             self._save(model, path)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+import infllm_pass
+from infllm_pass import SparseAttentionConfig
 from infllm_pass.errors import ShapeError
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
@@ -27,6 +33,9 @@ from infllm_pass.lowering.ops.decode import decode_attention, new_state
 from tests.support.triton_device import DEVICE, arrange
 
 GEOMETRY = BlockGeometry(8, 4, 16, 1, 1, 4)
+TILED = SparseAttentionConfig(
+    kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=3, init_blocks=1, dense_len=64, scorer="pooled"
+)
 TOKENS = replace(GEOMETRY, scorer="tokens", channels=((*range(4, 8), *range(12, 16)),), score_dtype="int8")
 SCALE = 0.3
 SCORERS = pytest.mark.parametrize("geometry", [GEOMETRY, TOKENS], ids=["pooled", "tokens"])
@@ -113,6 +122,33 @@ def test_gradients_flow_to_terms(length):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
     for mine, wanted in zip(found, torch.autograd.grad(expected, exact, grad.double()), strict=True):
         torch.testing.assert_close(mine.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpointed_layer_saves_lists_and_output(monkeypatch):
+    ran = Counter()
+    launched = prefill._launched
+
+    def counted(function, *arguments):
+        ran[function] += 1
+        return launched(function, *arguments)
+
+    monkeypatch.setattr(prefill, "_launched", counted)
+    inputs = tensors(90, requires_grad=True)
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(1.5 * q, k, v, is_causal=True, enable_gqa=True)
+
+    def step(function):
+        return torch.autograd.grad(function(*inputs).square().sum(), inputs)
+
+    config = replace(TILED, checkpoint_saves="attention")
+    backend = "aot_eager_decomp_partition"
+    plain = step(infllm_pass.sparsify(torch.compile(attend, backend=backend), config, strict="all"))
+    ran.clear()
+    wrapped = partial(checkpoint, attend, use_reentrant=False)
+    model = infllm_pass.sparsify(torch.compile(wrapped, backend=backend), config, strict="all")
+    assert all(torch.equal(one, other) for one, other in zip(step(model), plain, strict=True))
+    assert ran == dict.fromkeys(("compress_keys", "select_blocks", "block_attention", "block_attention_backward"), 1)
 
 
 def test_query_agnostic_blocks(monkeypatch):
