@@ -23,8 +23,11 @@ from tests.support import ROOT
 from tests.support.adapting import LENGTHS, long_rows, small_config, small_model, write_texts
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
+
+WEIGHTS = "weights.safetensors"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -161,7 +164,9 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(run, finished, tmp_path):
     """A checkpoint that is half-written, and losses after the one before it, are no part of it."""
     run(evaluate_every=2)
     folder = tmp_path / "out"
-    (folder / "checkpoints" / "checkpoint-4" / COMPLETE).unlink()
+    half = folder / "checkpoints" / "checkpoint-4"
+    (half / COMPLETE).unlink()
+    (half / WEIGHTS).write_bytes((half / WEIGHTS).read_bytes()[:1000])
     shutil.rmtree(folder / "model")
     again = run(resume=True, evaluate_every=2)
     assert again.losses == finished.losses
@@ -249,8 +254,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half_written(run, tm
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_rows(run, files, tmp_path):
-    from safetensors.torch import load_file
-
     model, _ = small_model()
     config = small_config(**long_rows())
     rows = rows_of(files, config)
@@ -258,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_rows(run, files, 
         run(model=_breaking(model, rows[2]["input_ids"]), log_every=1, **long_rows())
     folder = tmp_path / "out"
     assert str(folder / "loss-of-step-3.safetensors") in str(caught.value)
-    saved = load_file(folder / "loss-of-step-3.safetensors")
+    saved = safetensors.load_file(folder / "loss-of-step-3.safetensors")
     assert {name.partition(".")[0] for name in saved} == set(rows[2])
     assert all(torch.equal(saved[f"{name}.0"], rows[2][name]) for name in rows[2])
     facts = json.loads((folder / "loss-of-step-3.json").read_text())
