@@ -95,7 +95,7 @@ def read_documents(
     ids, starts, names = array("i"), array("q"), []
     end = tokenizer.eos_token_id
     for batch in _batches(files, tell):
-        found = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False).input_ids
+        found = _token_ids(tokenizer, [text for _, text in batch])
         for (name, _), tokens in zip(batch, found, strict=True):
             if not tokens:
                 raise AdaptationError(f"the tokenizer gives no tokens for {name}: it is not the model's")
@@ -162,6 +162,17 @@ def _batches(files: Sequence[Path], tell: Tell | None) -> Iterator[list[tuple[st
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, without special tokens."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+    fast.no_truncation()  # it keeps what an earlier call asked for
+    fast.no_padding()
+    # Without the places of tokens in the text, which take half the time.
+    return [list(each.ids) for each in fast.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _text(file: Path) -> str:

@@ -63,6 +63,22 @@ def test_batches_change_nothing(folder, tokenizer, monkeypatch, characters):
     assert all(0 <= done < total == told[0][2] for _, done, total in told)
 
 
+def test_a_tokenizer_in_python_gives_the_same(folder, tokenizer):
+    class Slow:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, *args, **options):
+            return tokenizer(*args, **options)
+
+    assert torch.equal(read_documents(folder, Slow()).ids, read_documents(folder, tokenizer).ids)
+
+
+def test_what_a_tokenizer_did_before_does_not_stay(folder):
+    used = byte_tokenizer(pad_token="<end>")
+    used(["some text", "text"], truncation=True, max_length=5, padding="max_length")
+    assert torch.equal(read_documents(folder, used).ids, read_documents(folder, byte_tokenizer()).ids)
+
+
 def test_a_file_named_twice_is_read_once_and_may_have_any_name(folder, tokenizer):
     (folder / "notes").write_text("notes")
     found = read_documents([folder / "notes", folder / "a.txt", folder], tokenizer)

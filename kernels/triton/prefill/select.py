@@ -307,8 +307,11 @@ def selection_constants(
 
 def list_capacity(plan: TilePlan, geometry: BlockGeometry, length_k: int) -> int:
     """Entries that the list of one tile can need: blocks that its tokens visit, or all that exist."""
-    scored = plan.shape.tokens * (geometry.selected_blocks - geometry.local_blocks - 1)
-    spread = (plan.shape.tokens + geometry.query_block - 2) // geometry.block_size + 1  # blocks that tokens stand in
+    tokens, shared = plan.shape.tokens, geometry.query_block
+    # Queries that share a selection begin at multiples of their number, as tiles do.
+    selections = tokens // shared if tokens % shared == 0 else 1 if shared % tokens == 0 else tokens
+    scored = selections * (geometry.selected_blocks - geometry.local_blocks - 1)
+    spread = (tokens + shared - 2) // geometry.block_size + 1  # blocks that tokens stand in
     blocks = torch.sym_min(scored + geometry.local_blocks + 1 + spread, geometry.num_blocks(length_k))
     return torch.sym_max(blocks, 1)
 

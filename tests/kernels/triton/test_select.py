@@ -9,6 +9,7 @@ from infllm_pass.kernels import reference
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
 from infllm_pass.kernels.triton.prefill.pooled import select_tiles
+from infllm_pass.kernels.triton.prefill.select import list_capacity
 from infllm_pass.kernels.triton.tile_schedule import plan_packed_tiles, plan_tiles
 from infllm_pass.kernels.triton.tile_tables import TileLists, TilePlan, TileShape
 from tests.support.triton_device import DEVICE, arrange, gpu
@@ -60,7 +61,8 @@ def check(
     shape = TileShape.choose(group, geometry.query_block)
     sizes_ = {"batch": batch, "length_q": queries, "length_k": length, "block_size": geometry.block_size}
     plan = plan_tiles(shape, **sizes_, device=DEVICE, offset=offset, key_bounds=key_bounds)
-    _, found = select(q, k, geometry, plan, window=window, dense_len=dense_len, softcap=softcap)
+    lists, found = select(q, k, geometry, plan, window=window, dense_len=dense_len, softcap=softcap)
+    assert int(lists.counts.max()) <= lists.blocks.stride(1)
     key_mask = None
     if bounds is not None:
         index = torch.arange(length, device=DEVICE)
@@ -108,6 +110,19 @@ def test_query_blocks_share_a_selection(group, query_block, length, queries):
     # The last tile of positions has to be whole on both sides of a call, or the oracle scores it with fewer queries.
     offset = (length - queries) // query_block * query_block
     check(group, length=length, queries=length - offset, query_block=query_block)
+
+
+@pytest.mark.parametrize(
+    ("group", "query_block", "entries"),
+    [(4, 1, 16 * 2 + 3), (4, 4, 4 * 2 + 4), (4, 16, 2 + 4), (4, 64, 2 + 7), (16, 16, 2 + 4)],
+)
+def test_lists_have_room_for_the_selections_of_a_tile(group, query_block, entries):
+    """Two scored or initial blocks for each selection, those before the first token, and those that tokens stand in."""
+    geometry = BlockGeometry(**{**SMALL, "selected_blocks": 4, "query_block": query_block})
+    shape = TileShape.choose(group, query_block)
+    sizes = {"batch": 1, "length_q": 2000, "length_k": 2000, "block_size": geometry.block_size}
+    plan = plan_tiles(shape, **sizes, device=DEVICE, offset=0)
+    assert list_capacity(plan, geometry, 2000) == entries
 
 
 @pytest.mark.parametrize(
