@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -202,10 +202,10 @@ def milliseconds(call: Callable[[], object], device: torch.device, *, budget_ms:
         budget_ms: time to spend in all, between 5 and 50 calls; calls of more than 100 ms are timed three times.
     """
     call()
-    estimate = _times(call, device, 1)
+    estimate = _times([call], device)
     if estimate[0] > LONG_MS:
-        return statistics.median(estimate + _times(call, device, 2))
-    return statistics.median(_times(call, device, min(max(round(budget_ms / estimate[0]), 5), 50)))
+        return statistics.median(estimate + _times([call] * 2, device))
+    return statistics.median(_times([call] * min(max(round(budget_ms / estimate[0]), 5), 50), device))
 
 
 def in_turns(
@@ -218,28 +218,28 @@ def in_turns(
         device: where it runs.
         budget_ms: time to spend in all, between 3 and 50 rounds, each begun by another call.
     """
+    estimate = sum(_times([call, call], device)[1] for call in calls.values())
+    rounds = min(max(round(budget_ms / estimate), 3), 50)
     names = list(calls)
-    for call in calls.values():
-        call()
-    estimate = sum(_times(call, device, 1)[0] for call in calls.values())
+    order = [name for turn in range(rounds) for name in names[turn % len(names) :] + names[: turn % len(names)]]
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(min(max(round(budget_ms / estimate), 3), 50)):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name] += _times(calls[name], device, 1)
+    for name, ms in zip(order, _times([calls[name] for name in order], device), strict=True):
+        times[name].append(ms)
     return {name: statistics.median(kept) for name, kept in times.items()}
 
 
-def _times(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
+def _times(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The time of each call of a sequence; a GPU is waited for at its end alone, so that launches run ahead of it."""
     if device.type != "cuda":
         times = []
-        for _ in range(count):
+        for call in calls:
             begin = time.perf_counter()
             call()
             times.append(1e3 * (time.perf_counter() - begin))
         return times
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for begin_event, end_event in events:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+    for call, (begin_event, end_event) in zip(calls, events, strict=True):
         flush.zero_()
         begin_event.record()
         call()

@@ -56,10 +56,11 @@ def save_results(body: fx.GraphModule, operators: frozenset[Any]) -> None:
         operators: overloads that it calls, or that graphs nested in it call.
     """
     known = body.meta.get(_CONTEXT_FN)
+    names = frozenset(map(str, operators))
     if isinstance(known, _SavingContexts):
-        body.meta[_CONTEXT_FN] = _SavingContexts(operators | known.operators, known.given)
+        body.meta[_CONTEXT_FN] = _SavingContexts(names | known.operators, known.given)
     else:
-        body.meta[_CONTEXT_FN] = _SavingContexts(operators, known)
+        body.meta[_CONTEXT_FN] = _SavingContexts(names, known)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class _SavingContexts:
     """A ``context_fn``.
 
     Attributes:
-        operators: whose results are saved.
+        operators: names of those whose results are saved; caches of compiled graphs pickle names, no overloads.
         given: what decides about the others; None: they are recomputed.
     """
 
-    operators: frozenset[Any]
+    operators: frozenset[str]
     given: Callable[[], tuple[Any, Any]] | None
 
     def __call__(self) -> tuple[Any, Any]:
@@ -85,7 +86,7 @@ class _SavingContexts:
 
     def _decide(self, otherwise: Callable[..., Any], context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
         decided = otherwise(context, operator, *args, **kwargs)
-        if operator in self.operators and decided is not CheckpointPolicy.MUST_RECOMPUTE:
+        if str(operator) in self.operators and decided is not CheckpointPolicy.MUST_RECOMPUTE:
             return CheckpointPolicy.MUST_SAVE
         return decided
 
@@ -93,7 +94,7 @@ class _SavingContexts:
     def cache_hash(self) -> str:
         """What AOTAutograd's cache knows the contexts by; an AttributeError, as it expects, if `given` has none."""
         given = "" if self.given is None else self.given.cache_hash  # type: ignore[attr-defined]
-        return f"infllm {sorted(map(str, self.operators))} {given}"
+        return f"infllm {sorted(self.operators)} {given}"
 
 
 def _recompute(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
