@@ -103,21 +103,25 @@ def draw_backward(results: dict[str, Any]) -> Any:
     return _titled(figure, "backward of one layer's attention", results["header"])
 
 
-def draw_breakeven(results: dict[str, Any]) -> Any:
+def draw_breakeven(pooled: dict[str, Any], tokens: dict[str, Any] | None = None) -> Any:
     """Ratio to dense attention against the length: sparse at every length, and with ``dense_len="auto"``."""
-    rows, header = sorted(results["rows"], key=lambda row: row["length"]), results["header"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for heads, colour in zip(header["break_even"], SERIES, strict=False):
-        mine = [row for row in rows if row["heads"] == heads]
-        lengths = [row["length"] for row in mine]
-        left.plot(lengths, [row["ratio"] for row in mine], "o-", color=colour)
-        right.plot(lengths, [row.get("auto_ratio", math.nan) for row in mine], "o-", color=colour, label=heads)
-    left.set(ylim=(0, 4), ylabel="sparse / dense time", title="sparse at every length")
-    right.set(ylim=(0, None), ylabel="time / dense time", title='dense_len="auto"')
-    for axes in (left, right):
-        axes.axhline(1.0, color="black", linewidth=1)
-        _finish(axes, sorted({row["length"] for row in rows}))
-    return _titled(figure, f"{rows[0]['scorer']} scores, {rows[0]['blocks']} blocks, {rows[0]['data']} data", header)
+    drawn = [results for results in (pooled, tokens) if results is not None]
+    figure, panels = plt.subplots(len(drawn), 2, figsize=(11, 4.2 * len(drawn)), squeeze=False, layout="constrained")
+    for (left, right), results in zip(panels, drawn, strict=True):
+        rows = sorted(results["rows"], key=lambda row: row["length"])
+        for heads, colour in zip(results["header"]["break_even"], SERIES, strict=False):
+            mine = [row for row in rows if row["heads"] == heads]
+            lengths = [row["length"] for row in mine]
+            left.plot(lengths, [row["ratio"] for row in mine], "o-", color=colour)
+            right.plot(lengths, [row.get("auto_ratio", math.nan) for row in mine], "o-", color=colour, label=heads)
+        scores = f"{rows[0]['scorer']} scores"
+        left.set(ylim=(0, 4), ylabel="sparse / dense time", title=f"{scores}, sparse at every length")
+        right.set(ylim=(0, None), ylabel="time / dense time", title=f'{scores}, dense_len="auto"')
+        for axes in (left, right):
+            axes.axhline(1.0, color="black", linewidth=1)
+            _finish(axes, sorted({row["length"] for row in rows}))
+    row = pooled["rows"][0]
+    return _titled(figure, f"{row['blocks']} blocks, {row['data']} data", pooled["header"])
 
 
 def draw_decode(results: dict[str, Any]) -> Any:
@@ -215,7 +219,7 @@ DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "gpu_prefill": (("prefill",), draw_prefill),
     "gpu_roofline": (("prefill", "backward"), draw_roofline),
     "gpu_backward": (("backward",), draw_backward),
-    "gpu_breakeven": (("breakeven",), draw_breakeven),
+    "gpu_breakeven": (("breakeven", "breakeven_tokens"), draw_breakeven),
     "gpu_decode": (("decode",), draw_decode),
     "gpu_model": (("model",), draw_model),
     "gpu_generate": (("generate",), draw_generate),
