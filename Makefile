@@ -61,7 +61,8 @@ test-lm-eval: install
 
 test-wrappers: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-wrappers.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/frontend/test_parts.py tests/frontend/test_trainers.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/frontend/test_parts.py tests/frontend/test_trainers.py \
+		tests/adaptation/test_adapters.py
 
 # Downloads some 3 GB for each version of PyTorch; `python -m tests.matrix --help` tells how to use environments that exist.
 test-matrix: install

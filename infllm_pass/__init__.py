@@ -6,9 +6,11 @@ One attention call: `frontend` hands Dynamo's graph to the pass; `graph` reads i
 `masks` proves what each mask lets through, `plan` decides and evaluates the length guard, `emit` and `rewrite`
 replace the call, with `kv_cache` for decode steps; `runtime` checks at every call what a proof relied on. `lowering`
 holds the operators that the call becomes and `kernels` what computes them. A report says what was done at every site,
-and `calibration` measures which channels of the keys its scores should read; docs/design.md follows a call.
+`calibration` measures which channels of the keys its scores should read, `evaluation` what a model loses, and
+`adaptation` trains it on; docs/design.md follows a call.
 """
 
+from infllm_pass.adaptation import AdaptationConfig, Adapted, Bucket, adapt
 from infllm_pass.calibration.record import Calibration
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.evaluation import Evaluation, evaluate
@@ -25,7 +27,10 @@ from infllm_pass.sites import AttentionSite
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptationConfig",
+    "Adapted",
     "AttentionSite",
+    "Bucket",
     "Calibration",
     "Evaluation",
     "GraphReport",
@@ -34,6 +39,7 @@ __all__ = [
     "Report",
     "SiteReport",
     "SparseAttentionConfig",
+    "adapt",
     "calibrate",
     "dense",
     "dense_mode",

@@ -27,7 +27,9 @@ from infllm_pass.adaptation.run_folder import RunFolder, bytes_written, fingerpr
 from infllm_pass.errors import AdaptationError, DeviceError, MissingDependencyError, UnsupportedModelError
 from infllm_pass.evaluation.evaluate import evaluate, positions_of
 from infllm_pass.evaluation.plots import require_matplotlib
-from infllm_pass.evaluation.texts import Text
+from infllm_pass.evaluation.samples import Writer
+from infllm_pass.evaluation.tasks import PERPLEXITY, draw_samples, haystacks, windows
+from infllm_pass.evaluation.texts import Text, standard_texts
 from infllm_pass.frontend.api import dense_mode, original_of, sparsify
 from infllm_pass.lowering.export.atomic_file import written_whole
 
@@ -120,6 +122,7 @@ def adapt(
     if chosen.extend_to is not None:
         original = _extended(original, chosen.extend_to, chosen.extend_kind)
     _check_positions(original, chosen)
+    _check_evaluations(tokenizer, chosen, held_out, prefix)
     documents = read_documents(files, tokenizer, vocabulary=vocabulary, tell=told.stage)
     rows = _rows(documents, tokenizer, chosen)
     found = fingerprint(chosen, original, tokenizer, documents, device)
@@ -301,11 +304,23 @@ def _checked_vocabulary(model: Any, tokenizer: Any) -> int:
 
 def _check_positions(model: Any, config: AdaptationConfig) -> None:
     positions = positions_of(model)
-    if positions is not None and config.longest > max(positions, config.extend_to or 0):
+    longest = max(config.longest, *config.task_settings.lengths)
+    if positions is not None and longest > positions:
         raise AdaptationError(
-            f"rows have {config.longest} tokens, and {type(model).__name__} has {positions} positions: take shorter "
-            "ones, or extend its positions (extend_to)"
+            f"rows or evaluations have {longest} tokens, and {type(model).__name__} has {positions} positions: take "
+            "shorter ones, or extend its positions (extend_to)"
         )
+
+
+def _check_evaluations(
+    tokenizer: Any, config: AdaptationConfig, held_out: Sequence[Text] | None, prefix: Sequence[int] | None
+) -> None:
+    """Draw what evaluations ask for, which refuses what does not fit."""
+    settings, writer = config.task_settings, Writer(tokenizer, prefix)
+    texts = haystacks(writer, standard_texts() if held_out is None else held_out)
+    if PERPLEXITY in settings.tasks:
+        windows(writer, texts, settings.lengths)
+    draw_samples(writer, texts, settings)
 
 
 def _extended(model: Any, length: int, kind: str) -> Any:

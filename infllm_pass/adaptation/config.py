@@ -34,9 +34,9 @@ class AdaptationConfig:
         tasks: names out of `tasks.TRAINING_TASKS`.
         seed: of the rows' order, the tasks and dropout.
         attention: "sparse", or "dense" for a control that sees the same rows.
-        sparse: what is selected, and from which length on. ``dense_len="auto"``: rows, and documents in rows, of more
-            tokens than a query visits and than the second longest bucket has. None: `default_config` of the longest
-            bucket, with that.
+        sparse: what is selected, and from which length on, as a configuration or a dict of its fields; None:
+            `default_config` of the longest bucket. ``dense_len="auto"``, also with None: rows, and documents in rows,
+            of more tokens than a query visits and than the second longest bucket has.
         learning_rate: the highest; it rises for `warmup` steps and falls to 0 along a cosine.
         warmup: steps.
         weight_decay: of AdamW.
@@ -68,7 +68,7 @@ class AdaptationConfig:
     tasks: tuple[str, ...] = tuple(TRAINING_TASKS)
     seed: int = 0
     attention: Attention = "sparse"
-    sparse: SparseAttentionConfig | None = None
+    sparse: SparseAttentionConfig | Mapping[str, Any] | None = None
     learning_rate: float = 1e-4
     warmup: int = 20
     weight_decay: float = 0.0
@@ -103,7 +103,8 @@ class AdaptationConfig:
                     f"a multiple of every length, {self.accumulation} times where steps are accumulated: "
                     f"{self.accumulation} x {length} does not fit",
                 )
-        sparse = replace(default_config(self.longest), dense_len="auto") if self.sparse is None else self.sparse
+        default = replace(default_config(self.longest), dense_len="auto")
+        sparse = default if self.sparse is None else SparseAttentionConfig.coerce(self.sparse)
         if sparse.dense_len == "auto":
             shorter = max((length for length in lengths if length < self.longest), default=0)
             sparse = sparse.with_dense_len(max(shorter, min(sparse.visited_tokens, self.longest - 1)) + 1)

@@ -6,6 +6,7 @@ Imports transformers: whoever imports this module knows that it is installed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -96,6 +97,7 @@ class AdaptationTrainer(Trainer):
             num_workers=self._config.workers,
             pin_memory=self.args.device.type == "cuda",
             persistent_workers=self._config.workers > 0,
+            worker_init_fn=_one_thread,
         )
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
@@ -253,6 +255,11 @@ def _arguments(config: AdaptationConfig, folder: RunFolder, device: str) -> Trai
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one GPU: no DataParallel
     return arguments
+
+
+def _one_thread(_: int) -> None:
+    """Tokenizers that used threads before a process was forked would warn of it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _only(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -77,9 +77,10 @@ def sparsify(
         InternalError: at call time, with `strict`: the pass failed at a site, with what it raised as the cause.
         DenseSiteError: at call time, with ``strict="all"``: a site stays dense.
     """
+    given = None if config is None else SparseAttentionConfig.coerce(config)
     strict = checked_strict(strict)
     original, settings = original_of(model)
-    chosen = _config_for(original, config)
+    chosen = _config_for(original, given)
     own = _calibrated(calibration, original, site_config)
     policy = SitePolicy(chosen, site_config_of(filter_fn, own), tuple(targets), strict)
     return sparsified(original, settings, policy)  # type: ignore[return-value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -63,9 +62,7 @@ def adapt_command(
         tokenizer.add_bos_token = False
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars and ours would mix
         model = load_model(torch.float32) if public else load_folder(options.model, torch.float32)
-    # Rows are made in processes of their own, which the tokenizer would warn of.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if config.workers == 0 else "false")
-    with _progress(console) as progress:
+    with _quiet(), _progress(console) as progress:
         adapted = adapt(
             model,
             tokenizer,
@@ -82,6 +79,23 @@ def adapt_command(
     else:
         console.print(FittedTable(_COLUMNS, _rows(adapted), "answers: share found, all tasks"))
     console.print(f"written: {options.out}, the model in {adapted.model}", soft_wrap=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars, and its remarks on what is as it should be, out of the output."""
+    import transformers
+
+    logs: Any = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
 
 
 def config_of(

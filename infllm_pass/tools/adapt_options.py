@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 from infllm_pass.adaptation.config import AdaptationConfig, RotaryKind
 from infllm_pass.adaptation.tasks import TRAINING_TASKS
 from infllm_pass.evaluation.tasks import TASKS
+from infllm_pass.tools.option_types import natural, positive
 
 
-def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int], natural: Callable[[str], int]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add everything but the block selection and the form of the output.
 
     Args:
         parser: the command's.
-        positive: reads a number of at least 1.
-        natural: reads a number of at least 0.
     """
     own = AdaptationConfig()
     add = parser.add_argument

@@ -15,6 +15,7 @@ import infllm_pass
 from infllm_pass.config import WORDS, SparseAttentionConfig
 from infllm_pass.errors import ConfigError, InfLLMError
 from infllm_pass.kernels.geometry import ScorerName
+from infllm_pass.tools.option_types import length_or_auto, natural, positive
 from infllm_pass.tools.output import OutputFormat, add_format_options, notes_console, print_data
 
 BAD_INPUT = 2
@@ -129,10 +130,10 @@ def _add_demo(commands: Any) -> None:
         "generates a little text, and writes demo.json and a picture of the selected blocks. Takes some minutes on a "
         "CPU.",
     )
-    parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="length of the text (8192)")
+    parser.add_argument("--tokens", type=positive, default=8192, metavar="N", help="length of the text (8192)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go (out)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    parser.add_argument("--layer", type=_natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
+    parser.add_argument("--layer", type=natural, default=20, metavar="N", help="layer to draw, from 0 (20)")
     _add_calibration(parser)
     add_format_options(parser)
     defaults = {"window_size": "512", "topk": "18", "dense_len": "8192, or the text's length if shorter"}
@@ -173,9 +174,9 @@ def _add_explain(commands: Any) -> None:
         help="model folder, its config.json, or module:callable for a function that returns a torch.nn.Module, alone "
         "or with its inputs as (module, inputs); the current folder is searched for the module",
     )
-    parser.add_argument("--length", type=_positive, metavar="N", help="tokens of the input (dense_len)")
-    parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="rows of the input (1)")
-    parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to build (all)")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens of the input (dense_len)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="B", help="rows of the input (1)")
+    parser.add_argument("--layers", type=positive, metavar="L", help="decoder layers to build (all)")
     _add_calibration(parser)
     add_format_options(parser)
     _add_config(parser, {})
@@ -202,8 +203,8 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (the model's)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="the text (one that comes with Python)")
-    parser.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of it to read (8192)")
-    parser.add_argument("--length", type=_positive, metavar="N", help="tokens that run at once (all, at most 8192)")
+    parser.add_argument("--tokens", type=positive, default=8192, metavar="N", help="tokens of it to read (8192)")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens that run at once (all, at most 8192)")
     parser.add_argument("--out", type=Path, default=Path("calibration.json"), metavar="FILE", help="(calibration.json)")
     add_format_options(parser)
     _add_config(parser, {}, without=("scorer", "dense_len"))
@@ -245,11 +246,11 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="a side more for token scores")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="texts to read and to hide things in (three)")
-    parser.add_argument("--lengths", nargs="+", type=_positive, metavar="N", help="tokens of a prompt (4096)")
+    parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help="tokens of a prompt (4096)")
     parser.add_argument("--depths", nargs="+", type=float, metavar="X", help="of needles, 0 to 1 (0.1 0.5 0.9)")
-    parser.add_argument("--samples", type=_positive, metavar="N", help="samples of a task, length and depth (1)")
-    parser.add_argument("--digits", type=_positive, metavar="N", help="digits of a hidden number (7)")
-    parser.add_argument("--seed", type=_natural, metavar="N", help="seed of the first sample (0)")
+    parser.add_argument("--samples", type=positive, metavar="N", help="samples of a task, length and depth (1)")
+    parser.add_argument("--digits", type=positive, metavar="N", help="digits of a hidden number (7)")
+    parser.add_argument("--seed", type=natural, metavar="N", help="seed of the first sample (0)")
     parser.add_argument("--full", action="store_true", help="three lengths, five depths, four samples each")
     parser.add_argument("--generate", action="store_true", help="also generate text after every prompt")
     parser.add_argument(
@@ -289,7 +290,7 @@ def _add_adapt(commands: Any) -> None:
         "to one folder: losses, checkpoints, evaluations, a picture, and a model for from_pretrained whose "
         "configuration carries sparse_config.",
     )
-    add_options(parser, _positive, _natural)
+    add_options(parser)
     add_format_options(parser)
     defaults = {
         "window_size": "a sixteenth of the longest rows",
@@ -323,9 +324,9 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--to", choices=("onnx", "tensorrt", "aoti"), required=True, help="what to write")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file (model.onnx, model.engine or model.pt2)")
-    parser.add_argument("--layers", type=_positive, metavar="L", help="decoder layers to keep (all)")
+    parser.add_argument("--layers", type=positive, metavar="L", help="decoder layers to keep (all)")
     parser.add_argument(
-        "--max-length", type=_positive, default=8192, metavar="N", help="longest input of a TensorRT engine (8192)"
+        "--max-length", type=positive, default=8192, metavar="N", help="longest input of a TensorRT engine (8192)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_format_options(parser)
@@ -357,7 +358,7 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument(
         "--scorers", nargs="+", choices=get_args(ScorerName), default=get_args(ScorerName), help="(both)"
     )
-    parser.add_argument("--longest", type=_positive, default=65536, metavar="N", help="longest length (65536)")
+    parser.add_argument("--longest", type=positive, default=65536, metavar="N", help="longest length (65536)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
     add_format_options(parser)
     _add_config(parser, {}, without=("scorer", "dense_len"))
@@ -478,7 +479,7 @@ def _add_config(
             default=argparse.SUPPRESS,
             help=_FIELD_HELP[field.name] + ("" if default is None else f" ({default})"),
             nargs="+" if several else None,
-            **({"choices": words} if words else {"type": _READERS.get(field.name, _natural), "metavar": "N"}),
+            **({"choices": words} if words else {"type": _READERS.get(field.name, natural), "metavar": "N"}),
         )
 
 
@@ -487,26 +488,8 @@ def _configured(base: SparseAttentionConfig, options: argparse.Namespace) -> Spa
     return replace(base, **{name: getattr(options, name) for name in _FIELD_HELP if hasattr(options, name)})
 
 
-def _natural(text: str) -> int:
-    value = int(text) if text.isdecimal() else -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return value
-
-
-def _length_or_auto(text: str) -> int | str:
-    return text if text == "auto" else _natural(text)
-
-
-_READERS: dict[str, Any] = {"dense_len": _length_or_auto}
+_READERS: dict[str, Any] = {"dense_len": length_or_auto}
 """Fields whose options are no mere numbers."""
-
-
-def _positive(text: str) -> int:
-    value = _natural(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("expected a number of at least 1, got '0'")
-    return value
 
 
 if __name__ == "__main__":

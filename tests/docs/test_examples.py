@@ -46,6 +46,7 @@ def names(monkeypatch, tmp_path):
     def without_inductor(model, *, backend="eager", options=None, **keywords):
         if backend == "infllm":
             options = (options or {}) | {"backend": "eager"}
+        backend = "eager" if backend == "inductor" else backend
         return compile_(model, backend=backend, options=options, **keywords)
 
     def compile_and_package(program, *, package_path, inductor_configs):
@@ -79,10 +80,11 @@ def names(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_examples_of_a_page_run_in_order(page, names, capsys):
-    if page.name in ("evaluation.md", "training_data.md"):
+    if page.name in ("adaptation.md", "evaluation.md", "training_data.md"):
         names |= {"model": byte_llama(), "tokenizer": byte_tokenizer()}
         Path("texts").mkdir()
         Path("texts/long.txt").write_text("A line of some text.\n" * 500)
+        Path("held_out.txt").write_text("Another line of some other text.\n" * 100)
     for line, source in blocks(page):
         missing = [name for name in NEEDED if name in source and importlib.util.find_spec(name) is None]
         if not missing:

@@ -13,8 +13,8 @@ FOLDERS = ("infllm_pass", "lowering", "kernels", "tests", "benchmarks", "example
 PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
 FILE = re.compile(r"`([\w/]+\.(?:py|h|cpp|json))`")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)")
-MADE = {"demo.json", "evaluation.json", "model.onnx"}
-"""Files that commands write."""
+MADE = {"adaptation.json", "config.json", "demo.json", "evaluation.json", "model.onnx", "run.json"}
+"""Files that commands write, and one of every model folder."""
 
 pytestmark = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
