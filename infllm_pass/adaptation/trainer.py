@@ -24,6 +24,7 @@ from infllm_pass.adaptation.config import AdaptationConfig
 from infllm_pass.adaptation.losses import LossLog, StepLoss
 from infllm_pass.adaptation.progress import LogLine
 from infllm_pass.adaptation.run_folder import COMPLETE, RunFolder
+from infllm_pass.compat.transformers import checkpoint_hooks, stay_on_one_gpu
 from infllm_pass.errors import AdaptationError
 
 WEIGHTS = "weights.safetensors"
@@ -40,6 +41,7 @@ def text_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Te
     return loss, loss, None
 
 
+@checkpoint_hooks
 class AdaptationTrainer(Trainer):
     """Trains a model on batches by their number.
 
@@ -165,13 +167,13 @@ class AdaptationTrainer(Trainer):
         )
         return file
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def write_checkpoint(self, write: Callable[[], None]) -> None:
         """A checkpoint, marked as whole at its end; what could not be finished is removed."""
         self.flush()
         begin = time.perf_counter()
         folder = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            write()
             (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}) + "\n", encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -180,18 +182,17 @@ class AdaptationTrainer(Trainer):
             ) from error
         self._aside += time.perf_counter() - begin
 
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def save_trained(self, folder: Path) -> None:
         """What is trained; the model itself is saved once, at the end."""
-        folder = Path(output_dir or self._folder.checkpoints)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: each.detach().contiguous() for name, each in self._trained().items()}, folder / WEIGHTS)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def load_trained(self, folder: Path) -> None:
         """Put what was trained back in its place."""
         own = self._trained()
-        kept = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        kept = load_file(folder / WEIGHTS)
         if kept.keys() != own.keys():
-            raise AdaptationError(f"{resume_from_checkpoint} holds other parameters than those that are trained")
+            raise AdaptationError(f"{folder} holds other parameters than those that are trained")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(kept[name])
@@ -252,8 +253,7 @@ def _arguments(config: AdaptationConfig, folder: RunFolder, device: str) -> Trai
         remove_unused_columns=False,
         accelerator_config={"non_blocking": device == "cuda"},
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process trains on one GPU: no DataParallel
+    stay_on_one_gpu(arguments)
     return arguments
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 Method = Callable[..., Any]
 
@@ -81,3 +82,35 @@ def unpacked(model: Any) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def checkpoint_hooks(kind: Kind) -> Kind:
+    """Decorates a subclass of ``Trainer``: what its checkpoints hold is decided by methods with public names.
+
+    ``write_checkpoint(write)`` is called in the place of ``_save_checkpoint``, to call ``write()``;
+    ``save_trained(folder)`` in the place of ``_save``, and ``load_trained(folder)`` in the place of
+    ``_load_from_checkpoint``. These names are the same in transformers 5.17 to 5.24.
+    """
+    write: Method = kind._save_checkpoint  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.write_checkpoint(functools.partial(write, self, *args, **kwargs))
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        self.save_trained(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_trained(Path(resume_from_checkpoint))
+
+    for method in (_save_checkpoint, _save, _load_from_checkpoint):
+        setattr(kind, method.__name__, method)
+    return kind
+
+
+def stay_on_one_gpu(arguments: Any) -> None:
+    """Keep ``Trainer`` from wrapping its model into `DataParallel` where one process sees several GPUs."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1

@@ -10,6 +10,7 @@ import json
 import logging as stdlib_logging
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -817,6 +818,65 @@ def models():
         torch.ones(1, 3, dtype=torch.int64), max_new_tokens=3, do_sample=False, cache_implementation="static"
     )
     assert set(called) == set(hooks), f"generate called {set(called)} alone"
+
+
+@checks("transformers.unpacked")
+def plain_weights():
+    hf = pytest.importorskip("transformers")
+    config = hf.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=32
+    )
+    model = hf.LlamaForCausalLM(config)
+    assert transformers.unpacked(model) is model
+    model.hf_quantizer, model.is_quantized, model.quantization_method = object(), True, "gguf"
+    model.config.quantization_config = {"quant_method": "gguf"}
+    plain = transformers.unpacked(model)
+    assert plain.hf_quantizer is None
+    assert not getattr(plain, "is_quantized", False)
+    assert not hasattr(plain.config, "quantization_config")
+
+
+@checks("transformers.checkpoint_hooks", "transformers.stay_on_one_gpu")
+def trainers_checkpoints():
+    hf = pytest.importorskip("transformers")
+    called = []
+
+    @transformers.checkpoint_hooks
+    class Hooked(hf.Trainer):
+        def write_checkpoint(self, write):
+            called.append("write")
+            write()
+
+        def save_trained(self, folder):
+            called.append("save")
+            folder.mkdir(parents=True, exist_ok=True)
+
+        def load_trained(self, folder):
+            called.append(f"load {folder.name}")
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return {"loss": self.layer(x).square().mean()}
+
+    rows = [{"x": torch.ones(2)}] * 4
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"save_steps": 1, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 1}
+        arguments = hf.TrainingArguments(folder, use_cpu=True, max_steps=1, **options)
+        transformers.stay_on_one_gpu(arguments)
+        assert arguments.n_gpu <= 1
+        Hooked(Line(), arguments, train_dataset=rows).train()
+        arguments = hf.TrainingArguments(folder, use_cpu=True, max_steps=2, **options)
+        Hooked(Line(), arguments, train_dataset=rows).train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+    assert called[:2] == ["write", "save"]
+    assert "load checkpoint-1" in called
+    several = type("Arguments", (), {"_n_gpu": 2, "n_gpu": property(lambda self: self._n_gpu)})()
+    transformers.stay_on_one_gpu(several)
+    assert several.n_gpu == 1
+    assert "_n_gpu" in inspect.getsource(hf.TrainingArguments.n_gpu.fget)
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
