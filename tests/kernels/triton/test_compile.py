@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -265,11 +265,17 @@ KERNELS = [
     Kernel(_compress_kernel, "compress", COMPRESSION, compression_arguments),
 ]
 
+
+def capabilities(number: int, variant: Variant) -> Iterable[int]:
+    """GPUs to compile a kernel's variant for: all for the first, then by turns the least memory and the newest code."""
+    return SHARED_MEMORY if number == 0 else (90,) if variant.hot or number % 2 else (86,)
+
+
 CASES = [
     pytest.param(kernel, variant, capability, id=f"{kernel.name}-{variant.name}-sm{capability}")
     for kernel in KERNELS
-    for variant in kernel.variants
-    for capability in (SHARED_MEMORY if variant is kernel.variants[0] else (86, 90))
+    for number, variant in enumerate(kernel.variants)
+    for capability in capabilities(number, variant)
 ]
 
 
@@ -310,8 +316,8 @@ SELECTION = [
     ("variant", "capability"),
     [
         pytest.param(variant, capability, id=f"{variant.name}-sm{capability}")
-        for variant in SELECTION
-        for capability in (SHARED_MEMORY if variant is SELECTION[0] else (86, 90))
+        for number, variant in enumerate(SELECTION)
+        for capability in capabilities(number, variant)
     ],
 )
 def test_block_selection_compiles(variant, capability, record_property):
