@@ -69,8 +69,7 @@ def measure(
         "dense_kernel": kernel,
     }
     auto = replace(config, dense_len="auto")
-    read = config.score_dims_of(heads.dim) if scoring.scorer == "tokens" else None
-    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim, read)
+    place = AttentionPlace(device_name(device), heads.queries, heads.keys, heads.dim)
     row["dense_len"] = switch = resolved(auto, place).dense_len
     call = AttentionCall(heads.dim**-0.5, int(switch), geometry)
     calls: dict[str, Callable[[], object]] = {

@@ -12,7 +12,7 @@ from infllm_pass.adaptation.tasks import TRAINING_TASKS
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError
 from infllm_pass.evaluation.evaluate import default_config
-from infllm_pass.evaluation.tasks import TaskSettings
+from infllm_pass.evaluation.tasks import PERPLEXITY, TaskSettings
 
 Attention = Literal["sparse", "dense"]
 Precision = Literal["bfloat16", "float32"]
@@ -20,6 +20,14 @@ RotaryKind = Literal["yarn", "longrope", "linear", "dynamic"]
 
 MOST_BUCKETS = 4
 """Each length is a graph of its own, beside those of evaluations, and Dynamo keeps eight of a function."""
+
+EVALUATED = (PERPLEXITY, "needle_single", "needle_multikey")
+"""Tasks of evaluations, if none are named."""
+
+
+def default_sparse(longest: int) -> SparseAttentionConfig:
+    """What is selected if nobody says, in rows of up to so many tokens; the buckets decide from which length on."""
+    return replace(default_config(longest), dense_len="auto")
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,7 @@ class AdaptationConfig:
                     f"a multiple of every length, {self.accumulation} times where steps are accumulated: "
                     f"{self.accumulation} x {length} does not fit",
                 )
-        default = replace(default_config(self.longest), dense_len="auto")
-        sparse = default if self.sparse is None else SparseAttentionConfig.coerce(self.sparse)
+        sparse = default_sparse(self.longest) if self.sparse is None else SparseAttentionConfig.coerce(self.sparse)
         if sparse.dense_len == "auto":
             shorter = max((length for length in lengths if length < self.longest), default=0)
             sparse = sparse.with_dense_len(max(shorter, min(sparse.visited_tokens, self.longest - 1)) + 1)
@@ -116,8 +123,7 @@ class AdaptationConfig:
             )
         object.__setattr__(self, "sparse", sparse)
         if self.evaluation is None:
-            tasks = ("perplexity", "needle_single", "needle_multikey")
-            object.__setattr__(self, "evaluation", TaskSettings(tasks=tasks, lengths=(self.longest,)))
+            object.__setattr__(self, "evaluation", TaskSettings(tasks=EVALUATED, lengths=(self.longest,)))
 
     def _check_ranges(self) -> None:
         for name, words in (("attention", Attention), ("precision", Precision), ("extend_kind", RotaryKind)):

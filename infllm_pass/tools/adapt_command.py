@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from infllm_pass.adaptation.adapt import Adapted, adapt, require_packages
-from infllm_pass.adaptation.config import AdaptationConfig
+from infllm_pass.adaptation.config import EVALUATED, AdaptationConfig, default_sparse
 from infllm_pass.adaptation.progress import LogLine
 from infllm_pass.adaptation.rows import Bucket
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import ConfigError
 from infllm_pass.evaluation import TaskSettings, read_texts
-from infllm_pass.evaluation.evaluate import default_config
 from infllm_pass.tables import Column, FittedTable
 from infllm_pass.tools.checkpoint import SMOLLM2, load_folder, load_folder_tokenizer, load_model, load_tokenizer
 from infllm_pass.tools.output import OutputFormat, print_data
@@ -113,7 +112,7 @@ def config_of(
     if len(shares) != len(lengths):
         raise ConfigError("shares", options.shares, f"a share for each of the {len(lengths)} lengths")
     longest = max(lengths)
-    base = replace(default_config(longest), dense_len="auto")
+    base = default_sparse(longest)
     if options.scorer != DENSE:
         base = replace(base, scorer=options.scorer)
     given["sparse"] = configured(base)
@@ -122,13 +121,12 @@ def config_of(
     evaluation: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in (
-            ("tasks", options.evaluation_tasks),
+            ("tasks", options.evaluation_tasks or EVALUATED),
             ("lengths", options.evaluation_lengths or [longest]),
             ("samples", options.evaluation_samples),
         )
         if value is not None
     }
-    evaluation.setdefault("tasks", ("perplexity", "needle_single", "needle_multikey"))
     return AdaptationConfig(
         **given,
         buckets=tuple(Bucket(length, share) for length, share in zip(lengths, shares, strict=True)),
