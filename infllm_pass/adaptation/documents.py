@@ -26,8 +26,9 @@ SUFFIXES = (".txt", ".md")
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
-BATCH_CHARACTERS = 4_000_000
-"""Text that the tokenizer gets at once: enough for all cores, while its results take a few hundred megabytes."""
+BATCH_CHARACTERS = 16_000_000
+"""Text that the tokenizer gets at once. A document keeps one core busy, and many are of a megabyte: enough of them for
+sixteen cores, while the results take some 500 megabytes."""
 
 HOLD_OUT_SEED = 0
 
