@@ -195,6 +195,46 @@ def draw_generate(results: dict[str, Any]) -> Any:
     return _titled(figure, title, results["header"])
 
 
+def draw_adaptation(results: dict[str, Any]) -> Any:
+    """Perplexity against trained tokens, and the answers found after the last, of each run and side."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(1, 1.5))
+    runs = [row for row in results["rows"] if row["kind"] == "run"]
+    colours = {"dense": "black", "tokens": "#d9531e", "pooled": "#6a8caf"}
+    shown = [("dense", "dense"), *((run, side) for run in ("tokens", "pooled") for side in (run, "dense"))]
+    for scorer, side in shown:
+        points = [
+            (row["trained_tokens"] / 1e6, row["perplexity"])
+            for row in results["rows"]
+            if (row["kind"], row["scorer"], row["side"]) == ("curve", scorer, side)
+        ]
+        if points:
+            line, label = "o-" if side == scorer else "o:", _run_name(scorer, side)
+            left.plot(*zip(*sorted(points), strict=True), line, color=colours[scorer], label=label)
+    left.set(ylabel="perplexity, last half of a prompt", title="held-out texts, all")
+    left.set_xlabel("million tokens trained")
+    bars = [row for row in runs if (row["scorer"], row["side"]) in shown]
+    tasks = list(bars[0]["tasks"])
+    for number, row in enumerate(bars):
+        places = [place + (number - len(bars) / 2 + 0.5) * 0.8 / len(bars) for place in range(len(tasks))]
+        heights = [row["tasks"][task]["right"] / row["tasks"][task]["answers"] for task in tasks]
+        paler = 1 if row["side"] == row["scorer"] else 0.45
+        label = _run_name(row["scorer"], row["side"])
+        right.bar(places, heights, 0.8 / len(bars), color=colours[row["scorer"]], alpha=paler, label=label)
+    right.set_xticks(range(len(tasks)), [task.replace("_", "\n") for task in tasks], fontsize=8)
+    right.set(ylim=(0, 1), ylabel="answers found", title="tasks after the training")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _titled(figure, "a dense model trained on with sparse attention, a fifth of the blocks", results["header"])
+
+
+def _run_name(scorer: str, side: str) -> str:
+    if scorer == "dense":
+        return "dense control"
+    return f"trained with {scorer}, {'sparse' if side == scorer else 'dense'} mode"
+
+
 def _lengths(rows: list[Row], heads: str) -> list[int]:
     return sorted({row["length"] for row in rows if row["heads"] == heads})
 
@@ -223,6 +263,7 @@ DRAWINGS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "gpu_decode": (("decode",), draw_decode),
     "gpu_model": (("model",), draw_model),
     "gpu_generate": (("generate",), draw_generate),
+    "gpu_adaptation": (("adaptation",), draw_adaptation),
 }
 """Images, and the results that each is drawn from; the first is needed."""
 

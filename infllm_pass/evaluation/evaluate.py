@@ -27,6 +27,7 @@ from infllm_pass.evaluation.tasks import PERPLEXITY, TaskSettings, draw_samples,
 from infllm_pass.evaluation.texts import Text, standard_texts
 from infllm_pass.frontend.api import ConfigLike, original_of, report, sparsified_config, sparsify
 from infllm_pass.frontend.calibrating import evaluation_mode
+from infllm_pass.frontend.compile_settings import recompiles_are_isolated
 from infllm_pass.rewrite.report import SiteReport
 
 Tell = Callable[[str, int, int], None]
@@ -120,6 +121,8 @@ def evaluate(
     with evaluation_mode(original):
         runs = [passes.run(DENSE, original, original, None)]
         for name, config, known in sides:
+            if own is None and not recompiles_are_isolated():
+                torch.compiler.reset()  # or the graphs of earlier sides use up the limit, and later ones are refused
             compiled = torch.compile(original, backend=backend)
             run = model if own is not None else sparsify(compiled, config, strict=True, calibration=known)
             runs.append(passes.run(name, run, original, config))

@@ -63,6 +63,14 @@ def _read_context(context: object) -> CompileSettings:
     return CompileSettings(dynamo.backend_of(context), dynamo.repeated_arguments(context))
 
 
+def recompiles_are_isolated() -> bool:
+    """Whether this version of torch (from 2.13 on) counts the recompilations of each ``torch.compile`` for itself.
+
+    Where not, all compilations of one model share `torch._dynamo.config.recompile_limit`.
+    """
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
 def compile_with(
     original: Callable[..., Any], backend: Callable[..., Any], settings: CompileSettings
 ) -> Callable[..., Any]:
@@ -77,7 +85,7 @@ def compile_with(
         key: dict(value) if isinstance(value, dict) else value for key, value in settings.arguments.items()
     }
     known = inspect.signature(torch.compile).parameters
-    if "isolate_recompiles" in known:
+    if recompiles_are_isolated():
         arguments["isolate_recompiles"] = True
     if "recompile_limit" in known:
         limit = arguments.get("recompile_limit") or dynamo.recompile_limit()

@@ -202,6 +202,18 @@ def test_a_sparsified_model_is_compared_with_its_original(model, tokenizer, foun
         infllm_pass.evaluate(sparse, tokenizer, SPARSE, settings=settings)
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_configurations_than_one_model_may_have_graphs(model, tokenizer):
+    """Every side is compared with dense, on versions of torch too where all of a model's graphs count together."""
+    settings = TaskSettings(tasks=("perplexity",), lengths=(256,))
+    text = [Text("short", "a text of words and words. " * 40)]
+    sides = [replace(SPARSE, topk=topk) for topk in (2, 3, 4)]
+    found = infllm_pass.evaluate(model, tokenizer, sides, settings=settings, texts=text, locality=False)
+    run = found.to_dict()["sides"][1:]
+    assert [side["sites"][0] for side in run] == [len(model.model.layers)] * len(sides)
+    assert len({row.perplexity for row in found.perplexity}) > 2
+
+
 def test_a_dense_len_that_the_device_decides(model, tokenizer):
     """A plain model is evaluated sparse, a sparsified one as it is: dense at lengths below its break-even."""
     settings = replace(QUICK, tasks=("needle_single",))
