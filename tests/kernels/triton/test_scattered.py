@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
+from infllm_pass.kernels.triton.backward import dq
 from infllm_pass.kernels.triton.configs import ScatteredConfig, override
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
@@ -25,16 +26,19 @@ ALWAYS = ScatteredConfig(threshold=-1.0, pool_bytes=1 << 16)
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Whether the device chose to gather, for every call that could."""
+    """Whether the device chose to gather, for every forward and every gradient of q that could."""
     made = []
 
-    def gather(*arguments, **named):
-        original(*arguments, **named)
-        made.append(int(arguments[3][0]))
+    def noted(original, state):
+        def gather(*arguments):
+            original(*arguments)
+            made.append(int(arguments[state][0]))
 
-    original = attention.attend_scattered
-    monkeypatch.setattr(attention, "attend_scattered", gather)
-    with override(scattered=ALWAYS):
+        return gather
+
+    monkeypatch.setattr(attention, "attend_scattered", noted(attention.attend_scattered, 3))
+    monkeypatch.setattr(dq, "add_scattered_gradient", noted(dq.add_scattered_gradient, 5))
+    with override(scattered=ALWAYS, scattered_gradient=ALWAYS):
         yield made
 
 
@@ -56,8 +60,7 @@ def case(name: str, **sizes):
 )
 def test_gathered_blocks_match_the_oracle(case, calls):
     tiles.check_last_queries(case)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_tiles_visit_all_blocks(case, calls):
 
 def test_short_sequences_have_nothing_to_gather(calls):
     tiles.check_last_queries(Case(selected_blocks=6, dense_len=134))
-    assert calls == [0]
+    assert calls == [0, 0]
 
 
 def test_padded_rows_with_holes(calls):
@@ -95,8 +98,7 @@ def test_padded_rows_with_holes(calls):
         sequences.append(Sequence(row, slice(first, end), queries, offset + queries.start - first))
     plan = case.plan(offset, key_bounds=torch.tensor(bounds, dtype=torch.int32, device=DEVICE))
     check(case, plan, sequences, key_mask=key_mask)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 def test_packed_queries_and_keys(calls):
@@ -108,8 +110,7 @@ def test_packed_queries_and_keys(calls):
     sequences = [Sequence(0, k, q, k.stop - k.start - (q.stop - q.start)) for k, q in places]
     cumulative = (torch.tensor(bounds, dtype=torch.int32, device=DEVICE) for bounds in (keys, queries))
     check(case, case.packed_plan(*cumulative), sequences, every_query=True)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["same blocks", "other blocks"])
@@ -150,16 +151,14 @@ def long_case(name: str, dim: int, **sizes):
 def test_long_inputs(case, dtype, calls):
     with override(scattered=replace(ALWAYS, pool_bytes=1 << 23)):
         tiles.check_last_queries(replace(case, dtype=dtype))
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_less_exact_than_dense_attention(dtype, calls):
     tiles.test_no_less_exact_than_dense_attention(4, dtype)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @gpu
@@ -176,8 +175,7 @@ def test_every_run_gives_the_same_bits(calls):
     common = {"geometry": case.geometry, "scale": 128**-0.5, "dense_len": 0, "every_query": True}
     results = [attention_forward(AttentionInputs(q, k, v, lists, plan, **common)) for _ in range(3)]
     assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 arrange(globals())
