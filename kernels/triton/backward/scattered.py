@@ -42,6 +42,45 @@ from ..tile_tables import PANEL_BATCH, PANEL_QUERY, TABLE_COLUMNS
 
 
 @triton.jit
+def _load_rows(
+    grad_out,
+    q,
+    lse,
+    delta,
+    batch,
+    row_head,  # [BM]
+    slot,  # [BM]
+    exists,  # [BM]
+    query_shift,
+    grad_batch_stride,
+    grad_head_stride,
+    grad_token_stride,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    lse_batch_stride,
+    lse_head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SCORED: tl.constexpr,
+):
+    """Queries, gradients of outputs, log-sum-exps and deltas of a step's rows; rows that do not exist weigh nothing."""
+    query = (query_shift + slot // SCORED).to(tl.int64)
+    q_at = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, query, q_token_stride, BLOCK_D)
+    grad_at = row_addresses(
+        grad_out, batch, grad_batch_stride, row_head, grad_head_stride, query, grad_token_stride, BLOCK_DV
+    )
+    scalars = batch * lse_batch_stride + row_head * lse_head_stride + query
+    queries = tl.load(q_at, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)
+    gradients = tl.load(grad_at, mask=row_mask(exists, VALUE_DIM, BLOCK_DV), other=0.0)
+    log_sum = tl.load(lse + scalars, mask=exists, other=float("inf"))
+    row_delta = tl.load(delta + scalars, mask=exists, other=0.0)
+    return queries, gradients, log_sum, row_delta
+
+
+@triton.jit
 def _compute_pieces(
     grad_out,
     q,
@@ -58,6 +97,7 @@ def _compute_pieces(
     end_piece,
     head,
     first,  # token of the chunk
+    last_entry,  # of the chunk's entries
     grad_batch_stride,
     grad_head_stride,
     grad_token_stride,
@@ -97,66 +137,104 @@ def _compute_pieces(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial gradients of the queries of some pieces over the pieces' blocks, whose keys all stand before them."""
+    """Partial gradients of the queries of some pieces over the pieces' blocks, whose keys all stand before them.
+
+    A step's rows are fetched into registers a step ahead, across pieces, and its entries two steps ahead: pieces follow
+    one another in the list of entries.
+    """
     ENTRIES: tl.constexpr = BLOCK_M // PADDED_GROUP
     keys = tl.arange(0, BLOCK_SIZE)
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
     row = tl.arange(0, BLOCK_M)
     group_head = row % PADDED_GROUP
+    row_entry = row // PADDED_GROUP
     row_head = head.to(tl.int64) * GROUP + tl.minimum(group_head, GROUP - 1)
     k += head.to(tl.int64) * k_head_stride
     v += head.to(tl.int64) * v_head_stride
     key_bias += head.to(tl.int64) * bias_head_stride
-    next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = load_piece(
-        work + begin_piece * PIECE_WIDTH
+    batch, key, query_shift, key_shift, begin, end = load_piece(work + begin_piece * PIECE_WIDTH)
+    slot = tl.load(entries + tl.minimum(begin + row_entry, last_entry))
+    exists = (begin + row_entry < end) & (group_head < GROUP) & (slot >= 0)
+    queries, gradients, log_sum, row_delta = _load_rows(
+        grad_out,
+        q,
+        lse,
+        delta,
+        batch.to(tl.int64),
+        row_head,
+        slot,
+        exists,
+        query_shift + first,
+        grad_batch_stride,
+        grad_head_stride,
+        grad_token_stride,
+        q_batch_stride,
+        q_head_stride,
+        q_token_stride,
+        lse_batch_stride,
+        lse_head_stride,
+        HEAD_DIM,
+        BLOCK_D,
+        VALUE_DIM,
+        BLOCK_DV,
+        SCORED,
     )
+    following = tl.load(entries + tl.minimum(tl.minimum(begin + ENTRIES, end) + row_entry, last_entry))
     for piece in range(begin_piece, end_piece):
-        batch = next_batch.to(tl.int64)
-        key = next_key.to(tl.int64)
-        query_shift = next_query_shift + first
-        key_shift = next_key_shift + first
-        entry = next_begin + row // PADDED_GROUP  # [BM]
-        end = next_end
-        following = tl.load(entries + tl.minimum(entry, end - 1))
-        steps = tl.cdiv(end - next_begin, ENTRIES)
-        k_at = k + batch * k_batch_stride + key * k_token_stride
+        at_batch = batch.to(tl.int64)
+        at_key = key.to(tl.int64)
+        k_at = k + at_batch * k_batch_stride + at_key * k_token_stride
         k_at += keys[:, None] * k_token_stride + dims[None, :]
-        v_at = v + batch * v_batch_stride + key * v_token_stride
+        v_at = v + at_batch * v_batch_stride + at_key * v_token_stride
         v_at += keys[None, :] * v_token_stride + value_dims[:, None]
         k_tile = tl.load(k_at) if HEAD_DIM == BLOCK_D else tl.load(k_at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         v_mask = (value_dims < VALUE_DIM)[:, None]
         v_tile = tl.load(v_at) if VALUE_DIM == BLOCK_DV else tl.load(v_at, mask=v_mask, other=0.0)
         hidden = tl.zeros([BLOCK_SIZE], tl.int32)
         if HAS_KEY_MASK:
-            at = key_mask + batch * key_mask_batch_stride + (key + keys) * key_mask_token_stride
+            at = key_mask + at_batch * key_mask_batch_stride + (at_key + keys) * key_mask_token_stride
             hidden = (tl.load(at) == 0).to(tl.int32)
         bias = tl.zeros([BLOCK_SIZE], tl.float32)
         if HAS_BIAS:
-            at_bias = key_bias + batch * bias_batch_stride + (key + keys) * bias_token_stride
+            at_bias = key_bias + at_batch * bias_batch_stride + (at_key + keys) * bias_token_stride
             bias = load_key_bias(at_bias, scale_log2, None)
         next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = load_piece(
             work + tl.minimum(piece + 1, end_piece - 1) * PIECE_WIDTH
         )
-        for _ in range(steps):
-            slot = following
-            following = tl.load(entries + tl.minimum(entry + ENTRIES, end - 1))  # a step ahead
-            exists = (entry < end) & (group_head < GROUP) & (slot >= 0)
-            slot = tl.maximum(slot, 0)
-            token = slot // SCORED
-            query = (query_shift + token).to(tl.int64)
-            q_at = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, query, q_token_stride, BLOCK_D)
-            q_mask = (dims < HEAD_DIM)[None, :]
-            queries = tl.load(q_at) if HEAD_DIM == BLOCK_D else tl.load(q_at, mask=q_mask, other=0.0)
-            grad_at = row_addresses(
-                grad_out, batch, grad_batch_stride, row_head, grad_head_stride, query, grad_token_stride, BLOCK_DV
+        next_end = tl.where(piece + 1 < end_piece, next_end, next_begin)  # no rows to fetch after the last piece
+        for start in range(begin, end, ENTRIES):
+            ends = start + ENTRIES >= end  # with the piece
+            next_start = tl.where(ends, next_begin, start + ENTRIES)
+            stop = tl.where(ends, next_end, end)
+            next_slot = following
+            next_exists = (next_start + row_entry < stop) & (group_head < GROUP) & (next_slot >= 0)
+            next_queries, next_gradients, next_log_sum, next_delta = _load_rows(
+                grad_out,
+                q,
+                lse,
+                delta,
+                tl.where(ends, next_batch, batch).to(tl.int64),
+                row_head,
+                next_slot,
+                next_exists,
+                tl.where(ends, next_query_shift, query_shift) + first,
+                grad_batch_stride,
+                grad_head_stride,
+                grad_token_stride,
+                q_batch_stride,
+                q_head_stride,
+                q_token_stride,
+                lse_batch_stride,
+                lse_head_stride,
+                HEAD_DIM,
+                BLOCK_D,
+                VALUE_DIM,
+                BLOCK_DV,
+                SCORED,
             )
-            grad_mask = (value_dims < VALUE_DIM)[None, :]
-            gradients = tl.load(grad_at) if VALUE_DIM == BLOCK_DV else tl.load(grad_at, mask=grad_mask, other=0.0)
-            scalars = batch * lse_batch_stride + row_head * lse_head_stride + query
-            shift = tl.load(lse + scalars) * log2_e  # [BM]
-            shift = tl.where(shift == float("-inf"), float("inf"), shift)  # no key: every weight is 0
-            row_delta = tl.load(delta + scalars)  # [BM]
+            after = tl.minimum(next_start + ENTRIES, stop)
+            following = tl.load(entries + tl.minimum(after + row_entry, last_entry))
             scores = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
             if HAS_SOFTCAP:
                 scores = cap_products(scores, cap_log2)
@@ -164,9 +242,10 @@ def _compute_pieces(
             if HAS_BIAS:
                 scores += bias[None, :]
             if HAS_WINDOW or HAS_KEY_MASK:
-                own = key_shift + token  # [BM]
+                own = key_shift + first + slot // SCORED  # [BM]
                 valid = (hidden == 0)[None, :]
-                scores = mask_scores(scores, (key + keys)[None, :], own[:, None], window, valid, False, HAS_WINDOW)
+                scores = mask_scores(scores, (at_key + keys)[None, :], own[:, None], window, valid, False, HAS_WINDOW)
+            shift = tl.where(log_sum == float("-inf"), float("inf"), log_sum) * log2_e  # no key: every weight is 0
             weights = tl.exp2(scores * scale_log2 - shift[:, None])
             grad_weights = tl.dot(gradients, v_tile, input_precision=PRECISION)  # [BM, BN]
             grad_scores = weights * (grad_weights - row_delta[:, None])
@@ -179,7 +258,10 @@ def _compute_pieces(
                 partial.to(pool.dtype.element_ty),
                 mask=row_mask(exists, HEAD_DIM, BLOCK_D),
             )
-            entry += ENTRIES
+            queries, gradients, log_sum, row_delta = next_queries, next_gradients, next_log_sum, next_delta
+            slot, exists = next_slot, next_exists
+        batch, key, query_shift, key_shift = next_batch, next_key, next_query_shift, next_key_shift
+        begin, end = next_begin, next_end
 
 
 @triton.jit(noinline=True)  # keeps its registers out of `_compute_pieces`
@@ -401,6 +483,7 @@ def _scattered_gradient_kernel(
                         end,
                         head,
                         first * TOKENS,
+                        bound - 1,
                         grad_batch_stride,
                         grad_head_stride,
                         grad_token_stride,
