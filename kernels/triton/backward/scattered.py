@@ -42,42 +42,26 @@ from ..tile_tables import PANEL_BATCH, PANEL_QUERY, TABLE_COLUMNS
 
 
 @triton.jit
-def _load_rows(
-    grad_out,
-    q,
-    lse,
-    delta,
-    batch,
+def _row_places(
     row_head,  # [BM]
-    slot,  # [BM]
-    exists,  # [BM]
+    batch,
+    batch_stride,
+    head_stride,
+    token_stride,
     query_shift,
-    grad_batch_stride,
-    grad_head_stride,
-    grad_token_stride,
-    q_batch_stride,
-    q_head_stride,
-    q_token_stride,
-    lse_batch_stride,
-    lse_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    slot,  # [BM]
     SCORED: tl.constexpr,
 ):
-    """Queries, gradients of outputs, log-sum-exps and deltas of a step's rows; rows that do not exist weigh nothing."""
+    """Where the queries of some entries begin in a tensor, ``[BM]``, in 64 bits."""
     query = (query_shift + slot // SCORED).to(tl.int64)
-    q_at = row_addresses(q, batch, q_batch_stride, row_head, q_head_stride, query, q_token_stride, BLOCK_D)
-    grad_at = row_addresses(
-        grad_out, batch, grad_batch_stride, row_head, grad_head_stride, query, grad_token_stride, BLOCK_DV
-    )
-    scalars = batch * lse_batch_stride + row_head * lse_head_stride + query
-    queries = tl.load(q_at, mask=row_mask(exists, HEAD_DIM, BLOCK_D), other=0.0)
-    gradients = tl.load(grad_at, mask=row_mask(exists, VALUE_DIM, BLOCK_DV), other=0.0)
-    log_sum = tl.load(lse + scalars, mask=exists, other=float("inf"))
-    row_delta = tl.load(delta + scalars, mask=exists, other=0.0)
-    return queries, gradients, log_sum, row_delta
+    return batch.to(tl.int64) * batch_stride + row_head * head_stride + query * token_stride
+
+
+@triton.jit
+def _load_rows(tensor, places, exists, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """One vector a row, ``[BM, SIZE]``, 0 where none exists."""
+    rows = (tensor + places)[:, None] + tl.arange(0, SIZE)[None, :]
+    return tl.load(rows, mask=row_mask(exists, DIM, SIZE), other=0.0)
 
 
 @triton.jit
@@ -153,34 +137,18 @@ def _compute_pieces(
     k += head.to(tl.int64) * k_head_stride
     v += head.to(tl.int64) * v_head_stride
     key_bias += head.to(tl.int64) * bias_head_stride
+    heads = group_head < GROUP
     batch, key, query_shift, key_shift, begin, end = load_piece(work + begin_piece * PIECE_WIDTH)
     slot = tl.load(entries + tl.minimum(begin + row_entry, last_entry))
-    exists = (begin + row_entry < end) & (group_head < GROUP) & (slot >= 0)
-    queries, gradients, log_sum, row_delta = _load_rows(
-        grad_out,
-        q,
-        lse,
-        delta,
-        batch.to(tl.int64),
-        row_head,
-        slot,
-        exists,
-        query_shift + first,
-        grad_batch_stride,
-        grad_head_stride,
-        grad_token_stride,
-        q_batch_stride,
-        q_head_stride,
-        q_token_stride,
-        lse_batch_stride,
-        lse_head_stride,
-        HEAD_DIM,
-        BLOCK_D,
-        VALUE_DIM,
-        BLOCK_DV,
-        SCORED,
+    exists = (begin + row_entry < end) & heads & (slot >= 0)
+    places = _row_places(
+        row_head, batch, q_batch_stride, q_head_stride, q_token_stride, query_shift + first, slot, SCORED
     )
-    following = tl.load(entries + tl.minimum(tl.minimum(begin + ENTRIES, end) + row_entry, last_entry))
+    queries = _load_rows(q, places, exists, HEAD_DIM, BLOCK_D)
+    places = _row_places(
+        row_head, batch, grad_batch_stride, grad_head_stride, grad_token_stride, query_shift + first, slot, SCORED
+    )
+    gradients = _load_rows(grad_out, places, exists, VALUE_DIM, BLOCK_DV)
     for piece in range(begin_piece, end_piece):
         at_batch = batch.to(tl.int64)
         at_key = key.to(tl.int64)
@@ -203,36 +171,41 @@ def _compute_pieces(
             work + tl.minimum(piece + 1, end_piece - 1) * PIECE_WIDTH
         )
         next_end = tl.where(piece + 1 < end_piece, next_end, next_begin)  # no rows to fetch after the last piece
+        # Of this step and the next; what a row takes one number of is fetched in each layout that it is used in.
+        slot = tl.load(entries + tl.minimum(begin + row_entry, last_entry))
+        following = tl.load(entries + tl.minimum(tl.minimum(begin + ENTRIES, end) + row_entry, last_entry))
+        exists = (begin + row_entry < end) & heads & (slot >= 0)
+        scalars = _row_places(row_head, batch, lse_batch_stride, lse_head_stride, 1, query_shift + first, slot, SCORED)
+        log_sum = tl.load(lse + scalars, mask=exists, other=float("inf"))
+        row_delta = tl.load(delta + scalars, mask=exists, other=0.0)
         for start in range(begin, end, ENTRIES):
+            slot = tl.load(entries + tl.minimum(start + row_entry, last_entry))
             ends = start + ENTRIES >= end  # with the piece
             next_start = tl.where(ends, next_begin, start + ENTRIES)
             stop = tl.where(ends, next_end, end)
-            next_slot = following
-            next_exists = (next_start + row_entry < stop) & (group_head < GROUP) & (next_slot >= 0)
-            next_queries, next_gradients, next_log_sum, next_delta = _load_rows(
-                grad_out,
-                q,
-                lse,
-                delta,
-                tl.where(ends, next_batch, batch).to(tl.int64),
+            row_batch = tl.where(ends, next_batch, batch)
+            row_shift = tl.where(ends, next_query_shift, query_shift) + first
+            exists = (next_start + row_entry < stop) & heads & (following >= 0)
+            places = _row_places(
+                row_head, row_batch, q_batch_stride, q_head_stride, q_token_stride, row_shift, following, SCORED
+            )
+            next_queries = _load_rows(q, places, exists, HEAD_DIM, BLOCK_D)
+            places = _row_places(
                 row_head,
-                next_slot,
-                next_exists,
-                tl.where(ends, next_query_shift, query_shift) + first,
+                row_batch,
                 grad_batch_stride,
                 grad_head_stride,
                 grad_token_stride,
-                q_batch_stride,
-                q_head_stride,
-                q_token_stride,
-                lse_batch_stride,
-                lse_head_stride,
-                HEAD_DIM,
-                BLOCK_D,
-                VALUE_DIM,
-                BLOCK_DV,
+                row_shift,
+                following,
                 SCORED,
             )
+            next_gradients = _load_rows(grad_out, places, exists, VALUE_DIM, BLOCK_DV)
+            scalars = _row_places(
+                row_head, row_batch, lse_batch_stride, lse_head_stride, 1, row_shift, following, SCORED
+            )
+            next_log_sum = tl.load(lse + scalars, mask=exists, other=float("inf"))
+            next_delta = tl.load(delta + scalars, mask=exists, other=0.0)
             after = tl.minimum(next_start + ENTRIES, stop)
             following = tl.load(entries + tl.minimum(after + row_entry, last_entry))
             scores = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
@@ -252,6 +225,7 @@ def _compute_pieces(
             if HAS_SOFTCAP:
                 grad_scores *= slope
             partial = tl.dot(grad_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION) * scale  # [BM, D]
+            exists = (start + row_entry < end) & heads & (slot >= 0)
             place = (slot * GROUP + group_head) * HEAD_DIM
             tl.store(
                 pool + place[:, None] + dims[None, :],
@@ -259,7 +233,6 @@ def _compute_pieces(
                 mask=row_mask(exists, HEAD_DIM, BLOCK_D),
             )
             queries, gradients, log_sum, row_delta = next_queries, next_gradients, next_log_sum, next_delta
-            slot, exists = next_slot, next_exists
         batch, key, query_shift, key_shift = next_batch, next_key, next_query_shift, next_key_shift
         begin, end = next_begin, next_end
 
