@@ -534,6 +534,22 @@ def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
         assert launch.programs * 128 * used["registers"] <= 1 << 16
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variant in GATHERING if variant.hot or variant.key_mask],
+    ids=lambda variant: variant.name,
+)
+def test_gathering_for_the_gradient_of_queries_compiles(variant, record_property):
+    launch = find_config(ScatteredConfig, "scattered_gradient", 90, 2, variant.padded)
+    used = gathering_used(_scattered_gradient_kernel, variant, launch)
+    for figure, number in used.items():
+        record_property(figure, number)
+    if variant.hot:
+        # Numbers that outlive a ticket may spill.
+        assert used["spilled"] <= spills_allowed("scattered_gradient", 64)
+        assert launch.programs * 32 * launch.num_warps * used["registers"] <= 1 << 16
+
+
 def test_the_choice_compiles():
     known = {
         **tile_arguments(Variant(group=4), LaunchConfig()),

@@ -10,13 +10,14 @@ import torch
 
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
 from infllm_pass.kernels.triton.backward import dq
-from infllm_pass.kernels.triton.configs import ScatteredConfig, override
+from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
 from infllm_pass.kernels.triton.prefill.choose import choose_variant
 from infllm_pass.kernels.triton.prefill.scattered import persistent
 from tests.kernels.triton import test_attention as tiles
 from tests.kernels.triton.test_attention import Case, Sequence, _poisoned, check, last_queries  # noqa: F401
+from tests.support.common import relative_error
 from tests.support.triton_device import DEVICE, arrange, gpu
 from tests.support.triton_support import lists_from_sets
 
@@ -163,19 +164,56 @@ def test_no_less_exact_than_dense_attention(dtype, calls):
 
 @gpu
 def test_every_run_gives_the_same_bits(calls):
-    case = Case(length_q=3000, length_k=3000, heads_kv=2, dim=128, value_dim=128, block_size=64, dtype=torch.bfloat16)
-    case = replace(case, selected_blocks=20)
+    """Of the output, its log-sum-exp and the gradient of q."""
+    given, grad = scattered_call(3000, 8)
+    runs = []
+    for _ in range(3):
+        out, lse = attention_forward(given)
+        runs.append((out, lse, dq.query_gradient(grad, lse, dq.output_delta(grad, out), given)))
+    assert all(torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True))
+    assert calls == [1, 1] * 3
+
+
+@gpu
+def test_the_gradient_of_q_is_that_of_the_tiles_and_goes_into_a_cuda_graph(calls):
+    """Chosen by the data under the configuration in use."""
+    given, grad = scattered_call(3000, 8)
+    measured = find_config(ScatteredConfig, "scattered_gradient", 90, 2, 128)
+    out, lse = attention_forward(given)
+    delta = dq.output_delta(grad, out)
+    with override(scattered_gradient=None):
+        tiles = dq.query_gradient(grad, lse, delta, given)
+    with override(scattered_gradient=measured):
+        gathered = dq.query_gradient(grad, lse, delta, given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = dq.query_gradient(grad, lse, delta, given)
+    assert relative_error(gathered, tiles.double()) < 5e-3
+    for _ in range(2):
+        replayed.zero_()
+        graph.replay()
+        assert torch.equal(replayed, gathered)
+    assert calls[:2] == [1, 1]
+
+
+def scattered_call(length, selected_blocks, heads_kv=2):
+    """A call with random selections, every query covered, and a gradient of its output."""
+    case = Case(heads_kv=heads_kv, length_q=length, length_k=length, dim=128, value_dim=128, block_size=64)
+    case = replace(case, selected_blocks=selected_blocks, dtype=torch.bfloat16)
     q, k, v = case.inputs()
     plan = case.plan(0)
-    own = torch.arange(3000, device=DEVICE)[:, None] // 64
-    blocks = torch.arange(47, device=DEVICE)
-    far = torch.rand(1, 2, 3000, 47, device=DEVICE).argsort(-1) < 17
-    sets = (far | (blocks < 1) | (blocks >= own - 1)) & (blocks <= own)
-    lists = lists_from_sets(sets, plan, 47)
+    number = case.geometry.num_blocks(length)
+    own = torch.arange(length, device=DEVICE)[:, None] // 64
+    blocks = torch.arange(number, device=DEVICE)
+    far = torch.rand(1, heads_kv, length, number, device=DEVICE).masked_fill(blocks >= own - 1, -1.0)
+    far[..., 0] = -1.0
+    sets = torch.zeros_like(far, dtype=torch.bool)
+    sets.scatter_(-1, far.topk(selected_blocks - 3, dim=-1).indices, True)
+    sets = (sets | (blocks < 1) | (blocks >= own - 1)) & (blocks <= own)
+    lists = lists_from_sets(sets, plan, number)
     common = {"geometry": case.geometry, "scale": 128**-0.5, "dense_len": 0, "every_query": True}
-    results = [attention_forward(AttentionInputs(q, k, v, lists, plan, **common)) for _ in range(3)]
-    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
-    assert calls == [1, 1]
+    given = AttentionInputs(q, k, v, lists, plan, **common)
+    return given, torch.randn(1, length, 4 * heads_kv, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
 
 
 arrange(globals())
