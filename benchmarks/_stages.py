@@ -6,6 +6,7 @@ compiled graphs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from _gpu import geometry_of
@@ -97,6 +98,29 @@ def backward(
     with launching_at_once():
         saved = grad, lse, output_delta(grad, out), _inputs(q, k, v, selection, config)
         return query_gradient(*saved), *key_gradients(*saved)[:2]
+
+
+def gradient_of_queries(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: Selection,
+    config: SparseAttentionConfig,
+) -> Callable[[], Tensor]:
+    """A function that computes the gradient of q alone, from what the forward pass left."""
+    from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
+
+    with launching_at_once():
+        saved = grad, lse, output_delta(grad, out), _inputs(q, k, v, selection, config)
+
+    def compute() -> Tensor:
+        with launching_at_once():
+            return query_gradient(*saved)
+
+    return compute
 
 
 def compress(k: Tensor, tiles: TilePlan, config: SparseAttentionConfig) -> CompressedKeys | IndexKeys:

@@ -46,8 +46,8 @@ KINDS = {
     "selection": r"_(select_\w+|compress|index_keys|channels|importance|sequences|panels|key_bounds)_kernel",
     "attention forward": r"_(attention_forward|scattered|choose)_kernel|fprop|flash_fwd|fmha_cutlassF"
     r"|scaled_dot_product\w+$|triton_tem_\w*flex_attention_(?!\w*backward)",
-    "attention backward": r"_(key_gradients|query_gradient|output_delta|block_table|invert|starts|cursors|schedule"
-    r"|add_pieces)_kernel|bprop|flash_bwd|fmha_cutlassB|scaled_dot_product\w+_backward"
+    "attention backward": r"_(key_gradients|query_gradient|scattered_gradient|output_delta|block_table|invert|starts"
+    r"|cursors|schedule|add_pieces)_kernel|bprop|flash_bwd|fmha_cutlassB|scaled_dot_product\w+_backward"
     r"|triton_tem_\w*flex_attention_\w*backward",
     "matrix products": r"gemm|nvjet|xmma|cutlass|splitK|triton_tem_|aten::(add|b|badd)?mm$",
     "optimizer": r"[aA]dam|multi_tensor_apply",

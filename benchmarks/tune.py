@@ -3,8 +3,10 @@
     python benchmarks/tune.py attention_forward --heads 32x2x128 --try num_stages=2,3 max_registers=none,168 --write
 
 Every combination of the values given with ``--try`` is measured, in place of the current configuration's fields and
-beside the current configuration itself. ``--write`` puts the fastest one, with the figures of all, into
-``kernels/triton/tuning/sm_XX.json``, as the row for the data type's size and the head dimension that was measured.
+beside the current configuration itself. The ``scattered`` kernels are timed with the tiles' part of their work;
+``threshold=-1,1e9`` compares them with tiles that visit all of their blocks. ``--write`` puts the fastest one, with the
+figures of all, into ``kernels/triton/tuning/sm_XX.json``, as the row for the data type's size and the head dimension
+that was measured.
 """
 
 from __future__ import annotations
@@ -133,9 +135,10 @@ def timing(
         "compress": lambda: stages.compress(k, selection.plan, config),
         **dict.fromkeys(("select", "select_tokens"), lambda: stages.select(q, k, config)),
         **dict.fromkeys(("attention_forward", "scattered"), lambda: stages.attend(q, k, v, selection, config)),
+        "key_gradients": lambda: stages.backward(out, q, k, v, out, lse, selection, config),
         **dict.fromkeys(
-            ("query_gradient", "key_gradients"),
-            lambda: stages.backward(out, q, k, v, out, lse, selection, config),
+            ("query_gradient", "scattered_gradient"),
+            stages.gradient_of_queries(torch.randn_like(out), q, k, v, out, lse, selection, config),
         ),
     }
     return lambda: milliseconds(calls[kernel], device)

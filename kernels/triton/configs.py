@@ -95,7 +95,7 @@ class SelectionConfig(LaunchConfig):
 
 @dataclass(frozen=True)
 class ScatteredConfig(LaunchConfig):
-    """Key-stationary attention to the scored blocks of scattered selections.
+    """Key-stationary attention to the scored blocks of scattered selections, or its gradient of q.
 
     Attributes:
         programs: persistent programs per multiprocessor.
@@ -174,6 +174,7 @@ CLASSES: dict[str, type[Any]] = {
     "attention_forward": LaunchConfig,
     "scattered": ScatteredConfig,
     "query_gradient": LaunchConfig,
+    "scattered_gradient": ScatteredConfig,
     "key_gradients": LaunchConfig,
     "decode": DecodeConfig,
 }

@@ -72,6 +72,40 @@ def forced_visits(
 
 
 @triton.jit
+def start_visits(
+    counts,
+    is_scattered,
+    row,
+    position,
+    begin,
+    end,
+    dense,
+    window,
+    BLOCK_SIZE: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    HAS_LISTS: tl.constexpr,
+    SCATTERED_OFFERED: tl.constexpr,
+):
+    """Blocks that a tile visits, whether by rule, and what says which they are; see `forced_visits`.
+
+    If SCATTERED_OFFERED and `is_scattered` holds a 1, tiles of sparse sequences visit their forced blocks alone.
+    """
+    visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
+    by_rule = dense
+    initial = 0
+    later = first
+    if SCATTERED_OFFERED:
+        left = (tl.load(is_scattered) != 0) & (visits > 0) & (dense == 0)
+        if left:
+            visits, initial, first, later = forced_visits(
+                position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
+            )
+        by_rule = dense | left
+    return visits, by_rule, initial, first, later
+
+
+@triton.jit
 def load_visit(blocks, tokens, entry, first, dense, HAS_LISTS: tl.constexpr):
     """A block that a tile visits, and the mask of the tokens that do."""
     block = first + entry

@@ -104,4 +104,4 @@ def test_every_kernel_has_a_configuration_on_every_device():
         for element_size in (2, 4):
             for head_dim in (16, 32, 64, 128, 256):
                 found = configs.find_config(kind, kernel, 0, element_size, head_dim)
-                assert (found is None) == (kernel == "scattered"), (kernel, element_size, head_dim)
+                assert (found is None) == kernel.startswith("scattered"), (kernel, element_size, head_dim)

@@ -17,6 +17,7 @@ import torch
 
 from infllm_pass import SparseAttentionConfig, switchable_attention
 from infllm_pass.kernels.geometry import BlockGeometry
+from infllm_pass.kernels.triton.backward import dq
 from infllm_pass.kernels.triton.configs import ScatteredConfig, find_config, override
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.lowering.ops.attention_args import DecodeCall
@@ -83,16 +84,23 @@ def always_scattered() -> Iterator[list[bool]]:
     """Gather whatever the data, in chunks of few tiles, so that rings of buffers come round; yields what was done."""
     done: list[bool] = []
 
-    def gather(*arguments: Any, **named: Any) -> None:
-        original(*arguments, **named)
-        done.append(bool(arguments[3][0]))
+    def noted(module: Any, name: str, state: int) -> Any:
+        def gather(*arguments: Any) -> None:
+            original(*arguments)
+            done.append(bool(arguments[state][0]))
 
-    original = attention.attend_scattered
-    measured = find_config(ScatteredConfig, "scattered", 90, 2, 128)
-    assert measured is not None
+        original = getattr(module, name)
+        return mock.patch.object(module, name, gather)
+
+    configs = {}
+    for name in ("scattered", "scattered_gradient"):
+        measured = find_config(ScatteredConfig, name, 90, 2, 128)
+        assert measured is not None
+        configs[name] = replace(measured, threshold=-1.0, pool_bytes=1 << 18)
     with (
-        override(scattered=replace(measured, threshold=-1.0, pool_bytes=1 << 18)),
-        mock.patch.object(attention, "attend_scattered", gather),
+        override(**configs),
+        noted(attention, "attend_scattered", 3),
+        noted(dq, "add_scattered_gradient", 5),
     ):
         yield done
 

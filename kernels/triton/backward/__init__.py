@@ -1,1 +1,1 @@
-"""Gradients of block-sparse attention: dQ by tiles, dK and dV by key blocks."""
+"""Gradients of block-sparse attention: dQ by tiles or, of scattered selections, by key blocks; dK, dV by key blocks."""

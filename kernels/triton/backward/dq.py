@@ -1,7 +1,8 @@
 """Query side of the backward pass: row sums of ``dO * O`` (delta), and the gradient of q.
 
 The gradient of q visits the blocks of the forward's lists, recomputes the weights from the log-sum-exp, and masks the
-same rows.
+same rows. As in the forward, tiles of scattered selections visit the forced blocks only, and `backward.scattered` adds
+the scored ones.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 from ..attention_inputs import AttentionInputs
 from ..configs import LaunchConfig, config_for
 from ..launch import wrap_triton
+from ..prefill.choose import choose_variant
 from ..score_terms import cap_products, load_key_bias
 from ..tile_ops import (
     LOG2_E,
-    count_visits,
     in_registers,
     load_attention_tile,
     load_keys,
@@ -26,7 +27,9 @@ from ..tile_ops import (
     reload_rows,
     row_addresses,
     row_mask,
+    start_visits,
 )
+from .scattered import add_scattered_gradient, offer_scattered_gradient
 
 _DELTA_ROWS = 32
 """Queries of one program of `_output_delta_kernel`."""
@@ -198,6 +201,7 @@ def _query_gradient_kernel(
     counts,
     key_mask,  # bool [B, Lk], HAS_KEY_MASK only
     key_bias,  # [B, Hkv, Lk], HAS_BIAS only
+    is_scattered,  # int32 [1], SCATTERED_OFFERED only: whether tiles visit their forced blocks alone
     grad_batch_stride,
     grad_head_stride,
     grad_token_stride,
@@ -234,11 +238,14 @@ def _query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_LISTS: tl.constexpr,
+    SCATTERED_OFFERED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -262,7 +269,21 @@ def _query_gradient_kernel(
     batch, query, begin, end, position, key_begin, length = load_attention_tile(panels, tile, TOKENS, TILES)
     dense = length < dense_len
     row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
-    visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
+    visits, by_rule, initial, first, later = start_visits(
+        counts,
+        is_scattered,
+        row,
+        position,
+        begin,
+        end,
+        dense,
+        window,
+        BLOCK_SIZE,
+        INIT_BLOCKS,
+        LOCAL_BLOCKS,
+        HAS_LISTS,
+        SCATTERED_OFFERED,
+    )
     blocks += row * capacity
     tokens += row * capacity
 
@@ -351,7 +372,10 @@ def _query_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for step in range(visits * (BLOCK_SIZE // BLOCK_N)):
         entry = step // (BLOCK_SIZE // BLOCK_N)
-        block, bits = load_visit(blocks, tokens, entry, first, dense, HAS_LISTS)
+        start_block = first
+        if SCATTERED_OFFERED:
+            start_block = tl.where(entry < initial, first, later)
+        block, bits = load_visit(blocks, tokens, entry, start_block, by_rule, HAS_LISTS)
         start = block * BLOCK_SIZE + step % (BLOCK_SIZE // BLOCK_N) * BLOCK_N
         moved = tl.minimum(start, last_start)
         key = (key_begin + moved).to(tl.int64)
@@ -422,6 +446,9 @@ def query_gradient(grad_out: Tensor, lse: Tensor, delta: Tensor, given: Attentio
     q = given.q
     grad_q = (q.new_empty if given.every_query else q.new_zeros)(q.shape)
     launch = config_for(LaunchConfig, "query_gradient", q, given.padded)
+    offered = offer_scattered_gradient(given)
+    if offered is not None:
+        choose_variant(*offered, given)
     wrap_triton(_query_gradient_kernel)[given.programs(launch.rows)](
         grad_out,
         q,
@@ -431,6 +458,7 @@ def query_gradient(grad_out: Tensor, lse: Tensor, delta: Tensor, given: Attentio
         delta,
         grad_q,
         *given.tables,
+        given.plan.panels if offered is None else offered[0],
         *grad_out.stride()[:3],
         *given.strides,
         *grad_q.stride()[:3],
@@ -444,7 +472,12 @@ def query_gradient(grad_out: Tensor, lse: Tensor, delta: Tensor, given: Attentio
         *given.unit,
         LOG2_E,
         **given.list_constants(launch),
+        INIT_BLOCKS=given.geometry.init_blocks,
+        LOCAL_BLOCKS=given.geometry.local_blocks,
+        SCATTERED_OFFERED=offered is not None,
         QUERIES_IN_REGISTERS=launch.queries_in_registers,
         **launch.options,
     )
+    if offered is not None:
+        add_scattered_gradient(grad_out, lse, delta, given, grad_q, *offered)
     return grad_q

@@ -20,8 +20,6 @@ from ..score_terms import add_sink, score_products
 from ..tile_ops import (
     LN_2,
     LOWEST_SCORE,
-    count_visits,
-    forced_visits,
     in_registers,
     load_attention_tile,
     load_keys,
@@ -32,6 +30,7 @@ from ..tile_ops import (
     row_addresses,
     row_mask,
     softmax_weights,
+    start_visits,
 )
 from ..tile_tables import padded_dim
 from .choose import choose_variant
@@ -194,17 +193,21 @@ def _attention_forward_kernel(
     batch, query, begin, end, position, key_begin, length = load_attention_tile(panels, tile, TOKENS, TILES)
     dense = length < dense_len
     row = tile.to(tl.int64) * (tl.num_programs(1) // parts) + head
-    visits, first = count_visits(counts, row, position, begin, end, dense, window, BLOCK_SIZE, HAS_LISTS)
-    by_rule = dense
-    initial = 0
-    later = first
-    if SCATTERED_OFFERED:
-        left = (tl.load(is_scattered) != 0) & (visits > 0) & (dense == 0)
-        if left:
-            visits, initial, first, later = forced_visits(
-                position, begin, end, window, BLOCK_SIZE, INIT_BLOCKS, LOCAL_BLOCKS
-            )
-        by_rule = dense | left
+    visits, by_rule, initial, first, later = start_visits(
+        counts,
+        is_scattered,
+        row,
+        position,
+        begin,
+        end,
+        dense,
+        window,
+        BLOCK_SIZE,
+        INIT_BLOCKS,
+        LOCAL_BLOCKS,
+        HAS_LISTS,
+        SCATTERED_OFFERED,
+    )
     blocks += row * capacity
     tokens += row * capacity
 

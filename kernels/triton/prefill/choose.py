@@ -15,7 +15,7 @@ from ..configs import ScatteredConfig
 from ..launch import wrap_triton
 from ..tile_ops import forced_visits
 from ..tile_tables import PANEL_BEGIN, PANEL_END, PANEL_POSITION, TABLE_COLUMNS
-from .scattered.persistent import max_scored_blocks
+from .scattered.schedule import max_scored_blocks
 
 
 @triton.jit(do_not_specialize=["num_tiles", "heads", "window"])

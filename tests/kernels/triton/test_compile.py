@@ -14,6 +14,7 @@ from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton.backward.block_to_query import _block_table_kernel, _invert_kernel
 from infllm_pass.kernels.triton.backward.dkv import _key_gradients_kernel
 from infllm_pass.kernels.triton.backward.dq import _output_delta_kernel, _query_gradient_kernel
+from infllm_pass.kernels.triton.backward.scattered import _scattered_gradient_kernel
 from infllm_pass.kernels.triton.backward.split_work import _add_pieces_kernel, _schedule_kernel
 from infllm_pass.kernels.triton.configs import LaunchConfig, ScatteredConfig, SelectionConfig, find_config
 from infllm_pass.kernels.triton.decode.importance import _fill_kernel, _pool_kernel
@@ -23,7 +24,8 @@ from infllm_pass.kernels.triton.prefill.attention import _attention_forward_kern
 from infllm_pass.kernels.triton.prefill.choose import _choose_kernel
 from infllm_pass.kernels.triton.prefill.compress import _compress_kernel, chunk_keys
 from infllm_pass.kernels.triton.prefill.pooled import POOLED, _select_pooled_kernel
-from infllm_pass.kernels.triton.prefill.scattered.persistent import _scattered_kernel, scattered_constants
+from infllm_pass.kernels.triton.prefill.scattered.persistent import _scattered_kernel
+from infllm_pass.kernels.triton.prefill.scattered.schedule import scattered_constants
 from infllm_pass.kernels.triton.prefill.select import selection_constants
 from infllm_pass.kernels.triton.prefill.token_scores import _select_tokens_kernel, token_scorer
 from infllm_pass.kernels.triton.tile_tables import TileShape, padded_dim
@@ -498,33 +500,54 @@ GATHERING = [
 ]
 
 
-@pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
-@pytest.mark.parametrize("launch", [SCATTERED, SCATTERED.recorded], ids=["", "recorded"])
-def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
-    """Only for sm_90, where alone it is offered; all its programs are resident."""
+def gathering_used(kernel, variant: Variant, launch: ScatteredConfig) -> dict[str, int]:
+    """What a kernel of scattered selections uses on sm_90, where alone they are offered; all programs are resident."""
     geometry = BlockGeometry(block_size=variant.block_size, selected_blocks=64)
     shape = TileShape.choose(variant.group)
-    window = 4096 if variant.window else None
     known = {
         **tile_arguments(variant, launch),
         **dict.fromkeys(("state", "scratch"), torch.int32),
         "pool": variant.dtype,
         "sums": torch.float32,
         **dict.fromkeys(("num_tiles", "num_blocks", "chunk_tiles", "ranges", "heads"), "i32"),
-        **scattered_constants(geometry, shape.tokens, window is not None),
+        **scattered_constants(geometry, shape.tokens, variant.window),
+        "PADDED_SCORED": 32,
     }
-    arguments = {name: known.get(name, "i32:16") for name in _scattered_kernel.arg_names}
+    arguments = {name: known.get(name, "i32:16") for name in kernel.arg_names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        used = compile_ahead(_scattered_kernel, arguments, capability=90, **launch.options)
-    for figure, number in used.items():
-        record_property(figure, number)
+        used = compile_ahead(kernel, arguments, capability=90, **launch.options)
     if variant.dtype != torch.float32:
         assert launch.programs * (used["shared"] + 1024) <= 228 * 1024
+    return used
+
+
+@pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
+@pytest.mark.parametrize("launch", [SCATTERED, SCATTERED.recorded], ids=["", "recorded"])
+def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
+    used = gathering_used(_scattered_kernel, variant, launch)
+    for figure, number in used.items():
+        record_property(figure, number)
     if variant.hot:
         # Where registers are limited, numbers that outlive a ticket may spill.
         assert used["spilled"] <= spills_allowed("scattered", 0 if launch.max_registers is None else 128)
         assert launch.programs * 128 * used["registers"] <= 1 << 16
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variant in GATHERING if variant.hot or variant.key_mask],
+    ids=lambda variant: variant.name,
+)
+def test_gathering_for_the_gradient_of_queries_compiles(variant, record_property):
+    launch = find_config(ScatteredConfig, "scattered_gradient", 90, 2, variant.padded)
+    used = gathering_used(_scattered_gradient_kernel, variant, launch)
+    for figure, number in used.items():
+        record_property(figure, number)
+    if variant.hot:
+        # Numbers that outlive a ticket may spill.
+        assert used["spilled"] <= spills_allowed("scattered_gradient", 64)
+        assert launch.programs * 32 * launch.num_warps * used["registers"] <= 1 << 16
 
 
 def test_the_choice_compiles():

@@ -9,6 +9,7 @@ import torch
 
 from infllm_pass.kernels.geometry import BlockGeometry
 from infllm_pass.kernels.triton import launch
+from infllm_pass.kernels.triton.configs import ScatteredConfig, override
 from infllm_pass.kernels.triton.prefill.compress import compress_keys
 from infllm_pass.kernels.triton.prefill.pooled import select_tiles
 from infllm_pass.kernels.triton.tile_schedule import plan_tiles
@@ -86,11 +87,21 @@ def run(call, batch=2, length=101, heads=(2, 1)):
         gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     assert set(launched) >= KERNELS | GRADIENTS | SCORERS[call.get("geometry", SMALL).scorer]
     assert all(bool(x.isfinite().all()) for x in (out, *gradients))
+    return launched
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_prompts_stay_within_their_tensors(case):
     run(CALLS[case])
+
+
+def test_gathering_stays_within_its_tensors():
+    """What is fetched ahead at the end of a chunk's lists, too."""
+    always = ScatteredConfig(threshold=-1.0, pool_bytes=1 << 14)
+    with override(scattered=always, scattered_gradient=always):
+        for call in ({}, {"cu_seqlens_k": int32(0, 70, 101, 101, 150, 202)}):
+            launched = run(call | {"geometry": replace(SMALL, selected_blocks=6)}, heads=(4, 1))
+            assert {"_scattered_kernel", "_scattered_gradient_kernel"} <= set(launched)
 
 
 BAD = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
+from infllm_pass.kernels.triton.backward import dq, scattered
 from infllm_pass.kernels.triton.configs import ScatteredConfig, override
 from infllm_pass.kernels.triton.prefill import attention
 from infllm_pass.kernels.triton.prefill.attention import attention_forward
@@ -16,6 +17,7 @@ from infllm_pass.kernels.triton.prefill.choose import choose_variant
 from infllm_pass.kernels.triton.prefill.scattered import persistent
 from tests.kernels.triton import test_attention as tiles
 from tests.kernels.triton.test_attention import Case, Sequence, _poisoned, check, last_queries  # noqa: F401
+from tests.support.common import relative_error
 from tests.support.triton_device import DEVICE, arrange, gpu
 from tests.support.triton_support import lists_from_sets
 
@@ -25,16 +27,19 @@ ALWAYS = ScatteredConfig(threshold=-1.0, pool_bytes=1 << 16)
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Whether the device chose to gather, for every call that could."""
+    """Whether the device chose to gather, for every forward and every gradient of q that could."""
     made = []
 
-    def gather(*arguments, **named):
-        original(*arguments, **named)
-        made.append(int(arguments[3][0]))
+    def noted(original, state):
+        def gather(*arguments):
+            original(*arguments)
+            made.append(int(arguments[state][0]))
 
-    original = attention.attend_scattered
-    monkeypatch.setattr(attention, "attend_scattered", gather)
-    with override(scattered=ALWAYS):
+        return gather
+
+    monkeypatch.setattr(attention, "attend_scattered", noted(attention.attend_scattered, 3))
+    monkeypatch.setattr(dq, "add_scattered_gradient", noted(dq.add_scattered_gradient, 5))
+    with override(scattered=ALWAYS, scattered_gradient=ALWAYS):
         yield made
 
 
@@ -56,8 +61,7 @@ def case(name: str, **sizes):
 )
 def test_gathered_blocks_match_the_oracle(case, calls):
     tiles.check_last_queries(case)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_tiles_visit_all_blocks(case, calls):
 
 def test_short_sequences_have_nothing_to_gather(calls):
     tiles.check_last_queries(Case(selected_blocks=6, dense_len=134))
-    assert calls == [0]
+    assert calls == [0, 0]
 
 
 def test_padded_rows_with_holes(calls):
@@ -95,8 +99,7 @@ def test_padded_rows_with_holes(calls):
         sequences.append(Sequence(row, slice(first, end), queries, offset + queries.start - first))
     plan = case.plan(offset, key_bounds=torch.tensor(bounds, dtype=torch.int32, device=DEVICE))
     check(case, plan, sequences, key_mask=key_mask)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 def test_packed_queries_and_keys(calls):
@@ -108,8 +111,7 @@ def test_packed_queries_and_keys(calls):
     sequences = [Sequence(0, k, q, k.stop - k.start - (q.stop - q.start)) for k, q in places]
     cumulative = (torch.tensor(bounds, dtype=torch.int32, device=DEVICE) for bounds in (keys, queries))
     check(case, case.packed_plan(*cumulative), sequences, every_query=True)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["same blocks", "other blocks"])
@@ -150,34 +152,68 @@ def long_case(name: str, dim: int, **sizes):
 def test_long_inputs(case, dtype, calls):
     with override(scattered=replace(ALWAYS, pool_bytes=1 << 23)):
         tiles.check_last_queries(replace(case, dtype=dtype))
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_less_exact_than_dense_attention(dtype, calls):
     tiles.test_no_less_exact_than_dense_attention(4, dtype)
-    assert all(calls)
-    assert calls
+    assert calls == [1, 1]
 
 
 @gpu
 def test_every_run_gives_the_same_bits(calls):
-    case = Case(length_q=3000, length_k=3000, heads_kv=2, dim=128, value_dim=128, block_size=64, dtype=torch.bfloat16)
-    case = replace(case, selected_blocks=20)
+    """Of the output, its log-sum-exp and the gradient of q."""
+    given, grad = scattered_call(3000, 8)
+    runs = []
+    for _ in range(3):
+        out, lse = attention_forward(given)
+        runs.append((out, lse, dq.query_gradient(grad, lse, dq.output_delta(grad, out), given)))
+    assert all(torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True))
+    assert calls == [1, 1] * 3
+
+
+@gpu
+def test_the_gradient_of_q_is_that_of_the_tiles_and_goes_into_a_cuda_graph(calls, monkeypatch):
+    """Chosen by the data."""
+    given, grad = scattered_call(3000, 8)
+    out, lse = attention_forward(given)
+    delta = dq.output_delta(grad, out)
+    with override(scattered_gradient=ScatteredConfig(threshold=1e9)):
+        tiles = dq.query_gradient(grad, lse, delta, given)
+    with override(scattered_gradient=ScatteredConfig()):
+        gathered = dq.query_gradient(grad, lse, delta, given)
+        assert calls == [1, 0, 1]
+        monkeypatch.setattr(dq, "add_scattered_gradient", scattered.add_scattered_gradient)  # reads nothing back
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = dq.query_gradient(grad, lse, delta, given)
+    assert 0 < relative_error(gathered, tiles) < 5e-3
+    for _ in range(2):
+        replayed.zero_()
+        graph.replay()
+        assert torch.equal(replayed, gathered)
+
+
+def scattered_call(length, selected_blocks, heads_kv=2):
+    """A call with random selections, every query covered, and a gradient of its output."""
+    case = Case(heads_kv=heads_kv, length_q=length, length_k=length, dim=128, value_dim=128, block_size=64)
+    case = replace(case, selected_blocks=selected_blocks, dtype=torch.bfloat16)
     q, k, v = case.inputs()
     plan = case.plan(0)
-    own = torch.arange(3000, device=DEVICE)[:, None] // 64
-    blocks = torch.arange(47, device=DEVICE)
-    far = torch.rand(1, 2, 3000, 47, device=DEVICE).argsort(-1) < 17
-    sets = (far | (blocks < 1) | (blocks >= own - 1)) & (blocks <= own)
-    lists = lists_from_sets(sets, plan, 47)
+    number = case.geometry.num_blocks(length)
+    own = torch.arange(length, device=DEVICE)[:, None] // 64
+    blocks = torch.arange(number, device=DEVICE)
+    far = torch.rand(1, heads_kv, length, number, device=DEVICE).masked_fill(blocks >= own - 1, -1.0)
+    far[..., 0] = -1.0
+    sets = torch.zeros_like(far, dtype=torch.bool)
+    sets.scatter_(-1, far.topk(selected_blocks - 3, dim=-1).indices, True)
+    sets = (sets | (blocks < 1) | (blocks >= own - 1)) & (blocks <= own)
+    lists = lists_from_sets(sets, plan, number)
     common = {"geometry": case.geometry, "scale": 128**-0.5, "dense_len": 0, "every_query": True}
-    results = [attention_forward(AttentionInputs(q, k, v, lists, plan, **common)) for _ in range(3)]
-    assert all(torch.equal(one, other) for result in results for one, other in zip(result, results[0], strict=True))
-    assert all(calls)
-    assert calls
+    given = AttentionInputs(q, k, v, lists, plan, **common)
+    return given, torch.randn(1, length, 4 * heads_kv, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
 
 
 arrange(globals())

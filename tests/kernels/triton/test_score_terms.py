@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infllm_pass.kernels import reference
 from infllm_pass.kernels.triton.attention_inputs import AttentionInputs
+from infllm_pass.kernels.triton.backward import dq
 from infllm_pass.kernels.triton.backward.dkv import key_gradients
 from infllm_pass.kernels.triton.backward.dq import output_delta, query_gradient
 from infllm_pass.kernels.triton.backward.sinks import sink_gradient
@@ -182,17 +183,22 @@ def test_a_bias_of_minus_infinity_hides_a_key(cap):
     ("terms", "window"), [(ALL, None), (Terms(bias=(False, True)), 85)], ids=["all", "bias, window"]
 )
 def test_scattered_selections(terms, window, monkeypatch):
+    """Gathered by the forward and by the gradient of q."""
     chosen = []
 
-    def attend(*arguments, **named):
-        original(*arguments, **named)
-        chosen.append(int(arguments[3][0]))
+    def noted(original, state):
+        def gather(*arguments):
+            original(*arguments)
+            chosen.append(int(arguments[state][0]))
 
-    original = attention.attend_scattered
-    monkeypatch.setattr(attention, "attend_scattered", attend)
-    with override(scattered=ScatteredConfig(threshold=-1.0, pool_bytes=1 << 16)):
+        return gather
+
+    monkeypatch.setattr(attention, "attend_scattered", noted(attention.attend_scattered, 3))
+    monkeypatch.setattr(dq, "add_scattered_gradient", noted(dq.add_scattered_gradient, 5))
+    always = ScatteredConfig(threshold=-1.0, pool_bytes=1 << 16)
+    with override(scattered=always, scattered_gradient=always):
         check(Case(selected_blocks=6, length_q=61, length_k=165, heads_kv=2, window=window), terms)
-    assert chosen == [1]
+    assert chosen == [1, 1]
 
 
 LONG = {"length_q": 901, "length_k": 1301, "block_size": 64, "selected_blocks": 7, "batch": 2}

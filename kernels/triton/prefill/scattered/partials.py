@@ -17,13 +17,12 @@ from .block_to_query import (
     PIECE_QUERY_SHIFT,
     PIECE_WIDTH,
 )
-
-MERGED_ROWS = tl.constexpr(32)
-"""Queries x heads of one item of merging."""
+from .schedule import MERGED_ROWS
 
 
 @triton.jit
-def _load_piece(row):
+def load_piece(row):
+    """A piece's numbers, one after the other."""
     return (
         tl.load(row + PIECE_BATCH),
         tl.load(row + PIECE_KEY),
@@ -93,7 +92,7 @@ def attend_pieces(
     k += head.to(tl.int64) * k_head_stride
     v += head.to(tl.int64) * v_head_stride
     key_bias += head.to(tl.int64) * bias_head_stride
-    next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
+    next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = load_piece(
         work + begin_piece * PIECE_WIDTH
     )
     for piece in range(begin_piece, end_piece):
@@ -120,7 +119,7 @@ def attend_pieces(
         if HAS_BIAS:
             at_bias = key_bias + batch * bias_batch_stride + (key + keys) * bias_token_stride
             bias = load_key_bias(at_bias, scale_log2, None)
-        next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = _load_piece(
+        next_batch, next_key, next_query_shift, next_key_shift, next_begin, next_end = load_piece(
             work + tl.minimum(piece + 1, end_piece - 1) * PIECE_WIDTH
         )
         for _ in range(steps):
