@@ -309,7 +309,7 @@ def summarised(
             rows = [_task_row(task, length, depth, run, samples, places, depths) for run in runs]
             by_depth += [row for row in rows if row is not None]
     segments = tuple(
-        {"text": name, "tokens": length, "side": run.name, "mean_nll": losses.means}
+        {"text": name, "tokens": length, "side": run.name, "mean_nll": losses.means, "scored": losses.counts}
         for run in runs
         for (name, length), losses in run.texts.items()
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infllm_pass.evaluation.output_layer import OutputLayer, output_pieces
 from infllm_pass.evaluation.samples import Answer, Sample
 
 SEGMENTS = 32
 """Equal parts of a text whose losses are kept: enough to redraw, and to see where in the text something is lost."""
 
 MOST_LOGITS = 2**29
-"""Logits that exist at once, 2 GB in float32: with longer texts or larger vocabularies not every token is scored."""
+"""Logits that exist at once where they cannot be made in pieces, 2 GB in float32: of more, some tokens are scored."""
 
 RUN = 64
 """Neighbouring tokens that are scored together where not all are."""
@@ -86,32 +87,26 @@ class Scorer:
         self.run = run
         self.original = original
         self.device = next(original.parameters()).device
+        self._output = OutputLayer.of(original)
         self._keeps = "logits_to_keep" in inspect.signature(original.forward).parameters
 
     def logits(self, ids: Sequence[int], places: Tensor) -> Tensor:
         """Logits after the tokens at `places`: float32 ``[places, vocabulary]``."""
-        inputs = torch.tensor([list(ids)], device=self.device)
-        places = places.to(self.device)
-        with torch.no_grad():
-            if self._keeps:
-                out = self.run(input_ids=inputs, use_cache=False, logits_to_keep=places).logits[0]
-            else:
-                out = self.run(input_ids=inputs, use_cache=False).logits[0, places]
-        return out.float()  # type: ignore[no-any-return]
+        return torch.cat(list(self._pieces(ids, places)))
 
     def losses(self, ids: Sequence[int]) -> TextLosses:
-        """Losses of a text's tokens from the second on."""
-        places = scored_places(len(ids), self._vocabulary())
-        logits = self.logits(ids, places)
-        targets = torch.tensor(ids, device=logits.device)[places + 1]
-        losses = torch.cat(
-            [
-                F.cross_entropy(part, target, reduction="none").double().cpu()
-                for part, target in zip(torch.split(logits, RUN), torch.split(targets, RUN), strict=True)
-            ]
-        )
+        """Losses of a text's tokens from the second on; all of them if logits can be made in pieces."""
+        places = torch.arange(len(ids) - 1)
+        if self._output is None:
+            places = scored_places(len(ids), self._vocabulary())
+        targets = torch.tensor(ids)[places + 1]
+        found: list[Tensor] = []
+        for logits in self._pieces(ids, places):
+            done = sum(map(len, found))
+            target = targets[done : done + len(logits)].to(logits.device)
+            found.append(F.cross_entropy(logits, target, reduction="none").double().cpu())
         segment = (places + 1) * SEGMENTS // len(ids)
-        sums = torch.zeros(SEGMENTS, dtype=torch.float64).index_add_(0, segment, losses)
+        sums = torch.zeros(SEGMENTS, dtype=torch.float64).index_add_(0, segment, torch.cat(found))
         counts = torch.bincount(segment, minlength=SEGMENTS)
         return TextLosses(tuple(sums.tolist()), tuple(counts.tolist()))
 
@@ -128,6 +123,22 @@ class Scorer:
         out = model.generate(**inputs, max_new_tokens=most, do_sample=False)[0, prompt.shape[1] :]
         text = decode(out.tolist())
         return [answer.text in text for answer in sample.answers]
+
+    @torch.no_grad()
+    def _pieces(self, ids: Sequence[int], places: Tensor) -> Iterator[Tensor]:
+        """Logits after the tokens at `places`, some places at a time: float32 ``[n, vocabulary]``."""
+        places = places.to(self.device)
+        if self._output is not None:
+            hidden = self._output.hidden(self.run, ids)
+            yield from output_pieces(self._output.logits, hidden[places], self._output.vocabulary)
+            return
+        inputs = torch.tensor([list(ids)], device=self.device)
+        if self._keeps:
+            out = self.run(input_ids=inputs, use_cache=False, logits_to_keep=places).logits[0]
+        else:
+            out = self.run(input_ids=inputs, use_cache=False).logits[0, places]
+        for part in torch.split(out, RUN):
+            yield part.float()
 
     def _vocabulary(self) -> int:
         config: Any = getattr(self.original, "config", None)

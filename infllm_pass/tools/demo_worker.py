@@ -30,6 +30,7 @@ from infllm_pass.compat.dynamo import compile_seconds
 from infllm_pass.compat.transformers import cache_name
 from infllm_pass.config import SparseAttentionConfig
 from infllm_pass.errors import InfLLMError, MeasurementError
+from infllm_pass.evaluation.output_layer import output_pieces
 from infllm_pass.evaluation.samples import Sample
 from infllm_pass.evaluation.scoring import AnswerScore, answer_places, answer_scores
 from infllm_pass.plan.length_guard import Branch
@@ -37,9 +38,6 @@ from infllm_pass.rewrite.report import Report
 from infllm_pass.tools.checkpoint import SMOLLM2, load_model
 from infllm_pass.tools.inspection import attention_inputs, attention_mass, recent_blocks
 from infllm_pass.tools.plots import draw_selection
-
-HEAD_CHUNK = 512
-"""Positions whose logits exist at once: 512 x 49152 in float32 are 100 MB, all 8192 would be 1.6 GB."""
 
 Tell = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and out of how much (0: not known)."""
@@ -189,15 +187,15 @@ def _load(job: Job, tell: Tell) -> Any:
         return load_model(job.dtype).to(job.device)
 
 
-def _score(head: torch.nn.Module, hidden: Tensor, ids: Tensor, tell: Tell) -> tuple[Tensor, Tensor]:
+def _score(head: torch.nn.Linear, hidden: Tensor, ids: Tensor, tell: Tell) -> tuple[Tensor, Tensor]:
     """Losses ``[N - 1]`` and likeliest next tokens ``[N]`` from hidden states ``[N, d]``, chunk after chunk."""
     losses, top1 = [], []
-    length = len(ids)
-    for begin in range(0, length, HEAD_CHUNK):
-        tell("scoring the text", begin, length)
-        logits = head(hidden[begin : begin + HEAD_CHUNK]).float()  # [n, vocabulary]
+    begin = 0
+    for logits in output_pieces(head, hidden, head.out_features):  # [n, vocabulary]
+        tell("scoring the text", begin, len(ids))
         top1.append(logits.argmax(-1))
-        targets = ids[begin + 1 : begin + 1 + HEAD_CHUNK]
+        targets = ids[begin + 1 : begin + 1 + len(logits)]
+        begin += len(logits)
         losses.append(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none"))
     return torch.cat(losses), torch.cat(top1)
 
