@@ -104,6 +104,7 @@ def test_figures_are_plain_data_and_tables_show_them(found):
     assert data["sides"][2]["config"]["topk"] == 3
     assert data["sides"][2]["sites"][0] == data["sides"][2]["sites"][1] > 0
     assert {len(each["mean_nll"]) for each in data["segments"]} == {SEGMENTS}
+    assert {sum(each["scored"]) for each in data["segments"]} == {LENGTH - 1}
     figures = len(found.perplexity) + 2 * (len(found.tasks) + len(found.depths)) + len(found.locality)
     assert len(found.to_rows()) == figures
     assert len({tuple(row) for row in found.to_rows()}) == 1
