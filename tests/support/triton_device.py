@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support import ROOT
+from tests.support.interpreter_host import run_in_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -80,13 +78,9 @@ def arrange(namespace: dict[str, Any]) -> None:
 
 def _run_in_interpreter(file: str) -> int:
     """Run a test file again under the interpreter; the number of tests that passed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    environment["TRITON_INTERPRET"] = "1"
-    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-    command = [sys.executable, "-m", "pytest", *plugins, "-q", "--tb=short", "-m", "not gpu", file]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    if done.returncode or not passed:
-        pytest.fail(f"under the interpreter:\n{done.stdout}\n{done.stderr}", pytrace=False)
+    status, output = run_in_interpreter(file)
+    passed = re.search(r"(\d+) passed", output)
+    if status or not passed:
+        pytest.fail(f"under the interpreter:\n{output}", pytrace=False)
     print(f"{passed[1]} tests passed under the interpreter")
     return int(passed[1])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -83,6 +87,26 @@ _POINTERS = {
 }
 
 
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes that one program may use, by compute capability."""
+
+
+def capabilities(number: int, dtype: torch.dtype, hot: bool) -> Iterable[int]:
+    """GPUs to compile a kernel's variant for: as few as show what differs between them.
+
+    The first variant has one of each generation of matrix instructions. Hot ones, which must not spill there, have
+    sm_90; float32, whose tiles fill it, the least shared memory; the others one of both by turns.
+
+    Args:
+        number: the variant's place among the variants of its kernel.
+        dtype: that of queries and keys.
+        hot: whether a tuned configuration is concerned.
+    """
+    if number == 0:
+        return 86, 90, 100
+    return (90,) if hot or (number % 2 and dtype.itemsize == 2) else (86,)
+
+
 def compile_ahead(
     kernel: triton.JITFunction,
     arguments: dict[str, object],
@@ -116,18 +140,25 @@ def compile_ahead(
             signature[name] = "constexpr"
             constants[name] = value
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, **options},
-    )
-    ptxas = get_ptxas(capability).path
-    architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        command = [ptxas, "-v", "--gpu-name", architecture, file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages, **options},
+        )
+    report = log.getvalue() if "Used" in log.getvalue() else _assemble(compiled.asm["ptx"], capability)
     spilled = [int(number) for number in re.findall(r"(\d+) bytes spill stores", report)]
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     return {"registers": max(registers), "spilled": max(spilled, default=0), "shared": compiled.metadata.shared}
+
+
+def _assemble(ptx: str, capability: int) -> str:
+    """What the assembler reports of a kernel that Triton took from its cache."""
+    architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", "--gpu-name", architecture, file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr

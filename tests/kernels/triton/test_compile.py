@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -30,13 +30,9 @@ from infllm_pass.kernels.triton.prefill.select import selection_constants
 from infllm_pass.kernels.triton.prefill.token_scores import _select_tokens_kernel, token_scorer
 from infllm_pass.kernels.triton.tile_tables import TileShape, padded_dim
 from tests.support.triton_device import INTERPRETED
-from tests.support.triton_support import compile_ahead
+from tests.support.triton_support import SHARED_MEMORY, capabilities, compile_ahead
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes that one program may use, by compute capability."""
-
 
 RELEASE_SPILLS = {"3.8": {"key_gradients": 16, "select": 24, "scattered": 44}}
 """Bytes that a release of Triton spills beyond what is allowed on sm_90, by kernel.
@@ -95,23 +91,21 @@ HOT = [
 ]
 ATTENTION = [
     *HOT,
-    Variant(window=True, key_mask=True),
-    *(Variant(dim=dim, value_dim=dim, group=group, terms=True) for dim, group in ((64, 8), (128, 4), (128, 16))),
     Variant(torch.float32, 256, 256, group=2, key_mask=True, terms=True),
-    Variant(group=4, fixed=False),
+    Variant(torch.float32, 128, 128, group=4),
+    Variant(torch.float32, 64, 64, group=4, block_size=128),
     Variant(dim=256, value_dim=256, group=2),
+    Variant(group=4, fixed=False, terms=True),
+    Variant(dim=64, value_dim=64, group=8, terms=True),
     Variant(dim=72, value_dim=40, group=7, block_size=48),
-    Variant(group=1, block_size=16),
-    Variant(group=96, block_size=32),
-    *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
-    Variant(torch.float16, block_size=128),
+    Variant(group=1, block_size=16, window=True, key_mask=True),
+    Variant(torch.float16, group=96, block_size=32),
 ]
 COMPRESSION = [
     Variant(hot=True),
     Variant(dim=64, value_dim=64, hot=True),
     Variant(dim=80, value_dim=80),
-    Variant(dim=256, value_dim=256),
-    *(Variant(torch.float32, dim, dim) for dim in (64, 128, 256)),
+    *(Variant(torch.float32, dim, dim) for dim in (64, 256)),
 ]
 
 
@@ -268,16 +262,11 @@ KERNELS = [
 ]
 
 
-def capabilities(number: int, variant: Variant) -> Iterable[int]:
-    """GPUs to compile a kernel's variant for: all for the first, then by turns the least memory and the newest code."""
-    return SHARED_MEMORY if number == 0 else (90,) if variant.hot or number % 2 else (86,)
-
-
 CASES = [
     pytest.param(kernel, variant, capability, id=f"{kernel.name}-{variant.name}-sm{capability}")
     for kernel in KERNELS
     for number, variant in enumerate(kernel.variants)
-    for capability in capabilities(number, variant)
+    for capability in capabilities(number, variant.dtype, variant.hot)
 ]
 
 
@@ -304,12 +293,11 @@ def test_compiles(kernel, variant, capability, record_property):
 SELECTION = [
     Variant(hot=True),
     Variant(dim=64, value_dim=64, hot=True),
-    Variant(group=4),
-    Variant(group=1, dim=64, value_dim=64),
-    Variant(group=96, dim=80, value_dim=80, window=True),
-    *(Variant(dim=dim, value_dim=dim, group=8, terms=True) for dim in (64, 128)),
     Variant(dim=256, value_dim=256),
+    Variant(group=1, dim=64, value_dim=64),
     Variant(group=4, block_size=48),
+    Variant(group=8, terms=True),
+    Variant(group=96, dim=80, value_dim=80, window=True),
     *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
 ]
 
@@ -319,7 +307,7 @@ SELECTION = [
     [
         pytest.param(variant, capability, id=f"{variant.name}-sm{capability}")
         for number, variant in enumerate(SELECTION)
-        for capability in capabilities(number, variant)
+        for capability in capabilities(number, variant.dtype, variant.hot)
     ],
 )
 def test_block_selection_compiles(variant, capability, record_property):
@@ -414,9 +402,9 @@ TOKEN_SCORES = [
     TokenVariant(form="int8", hot=True),
     TokenVariant(form="fp8", runs=0),
     TokenVariant(group=1, window=True, key_mask=True),
-    TokenVariant(group=8, terms=True),
+    TokenVariant(group=8, kept=128, terms=True),
     TokenVariant(group=96, block_size=48, kept=80, query_block=64),
-    *(TokenVariant(kept=kept, key_mask=True) for kept in (128, 256)),
+    TokenVariant(kept=256, key_mask=True),
     *(TokenVariant(torch.float32, kept=kept) for kept in (128, 256)),
 ]
 
@@ -426,7 +414,7 @@ TOKEN_SCORES = [
     [
         pytest.param(variant, capability, id=f"{number}-{variant.form}-{variant.kept}-sm{capability}")
         for number, variant in enumerate(TOKEN_SCORES)
-        for capability in (SHARED_MEMORY if number == 0 else (90,) if variant.hot or variant.form == "fp8" else (86,))
+        for capability in capabilities(number, variant.dtype, variant.hot or variant.form == "fp8")
     ],
 )
 def test_token_scores_compile(variant, capability, record_property):
@@ -490,12 +478,12 @@ def test_index_keys_compile(form, runs, capability):
 SCATTERED = find_config(ScatteredConfig, "scattered", 90, 2, 128)
 
 GATHERING = [
-    *(Variant(group=group) for group in (1, 2, 8)),
     Variant(group=4, hot=True),
     Variant(dim=64, value_dim=64, group=4, hot=True),
-    Variant(group=4, fixed=False),
-    *(Variant(dim=dim, value_dim=dim, group=8, terms=True) for dim in (64, 128)),
+    Variant(group=8, terms=True),
+    Variant(group=1),
     Variant(dim=72, value_dim=40, group=7, block_size=16, window=True, key_mask=True),
+    Variant(group=2, fixed=False),
     Variant(torch.float32, 64, 64, group=4),
 ]
 
@@ -522,8 +510,15 @@ def gathering_used(kernel, variant: Variant, launch: ScatteredConfig) -> dict[st
     return used
 
 
-@pytest.mark.parametrize("variant", GATHERING, ids=[variant.name for variant in GATHERING])
-@pytest.mark.parametrize("launch", [SCATTERED, SCATTERED.recorded], ids=["", "recorded"])
+@pytest.mark.parametrize(
+    ("variant", "launch"),
+    [
+        pytest.param(variant, launch, id=f"{variant.name}-{name}")
+        for number, variant in enumerate(GATHERING)
+        for name, launch in (("launched", SCATTERED), ("recorded", SCATTERED.recorded))
+        if variant.hot or (name == "recorded") == (number % 2 == 0)
+    ],
+)
 def test_gathering_compiles(variant, launch: ScatteredConfig, record_property):
     used = gathering_used(_scattered_kernel, variant, launch)
     for figure, number in used.items():
