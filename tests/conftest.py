@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -12,11 +13,19 @@ import torch
 from torch._inductor import config as inductor_config
 
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.tools.checkpoint import load_model, load_tokenizer
 from tests.support import ROOT
 from tests.support.common import SMALL, llama
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["kernels/triton/*", "gpu/*", "benchmarks/test_benchmark_stages.py"]
+
+
+def pytest_collection_finish():
+    """Spare the collector the objects of modules, which stay: an eighth of the time of tests that compile."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +81,14 @@ def links_shared_runtime(compiler: str, folder: Path) -> bool:
 @pytest.fixture(scope="session")
 def tiny_llama():
     return llama()
+
+
+@pytest.fixture(scope="session")
+def whole_smollm2():
+    """The public checkpoint, read once: its 4-bit weights take longer to unpack than most tests of it."""
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    return load_tokenizer()

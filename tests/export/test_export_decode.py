@@ -12,8 +12,10 @@ import infllm_pass
 from infllm_pass.errors import ExportError
 from infllm_pass.lowering.export.functionalize import without_state
 from infllm_pass.lowering.export.onnx.op_spec import NAME
+from infllm_pass.tools import checkpoint
 from tests.support import ROOT
 from tests.support.common import SMALL, TOKENS, llama, relative_error, tokens
+from tests.tools.test_checkpoint import first_layers
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -173,8 +175,10 @@ def test_programs_become_functions_of_their_state():
 
 
 @pytest.mark.checkpoint
-def test_the_example_on_the_public_checkpoint(example, capsys):
+def test_the_example_on_the_public_checkpoint(example, capsys, monkeypatch, whole_smollm2, smollm2_tokenizer):
     """A prompt of 480 tokens and 64 more, past a `dense_len` of 512."""
+    monkeypatch.setattr(checkpoint, "load_model", lambda: first_layers(whole_smollm2, 1))
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda: smollm2_tokenizer)
     example.main(1)
     printed = capsys.readouterr().out
     assert "1 attention site(s), 1 switchable" in printed

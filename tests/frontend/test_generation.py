@@ -21,7 +21,7 @@ from infllm_pass.errors import (
     ShapeError,
 )
 from infllm_pass.kernels.cpu import decode
-from infllm_pass.tools.checkpoint import corpus, load_model, load_tokenizer
+from infllm_pass.tools.checkpoint import corpus
 from tests.support import ROOT
 from tests.support.common import SMALL, llama, oracle_attention
 from tests.tools.test_checkpoint import first_layers
@@ -64,13 +64,10 @@ def tiny():
 STATIC = {"cache_implementation": "static"}
 WAYS = {
     "greedy": {},
-    "static cache": STATIC,
     "padded batch": {"attention_mask": left_padding()},
     "padded batch, static cache": {"attention_mask": left_padding(), **STATIC},
-    "prompt in chunks": {"prefill_chunk_size": 17},
     "prompt in chunks, static cache": {"prefill_chunk_size": 17, **STATIC},
     "padded batch in chunks": {"attention_mask": left_padding(), "prefill_chunk_size": 17},
-    "padded batch in chunks, static cache": {"attention_mask": left_padding(), "prefill_chunk_size": 17, **STATIC},
     "beam search": {"num_beams": 3, "num_return_sequences": 2},
     "beam search, static cache": {"num_beams": 3, **STATIC},
     "sampling": {"do_sample": True, "num_return_sequences": 3, "temperature": 0.8},
@@ -79,9 +76,24 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+TOGETHER = [
+    "greedy",
+    "padded batch, static cache",
+    "padded batch in chunks",
+    "prompt in chunks, static cache",
+    "beam search",
+    "beam search, static cache",
+    "sampling",
+    "prompt lookup",
+    "no cache",
+]
+"""Each kind of batch and prompt over each cache, but not each combination of the three."""
+
+
+@pytest.mark.parametrize("way", TOGETHER)
 def test_with_a_covering_budget_the_tokens_are_those_of_the_dense_model(way, tiny):
     arguments = {**GREEDY, **WAYS[way]}
+    arguments["max_new_tokens"] = 20  # from below dense_len to above
     ids = tokens(50, len(arguments.get("attention_mask", [0])))
     torch.manual_seed(7)
     expected = tiny.generate(ids, **arguments)
@@ -90,23 +102,21 @@ def test_with_a_covering_budget_the_tokens_are_those_of_the_dense_model(way, tin
     got = model.generate(ids, **arguments)
     assert torch.equal(got, expected)
     report = infllm_pass.report(model)
-    steps = 3 if way == "prompt lookup" else 30  # how many tokens a lookup finds depends on the text
+    steps = 2 if way == "prompt lookup" else 20  # how many tokens a lookup finds depends on the text
     assert calls_of(model) >= steps
     assert {site.decision for site in report.sites} == {"switchable"}
     assert {site.branch for site in report.sites} == {"dense", "sparse"} or "static" in way
     assert len(report.graphs) <= (12 if way == "prompt lookup" else 8)  # a lookup's steps have many lengths
 
 
-@pytest.mark.parametrize("assistant", ["plain", "sparsified"])
-def test_an_assistant_model_drafts_for_a_sparsified_one(assistant, tiny):
-    ids, arguments = tokens(50), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_length": 80}
+def test_an_assistant_model_drafts_for_a_sparsified_one(tiny):
+    ids, arguments = tokens(50), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_length": 70}
     expected = tiny.generate(ids, **arguments)
-    draft = llama(num_hidden_layers=1, intermediate_size=32).float()
-    draft = sparsified(draft) if assistant == "sparsified" else draft
+    draft = sparsified(llama(num_hidden_layers=1, intermediate_size=32).float())
     model = sparsified(tiny)
     assert torch.equal(model.generate(ids, **arguments, assistant_model=draft), expected)
     assert calls_of(model) > 1
-    assert assistant == "plain" or calls_of(draft) > 1
+    assert calls_of(draft) > 1
 
 
 def static_cache(model, rows=1, capacity=60, dtype=torch.float32, device="cpu"):
@@ -116,11 +126,10 @@ def static_cache(model, rows=1, capacity=60, dtype=torch.float32, device="cpu"):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [1, 20])
 @pytest.mark.parametrize(
-    ("misfit", "error"),
-    [({"rows": 2}, ShapeError), ({"dtype": torch.bfloat16}, DtypeError), ({"device": "meta"}, DeviceError)],
-    ids=str,
+    ("misfit", "error", "length"),
+    [({"rows": 2}, ShapeError, 20), ({"dtype": torch.bfloat16}, DtypeError, 1), ({"device": "meta"}, DeviceError, 20)],
+    ids=["rows", "dtype", "device"],
 )
 def test_a_cache_that_does_not_fit_is_named(misfit, error, length, tiny):
     """Before keys and values are written. Torch 2.14 runs what it cannot trace up to the error, and moves positions."""
@@ -150,7 +159,7 @@ def test_generating_past_the_capacity_is_an_error_of_the_step_that_does_not_fit(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_step_past_the_capacity_is_an_error_before_anything_is_written(backend, tiny):
     model, cache = sparsified(tiny, backend=backend), static_cache(tiny, capacity=60)
     for length in (58, 1, 1):
@@ -386,25 +395,15 @@ def test_a_model_without_generate_gets_none():
 
 
 @pytest.fixture(scope="module")
-def whole_smollm2():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
 def smollm2(whole_smollm2):
     return first_layers(whole_smollm2, 2)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
 @pytest.mark.checkpoint
-@pytest.mark.parametrize("way", ["greedy", "static cache", "padded batch", "prompt in chunks, static cache"])
-def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smollm2, tokenizer):
+@pytest.mark.parametrize("way", ["padded batch", "prompt in chunks, static cache"])
+def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smollm2, smollm2_tokenizer):
     covering = SparseAttentionConfig(window_size=256, topk=8, dense_len=256)
-    ids = corpus(tokenizer, 480)[:, :320].view(2, 160) if "batch" in way else corpus(tokenizer, 160)
+    ids = corpus(smollm2_tokenizer, 480)[:, :320].view(2, 160) if "batch" in way else corpus(smollm2_tokenizer, 160)
     arguments = {**WAYS[way], "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "max_new_tokens": 200}
     if "batch" in way:
         arguments["attention_mask"] = left_padding(2, 160)
@@ -418,10 +417,10 @@ def test_the_public_checkpoint_generates_the_dense_model_s_200_tokens(way, smoll
 
 
 @pytest.mark.checkpoint
-def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_tokens(whole_smollm2, tokenizer):
+def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_tokens(whole_smollm2, smollm2_tokenizer):
     covering = SparseAttentionConfig(window_size=256, topk=8, dense_len=256)
     arguments = {**STATIC, "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "max_new_tokens": 40}
-    ids, model = corpus(tokenizer, 240), sparsified(whole_smollm2, covering)
+    ids, model = corpus(smollm2_tokenizer, 240), sparsified(whole_smollm2, covering)
     assert torch.equal(model.generate(ids, **arguments), whole_smollm2.generate(ids, **arguments))
     assert calls_of(model) == 40
     steps = rows_of_steps(model)
@@ -430,11 +429,11 @@ def test_all_layers_of_the_public_checkpoint_generate_the_dense_model_s_tokens(w
 
 
 @pytest.mark.checkpoint
-def test_a_pipeline_runs_the_sparsified_model(smollm2, tokenizer):
+def test_a_pipeline_runs_the_sparsified_model(smollm2, smollm2_tokenizer):
     model = sparsified(smollm2)
     arguments = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
     outputs = [
-        transformers.pipeline("text-generation", model=it, tokenizer=tokenizer)("The way to", **arguments)
+        transformers.pipeline("text-generation", model=it, tokenizer=smollm2_tokenizer)("The way to", **arguments)
         for it in (model, smollm2)
     ]
     assert outputs[0] == outputs[1]
@@ -442,7 +441,7 @@ def test_a_pipeline_runs_the_sparsified_model(smollm2, tokenizer):
 
 
 @pytest.mark.checkpoint
-@pytest.mark.parametrize("flags", [[], ["--dense"], ["--cache", "dynamic"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--dense", "--cache", "dynamic"]], ids=["", "dense"])
 def test_the_example_streams_an_answer(flags, smollm2, monkeypatch, capsys):
     path = ROOT / "examples" / "generate_long.py"
     spec = importlib.util.spec_from_file_location("generate_long", path)
@@ -454,4 +453,4 @@ def test_the_example_streams_an_answer(flags, smollm2, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "6 new tokens" in printed
     assert ("2 switchable" in printed) is (flags == [])
-    assert ("attention site(s)" in printed) is (flags != ["--dense"])
+    assert ("attention site(s)" in printed) is (flags == [])

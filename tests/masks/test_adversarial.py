@@ -74,6 +74,17 @@ def added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 SPELLINGS = [fused, filled, added]
 
 
+def spelled(name: str, cases: list) -> pytest.MarkDecorator:
+    """Parametrizes by each case with static and with dynamic sizes; of the spellings, each has one case in three."""
+    parameters = []
+    for number, case in enumerate(cases):
+        for dynamic in (False, True):
+            spelling = SPELLINGS[(number + dynamic) % len(SPELLINGS)]
+            words = [getattr(case, "__name__", str(case)), spelling.__name__, "dynamic" if dynamic else "static"]
+            parameters.append(pytest.param(case, spelling, dynamic, id="-".join(words)))
+    return pytest.mark.parametrize((name, "spelling", "dynamic"), parameters)
+
+
 # Masks: functions of the queries alone, called with their length; every one differs from a causal mask somewhere.
 
 
@@ -255,9 +266,7 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("mask", MASKS, ids=lambda f: f.__name__)
+@spelled("mask", MASKS)
 def test_masks_that_are_not_causal_stay_dense(mask, spelling, dynamic):
     def attend(q, k, v):
         return spelling(q, k, v, mask(q.shape[2]))
@@ -282,9 +291,7 @@ def causal_in_chunks(n):
     return (j <= i) & (i // 32 == j // 32)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("mask", [strictly_below, short_window, causal_in_chunks], ids=lambda f: f.__name__)
+@spelled("mask", [strictly_below, short_window, causal_in_chunks])
 def test_masks_that_hide_more_than_the_future_are_kept_exactly(mask, spelling, dynamic):
     """The operators could express some of these; today's or tomorrow's pass may do so, but only exactly."""
 
@@ -320,13 +327,7 @@ def from_the_scores(q, k, v, _keep, _ids):
     return (q @ k.mT) > 0
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    "mask",
-    [from_positions, key_seen_by_all, query_condition, from_the_scores],
-    ids=lambda f: f.__name__,
-)
+@spelled("mask", [from_positions, key_seen_by_all, query_condition, from_the_scores])
 def test_masks_that_are_data_stay_dense_though_the_example_is_causal(mask, spelling, dynamic):
     def attend(q, k, v, keep, ids):
         return spelling(q, k, v, mask(q, k, v, keep, ids))
@@ -335,9 +336,7 @@ def test_masks_that_are_data_stay_dense_though_the_example_is_causal(mask, spell
     check(attend, *tensors(), *data, dynamic=dynamic, dense=True)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("shift", [0, 1, 7])
+@spelled("shift", [0, 1, 7])
 def test_an_offset_that_is_data_is_kept_whatever_it_is(shift, spelling, dynamic):
     def attend(q, k, v, keep, ids):
         return spelling(q, k, v, from_an_offset(q, k, v, keep, ids))
@@ -360,9 +359,7 @@ class Buffered(torch.nn.Module):
         return self.spelling(q, k, v, self.keep[: q.shape[2], : q.shape[2]])
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("place", [(0, LENGTH - 1), (LENGTH - 1, 1), (40, 41)])
+@spelled("place", [(0, LENGTH - 1), (LENGTH - 1, 1), (40, 41)])
 def test_buffers_wrong_in_one_element_stay_dense(place, spelling, dynamic):
     check(Buffered(spelling, *place), *tensors(), dynamic=dynamic, dense=True)
 
@@ -796,9 +793,7 @@ def _repeat(k: Tensor, v: Tensor, how: str) -> tuple[Tensor, Tensor]:
     return (tiled[0], tiled[1]) if how == "tiled" else (interleaved[0], interleaved[1].flip(1))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("how", ["tiled", "values differently", "values reversed"])
+@spelled("how", ["tiled", "values differently", "values reversed"])
 def test_heads_repeated_otherwise_than_in_groups_are_read_as_they_are(how, spelling, dynamic):
     def attend(q, k, v):
         k, v = _repeat(k, v, how)

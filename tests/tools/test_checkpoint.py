@@ -18,7 +18,6 @@ from infllm_pass.tools.checkpoint import (
     corpus,
     find_checkpoint,
     load_local,
-    load_model,
     load_tokenizer,
 )
 from tests.support.common import tiny_config
@@ -140,13 +139,8 @@ def test_load_local_refuses_more_layers_than_there_are(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
-def text():
-    return corpus(load_tokenizer(), 768)
+def text(smollm2_tokenizer):
+    return corpus(smollm2_tokenizer, 768)
 
 
 def first_layers(model, layers):
@@ -170,11 +164,11 @@ LOWEST_FREQUENCIES = (*range(16, 32), *range(48, 64))
         pytest.param({"dense_len": 512, "window_size": 256, "topk": 8}, id="budget-covers-the-text"),
     ],
 )
-def test_logits_equal_the_original_where_nothing_is_left_out(smollm2, text, config):
-    model = infllm_pass.sparsify(torch.compile(smollm2, backend="eager"), config)
+def test_logits_equal_the_original_where_nothing_is_left_out(whole_smollm2, text, config):
+    model = infllm_pass.sparsify(torch.compile(whole_smollm2, backend="eager"), config)
     with torch.no_grad():
         got = model(input_ids=text, use_cache=False).logits
-        expected = smollm2(input_ids=text, use_cache=False).logits
+        expected = whole_smollm2(input_ids=text, use_cache=False).logits
     report = infllm_pass.report(model)
     assert report.switchable == len(report.sites) == 30
     assert {site.branch for site in report.sites} == {"dense" if config["dense_len"] > 768 else "sparse"}
@@ -182,8 +176,8 @@ def test_logits_equal_the_original_where_nothing_is_left_out(smollm2, text, conf
 
 
 @pytest.mark.checkpoint
-def test_inductor_gives_the_logits_of_eager_mode(smollm2, text):
-    part = first_layers(smollm2, 4)
+def test_inductor_gives_the_logits_of_eager_mode(whole_smollm2, text):
+    part = first_layers(whole_smollm2, 4)
     eager, inductor = (
         infllm_pass.sparsify(torch.compile(part, backend=backend), {"dense_len": 512, "window_size": 64, "topk": 4})
         for backend in ("eager", "inductor")
@@ -197,11 +191,11 @@ def test_inductor_gives_the_logits_of_eager_mode(smollm2, text):
 
 
 @pytest.mark.checkpoint
-def test_sparse_logits_equal_a_run_on_the_oracle(smollm2, text, monkeypatch):
+def test_sparse_logits_equal_a_run_on_the_oracle(whole_smollm2, text, monkeypatch):
     ids = text[:, :384]
     # In float64 the two sides' rounding is too small to make them select different blocks; what is left of
     # it comes from the model's norms, which compute in float32 whatever they are given.
-    exact = first_layers(smollm2, 12).double()
+    exact = first_layers(whole_smollm2, 12).double()
     model = infllm_pass.sparsify(torch.compile(exact, backend="eager"), SMALL_BLOCKS)
     with torch.no_grad():
         got = model(input_ids=ids, use_cache=False).logits

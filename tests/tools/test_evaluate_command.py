@@ -12,7 +12,7 @@ import infllm_pass
 from infllm_pass.errors import CheckpointError
 from infllm_pass.evaluation import TaskSettings, default_config
 from infllm_pass.tools import evaluate_command
-from infllm_pass.tools.checkpoint import load_folder, load_folder_tokenizer, load_model, load_tokenizer
+from infllm_pass.tools.checkpoint import load_folder, load_folder_tokenizer
 from infllm_pass.tools.cli import main
 from infllm_pass.tools.demo import hidden_numbers
 from tests.support.tokenizers import byte_llama, byte_tokenizer
@@ -164,10 +164,10 @@ def test_a_folder_keeps_its_weights(folder):
 
 
 @pytest.mark.checkpoint
-def test_the_public_checkpoint_finds_numbers_dense_and_with_a_budget_that_covers():
+def test_the_public_checkpoint_finds_numbers_dense_and_with_a_budget_that_covers(whole_smollm2, smollm2_tokenizer):
     settings = TaskSettings(lengths=(448,), tasks=("needle_single",), depths=(0.2, 0.7))
     config = {"window_size": 64, "topk": 8, "dense_len": 0}
-    found = infllm_pass.evaluate(load_model(), load_tokenizer(), config, settings=settings, prefix=())
+    found = infllm_pass.evaluate(whole_smollm2, smollm2_tokenizer, config, settings=settings, prefix=())
     dense, sparse = found.tasks
     assert (dense.exact, sparse.exact) == (1.0, 1.0)
     assert dense.nll < 0.2
@@ -176,9 +176,8 @@ def test_the_public_checkpoint_finds_numbers_dense_and_with_a_budget_that_covers
 
 @pytest.mark.checkpoint
 @pytest.mark.parametrize(("tokens", "asked"), [(256, 2), (1024, 8)])
-def test_the_demo_hides_as_many_numbers_as_there_is_room_for(tokens, asked):
-    tokenizer = load_tokenizer()
-    sample = hidden_numbers(tokenizer, tokens)
+def test_the_demo_hides_as_many_numbers_as_there_is_room_for(tokens, asked, smollm2_tokenizer):
+    sample = hidden_numbers(smollm2_tokenizer, tokens)
     assert (len(sample.ids), len(sample.answers)) == (tokens, asked)
-    hidden = re.findall(r"One of the secret codes is \w+-(\d{7})\.", tokenizer.decode(sample.prompt))
+    hidden = re.findall(r"One of the secret codes is \w+-(\d{7})\.", smollm2_tokenizer.decode(sample.prompt))
     assert sorted(hidden) == sorted(answer.text for answer in sample.answers)

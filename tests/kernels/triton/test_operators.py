@@ -51,17 +51,13 @@ def tensors(length=101, requires_grad=False):
     return [torch.randn(1, n, length, 16, device=DEVICE, requires_grad=requires_grad) for n in (4, 2, 2)]
 
 
-TERMS = pytest.mark.parametrize("terms", [False, True], ids=["", "terms"])
-
-
 def draw_terms(length):
     """A key bias of one row, sinks and a cap."""
     bias, sinks = torch.randn(1, 2, length, device=DEVICE), torch.randn(4, device=DEVICE)
     return {"key_bias": bias, "sinks": sinks, "softcap": 1.5}
 
 
-@TERMS
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("sparse", "terms"), [(True, True), (False, False)], ids=["sparse, terms", "dense"])
 def test_a_prompt(sparse, terms):
     q, k, v = tensors()
     terms = draw_terms(101) if terms else {}
@@ -196,8 +192,9 @@ def test_empty_calls_give_what_others_give(geometry):
     assert dtypes[0] == dtypes[1]
 
 
-@pytest.mark.parametrize("score_dtype", ["key", "int8", "fp8"])
-@pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
+@pytest.mark.parametrize(
+    ("score_dtype", "holes"), [("key", False), ("int8", True), ("fp8", False)], ids=["key", "int8, holes", "fp8"]
+)
 def test_a_prompt_by_token_scores(score_dtype, holes):
     """The whole prompt equals the oracle, and compilers see the shapes of all that is passed on."""
     q, k, v = tensors(150)
@@ -252,8 +249,7 @@ def test_bounds_of_valid_keys():
             assert (first, end) == (valid[0], valid[-1] + 1)
 
 
-@SCORERS
-@TERMS
+@pytest.mark.parametrize(("geometry", "terms"), [(GEOMETRY, True), (TOKENS, False)], ids=["pooled, terms", "tokens"])
 def test_a_decode_step(geometry, terms, monkeypatch):
     """The operator also writes the state; compilers call it, as where CUDA graphs record it."""
     monkeypatch.setattr(decode_triton, "is_recorded_in_graphs", lambda _: True)
