@@ -20,8 +20,8 @@ def breaking(_module, _args, _kwargs):
 
 
 def batches():
-    """Arguments of a Llama: lengths on both sides of the dense length, without padding, with it, and packed."""
-    for length, padding in ((96, 0), (96, 20), (40, 5)):
+    """Arguments of a Llama: lengths on both sides of the dense length with padding, and packed."""
+    for length, padding in ((96, 20), (40, 5)):
         mask = torch.ones(2, length, dtype=torch.long)
         mask[0, :padding] = 0
         yield torch.arange(2 * length).view(2, length) % 61, {"attention_mask": mask}

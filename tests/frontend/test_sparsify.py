@@ -41,16 +41,16 @@ def padding_mask(length):
     [("eager", 1e-10), ("aot_eager", 1e-10), ("inductor", 1e-5)],  # Inductor's float32 rotary angles round otherwise
 )
 @torch.no_grad()
-def test_a_covering_budget_equals_the_dense_model(backend, bound, tiny_llama):
-    model = infllm_pass.sparsify(torch.compile(tiny_llama, backend=backend), COVERING, strict=True)
+def test_a_covering_budget_equals_the_dense_model(backend, bound):
+    plain = llama(num_hidden_layers=1)
+    model = infllm_pass.sparsify(torch.compile(plain, backend=backend), COVERING, strict=True)
     for length in (63, 90):
         ids = tokens(length, 2)
-        assert relative_error(model(ids).logits, tiny_llama(ids).logits) < bound
+        assert relative_error(model(ids).logits, plain(ids).logits) < bound
     assert {branch for graph in infllm_pass.report(model).graphs for branch in graph.branches} == {"dense", "sparse"}
 
 
-@pytest.mark.parametrize("length", [64, 99])
-@pytest.mark.parametrize("use_cache", [True, False], ids=["is_causal", "mask tensor"])
+@pytest.mark.parametrize(("length", "use_cache"), [(64, True), (99, False)], ids=["is_causal", "mask tensor"])
 @torch.no_grad()
 def test_a_small_budget_equals_the_oracle(length, use_cache, tiny_llama):
     model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="aot_eager"), SMALL, strict=True)
@@ -74,8 +74,7 @@ def test_padded_batches_equal_the_oracle(length, tiny_llama):
     assert {site.mask for site in infllm_pass.report(model).sites} == {"causal, padded keys"}
 
 
-@pytest.mark.parametrize("split", [40, 97])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("split", "dynamic"), [(40, None), (97, True)])
 @torch.no_grad()
 def test_a_prompt_continued_on_its_cache_equals_one_call(split, dynamic, tiny_llama):
     """The second call's queries are the last of the keys: its mask is proved with the cache's length as offset."""
@@ -189,7 +188,6 @@ def test_the_original_is_untouched_and_weights_are_shared(tiny_llama):
 
 
 COPIES = {
-    "deep copy": copy.deepcopy,
     "deep copy of its owner": lambda model: copy.deepcopy(nn.ModuleList([model]))[0],
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
 }
@@ -347,7 +345,7 @@ def test_what_was_not_sparsified_is_refused(function):
 
 @torch.no_grad()
 def test_the_backend_is_known_to_dynamo_by_name():
-    plain = llama()
+    plain = llama(num_hidden_layers=1)
     assert "infllm" in torch._dynamo.list_backends()
     options = {**COVERING.to_dict(), "backend": "aot_eager"}
     model = torch.compile(plain, backend="infllm", options=options)
@@ -363,13 +361,12 @@ def test_the_backend_is_known_to_dynamo_by_name():
 def test_the_compile_config_of_transformers_finds_the_backend():
     from transformers import CompileConfig
 
-    plain = llama()
-
+    plain = llama(num_hidden_layers=1)
     arguments = CompileConfig(backend="infllm", mode=None, options=COVERING.to_dict(), fullgraph=False).to_dict()
     model = torch.compile(plain, **arguments)
     ids = tokens(99)
     assert relative_error(model(ids).logits, plain(ids).logits) < 1e-5
-    assert infllm_pass.report(model).switchable == 2
+    assert infllm_pass.report(model).switchable == 1
 
 
 def test_the_named_backend_refuses_a_bad_configuration():

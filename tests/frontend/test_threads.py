@@ -150,7 +150,7 @@ def test_the_named_backend_forgets_dead_models():
 
     gc.collect()
     before = len(infllm_pass.report().graphs)
-    for _ in range(5):
+    for _ in range(3):
         assert compiled() == 1
         torch._dynamo.reset()
         gc.collect()

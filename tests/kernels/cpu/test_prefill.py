@@ -35,7 +35,7 @@ GEOMETRIES = [
     BlockGeometry(2, 2, 16, init_blocks=0, local_blocks=3, selected_blocks=5),  # windows that do not overlap
 ]
 PROPERTY = settings(
-    deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 
@@ -492,7 +492,10 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize(
-    "place", ["", "window=3000, cu_seqlens_k=torch.tensor([0, 100, 16384])"], ids=["plain", "packed, window"]
+    ("place", "computed"),
+    [("", "torch operators"), ("window=3000, cu_seqlens_k=torch.tensor([0, 100, 16384])", "C++")],
+    ids=["plain", "packed, window"],
+    indirect=["computed"],
 )
 def test_memory_is_linear_in_the_length(place, computed):
     """Scores of 16k tokens against all keys would take 3 GB, against compressed keys 200 MB a head."""
@@ -583,6 +586,8 @@ def test_masks_and_blocks_in_any_layout():
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("computed", ["C++"], indirect=True)
+@pytest.mark.usefixtures("computed")
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
