@@ -21,6 +21,11 @@ if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["kernels/triton/*", "gpu/*", "benchmarks/test_benchmark_stages.py"]
 
 
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that it ends long before the rest; in one worker, which shares what it loads."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("checkpoint", "interpreter")))
+
+
 def pytest_collection_finish():
     """Spare the collector the objects of modules, which stay: an eighth of the time of tests that compile."""
     gc.collect()

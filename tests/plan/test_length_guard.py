@@ -114,9 +114,11 @@ def lengths_of(graph) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("length", [50, 100], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("length", "train", "padded"),
+    [(50, False, False), (50, True, True), (100, False, True), (100, True, False)],
+    ids=["dense-inference", "dense-training-padded", "sparse-inference-padded", "sparse-training"],
+)
 def test_no_graph_that_reaches_inductor_holds_an_n_by_n_tensor(length, train, padded, tiny_llama):
     """Dynamic shapes, below and above dense_len, forward and backward, at the level that Inductor compiles."""
     graphs = []
