@@ -22,7 +22,7 @@ if importlib.util.find_spec("triton") is None:
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that it ends long before the rest; in one worker, which shares what it loads."""
+    """What takes longest comes first, long before the end, and in one worker, which shares what it loads."""
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("checkpoint", "interpreter")))
 
 
