@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 OUT ?= out
+# For each worker: two of them with a pool of threads each, or of processes that compile, would fight over the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 # A part of every room, in a minute on two cores: what to run while editing.
 FAST := $(addprefix tests/,compat docs/test_paths.py lowering/ops/test_attention_args.py lowering/ops/test_checks.py \
 	masks/test_masks.py masks/test_masks_forms.py rewrite/test_report.py rewrite/test_targets.py sites/test_sites.py \
@@ -32,9 +34,10 @@ help:
 
 install: $(READY)
 
+# Most modules are never imported: those that are get compiled then.
 $(READY): requirements.txt requirements-checkpoint.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-checkpoint.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $(READY)
@@ -42,15 +45,14 @@ $(READY): requirements.txt requirements-checkpoint.txt pyproject.toml
 demo: install
 	$(BIN)/infllm-pass demo --out $(OUT)
 
-# One thread for each worker: two workers with a thread pool each would fight over the cores.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
 
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu" $(FAST)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu" $(FAST)
 
 test-kernels: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpreter
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m interpreter
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
