@@ -7,6 +7,8 @@ WORKERS ?= 2
 OUT ?= out
 # For each worker: two of them with a pool of threads each, or of processes that compile, would fight over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+# Each worker gets a row of whole files, which share fixtures, and takes from the other's end when it is done.
+SPLIT = -n $(WORKERS) --dist worksteal
 # A part of every room, in a minute on two cores: what to run while editing.
 FAST := $(addprefix tests/,compat docs/test_paths.py lowering/ops/test_attention_args.py lowering/ops/test_checks.py \
 	masks/test_masks.py masks/test_masks_forms.py rewrite/test_report.py rewrite/test_targets.py sites/test_sites.py \
@@ -46,13 +48,13 @@ demo: install
 	$(BIN)/infllm-pass demo --out $(OUT)
 
 test: install
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SPLIT) -m "not gpu"
 
 test-fast: install
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu" $(FAST)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q $(SPLIT) -m "not gpu" $(FAST)
 
 test-kernels: install
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m interpreter
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SPLIT) -m interpreter
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
