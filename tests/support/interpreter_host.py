@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,9 @@ from typing import Any
 from tests.support import ROOT
 
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "-q", "--tb=short", "-m", "not gpu"]
+
+SECONDS = 900
+"""What a file may take."""
 
 
 @cache
@@ -57,6 +61,7 @@ def _serve() -> None:
         file, log = json.loads(line)
         child = os.fork()
         if not child:
+            signal.alarm(SECONDS)
             with open(log, "w") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
