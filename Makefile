@@ -10,9 +10,16 @@ ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 # Each worker gets a row of whole files, which share fixtures, and takes from the other's end when it is done.
 SPLIT = -n $(WORKERS) --dist worksteal
 # A part of every room, in a minute on two cores: what to run while editing.
-FAST := $(addprefix tests/,compat docs/test_paths.py lowering/ops/test_attention_args.py lowering/ops/test_checks.py \
-	masks/test_masks.py masks/test_masks_forms.py rewrite/test_report.py rewrite/test_targets.py sites/test_sites.py \
-	sites/test_sites_flex.py test_config.py test_import_direction.py test_tables.py)
+FAST := $(addprefix tests/,adaptation/test_rows.py calibration compat docs/test_glossary.py docs/test_paths.py \
+	evaluation/test_samples.py evaluation/test_statistics.py \
+	export/test_aoti.py::test_bad_paths_are_refused_before_any_work frontend/test_failures.py \
+	kernels/cpu/test_prefill.py::test_pooled_keys kernels/triton/test_launches.py \
+	kv_cache/test_static_caches.py::test_what_is_no_position_in_a_cache_stays_dense \
+	kv_cache/test_static_caches.py::test_keys_that_others_write_are_compressed_anew lowering/export/test_atomic_file.py \
+	lowering/inductor/test_mutation_cache.py lowering/ops/test_attention_args.py lowering/ops/test_checks.py \
+	masks/test_mask_values.py masks/test_masks_forms.py plan/test_break_even.py plan/test_score_channels.py \
+	rewrite/test_report.py rewrite/test_targets.py sites/test_sites.py test_config.py test_import_direction.py \
+	test_tables.py tools/test_tune.py)
 
 .PHONY: help install demo test test-fast test-kernels test-gpu test-lm-eval test-wrappers test-matrix zoo sanitize lint docs bench bench-gpu lock clean
 
