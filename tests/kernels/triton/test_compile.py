@@ -293,12 +293,11 @@ def test_compiles(kernel, variant, capability, record_property):
 SELECTION = [
     Variant(hot=True),
     Variant(dim=64, value_dim=64, hot=True),
-    Variant(dim=256, value_dim=256),
-    Variant(group=1, dim=64, value_dim=64),
-    Variant(group=4, block_size=48),
-    Variant(group=8, terms=True),
     Variant(group=96, dim=80, value_dim=80, window=True),
-    *(Variant(torch.float32, dim, dim, group=4) for dim in (64, 128, 256)),
+    Variant(group=8, dim=256, value_dim=256, terms=True),
+    Variant(group=4, dim=256, value_dim=256),
+    Variant(group=1, block_size=48),
+    *(Variant(torch.float32, dim, dim, group=4) for dim in (128, 256)),
 ]
 
 
@@ -401,10 +400,9 @@ TOKEN_SCORES = [
     TokenVariant(query_block=16, hot=True),
     TokenVariant(form="int8", hot=True),
     TokenVariant(form="fp8", runs=0),
-    TokenVariant(group=1, window=True, key_mask=True),
     TokenVariant(group=8, kept=128, terms=True),
     TokenVariant(group=96, block_size=48, kept=80, query_block=64),
-    TokenVariant(kept=256, key_mask=True),
+    TokenVariant(group=1, kept=256, window=True, key_mask=True),
     *(TokenVariant(torch.float32, kept=kept) for kept in (128, 256)),
 ]
 
