@@ -38,7 +38,7 @@ def test_a_measured_case_gets_its_length():
         (H100, replace(PUBLISHED, topk=160), 40448, "NVIDIA H100 80GB HBM3, 32x8x128"),  # twice the blocks
         (H100, replace(PUBLISHED, topk=16), 10240, "NVIDIA H100 80GB HBM3, 32x8x128"),  # half the blocks
         (H100, replace(PUBLISHED, topk=4, window_size=64), 10240, "NVIDIA H100 80GB HBM3, 32x8x128"),  # and no less
-        (H100, replace(PUBLISHED, scorer="tokens"), 26112, "NVIDIA H200, 32x8x128"),  # rather another GPU
+        (H100, replace(PUBLISHED, scorer="tokens"), 28416, "NVIDIA H200, 32x8x128"),  # rather another GPU
         (replace(H100, kv_heads=32), PUBLISHED, 49920, "NVIDIA H200, 32x32x128"),
         (replace(H100, device="NVIDIA L4", kv_heads=2), PUBLISHED, 13312, "NVIDIA H200, 32x2x128"),
     ],
