@@ -49,6 +49,8 @@ def compiled(model, **options):
 )
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 def test_a_causal_encoder_equals_the_oracle(options, padded):
+    if torch.__version__ < "2.12" and options.get("bias", True):
+        pytest.skip("Dynamo of this version breaks the graph at PyTorch's layers: they run dense, with a warning")
     model = Encoder(**options).double().eval()
     sparse = compiled(model, dynamic=True)
     for length in (80, 48):
