@@ -74,9 +74,9 @@ def summarise(runs: Path, scorers: list[str]) -> tuple[dict[str, Any], list[Row]
         rows += _curve_rows(scorer, adapted)
     adapted, tasks = read[scorers[0]]
     facts = {name: adapted[name] for name in ("documents", "text_tokens", "trained_tokens", "parameters", "config")}
-    seeds = {name: tasks[name] for name in ("device", "dtype", "texts", "settings")}
+    evaluated = {name: tasks[name] for name in ("device", "dtype", "texts", "settings")}
     versions = {**adapted["versions"], **tasks["versions"]}
-    return {**seeds, **versions, **facts, "commit": git_commit()}, rows
+    return {**evaluated, **versions, **facts, "commit": git_commit()}, rows
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import infllm_pass
 from infllm_pass import SparseAttentionConfig
+from infllm_pass.frontend.compile_settings import recompiles_are_isolated
 from tests.support.common import SMALL, llama, oracle_attention, relative_error, tokens
 
 
@@ -91,9 +90,8 @@ def test_dense_len_zero_is_always_sparse():
 def test_many_configurations_of_one_model_do_not_use_up_the_recompile_limit(tiny_llama):
     ids = tokens(99)
     limit = 3
-    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # torch 2.11 cannot
     with torch._dynamo.config.patch(recompile_limit=limit):
-        for topk in range(2, 2 + (limit + 3 if isolated else limit)):
+        for topk in range(2, 2 + (limit + 3 if recompiles_are_isolated() else limit)):
             config = SparseAttentionConfig.from_dict({**SMALL.to_dict(), "topk": topk})
             model = infllm_pass.sparsify(torch.compile(tiny_llama, backend="eager"), config)
             model(ids)
